@@ -1,0 +1,57 @@
+# Every target needs Go and nothing else. `make help` explains them.
+
+GO        ?= go
+TESTFLAGS ?=
+FUZZTIME  ?= 30s
+DEMOFLAGS ?=
+BENCHFLAGS ?=
+
+# What `make generate` writes. The first two are deleted before they are compared, the tables of the last are
+# rewritten where they stand.
+GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test race lint generate checkgenerate bench benchcmp fuzz
+
+help: ## Show this text
+	@echo 'Usage: make TARGET [VARIABLE=value]'
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, FUZZTIME, BASE.'
+
+demo: ## Stream real files through an embedded NATS server and compare both ends; DEMOFLAGS='-n 8 -repeat 50'
+	$(GO) run ./examples/demo $(DEMOFLAGS)
+
+test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
+	$(GO) test -shuffle=on -timeout=10m $(TESTFLAGS) ./...
+
+race: ## Run all tests under the race detector (needs a C compiler)
+	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
+
+lint: ## Check formatting, go vet and staticcheck
+	@out="$$("$$($(GO) env GOROOT)/bin/gofmt" -l .)"; if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+generate: ## Rewrite the generated code, the protocol's byte tables and the test vectors
+	$(GO) generate ./...
+
+checkgenerate: ## Delete what is generated, generate it again and compare
+	@set -e; old="$$(mktemp -d)"; trap 'rm -rf "$$old"' EXIT; \
+	for f in $(GENERATED); do mkdir -p "$$old/$$(dirname $$f)"; cp $$f "$$old/$$f"; done; \
+	rm -f $(filter-out docs/%,$(GENERATED)); \
+	$(GO) generate ./... || { cp -R "$$old/." .; echo "go generate failed; the files are as before"; exit 1; }; \
+	for f in $(GENERATED); do diff -u "$$old/$$f" $$f || bad=1; done; \
+	if [ -n "$$bad" ]; then echo "generated files were out of date or edited by hand; they are up to date now"; exit 1; fi; \
+	echo "up to date: $(GENERATED)"
+
+bench: ## Measure against plain NATS, a TCP relay and the original design, and print the table of ratios
+	$(GO) run ./bench/table $(BENCHFLAGS)
+
+benchcmp: ## Compare this tree's benchmarks with those of another revision: make benchcmp BASE=main
+	@test -n "$(BASE)" || { echo 'say what to compare with: make benchcmp BASE=revision'; exit 2; }
+	bench/benchcmp.sh "$(BASE)"
+
+fuzz: ## Run every fuzz target, one after the other, for FUZZTIME each (default 30s)
+	GO="$(GO)" .ci/fuzz "$(FUZZTIME)"
