@@ -1,0 +1,299 @@
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"math"
+	"math/bits"
+	"strconv"
+)
+
+//go:generate go run ./internal/framegen
+
+// The codec of the wire protocol, docs/PROTOCOL.md sections 2, 4, 5 and 8: functions over bytes, without policy. It knows no
+// connection, stream or clock. Appending does not check what it is given; parsing checks all that can be seen in one
+// header or frame alone, allocates nothing, and never takes memory or trusts an offset because a length field says so.
+
+// FrameType says what a frame is. Types from 0x80 on may be skipped by a receiver that does not know them.
+type FrameType uint8
+
+// Skippable reports whether a receiver that does not know t skips the frame. Any other unknown type is an error.
+func (t FrameType) Skippable() bool { return t >= frameSkippable }
+
+// FrameFlags are the flags of a frame. What a bit means depends on the frame's type.
+type FrameFlags uint8
+
+// PacketFlags are the flags of a packet, four bits.
+type PacketFlags uint8
+
+// Frame is one record, a piece of one, or one word of control.
+type Frame struct {
+	Type    FrameType
+	Flags   FrameFlags
+	Code    uint16 // close code of CLOSE and RESET, 1000 to 5999; 0 in the other frames
+	Payload []byte
+}
+
+// PacketHeader is the head of a packet: of the payload of one NATS message.
+type PacketHeader struct {
+	Flags  PacketFlags
+	Sender uint16 // random number of the send half the packet comes from
+	Seq    uint32 // with PacketSeq the number of this packet, otherwise the number the sender will use next
+}
+
+// Allows reports whether a frame of type t may stand in a packet with header h: DATA, CLOSE and META in one with
+// PacketSeq, RESET, CREDIT and PING in one without, skippable types in both.
+func (h PacketHeader) Allows(t FrameType) bool {
+	set := uint32(controlTypes)
+	if h.Flags&PacketSeq != 0 {
+		set = sequencedTypes
+	}
+	return set>>t&1 != 0 || t.Skippable() // a shift by 32 or more leaves nothing
+}
+
+// Credit is the payload of a CREDIT frame. Its limits are absolute, counted from the start of the stream.
+type Credit struct {
+	Ack     uint32 // number of the next packet the receiver expects; all before it arrived
+	Packets uint32 // packet limit: the first sequence number that may not be used yet
+	Bytes   uint64 // byte limit: total length of sequenced packets from which on no further one may be opened
+}
+
+// Codec names an encoding of objects. The zero value leaves the choice to whatever it is given to.
+type Codec uint8
+
+const (
+	CodecDefault Codec = iota // what the documentation of the place where it is used says
+	JSON                      // encoding/json
+	MsgPack                   // MessagePack
+)
+
+// String returns "default", "json", "msgpack", or "Codec(7)".
+func (c Codec) String() string {
+	switch c {
+	case CodecDefault:
+		return "default"
+	case JSON:
+		return "json"
+	case MsgPack:
+		return "msgpack"
+	}
+	return "Codec(" + strconv.Itoa(int(c)) + ")"
+}
+
+// Token is the last element of a reply subject. It tells the mux of the peer that made it which stream a message is
+// for, and tells everyone else what that peer understands and how much it takes before the first CREDIT.
+type Token struct {
+	Codec      Codec  // how the peer wants objects: JSON or MsgPack
+	LogPackets uint8  // the initial window is 1<<LogPackets packets, at most 31
+	LogBytes   uint8  // and 1<<LogBytes bytes, at most 61
+	ID         uint64 // random; zero in an offer
+}
+
+// What can be wrong with bytes. Parsers return these, or errors that say more and match them under errors.Is. All are
+// made once, so that bad input costs no allocation either.
+var (
+	// ErrTruncated: fewer bytes than a header has.
+	ErrTruncated = errors.New("stream: header cut short")
+	// ErrMagic: the bytes are not a packet of this protocol. They may be a message of the JSON fallback.
+	ErrMagic = errors.New("stream: not a packet: wrong magic")
+	// ErrVersion: a packet, token or offer of another version of the protocol.
+	ErrVersion = errors.New("stream: unsupported protocol version")
+	// ErrFlags: a flag is set that this version reserves.
+	ErrFlags = errors.New("stream: reserved flag set")
+	// ErrFrameType: a frame of a type that this version does not know and that may not be skipped.
+	ErrFrameType = errors.New("stream: unknown frame type")
+	// ErrLength: a frame is longer than what is left of its packet.
+	ErrLength = errors.New("stream: frame runs past its packet")
+	// ErrCode: the code of a CLOSE or RESET is not in 1000 to 5999, or that of another frame is not 0.
+	ErrCode = errors.New("stream: frame code out of range")
+	// ErrPayload: a payload that the type of its frame does not allow.
+	ErrPayload = errors.New("stream: invalid frame payload")
+	// ErrMisplaced: a frame in a packet that PacketHeader.Allows says it may not stand in.
+	ErrMisplaced = errors.New("stream: frame in the wrong kind of packet")
+	// ErrToken: the text is not a token, or not an offer. That of a peer that speaks the JSON fallback is none.
+	ErrToken = errors.New("stream: not a token")
+)
+
+// wireError is one case of the errors above.
+type wireError struct {
+	is   error
+	text string
+}
+
+func (e *wireError) Error() string { return e.is.Error() + ": " + e.text }
+func (e *wireError) Unwrap() error { return e.is }
+
+var (
+	errEnvelope         error = &wireError{ErrFlags, "envelopes are not supported"}
+	errPacketFlags      error = &wireError{ErrFlags, "in the packet header"}
+	errFrameFlags       error = &wireError{ErrFlags, "in the frame header"}
+	errCodecFlags       error = &wireError{ErrFlags, "reserved codec"}
+	errCodeWithoutClose error = &wireError{ErrCode, "neither CLOSE nor RESET and not 0"}
+	errCloseRange       error = &wireError{ErrCode, "close code not in 1000 to 5999"}
+	errEmptyPiece       error = &wireError{ErrPayload, "empty DATA with MORE"}
+	errReasonLength     error = &wireError{ErrPayload, "reason longer than 1024 bytes"}
+	errReasonUTF8       error = &wireError{ErrPayload, "reason is not UTF-8"}
+	errCreditSize       error = &wireError{ErrPayload, "CREDIT is not 16 bytes"}
+	errPingPayload      error = &wireError{ErrPayload, "PING is not empty"}
+	errTokenSize        error = &wireError{ErrToken, "wrong length"}
+	errTokenMark        error = &wireError{ErrToken, "does not begin with ~1"}
+	errTokenCodec       error = &wireError{ErrToken, "unknown codec letter"}
+	errTokenWindow      error = &wireError{ErrToken, "window out of range"}
+	errTokenID          error = &wireError{ErrToken, "id is not a 64-bit number in base 62"}
+)
+
+// AppendFrame appends f, header and payload, to dst and returns the extended slice. f is not checked: what ParseFrame
+// would refuse is appended all the same. f.Payload must not overlap the free capacity of dst. AppendFrame panics if the
+// payload is longer than 4,294,967,295 bytes, the largest length the header can hold.
+func AppendFrame(dst []byte, f Frame) []byte {
+	dst = binary.BigEndian.AppendUint64(dst, frameWord(f.Type, f.Flags, f.Code, frameLen(len(f.Payload))))
+	return append(dst, f.Payload...)
+}
+
+// frameLen returns the length field for n bytes of payload and panics if they are too many for it.
+func frameLen(n int) uint32 {
+	if uint64(n) > math.MaxUint32 {
+		panic("stream: frame payload longer than 2^32-1 bytes")
+	}
+	return uint32(n)
+}
+
+// ParseFrame takes one frame off the front of b and returns it with the bytes that follow. The payload is a sub-slice
+// of b whose capacity ends with it, so that appending to it cannot overwrite the next frame. Frames of unknown
+// skippable types are returned as they are, with any flags, code and payload. ParseFrame does not know the packet: use
+// PacketHeader.Allows to see whether the frame may stand in it.
+//
+// The error is ErrTruncated, ErrLength, ErrFrameType, ErrFlags, ErrCode or ErrPayload, looked for in this order; f and
+// rest are zero then. There is no way to go on behind a bad frame. ParseFrame allocates nothing.
+func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
+	if len(b) < FrameHeaderSize {
+		return Frame{}, nil, ErrTruncated
+	}
+	h := frameHeader(b)
+	b = b[FrameHeaderSize:]
+	n := payloadLen(h)
+	if n > uint64(len(b)) {
+		return Frame{}, nil, ErrLength
+	}
+	f.Type, f.Flags, f.Code = splitFrameWord(h)
+	f.Payload = b[:n:n]
+	if !isPlainData(h) { // nearly every frame is, and a record may hold anything
+		if err := checkFrame(f); err != nil {
+			return Frame{}, nil, err
+		}
+	}
+	return f, b[n:], nil
+}
+
+// AppendToken appends the TokenSize characters of t to dst and returns the extended slice. Codecs other than JSON are
+// written as MsgPack and windows beyond their largest value as that value.
+func AppendToken(dst []byte, t Token) []byte {
+	dst = AppendOffer(dst, t)
+	var id [TokenSize - OfferSize]byte
+	for i := len(id) - 1; i >= 0; i-- {
+		id[i] = base62Digits[t.ID%62]
+		t.ID /= 62
+	}
+	return append(dst, id[:]...)
+}
+
+// AppendOffer appends the first OfferSize characters of t, all but its ID, to dst and returns the extended slice. They
+// travel alone in the header Stream-Open, because a reply subject may be rewritten on its way. See AppendToken.
+func AppendOffer(dst []byte, t Token) []byte {
+	codec := byte(tokenMsgPack)
+	if t.Codec == JSON {
+		codec = tokenJSON
+	}
+	return append(dst, tokenMark, tokenVersion, codec,
+		base62Digits[min(t.LogPackets, maxLogPackets)], base62Digits[min(t.LogBytes, maxLogBytes)])
+}
+
+// ParseToken reads a token. What it accepts, AppendToken writes exactly so. The error is ErrVersion for tokens of
+// another version of the protocol, whatever their length, and ErrToken for everything else that is no token. It
+// allocates nothing.
+func ParseToken(s string) (Token, error) {
+	t, err := parseOffer(s, TokenSize)
+	if err != nil {
+		return Token{}, err
+	}
+	for i := OfferSize; i < TokenSize; i++ {
+		d := base62Value(s[i])
+		hi, lo := bits.Mul64(t.ID, 62)
+		sum, carry := bits.Add64(lo, d, 0)
+		if d >= 62 || hi|carry != 0 {
+			return Token{}, errTokenID
+		}
+		t.ID = sum
+	}
+	return t, nil
+}
+
+// ParseOffer reads an offer: the first OfferSize characters of a token and nothing behind them. The ID of the result is
+// zero. Errors are those of ParseToken.
+func ParseOffer(s string) (Token, error) { return parseOffer(s, OfferSize) }
+
+// parseOffer reads the offer at the front of s, which must be size characters long.
+func parseOffer(s string, size int) (Token, error) {
+	// The version is looked at first: other versions may have tokens of other lengths.
+	if len(s) >= 2 && s[0] == tokenMark && s[1] != tokenVersion && base62Value(s[1]) < 62 {
+		return Token{}, ErrVersion
+	}
+	if len(s) != size {
+		return Token{}, errTokenSize
+	}
+	if s[0] != tokenMark || s[1] != tokenVersion {
+		return Token{}, errTokenMark
+	}
+	var t Token
+	switch s[2] {
+	case tokenJSON:
+		t.Codec = JSON
+	case tokenMsgPack:
+		t.Codec = MsgPack
+	default:
+		return Token{}, errTokenCodec
+	}
+	p, b := base62Value(s[3]), base62Value(s[4])
+	if p > maxLogPackets || b > maxLogBytes {
+		return Token{}, errTokenWindow
+	}
+	t.LogPackets, t.LogBytes = uint8(p), uint8(b)
+	return t, nil
+}
+
+// base62Value returns the value of digit c, or 62 if it is none.
+func base62Value(c byte) uint64 {
+	switch {
+	case '0' <= c && c <= '9':
+		return uint64(c - '0')
+	case 'A' <= c && c <= 'Z':
+		return uint64(c-'A') + 10
+	case 'a' <= c && c <= 'z':
+		return uint64(c-'a') + 36
+	}
+	return 62
+}
+
+// flagNames joins the names of the bits set in v.
+func flagNames(v uint8, names *[8]string) string {
+	if v == 0 {
+		return "0"
+	}
+	var s []byte
+	for i, name := range names {
+		bit := uint64(v) & (1 << i)
+		if bit == 0 {
+			continue
+		}
+		if len(s) > 0 {
+			s = append(s, '|')
+		}
+		if name == "" {
+			s = append(s, "0x"...)
+			s = strconv.AppendUint(s, bit, 16)
+			continue
+		}
+		s = append(s, name...)
+	}
+	return string(s)
+}

@@ -1,0 +1,138 @@
+package main
+
+import (
+	"bytes"
+	"math/big"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const root = "../.."
+
+func TestCommittedFilesAreUpToDate(t *testing.T) {
+	files, err := generate(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		committed, err := os.ReadFile(filepath.Join(root, f.path))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		// Git may have checked the file out with the line ends of its system.
+		committed = bytes.ReplaceAll(committed, []byte("\r\n"), []byte("\n"))
+		if !bytes.Equal(committed, f.data) {
+			t.Errorf("%s is out of date: run go generate", f.path)
+		}
+	}
+}
+
+func TestOutputIsDeterministic(t *testing.T) {
+	first, err := generate(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		again, err := generate(root)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range again {
+			if !bytes.Equal(first[i].data, again[i].data) {
+				t.Fatalf("%s differs from run to run", first[i].path)
+			}
+		}
+	}
+}
+
+// The generator works from nothing but the prose.
+func TestRunWritesMissingFiles(t *testing.T) {
+	dir := t.TempDir()
+	doc, err := os.ReadFile(filepath.Join(root, "docs/PROTOCOL.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "docs"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "docs/PROTOCOL.md"), doc, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := run(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"frame_gen.go", "testdata/vectors.json", "docs/PROTOCOL.md"} {
+		if _, err := os.Stat(filepath.Join(dir, path)); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := run(t.TempDir()); err == nil {
+		t.Error("no error where docs/PROTOCOL.md is missing")
+	}
+}
+
+func TestFillTables(t *testing.T) {
+	var all strings.Builder
+	for name := range tables() {
+		all.WriteString("text\n" + beginMark + name + markClose + "old\n" + endMark + name + markClose)
+	}
+	once, err := fillTables([]byte(all.String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(once, []byte("old\n")) {
+		t.Error("old contents are still there")
+	}
+	twice, err := fillTables(once)
+	if err != nil || !bytes.Equal(once, twice) {
+		t.Errorf("filling again changes the text (%v)", err)
+	}
+	for name, doc := range map[string]string{
+		"missing":  "no tables here",
+		"twice":    string(once) + string(once),
+		"unknown":  string(once) + beginMark + "nonsense" + markClose,
+		"no end":   strings.ReplaceAll(string(once), endMark+"credit", "<!-- "),
+		"unclosed": string(once) + beginMark + "credit",
+	} {
+		if _, err := fillTables([]byte(doc)); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
+
+// The description must say of every accepted number what it is, and of every flag bit only one thing in one frame.
+func TestDescription(t *testing.T) {
+	for i, ft := range frameTypes {
+		if int(ft.value) != i+1 {
+			t.Errorf("%s is %d, want %d: the tables count on a run from 1", ft.name, ft.value, i+1)
+		}
+		seen := map[uint8]bool{}
+		for _, f := range ft.flags {
+			if seen[f.value] {
+				t.Errorf("%s: two flags of value %#x", ft.name, f.value)
+			}
+			seen[f.value] = true
+		}
+	}
+	for _, l := range []layout{packetHeader, frameHeader, credit} {
+		if l.size()%8 != 0 {
+			t.Errorf("%s has %d bytes", l.name, l.size())
+		}
+	}
+	if tokenSize(false) != 16 || tokenSize(true) != 5 {
+		t.Errorf("token of %d characters, offer of %d", tokenSize(false), tokenSize(true))
+	}
+}
+
+func TestEncode(t *testing.T) {
+	got := encode(packetHeader, values{"flags": 3, "sender": 0xBEEF, "seq": 0x01020304})
+	if want := []byte{0xF5, 0x13, 0xBE, 0xEF, 1, 2, 3, 4}; !bytes.Equal(got, want) {
+		t.Errorf("packet header % x, want % x", got, want)
+	}
+	if got := number62(big.NewInt(62*62+61), 4); got != "010z" {
+		t.Errorf("62*62+61 is %q in base 62", got)
+	}
+}

@@ -1,0 +1,69 @@
+// Framegen writes everything that follows mechanically from the description of the wire format in spec.go: the
+// package's frame_gen.go, the byte tables between the markers of docs/PROTOCOL.md, and testdata/vectors.json.
+//
+// It runs from the module root, as go generate does, and imports nothing of the module, so that it works while
+// frame_gen.go is missing and so that the vectors are computed from the description and not by the code they test.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+func main() {
+	root := flag.String("root", ".", "module root")
+	flag.Parse()
+	if err := run(*root); err != nil {
+		fmt.Fprintln(os.Stderr, "framegen:", err)
+		os.Exit(1)
+	}
+}
+
+func run(root string) error {
+	files, err := generate(root)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		path := filepath.Join(root, f.path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, f.data, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type file struct {
+	path string // relative to the module root
+	data []byte
+}
+
+// generate returns the generated files. It reads docs/PROTOCOL.md, whose prose is written by hand.
+func generate(root string) ([]file, error) {
+	code, err := goCode()
+	if err != nil {
+		return nil, err
+	}
+	const docPath = "docs/PROTOCOL.md"
+	doc, err := os.ReadFile(filepath.Join(root, docPath))
+	if err != nil {
+		return nil, err
+	}
+	if doc, err = fillTables(doc); err != nil {
+		return nil, fmt.Errorf("%s: %w", docPath, err)
+	}
+	vectors, err := vectorsJSON()
+	if err != nil {
+		return nil, err
+	}
+	return []file{
+		{"frame_gen.go", code},
+		{docPath, doc},
+		{"testdata/vectors.json", vectors},
+	}, nil
+}
