@@ -1,0 +1,114 @@
+package streamtest
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+// readyTimeout is how long Start waits for the server to accept connections. It takes milliseconds; the limit is for
+// a machine that is out of breath.
+const readyTimeout = 10 * time.Second
+
+// An Option changes the server that Start and Run are about to start.
+type Option func(*server.Options)
+
+// WithMaxPayload sets the largest message in bytes that the server accepts. Default: 1 MiB, as every NATS server.
+func WithMaxPayload(bytes int32) Option {
+	return func(o *server.Options) { o.MaxPayload = bytes }
+}
+
+// WithOptions lets tweak change any option of the server, after the defaults of this package were set. The options
+// given to Start and Run are applied in order.
+func WithOptions(tweak func(*server.Options)) Option {
+	return tweak
+}
+
+// Server is a NATS server in this process. It listens on a free TCP port of 127.0.0.1, has JetStream off, logs nothing
+// and leaves the signals of the process alone. Its methods may be called concurrently.
+type Server struct {
+	raw *server.Server
+}
+
+// Start starts a server and returns when it accepts connections. The caller ends it with Shutdown.
+func Start(opts ...Option) (*Server, error) {
+	o := &server.Options{
+		Host:   "127.0.0.1",
+		Port:   server.RANDOM_PORT,
+		NoLog:  true,
+		NoSigs: true,
+	}
+	for _, opt := range opts {
+		opt(o)
+	}
+	raw, err := server.NewServer(o)
+	if err != nil {
+		return nil, fmt.Errorf("streamtest: %w", err)
+	}
+	raw.Start()
+	s := &Server{raw: raw}
+	if !raw.ReadyForConnections(readyTimeout) {
+		s.Shutdown()
+		return nil, errors.New("streamtest: the server does not accept connections")
+	}
+	return s, nil
+}
+
+// Run starts a server that ends with the test. Where it cannot start, the test ends at once.
+func Run(tb testing.TB, opts ...Option) *Server {
+	tb.Helper()
+	s, err := Start(opts...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(s.Shutdown)
+	return s
+}
+
+// URL returns the address for nats.Connect.
+func (s *Server) URL() string {
+	return s.raw.ClientURL()
+}
+
+// Dial returns a new connection to the server. It reconnects for ever and every 50 ms, so that a test that interrupts it
+// need not wait for the two seconds that are NATS's default; options given override this. The caller closes it.
+func (s *Server) Dial(opts ...nats.Option) (*nats.Conn, error) {
+	defaults := []nats.Option{nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond)}
+	nc, err := nats.Connect(s.URL(), append(defaults, opts...)...)
+	if err != nil {
+		return nil, fmt.Errorf("streamtest: %w", err)
+	}
+	return nc, nil
+}
+
+// Connect is Dial for a test: the connection is closed at its end, before a server of Run ends. Where it cannot
+// be made, the test ends at once.
+func (s *Server) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
+	tb.Helper()
+	nc, err := s.Dial(opts...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(nc.Close)
+	return nc
+}
+
+// SlowConsumers returns how many connections the server has cut off so far because they did not read fast enough.
+func (s *Server) SlowConsumers() int64 {
+	return s.raw.NumSlowConsumers()
+}
+
+// Raw returns the server itself, for what this package has no method for.
+func (s *Server) Raw() *server.Server {
+	return s.raw
+}
+
+// Shutdown cuts all connections off, ends the server and returns when it ended. It may be called again.
+func (s *Server) Shutdown() {
+	s.raw.Shutdown()
+	s.raw.WaitForShutdown()
+}
