@@ -1,0 +1,263 @@
+package stream
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math"
+	"sync/atomic"
+
+	"github.com/natsstream/stream/internal/ring"
+)
+
+// bucket is the receive half of a stream: the packets that arrived and were not read yet, and what must be known to
+// tell the next packet from a repeated, a missing or a foreign one.
+//
+// Three goroutines touch it. Their fields lie apart:
+//
+//   - the mux (the subscription's callback) checks and pushes. It never waits and takes no lock.
+//   - the reader (whoever holds Stream's gate) pops, decodes and decides about credit.
+//   - the outbox sends the credit the reader decided on.
+type bucket struct {
+	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
+	park parker            // the reader waits here; the mux, and whoever ends the stream, wakes it
+
+	// Owned by the mux. mode is stored once, before the first push, and so published to the reader by it.
+	mode     bucketMode
+	want     uint32 // upper half of the header of a packet that is accepted at once: magic, version, SEQ, sender
+	expect   uint32 // sequence number of the next packet
+	received uint64 // bytes of all packets pushed
+	last     bool   // the packet that closes came beyond the credit: none may follow
+
+	// What the peer was granted: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
+	grantedPackets atomic.Uint32
+	grantedBytes   atomic.Uint64
+	consumedBytes  atomic.Uint64 // fallback only: stored by the reader so that the mux can bound what is queued
+
+	// Owned by the reader.
+	consumed      credited // of the packets read to their end
+	granted       credited // as of the last grant
+	windowPackets uint32
+	windowBytes   uint64
+	limited       bool // the sender asked for credit since the last grant
+	dry           bool // the reader ran out of packets since the last grant
+}
+
+// credited is a position in the stream in both units of credit.
+type credited struct {
+	packets uint32 // modulo 2^32
+	bytes   uint64
+}
+
+// bucketMode says what kind of peer the bucket is bound to; docs/PROTOCOL.md section 3.
+type bucketMode uint8
+
+const (
+	modeUnbound bucketMode = iota
+	modeBinary
+	modeJSON
+)
+
+// Windows, docs/PROTOCOL.md section 8.
+const (
+	initialPackets     = 32
+	maxPackets         = 256
+	initialWindow      = 256 << 10
+	defaultWindow      = 4 << 20
+	minWindow          = 4 << 10
+	defaultMaxBuffered = 64 << 20
+	fallbackLimit      = 64 << 20 // bytes queued for a reader whose peer knows no credit
+)
+
+// init prepares the bucket for a peer that was offered the given window.
+func (b *bucket) init(packets uint32, bytes uint64) {
+	b.ring.Init(maxPackets + 1) // one more for the packet that only closes
+	b.park.init()
+	b.windowPackets, b.windowBytes = packets, bytes
+	b.granted = credited{packets, bytes}
+	b.grantedPackets.Store(packets)
+	b.grantedBytes.Store(bytes)
+}
+
+// verdict is what became of a packet the mux offered.
+type verdict uint8
+
+const (
+	accepted  verdict = iota
+	duplicate         // an older sequence number: dropped
+	foreign           // another sender, or another kind of peer: dropped
+	malformed         // header unreadable while bound: dropped
+	violation         // the stream cannot go on; the error says why
+)
+
+// accept checks a sequenced packet and pushes it. Called by the mux alone; it allocates only where it fails.
+func (b *bucket) accept(data []byte) (verdict, *CloseError) {
+	if len(data) >= PacketHeaderSize {
+		h := binary.BigEndian.Uint64(data)
+		if uint32(h>>32) == b.want && uint32(h) == b.expect &&
+			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received < b.grantedBytes.Load() {
+			b.push(data)
+			return accepted, nil
+		}
+	}
+	return b.acceptSlow(data)
+}
+
+func (b *bucket) push(data []byte) {
+	b.expect++
+	b.received += uint64(len(data))
+	b.ring.Push(data) // within the limit: the grant is below it
+	b.park.wake()
+}
+
+// acceptSlow takes the first packet, those with rare flags, and everything that is wrong.
+func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
+	h, body, err := ParsePacketHeader(data)
+	if err != nil {
+		if b.mode == modeUnbound {
+			return violation, protocolError(CloseUnsupportedData, "first packet: %v", err)
+		}
+		return malformed, nil
+	}
+	switch b.mode {
+	case modeJSON:
+		return foreign, nil
+	case modeBinary:
+		if h.Sender != uint16(b.want) {
+			return foreign, nil
+		}
+	}
+	switch d := int32(h.Seq - b.expect); {
+	case d < 0:
+		return duplicate, nil
+	case d > 0:
+		return violation, protocolError(CloseProtocolError, "packet %d arrived where %d was expected: %d lost", h.Seq, b.expect, d)
+	}
+	if int32(h.Seq-b.grantedPackets.Load()) >= 0 || b.received >= b.grantedBytes.Load() {
+		if b.last || !onlyClose(body) {
+			return violation, protocolError(CloseProtocolError, "peer sent packet %d beyond its credit of %d packets, %d bytes",
+				h.Seq, b.grantedPackets.Load(), b.grantedBytes.Load())
+		}
+		b.last = true
+	}
+	if b.mode == modeUnbound {
+		b.bind(h.Sender)
+	}
+	b.push(data)
+	return accepted, nil
+}
+
+// acceptControl checks the envelope of a packet without sequence number, which may be the first of its stream.
+// own is this end's sender number: a RESET that answers a packet for a token not in use carries it.
+func (b *bucket) acceptControl(data []byte, own uint16) (verdict, *CloseError) {
+	h, body, err := ParsePacketHeader(data)
+	switch {
+	case err != nil && b.mode == modeUnbound:
+		return violation, protocolError(CloseUnsupportedData, "first packet: %v", err)
+	case err != nil || len(data) > maxControlPacket:
+		return malformed, nil
+	case h.Sender == own && len(body) > 0 && FrameType(body[0]) == FrameReset:
+	case b.mode == modeUnbound:
+		b.bind(h.Sender)
+	case b.mode == modeJSON || h.Sender != uint16(b.want):
+		return foreign, nil
+	}
+	return accepted, nil
+}
+
+// bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.
+func (b *bucket) bind(sender uint16) {
+	b.mode = modeBinary
+	var h [PacketHeaderSize]byte
+	putPacketHeader(h[:], PacketSeq, sender, 0)
+	b.want = binary.BigEndian.Uint32(h[:])
+}
+
+// onlyClose reports whether a packet carries nothing but a CLOSE, which needs no credit.
+func onlyClose(body []byte) bool {
+	f, rest, err := ParseFrame(body)
+	return err == nil && f.Type == FrameClose && len(rest) == 0
+}
+
+// acceptJSON queues a message of a peer that speaks only the fallback. The peer cannot be told to wait, so what it may
+// pile up is bounded, and the stream ends with CloseTooSlow there.
+func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
+	switch b.mode {
+	case modeBinary:
+		return foreign, nil
+	case modeUnbound:
+		b.mode = modeJSON
+		b.ring.SetLimit(math.MaxInt32)
+	}
+	if queued := b.received - b.consumedBytes.Load(); queued+uint64(len(data)) > limit {
+		return violation, &CloseError{Code: CloseTooSlow, Text: fmt.Sprintf("reader is %d bytes behind a peer that knows no credit", queued)}
+	}
+	b.push(data)
+	return accepted, nil
+}
+
+// consume accounts for a packet read to its end and reports whether the peer should be granted more. Reader only.
+// The window doubles while it is what holds the sender back: the sender said so and the reader ran dry. A window
+// that grows because the reader is slow would only buy memory. grow reserves the bytes, or refuses.
+func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bool) bool {
+	b.consumed.packets++
+	b.consumed.bytes += uint64(n)
+	if b.mode == modeJSON {
+		b.consumedBytes.Store(b.consumed.bytes)
+		return false
+	}
+	b.limited = b.limited || ack
+	// What is left of the grant, seen from the reader. A quarter consumed means three quarters are left.
+	leftPackets := int32(b.granted.packets - b.consumed.packets)
+	leftBytes := int64(b.granted.bytes - b.consumed.bytes)
+	if leftPackets > int32(b.windowPackets-b.windowPackets/4) && leftBytes > int64(b.windowBytes-b.windowBytes/4) {
+		return false
+	}
+	if b.limited && b.dry {
+		if b.windowPackets < maxPackets {
+			b.windowPackets *= 2
+		}
+		if b.windowBytes < maxWindow && grow(b.windowBytes) {
+			b.windowBytes *= 2
+		}
+	}
+	b.limited, b.dry = false, false
+	b.granted.packets = b.consumed.packets + b.windowPackets
+	b.granted.bytes = b.consumed.bytes + b.windowBytes
+	b.grantedBytes.Store(b.granted.bytes)
+	b.grantedPackets.Store(b.granted.packets)
+	return true
+}
+
+// credit is the CREDIT to send now. Called by the outbox.
+func (b *bucket) credit() Credit {
+	return Credit{Ack: b.ring.Pushed(), Packets: b.grantedPackets.Load(), Bytes: b.grantedBytes.Load()}
+}
+
+// parker puts one goroutine to sleep until another wakes it, without a lock and without a lost wake-up: the sleeper
+// announces itself, looks once more whether there is work, and only then sleeps; the waker makes its work visible
+// first and looks for a sleeper afterwards. Go's atomics are sequentially consistent, so one of the two sees the other.
+type parker struct {
+	asleep atomic.Uint32
+	signal chan struct{} // capacity 1: holds the wake-up of whoever set asleep back to 0
+}
+
+func (p *parker) init() { p.signal = make(chan struct{}, 1) }
+
+// announce says that the caller is about to sleep. Follow it by a last look, then by either wait or retract.
+func (p *parker) announce() { p.asleep.Store(1) }
+
+// retract takes an announcement back. A waker that was faster has sent, or is about to: its signal is taken.
+func (p *parker) retract() {
+	if !p.asleep.CompareAndSwap(1, 0) {
+		<-p.signal
+	}
+}
+
+func (p *parker) wait() { <-p.signal }
+
+// wake wakes the sleeper, if there is one. It never blocks.
+func (p *parker) wake() {
+	if p.asleep.Load() == 1 && p.asleep.CompareAndSwap(1, 0) {
+		p.signal <- struct{}{}
+	}
+}

@@ -1,0 +1,811 @@
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// testPacket returns a sequenced packet with the given frames.
+func testPacket(sender uint16, seq uint32, frames ...Frame) []byte {
+	return testPacketFlags(PacketSeq, sender, seq, frames...)
+}
+
+func testPacketFlags(flags PacketFlags, sender uint16, seq uint32, frames ...Frame) []byte {
+	b := AppendPacketHeader(nil, PacketHeader{Flags: flags, Sender: sender, Seq: seq})
+	for _, f := range frames {
+		b = AppendFrame(b, f)
+	}
+	return b
+}
+
+func testData(s string) Frame { return Frame{Type: FrameData, Payload: []byte(s)} }
+
+func testBucket(packets uint32, bytes uint64) *bucket {
+	b := new(bucket)
+	b.init(packets, bytes)
+	return b
+}
+
+// wantVerdict fails the test unless v and err are as expected; code is that of a violation.
+func wantVerdict(t *testing.T, what string, v verdict, err *CloseError, want verdict, code int) {
+	t.Helper()
+	got := 0
+	if err != nil {
+		got = err.Code
+	}
+	if v != want || got != code {
+		t.Errorf("%s: verdict %d, %v; want %d, code %d", what, v, err, want, code)
+	}
+}
+
+func TestBucketAccept(t *testing.T) {
+	b := testBucket(32, 1<<20)
+	for i, step := range []struct {
+		what string
+		data []byte
+		want verdict
+	}{
+		{"the first packet", testPacket(7, 0, testData("a")), accepted},
+		{"the first packet again", testPacket(7, 0, testData("a")), duplicate},
+		{"the next packet", testPacket(7, 1, testData("b")), accepted},
+		{"another sender", testPacket(8, 2, testData("x")), foreign},
+		{"another sender's repeated number", testPacket(8, 0, testData("x")), foreign},
+		{"a packet that asks for credit", testPacketFlags(PacketSeq|PacketAck, 7, 2, testData("c")), accepted},
+		{"half a header", testPacket(7, 3)[:7], malformed},
+		{"the magic alone", []byte{PacketMagic}, malformed},
+		{"an envelope", testPacketFlags(PacketSeq|PacketEnv, 7, 3), malformed},
+		{"a reserved flag", testPacketFlags(PacketSeq|8, 7, 3), malformed},
+		{"another version", append([]byte{PacketMagic, 0x21}, testPacket(7, 3)[2:]...), malformed},
+		{"the number farthest back", testPacket(7, 3+1<<31, testData("x")), duplicate},
+		{"the last of all numbers", testPacket(7, 1<<32-1, testData("x")), duplicate},
+		{"the packet after all that", testPacket(7, 3, testData("d")), accepted},
+	} {
+		v, err := b.accept(step.data)
+		wantVerdict(t, fmt.Sprintf("step %d, %s", i, step.what), v, err, step.want, 0)
+	}
+	for i, want := range []string{"a", "b", "c", "d"} {
+		data, ok := b.ring.Pop()
+		if !ok || string(data[PacketHeaderSize+FrameHeaderSize:]) != want {
+			t.Errorf("packet %d: %q, %v; want %q", i, data, ok, want)
+		}
+	}
+	if c := b.credit(); c.Ack != 4 {
+		t.Errorf("acknowledges %d packets, want 4", c.Ack)
+	}
+}
+
+// TestBucketFirst: a stranger's bytes as the first message of a stream. Nobody is bound, so they end it.
+func TestBucketFirst(t *testing.T) {
+	for name, data := range map[string][]byte{
+		"the magic alone":    {PacketMagic},
+		"half a header":      testPacket(7, 0)[:7],
+		"another version":    append([]byte{PacketMagic, 0x21}, testPacket(7, 0)[2:]...),
+		"an envelope":        testPacketFlags(PacketSeq|PacketEnv, 7, 0, testData("a")),
+		"a reserved flag":    testPacketFlags(PacketSeq|8, 7, 0, testData("a")),
+		"all bits of a byte": {0xF5, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF},
+	} {
+		b := testBucket(32, 1<<20)
+		v, err := b.accept(data)
+		wantVerdict(t, name, v, err, violation, CloseUnsupportedData)
+		b = testBucket(32, 1<<20)
+		v, err = b.acceptControl(data, 0)
+		wantVerdict(t, name+" as control", v, err, violation, CloseUnsupportedData)
+		if b.ring.Len() != 0 {
+			t.Errorf("%s: pushed", name)
+		}
+	}
+}
+
+func TestBucketGap(t *testing.T) {
+	b := testBucket(32, 1<<20)
+	v, err := b.accept(testPacket(7, 0, testData("a")))
+	wantVerdict(t, "packet 0", v, err, accepted, 0)
+	for _, seq := range []uint32{2, 3, 1<<31 - 1} {
+		v, err = b.accept(testPacket(7, seq, testData("c")))
+		wantVerdict(t, fmt.Sprint("packet ", seq), v, err, violation, CloseProtocolError)
+		if err == nil || !strings.Contains(err.Text, fmt.Sprint(seq)) {
+			t.Errorf("error %q does not name packet %d", err, seq)
+		}
+	}
+	if b.ring.Len() != 1 {
+		t.Errorf("%d packets pushed, want 1", b.ring.Len())
+	}
+
+	b = testBucket(32, 1<<20)
+	v, err = b.accept(testPacket(7, 1, testData("b")))
+	wantVerdict(t, "packet 1 first", v, err, violation, CloseProtocolError)
+}
+
+// TestBucketSequenceWrap: numbers wrap at 2^32, in the sequence, in the grant and in what duplicates and gaps are.
+func TestBucketSequenceWrap(t *testing.T) {
+	for ahead := range uint32(40) {
+		start := -ahead
+		b := testBucket(32, 1<<20)
+		b.expect, b.consumed.packets = start, start
+		b.granted.packets = start + 32
+		b.grantedPackets.Store(start + 32)
+		grow := func(uint64) bool { return true }
+		for i := range uint32(100) {
+			seq := start + i
+			p := testPacket(7, seq, testData("x"))
+			v, err := b.accept(p)
+			wantVerdict(t, fmt.Sprintf("packet %d", seq), v, err, accepted, 0)
+			v, err = b.accept(testPacket(7, seq, testData("x")))
+			wantVerdict(t, fmt.Sprintf("packet %d again", seq), v, err, duplicate, 0)
+			if i > 0 {
+				v, err = b.accept(testPacket(7, start, testData("x")))
+				wantVerdict(t, fmt.Sprintf("packet %d after %d", start, seq), v, err, duplicate, 0)
+				v, err = b.accept(testPacket(7, seq+2, testData("x")))
+				wantVerdict(t, fmt.Sprintf("packet %d after %d", seq+2, seq), v, err, violation, CloseProtocolError)
+			}
+			if i%32 < 20 { // the reader is behind by up to 20 packets, then catches up
+				continue
+			}
+			for {
+				data, ok := b.ring.Pop()
+				if !ok {
+					break
+				}
+				b.consume(len(data), false, defaultWindow, grow)
+			}
+		}
+		if left := int32(b.grantedPackets.Load() - b.consumed.packets); left <= 24 || left > 32 {
+			t.Fatalf("start %d: %d packets of credit left of a window of 32", start, left)
+		}
+	}
+}
+
+func TestBucketOverrun(t *testing.T) {
+	t.Run("packets", func(t *testing.T) {
+		b := testBucket(4, 1<<20)
+		for seq := range uint32(4) {
+			v, err := b.accept(testPacket(7, seq, testData("x")))
+			wantVerdict(t, "within the credit", v, err, accepted, 0)
+		}
+		v, err := b.accept(testPacket(7, 4, testData("x")))
+		wantVerdict(t, "beyond", v, err, violation, CloseProtocolError)
+		if b.ring.Len() != 4 {
+			t.Errorf("%d packets queued, 4 were granted", b.ring.Len())
+		}
+	})
+	t.Run("bytes", func(t *testing.T) {
+		// The byte limit says when the last packet may be opened, not where it ends.
+		b := testBucket(32, 100)
+		v, err := b.accept(testPacket(7, 0, testData(strings.Repeat("x", 83)))) // 99 bytes
+		wantVerdict(t, "99 of 100 bytes", v, err, accepted, 0)
+		v, err = b.accept(testPacket(7, 1, testData(strings.Repeat("x", 1000))))
+		wantVerdict(t, "the packet that passes the limit", v, err, accepted, 0)
+		v, err = b.accept(testPacket(7, 2, testData("")))
+		wantVerdict(t, "beyond", v, err, violation, CloseProtocolError)
+
+		b = testBucket(32, 100)
+		v, err = b.accept(testPacket(7, 0, testData(strings.Repeat("x", 84))))
+		wantVerdict(t, "100 of 100 bytes", v, err, accepted, 0)
+		v, err = b.accept(testPacket(7, 1, testData("")))
+		wantVerdict(t, "at the limit", v, err, violation, CloseProtocolError)
+	})
+}
+
+// TestBucketCloseBeyondCredit: docs/PROTOCOL.md section 8, rule 2. Closing never waits for credit, and that is all the
+// exception allows.
+func TestBucketCloseBeyondCredit(t *testing.T) {
+	closing := Frame{Type: FrameClose, Code: CloseNormalClosure, Payload: []byte("bye")}
+	fill := func(packets uint32, bytes uint64) *bucket {
+		b := testBucket(packets, bytes)
+		for seq := range min(packets, 2) {
+			if v, err := b.accept(testPacket(7, seq, testData(strings.Repeat("x", 100)))); v != accepted {
+				t.Fatal(v, err)
+			}
+		}
+		return b
+	}
+	for _, limit := range []struct {
+		name    string
+		packets uint32
+		bytes   uint64
+	}{{"packets", 2, 1 << 20}, {"bytes", 32, 150}, {"both", 2, 200}} {
+		t.Run(limit.name, func(t *testing.T) {
+			b := fill(limit.packets, limit.bytes)
+			v, err := b.accept(testPacket(7, 2, testData("x"), closing))
+			wantVerdict(t, "a record and CLOSE", v, err, violation, CloseProtocolError)
+
+			b = fill(limit.packets, limit.bytes)
+			v, err = b.accept(testPacket(7, 2, closing, testData("x")))
+			wantVerdict(t, "CLOSE and a record behind it", v, err, violation, CloseProtocolError)
+
+			b = fill(limit.packets, limit.bytes)
+			v, err = b.accept(testPacket(7, 2, closing)[:PacketHeaderSize+FrameHeaderSize+1])
+			wantVerdict(t, "a CLOSE cut short", v, err, violation, CloseProtocolError)
+
+			b = fill(limit.packets, limit.bytes)
+			v, err = b.accept(testPacket(7, 2, closing))
+			wantVerdict(t, "CLOSE", v, err, accepted, 0)
+			v, err = b.accept(testPacket(7, 2, closing))
+			wantVerdict(t, "the same CLOSE again", v, err, duplicate, 0)
+			v, err = b.accept(testPacket(7, 3, closing))
+			wantVerdict(t, "a second CLOSE", v, err, violation, CloseProtocolError)
+			if b.ring.Len() != 3 {
+				t.Errorf("%d packets queued, want 3", b.ring.Len())
+			}
+		})
+	}
+	t.Run("alone", func(t *testing.T) { // no credit at all was granted
+		b := testBucket(0, 0)
+		v, err := b.accept(testPacket(7, 0, closing))
+		wantVerdict(t, "CLOSE", v, err, accepted, 0)
+	})
+}
+
+// TestBucketRingHoldsWindow: a push never fails for a peer within its credit, up to the largest window and its CLOSE.
+func TestBucketRingHoldsWindow(t *testing.T) {
+	b := testBucket(maxPackets, 1<<30)
+	for seq := range uint32(maxPackets) {
+		if v, err := b.accept(testPacket(7, seq, testData("x"))); v != accepted {
+			t.Fatal(seq, v, err)
+		}
+	}
+	if v, err := b.accept(testPacket(7, maxPackets, Frame{Type: FrameClose, Code: 1000})); v != accepted {
+		t.Fatal(v, err)
+	}
+	if b.ring.Len() != maxPackets+1 {
+		t.Fatalf("%d packets queued, want %d", b.ring.Len(), maxPackets+1)
+	}
+}
+
+func TestBucketControl(t *testing.T) {
+	ping := Frame{Type: FramePing}
+	b := testBucket(32, 1<<20)
+	v, err := b.acceptControl(testPacketFlags(0, 7, 0, ping), 0)
+	wantVerdict(t, "the first packet", v, err, accepted, 0)
+	v, err = b.acceptControl(testPacketFlags(0, 8, 0, ping), 0)
+	wantVerdict(t, "another sender", v, err, foreign, 0)
+	v, err = b.accept(testPacket(8, 0, testData("x")))
+	wantVerdict(t, "another sender's data", v, err, foreign, 0)
+	v, err = b.acceptControl(testPacketFlags(0, 7, 0, ping)[:5], 0)
+	wantVerdict(t, "half a header", v, err, malformed, 0)
+	large := testPacketFlags(0, 7, 0, Frame{Type: 0x80, Payload: make([]byte, maxControlPacket-PacketHeaderSize-FrameHeaderSize)})
+	v, err = b.acceptControl(large, 0)
+	wantVerdict(t, "the largest control packet", v, err, accepted, 0)
+	v, err = b.acceptControl(append(large, 0), 0)
+	wantVerdict(t, "a larger one", v, err, malformed, 0)
+	v, err = b.accept(testPacket(7, 0, testData("a")))
+	wantVerdict(t, "data after control", v, err, accepted, 0)
+	v, err = b.acceptJSON([]byte(`{"type":1}`), 1000)
+	wantVerdict(t, "JSON after control", v, err, foreign, 0)
+	if b.ring.Len() != 1 {
+		t.Errorf("%d packets queued, want 1", b.ring.Len())
+	}
+}
+
+func TestBucketJSON(t *testing.T) {
+	const limit = 100
+	ten := []byte(`{"type":1}`)
+	b := testBucket(32, 50) // the credit binds only those who know of it
+	for i := range 10 {
+		v, err := b.acceptJSON(ten, limit)
+		wantVerdict(t, fmt.Sprint("message ", i), v, err, accepted, 0)
+	}
+	v, err := b.accept(testPacket(7, 0, testData("x")))
+	wantVerdict(t, "a packet", v, err, foreign, 0)
+	v, err = b.acceptControl(testPacketFlags(0, 7, 0, Frame{Type: FrameReset, Code: 4000}), 0)
+	wantVerdict(t, "a control packet", v, err, foreign, 0)
+	v, err = b.accept([]byte{PacketMagic, 0x11})
+	wantVerdict(t, "half a packet header", v, err, malformed, 0)
+
+	for range 3 {
+		data, _ := b.ring.Pop()
+		if b.consume(len(data), false, defaultWindow, nil) {
+			t.Error("a fallback peer is to be granted credit")
+		}
+	}
+	for i := range 3 {
+		v, err = b.acceptJSON(ten, limit)
+		wantVerdict(t, fmt.Sprintf("message %d after three were read", i), v, err, accepted, 0)
+	}
+	v, err = b.acceptJSON(ten, limit)
+	wantVerdict(t, "a message beyond the limit", v, err, violation, CloseTooSlow)
+	if b.ring.Len() != 10 {
+		t.Errorf("%d messages queued, want 10", b.ring.Len())
+	}
+
+	b = testBucket(32, 50)
+	v, err = b.acceptJSON(make([]byte, limit+1), limit)
+	wantVerdict(t, "one message larger than the limit", v, err, violation, CloseTooSlow)
+}
+
+// TestBucketCredit: when the peer is granted more, and how much.
+func TestBucketCredit(t *testing.T) {
+	const size = 1000
+	// read consumes packets until the bucket grants more, and returns how many.
+	read := func(t *testing.T, b *bucket, size int, ack bool, maxWindow uint64, grow func(uint64) bool) int {
+		t.Helper()
+		for n := 1; n < 10_000; n++ {
+			if b.consume(size, ack, maxWindow, grow) {
+				if b.granted != (credited{b.grantedPackets.Load(), b.grantedBytes.Load()}) {
+					t.Fatal("what the mux sees is not what the reader granted")
+				}
+				if want := (credited{b.consumed.packets + b.windowPackets, b.consumed.bytes + b.windowBytes}); b.granted != want {
+					t.Fatalf("granted %v, want a window beyond what was consumed: %v", b.granted, want)
+				}
+				return n
+			}
+		}
+		t.Fatal("no credit after 10,000 packets")
+		return 0
+	}
+	yes := func(uint64) bool { return true }
+	unwanted := func(n uint64) bool { t.Errorf("window grows by %d bytes", n); return true }
+
+	t.Run("a quarter of the packets", func(t *testing.T) {
+		b := testBucket(32, 1<<30)
+		for range 10 {
+			if n := read(t, b, size, false, 1<<40, unwanted); n != 8 {
+				t.Fatalf("granted after %d packets of a window of 32, want 8", n)
+			}
+		}
+	})
+	t.Run("a quarter of the bytes", func(t *testing.T) {
+		b := testBucket(256, 64<<10)
+		for range 10 {
+			if n := read(t, b, size, false, 1<<40, unwanted); n != 17 { // 16,384 bytes are a quarter
+				t.Fatalf("granted after %d packets of 1000 bytes, want 17", n)
+			}
+		}
+	})
+	t.Run("one packet larger than the window", func(t *testing.T) {
+		b := testBucket(32, 4<<10)
+		if n := read(t, b, 1<<20, false, 1<<40, unwanted); n != 1 {
+			t.Fatalf("granted after %d packets", n)
+		}
+	})
+	t.Run("grows only where the window holds the sender back", func(t *testing.T) {
+		for _, c := range []struct{ limited, dry, grows bool }{
+			{false, false, false}, {true, false, false}, {false, true, false}, {true, true, true},
+		} {
+			b := testBucket(32, 256<<10)
+			b.dry = c.dry
+			read(t, b, size, c.limited, defaultWindow, yes)
+			if grew := b.windowPackets > 32 || b.windowBytes > 256<<10; grew != c.grows {
+				t.Errorf("sender limited %v, reader dry %v: windows %d packets, %d bytes", c.limited, c.dry, b.windowPackets, b.windowBytes)
+			}
+			if b.limited || b.dry {
+				t.Errorf("limited %v, dry %v: not forgotten after the grant", b.limited, b.dry)
+			}
+		}
+	})
+	t.Run("doubles up to the largest", func(t *testing.T) {
+		b := testBucket(32, 256<<10)
+		var reserved uint64
+		for _, want := range []credited{{64, 512 << 10}, {128, 1 << 20}, {256, 2 << 20}, {256, 4 << 20}, {256, 4 << 20}} {
+			b.dry = true
+			read(t, b, size, true, 4<<20, func(n uint64) bool { reserved += n; return true })
+			if got := (credited{b.windowPackets, b.windowBytes}); got != want {
+				t.Fatalf("windows %v, want %v", got, want)
+			}
+		}
+		if reserved != 4<<20-256<<10 {
+			t.Errorf("%d bytes reserved for a window that grew by %d", reserved, 4<<20-256<<10)
+		}
+	})
+	t.Run("budget used up", func(t *testing.T) {
+		b := testBucket(32, 256<<10)
+		for range 5 {
+			b.dry = true
+			read(t, b, size, true, 4<<20, func(uint64) bool { return false })
+		}
+		if b.windowBytes != 256<<10 {
+			t.Errorf("window of %d bytes without a budget", b.windowBytes)
+		}
+	})
+}
+
+// TestBucketCreditInvariants plays a sender that uses its credit to the full, and a reader, in random turns: the sender
+// is never refused, the grant never goes back and never exceeds a window beyond what was consumed, and nobody starves.
+func TestBucketCreditInvariants(t *testing.T) {
+	seeds := uint64(100)
+	if testing.Short() {
+		seeds /= 10
+	}
+	for seed := range seeds {
+		r := rand.New(rand.NewPCG(seed, 1))
+		bytes := uint64(minWindow) << r.IntN(7)
+		b := testBucket(initialPackets, bytes)
+		budget := uint64(r.IntN(8 << 20))
+		grow := func(n uint64) bool {
+			if n > budget {
+				return false
+			}
+			budget -= n
+			return true
+		}
+		known := Credit{Packets: initialPackets, Bytes: bytes} // what the sender knows
+		var seq, read uint32
+		var sent uint64
+		sizes := 1 << (4 + r.IntN(12))
+		for seq < 1000 {
+			switch r.IntN(3) {
+			case 0: // a CREDIT arrives, perhaps late: only sometimes
+				c := b.credit()
+				if int32(c.Packets-known.Packets) < 0 || c.Bytes < known.Bytes || c.Ack != seq {
+					t.Fatalf("seed %d: CREDIT %+v after %+v, %d sent", seed, c, known, seq)
+				}
+				known = c
+			case 1:
+				for range r.IntN(100) {
+					if int32(seq-known.Packets) >= 0 || sent >= known.Bytes {
+						break
+					}
+					p := testPacket(7, seq, Frame{Type: FrameData, Payload: make([]byte, r.IntN(sizes))})
+					if seq++; int32(seq-known.Packets) >= 0 || sent+uint64(len(p)) >= known.Bytes {
+						p[1] |= byte(PacketAck)
+					}
+					sent += uint64(len(p))
+					if v, err := b.accept(p); v != accepted {
+						t.Fatalf("seed %d: packet %d within %+v: verdict %d, %v", seed, seq-1, known, v, err)
+					}
+					if b.ring.Pushed() != seq {
+						t.Fatalf("seed %d: packet %d did not find room", seed, seq-1)
+					}
+				}
+			case 2:
+				for range r.IntN(100) {
+					data, ok := b.ring.Pop()
+					if !ok {
+						b.dry = true
+						break
+					}
+					read++
+					before := b.granted
+					b.consume(len(data), data[1]&byte(PacketAck) != 0, 1<<20, grow)
+					if int32(b.granted.packets-before.packets) < 0 || b.granted.bytes < before.bytes {
+						t.Fatalf("seed %d: the grant went back from %v to %v", seed, before, b.granted)
+					}
+					if d := b.granted.packets - read; d > maxPackets {
+						t.Fatalf("seed %d: granted %d packets beyond what was consumed", seed, d)
+					}
+					if d := int64(b.granted.bytes - b.consumed.bytes); d > 1<<20 {
+						t.Fatalf("seed %d: granted %d bytes beyond what was consumed", seed, d)
+					}
+				}
+			}
+		}
+	}
+}
+
+// TestParkerHammer: one goroutine sleeps whenever there is nothing to do, others give it work. A wake-up that is lost
+// shows as a test that hangs.
+func TestParkerHammer(t *testing.T) {
+	const wakers = 4
+	rounds := 200_000
+	if testing.Short() {
+		rounds /= 10
+	}
+	var p parker
+	p.init()
+	var work, stop atomic.Int64
+	var wg sync.WaitGroup
+	for i := range wakers {
+		wg.Go(func() {
+			for n := range rounds {
+				work.Add(1)
+				p.wake()
+				if n%(100+i) == 0 { // now and then the sleeper gets to sleep
+					runtime.Gosched()
+				}
+			}
+		})
+	}
+	done := make(chan int64)
+	go func() {
+		var got int64
+		for {
+			got += work.Swap(0)
+			if stop.Load() != 0 && work.Load() == 0 {
+				done <- got
+				return
+			}
+			p.announce()
+			if work.Load() == 0 && stop.Load() == 0 {
+				p.wait()
+			} else {
+				p.retract()
+			}
+			if len(p.signal) != 0 {
+				t.Error("a signal is left behind: the next wait would return for nothing")
+			}
+		}
+	}()
+	wg.Wait()
+	stop.Store(1)
+	p.wake()
+	select {
+	case got := <-done:
+		if want := int64(wakers * rounds); got != want {
+			t.Errorf("%d pieces of work, want %d", got, want)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("the sleeper was not woken")
+	}
+}
+
+// fakeTransport is a connection without a network: what is published goes to a function, and messages are put into
+// the mux by hand.
+type fakeTransport struct {
+	published func(subject, reply string, data []byte) error // nil swallows everything
+	requested func(*nats.Msg)
+	receive   nats.MsgHandler
+	changes   chan nats.Status
+	state     atomic.Int64
+}
+
+func newFakeTransport() *fakeTransport {
+	t := &fakeTransport{changes: make(chan nats.Status)}
+	t.state.Store(int64(nats.CONNECTED))
+	return t
+}
+
+func (t *fakeTransport) publish(subject, reply string, data []byte) error {
+	if t.published == nil {
+		return nil
+	}
+	return t.published(subject, reply, data)
+}
+
+func (t *fakeTransport) publishMsg(m *nats.Msg) error {
+	if t.requested != nil {
+		t.requested(m)
+	}
+	return nil
+}
+
+func (t *fakeTransport) subscribe(_ string, f nats.MsgHandler) (func(), error) {
+	t.receive = f
+	return func() {}, nil
+}
+
+func (t *fakeTransport) status() nats.Status { return nats.Status(t.state.Load()) }
+func (t *fakeTransport) maxPayload() int64   { return 1 << 20 }
+func (t *fakeTransport) statusChanges() (<-chan nats.Status, func()) {
+	return t.changes, func() { close(t.changes) }
+}
+
+func fakeClient(t *testing.T, conn *fakeTransport, p ClientParams) *Client {
+	t.Helper()
+	p, err := p.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ep, err := newEndpoint(conn, "", p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Client{ep: ep, codec: MsgPack}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// TestOutboxQueueHammer: whatever is marked is served afterwards, from however many goroutines it is marked, also
+// while the connection comes and goes.
+func TestOutboxQueueHammer(t *testing.T) {
+	const sessions, markers = 50, 8
+	rounds := 100_000
+	if testing.Short() {
+		rounds /= 10
+	}
+	var marks, seen [sessions]atomic.Int64
+	conn := newFakeTransport()
+	conn.published = func(subject, _ string, _ []byte) error {
+		i := binary.BigEndian.Uint16([]byte(subject))
+		seen[i].Store(marks[i].Load())
+		return nil
+	}
+	c := fakeClient(t, conn, ClientParams{})
+	all := make([]*session, sessions)
+	for i := range all {
+		s := &session{ep: c.ep, peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}
+		s.bucket.init(initialPackets, initialWindow)
+		all[i] = s
+	}
+	var wg sync.WaitGroup
+	for m := range markers {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(m), 2))
+			for range rounds {
+				i := r.IntN(sessions)
+				marks[i].Add(1)
+				all[i].mark(workCredit)
+			}
+		})
+	}
+	flapping := make(chan struct{})
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for n := 0; ; n++ {
+			select {
+			case <-flapping:
+				conn.changes <- nats.CONNECTED
+				return
+			case conn.changes <- []nats.Status{nats.RECONNECTING, nats.CONNECTED}[n%2]:
+				time.Sleep(100 * time.Microsecond)
+			}
+		}
+	}()
+	wg.Wait()
+	close(flapping)
+	<-stopped
+	end := time.Now().Add(30 * time.Second)
+	for i := range all {
+		for seen[i].Load() != marks[i].Load() {
+			if time.Now().After(end) {
+				t.Fatalf("session %d: marked %d times, served last at mark %d; pending %b, held %b", i,
+					marks[i].Load(), seen[i].Load(), all[i].pending.Load(), all[i].held)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+// TestOutboxHeldWorkSurvives: two streams wait for the connection; it comes back for as long as serving one takes.
+func TestOutboxHeldWorkSurvives(t *testing.T) {
+	conn := newFakeTransport()
+	c := fakeClient(t, conn, ClientParams{})
+	requested := make(chan string, 10)
+	var first atomic.Bool
+	conn.requested = func(m *nats.Msg) {
+		requested <- m.Subject
+		if first.CompareAndSwap(false, true) {
+			c.ep.outbox.up.Store(false)
+		}
+	}
+	conn.changes <- nats.RECONNECTING
+	conn.changes <- nats.RECONNECTING // the first was acted on
+	var streams []*Stream
+	for _, subject := range []string{"one", "two"} {
+		s, err := c.Open(t.Context(), subject, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		streams = append(streams, s)
+	}
+	for _, s := range streams { // until the outbox holds them both
+		for s.session.pending.Load() != 0 {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	time.Sleep(10 * time.Millisecond)
+	conn.changes <- nats.CONNECTED
+	<-requested
+	time.Sleep(10 * time.Millisecond)
+	conn.changes <- nats.CONNECTED
+	select {
+	case <-requested:
+	case <-time.After(5 * time.Second):
+		t.Fatal("the second request was forgotten when the connection went down again")
+	}
+}
+
+// TestOutboxTakeKeepsOrder: the queue is a stack that is taken whole and turned round, so streams are served in turn.
+func TestOutboxTakeKeepsOrder(t *testing.T) {
+	ep := new(endpoint)
+	ep.outbox.init(ep)
+	sessions := make([]session, 10)
+	for i := range sessions {
+		s := &sessions[i]
+		s.ep = ep
+		s.mark(workCredit)
+		s.mark(workPackets) // queued once
+	}
+	n := 0
+	for s := ep.outbox.take(); s != nil; s, n = s.next, n+1 {
+		if s != &sessions[n] {
+			t.Fatalf("place %d is not that of session %d", n, n)
+		}
+		if s.pending.Load() != workCredit|workPackets {
+			t.Errorf("session %d: pending %b", n, s.pending.Load())
+		}
+	}
+	if n != len(sessions) || ep.outbox.take() != nil {
+		t.Fatalf("%d sessions on the queue, want %d", n, len(sessions))
+	}
+}
+
+// muxStream opens a stream on a fake connection and returns it with a function that puts a message for it into the mux.
+func muxStream(t *testing.T, conn *fakeTransport, c *Client) (*Stream, func(data []byte)) {
+	t.Helper()
+	s, err := c.Open(t.Context(), "subject", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	return s, func(data []byte) { conn.receive(&nats.Msg{Subject: s.session.reply, Data: data}) }
+}
+
+// TestMuxCounts: each kind of message that is dropped is counted where it belongs, and no other stream is touched.
+func TestMuxCounts(t *testing.T) {
+	conn := newFakeTransport()
+	c := fakeClient(t, conn, ClientParams{})
+	s, deliver := muxStream(t, conn, c)
+	deliver(testPacket(7, 0, testData("a")))
+	for _, step := range []struct {
+		what  string
+		data  []byte
+		count func(*Stats) *uint64
+	}{
+		{"a duplicate", testPacket(7, 0, testData("a")), func(s *Stats) *uint64 { return &s.DroppedDuplicate }},
+		{"a foreign packet", testPacket(8, 1, testData("x")), func(s *Stats) *uint64 { return &s.DroppedForeign }},
+		{"a foreign control packet", testPacketFlags(0, 8, 1, Frame{Type: FrameReset, Code: 4000}), func(s *Stats) *uint64 { return &s.DroppedForeign }},
+		{"JSON", []byte(`{"type":2,"closeError":{"Code":1000,"Text":""}}`), func(s *Stats) *uint64 { return &s.DroppedForeign }},
+		{"text", []byte("hello"), func(s *Stats) *uint64 { return &s.DroppedForeign }},
+		{"half a header", []byte{PacketMagic, 0x11, 0}, func(s *Stats) *uint64 { return &s.DroppedMalformed }},
+		{"half a control header", []byte{PacketMagic, 0x10, 0}, func(s *Stats) *uint64 { return &s.DroppedMalformed }},
+		{"the magic alone", []byte{PacketMagic}, func(s *Stats) *uint64 { return &s.DroppedMalformed }},
+	} {
+		want := c.Stats()
+		*step.count(&want)++
+		deliver(step.data)
+		if got := c.Stats(); got != want {
+			t.Errorf("%s: counters\n%+v, want\n%+v", step.what, got, want)
+		}
+	}
+	want := c.Stats()
+	want.DroppedUnknown++
+	conn.receive(&nats.Msg{Subject: c.ep.prefix + "~1m5I00000000000", Data: testPacket(7, 0, testData("x"))})
+	if got := c.Stats(); got != want {
+		t.Errorf("an unknown token: counters\n%+v, want\n%+v", got, want)
+	}
+	deliver(testPacket(7, 1, testData("b"), Frame{Type: FrameClose, Code: CloseNormalClosure}))
+	for _, want := range []string{"a", "b"} {
+		if rec, err := s.Recv(); string(rec) != want || err != nil {
+			t.Errorf("%q, %v; want %q", rec, err, want)
+		}
+	}
+	if _, err := s.Recv(); err != io.EOF {
+		t.Error(err)
+	}
+}
+
+// TestMuxNothingAfterTheEnd: a fallback peer overran the limit; the reader frees room before the stream is taken out
+// of the mux. It must not see a record from behind the one that was dropped.
+func TestMuxNothingAfterTheEnd(t *testing.T) {
+	conn := newFakeTransport()
+	c := fakeClient(t, conn, ClientParams{FallbackBuffer: 60})
+	s, deliver := muxStream(t, conn, c)
+	message := func(rec string) []byte { return appendJSONData(nil, []byte(rec)) } // 24 bytes each
+	// The outbox is kept busy, so that the stream stays registered.
+	busy, idle := make(chan struct{}), make(chan struct{})
+	conn.published = func(string, string, []byte) error { close(busy); <-idle; return nil }
+	other := &session{ep: c.ep, peer: "other"}
+	other.bucket.init(1, 1)
+	other.mark(workCredit)
+	<-busy
+	defer close(idle)
+
+	for _, rec := range []string{"a", "b", "lost"} {
+		deliver(message(rec))
+	}
+	for _, want := range []string{"a", "b"} {
+		rec, err := s.Recv()
+		if string(rec) != want || err != nil {
+			t.Fatalf("%q, %v; want %q", rec, err, want)
+		}
+		deliver(message("late"))
+	}
+	rec, err := s.Recv()
+	ce, ok := errors.AsType[*CloseError](err)
+	if !ok || ce.Code != CloseTooSlow {
+		t.Fatalf("%q, %v; want close %d", rec, err, CloseTooSlow)
+	}
+}

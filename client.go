@@ -1,0 +1,198 @@
+package stream
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/nats-io/nats.go"
+	"github.com/natsstream/stream/concurrency"
+)
+
+// RequestChanLen is the buffer of the channel that OpenStream returns.
+const RequestChanLen = 16
+
+// ClientParams configure a Client. The zero value of every field but Conn means the default its comment names.
+type ClientParams struct {
+	// Conn is the connection to use. The client neither closes nor drains it.
+	Conn *nats.Conn
+	// Codec is how Open and OpenMsg ask producers to encode objects: MsgPack by default. OpenStream always asks for
+	// JSON.
+	Codec Codec
+	// Window is the most bytes one stream's producer may be ahead of its reader, rounded down to a power of two;
+	// 4 MiB by default. A stream begins with at most 256 KiB and grows when it is used up. One packet may exceed it.
+	Window int
+	// MaxBuffered is the same for all streams together: 64 MiB by default. When it is reached, windows no longer
+	// grow and new streams begin with less, at least 4 KiB each.
+	MaxBuffered int
+	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
+	MaxRecordSize int
+	// FallbackBuffer is the most bytes that a producer which speaks only the JSON fallback, and so cannot be told to
+	// wait, may be ahead of its reader: 64 MiB by default. Beyond it that stream ends with CloseTooSlow.
+	FallbackBuffer int
+}
+
+func (p ClientParams) withDefaults() (ClientParams, error) {
+	if p.Codec > MsgPack {
+		return p, fmt.Errorf("stream: ClientParams.Codec %d is unknown: use JSON, MsgPack or the zero value", p.Codec)
+	}
+	for _, f := range []struct {
+		name  string
+		field *int
+		value int
+		min   int
+	}{
+		{"Window", &p.Window, defaultWindow, minWindow},
+		{"MaxBuffered", &p.MaxBuffered, defaultMaxBuffered, minWindow},
+		{"MaxRecordSize", &p.MaxRecordSize, 16 << 20, 1},
+		{"FallbackBuffer", &p.FallbackBuffer, fallbackLimit, 1},
+	} {
+		if *f.field == 0 {
+			*f.field = f.value
+		}
+		if *f.field < f.min {
+			return p, fmt.Errorf("stream: ClientParams.%s is %d bytes: it must be at least %d, or 0 for %d", f.name, *f.field, f.min, f.value)
+		}
+	}
+	return p, nil
+}
+
+// Client opens streams over one NATS connection, and makes writers for requests that arrived on it. All its streams
+// share one wildcard subscription. It is safe for use by many goroutines at once. Close it when it is no longer used;
+// several clients may share a connection.
+type Client struct {
+	Conn *nats.Conn // as given to NewClient; do not change
+
+	ep    *endpoint
+	codec Codec
+}
+
+// NewClient returns a client on params.Conn, which must be open. Errors: nats.ErrInvalidConnection for a nil
+// connection, that of the subscription, or what is wrong with params.
+func NewClient(params ClientParams) (*Client, error) {
+	if params.Conn == nil {
+		return nil, nats.ErrInvalidConnection
+	}
+	params, err := params.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	ep, err := newEndpoint(natsTransport{params.Conn}, params.Conn.Opts.InboxPrefix, params)
+	if err != nil {
+		return nil, err
+	}
+	if params.Codec == CodecDefault {
+		params.Codec = MsgPack
+	}
+	return &Client{Conn: params.Conn, ep: ep, codec: params.Codec}, nil
+}
+
+// Close ends all streams of the client with ErrClientClosed, tells their producers, and returns when the client's
+// goroutines have ended. The connection stays open. It never fails, and closing again does nothing.
+func (c *Client) Close() error {
+	c.ep.close()
+	return nil
+}
+
+// Open sends data to subj as the request of a new stream and returns the stream. It does not wait for the producer:
+// the first Recv does, and returns nats.ErrNoResponders at once if nobody listens on subj. data may be reused at once.
+//
+// The stream lives until its end was received, ctx ends, or it is closed; one of these must happen. Errors: that of
+// an ended ctx, nats.ErrInvalidContext for a nil one, nats.ErrBadSubject, nats.ErrMaxPayload,
+// nats.ErrConnectionClosed, nats.ErrConnectionDraining, ErrClientClosed. Then nothing was sent and nothing is kept.
+func (c *Client) Open(ctx context.Context, subj string, data []byte) (*Stream, error) {
+	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, c.codec)
+}
+
+// OpenMsg is Open with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not changed.
+func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
+	if msg == nil {
+		return nil, nats.ErrInvalidMsg
+	}
+	return c.open(ctx, msg, c.codec)
+}
+
+// headerOpen carries the offer to producers that cannot read it in the reply subject; docs/PROTOCOL.md section 2.2.
+const headerOpen = "Stream-Open"
+
+func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream, error) {
+	if ctx == nil {
+		return nil, nats.ErrInvalidContext
+	}
+	if ctx.Err() != nil {
+		return nil, contextError(ctx)
+	}
+	ep := c.ep
+	switch {
+	case ep.draining.Load():
+		return nil, nats.ErrConnectionDraining
+	case !validSubject(msg.Subject):
+		return nil, fmt.Errorf("stream: cannot open %q: %w", msg.Subject, nats.ErrBadSubject)
+	}
+	if size, max := requestSize(msg), ep.maxPayload.Load(); size > max {
+		return nil, fmt.Errorf("stream: request of %d bytes, the server takes %d: %w", size, max, nats.ErrMaxPayload)
+	}
+	return ep.open(ctx, msg, codec)
+}
+
+// requestSize is what a request counts against the server's max_payload: its data and its header, which is
+// "NATS/1.0", a line for each value and an empty line.
+func requestSize(msg *nats.Msg) int64 {
+	const eol = len("\r\n")
+	n := len("NATS/1.0") + eol + len(headerOpen) + len(": ") + OfferSize + eol + eol + len(msg.Data)
+	for key, values := range msg.Header {
+		for _, v := range values {
+			n += len(key) + len(": ") + len(v) + eol
+		}
+	}
+	return int64(n)
+}
+
+// validSubject reports whether a request can be published to subject.
+func validSubject(subject string) bool {
+	if subject == "" || strings.ContainsAny(subject, " \t\r\n") {
+		return false
+	}
+	for token := range strings.SplitSeq(subject, ".") {
+		if token == "" || token == "*" || token == ">" {
+			return false
+		}
+	}
+	return true
+}
+
+// OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the
+// producer writes with WriteObject arrive as JSON. Normal closure closes the channel; any other end first delivers
+// one result with the error; when ctx ends the channel is closed at once. A caller that stops reading must end ctx.
+// Errors are those of Open.
+func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
+	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, JSON)
+	if err != nil {
+		return nil, err
+	}
+	ch := make(chan *concurrency.AsyncResult[[]byte], RequestChanLen)
+	go forward(ctx, s, ch)
+	return ch, nil
+}
+
+// forward is the goroutine of one OpenStream. It ends with the stream or with ctx.
+func forward(ctx context.Context, s *Stream, ch chan<- *concurrency.AsyncResult[[]byte]) {
+	defer close(ch)
+	defer s.Close()
+	var slab results
+	for {
+		value, err := s.Recv()
+		if err == io.EOF || ctx.Err() != nil {
+			return
+		}
+		select {
+		case ch <- slab.next(value, err):
+		case <-ctx.Done():
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
+}

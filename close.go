@@ -1,0 +1,144 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+// Close codes, after RFC 6455 section 7.4 where the meaning is the same. The codes from 4000 on are this library's.
+// A producer may end a stream with any code from 1000 to 5999; docs/PROTOCOL.md section 10 lists those with a meaning.
+const (
+	CloseNormalClosure     = 1000 // everything was sent; the reader sees io.EOF
+	CloseGoingAway         = 1001 // the peer, or this client, is shutting down
+	CloseProtocolError     = 1002 // the peer broke a rule of the protocol
+	CloseUnsupportedData   = 1003 // bytes that are no packet, frame or message of this protocol
+	CloseAbnormalClosure   = 1006 // the connection or the peer was lost before the stream ended
+	CloseMessageTooBig     = 1009 // a record larger than MaxRecordSize
+	CloseTryAgainLater     = 1013 // the server has as many streams as it takes
+	CloseBadRequest        = 4000 // the request made no sense to the producer
+	CloseCanceled          = 4001 // the consumer stopped before the end
+	CloseDeadlineExceeded  = 4008 // the consumer's deadline passed
+	CloseTooSlow           = 4029 // a reader fell behind a producer that cannot be told to wait
+	CloseInternalServerErr = 5000 // the producer failed
+)
+
+// CloseError is the end of a stream with a close code: what the peer sent, or what this end found out about it.
+// It marshals to the JSON of the original protocol, {"Code":1000,"Text":""}.
+type CloseError struct {
+	Code int
+	Text string
+}
+
+// Error returns "nats stream: close 1006 (abnormal closure): text".
+func (e *CloseError) Error() string {
+	s := "nats stream: close " + strconv.Itoa(e.Code)
+	if name := closeName(e.Code); name != "" {
+		s += " (" + name + ")"
+	}
+	if e.Text != "" {
+		s += ": " + e.Text
+	}
+	return s
+}
+
+// Is reports whether target is a *CloseError with the same code and, unless target's text is empty, the same text,
+// so that errors.Is(err, &CloseError{Code: CloseBadRequest}) asks for the code alone.
+func (e *CloseError) Is(target error) bool {
+	t, ok := target.(*CloseError)
+	return ok && t != nil && t.Code == e.Code && (t.Text == "" || t.Text == e.Text)
+}
+
+func closeName(code int) string {
+	switch code {
+	case CloseNormalClosure:
+		return "normal"
+	case CloseGoingAway:
+		return "going away"
+	case CloseProtocolError:
+		return "protocol error"
+	case CloseUnsupportedData:
+		return "unsupported data"
+	case CloseAbnormalClosure:
+		return "abnormal closure"
+	case CloseMessageTooBig:
+		return "message too big"
+	case CloseTryAgainLater:
+		return "try again later"
+	case CloseBadRequest:
+		return "bad request"
+	case CloseCanceled:
+		return "canceled"
+	case CloseDeadlineExceeded:
+		return "deadline exceeded"
+	case CloseTooSlow:
+		return "too slow"
+	case CloseInternalServerErr:
+		return "internal server error"
+	}
+	return ""
+}
+
+// Errors of this end: no bytes of the peer are behind them.
+var (
+	// ErrConcurrentRecv is returned by a read of a Stream while another goroutine's read is under way. Give a stream
+	// one reader, or lock around its reads.
+	ErrConcurrentRecv = errors.New("stream: concurrent read: a Stream has one reader at a time")
+	// ErrClosed is returned by reads of a Stream after its Close, and by writes to a Writer after its Close.
+	ErrClosed = errors.New("stream: use of a closed stream")
+	// ErrClientClosed is returned by Open, and by writers made from the client, after Client.Close.
+	ErrClientClosed = errors.New("stream: client is closed")
+	// ErrRecordTooLarge is returned by writes of a record larger than MaxRecordSize, or than one NATS message where
+	// the peer speaks only the JSON fallback, which cannot cut it. Nothing of the record was sent; the writer goes on.
+	ErrRecordTooLarge = errors.New("stream: record too large")
+	// ErrCloseCode is returned by CloseWithCode for a code outside 1000–5999. Nothing was sent; call it again with
+	// one that fits.
+	ErrCloseCode = errors.New("stream: invalid close code")
+)
+
+// connectionLost is what streams end with when the connection is closed for good under them.
+func connectionLost(cause error) error {
+	return fmt.Errorf("%w: %w", &CloseError{Code: CloseAbnormalClosure, Text: "connection lost"}, cause)
+}
+
+// protocolError ends a stream whose peer sent what this end cannot take.
+func protocolError(code int, format string, args ...any) *CloseError {
+	return &CloseError{Code: code, Text: fmt.Sprintf(format, args...)}
+}
+
+// contextError is the error of a call whose context ended: ctx.Err(), with the cause in front where the owner of the
+// context gave one. errors.Is finds both.
+func contextError(ctx context.Context) error {
+	err, cause := ctx.Err(), context.Cause(ctx)
+	switch {
+	case cause == nil:
+		return err
+	case errors.Is(cause, err): // it says as much, or more
+		return cause
+	}
+	return fmt.Errorf("%w: %w", cause, err)
+}
+
+// closeReason joins and checks what CloseWithCode was given. The reason is for people to read, often an error's text:
+// it is cut and mended where it does not fit, so that the end of a stream never fails because of it.
+func closeReason(code int, text []string) (string, error) {
+	if code < minCloseCode || code > maxCloseCode {
+		return "", fmt.Errorf("%w: %d is not in %d–%d", ErrCloseCode, code, minCloseCode, maxCloseCode)
+	}
+	return cutReason(strings.Join(text, " "), MaxReason), nil
+}
+
+// cutReason returns s as valid UTF-8 of at most n bytes.
+func cutReason(s string, n int) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	if len(s) <= n {
+		return s
+	}
+	for !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
+}

@@ -1,0 +1,344 @@
+package stream
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+	randv2 "math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nuid"
+	"github.com/puzpuzpuz/xsync/v3"
+)
+
+// endpoint is what all streams of one Client share: the mux (one wildcard subscription that hands each packet to its
+// stream), the outbox (one goroutine that does all publishing; outbox.go) and one goroutine that watches the
+// connection. Its goroutines are started by newEndpoint and have ended when close returns.
+type endpoint struct {
+	conn   transport
+	prefix string // of every reply subject, up to and including the dot before the token
+
+	window    uint64 // upper bound of one stream's window, bytes, a power of two
+	maxRecord int
+	fallback  uint64 // bytes a fallback peer may pile up
+	budget    int64  // for all windows together
+	reserved  atomic.Int64
+
+	sessions *xsync.MapOf[string, *session] // by token
+	outbox   outbox
+	counters counters
+
+	// What the connection said last.
+	maxPayload atomic.Int64
+	draining   atomic.Bool
+
+	unsubscribe func()
+	stopWatch   func()
+	watched     chan struct{} // closed when the watcher has ended
+	closeOnce   sync.Once
+	gone        atomic.Pointer[ending] // why there are no new streams: closed, or the connection is
+	ctx         context.Context        // parent of every writer's; ends with gone
+	cancel      context.CancelCauseFunc
+}
+
+// session is one stream as one end sees it: what the mux finds under the stream's token.
+type session struct {
+	ep     *endpoint
+	reply  string // this end's subject: prefix and token. Empty until the session is registered
+	bucket bucket
+	writer *Writer // send half; nil on a consumer's side
+	stream *Stream // what reads; nil on a producer's side
+	sender uint16  // this end's sender number
+
+	end atomic.Pointer[ending] // set once, by whoever ends the stream first
+
+	// The outbox's queue. pending holds what is to be done; a session is queued exactly while it is not zero.
+	pending atomic.Uint32
+	next    *session
+
+	// Owned by the outbox once the session is marked.
+	peer     string    // subject of the other end; a consumer learns it from the producer's first packet
+	request  *nats.Msg // what opens the stream, until it is published
+	held     uint32    // work that waits for the connection; not zero while in outbox.held
+	finished bool
+}
+
+// ending says how a stream ended.
+type ending struct {
+	err  error
+	now  bool       // also for records that arrived already: they are not delivered
+	tell CloseError // the RESET that tells the peer; code 0 where it knows
+}
+
+// inboxPrefix starts every reply subject unless the connection has an inbox prefix of its own.
+const inboxPrefix = "_SINBOX"
+
+func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error) {
+	if inbox == "" {
+		inbox = inboxPrefix
+	}
+	ep := &endpoint{
+		conn:      conn,
+		prefix:    inbox + "." + nuid.Next() + ".",
+		window:    floorPow2(uint64(p.Window)),
+		maxRecord: p.MaxRecordSize,
+		fallback:  uint64(p.FallbackBuffer),
+		budget:    int64(p.MaxBuffered),
+		sessions:  xsync.NewMapOf[string, *session](),
+		watched:   make(chan struct{}),
+	}
+	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
+	ep.outbox.init(ep)
+	unsubscribe, err := conn.subscribe(ep.prefix+"*", ep.receive)
+	if err != nil {
+		return nil, fmt.Errorf("stream: subscribe to %s*: %w", ep.prefix, err)
+	}
+	ep.unsubscribe = unsubscribe
+	changes, stop := conn.statusChanges()
+	ep.stopWatch = sync.OnceFunc(stop)
+	ep.maxPayload.Store(conn.maxPayload())
+	go ep.outbox.run()
+	go ep.watch(conn.status(), changes)
+	return ep, nil
+}
+
+// receive is the mux: the callback of the wildcard subscription, called for one message after the other. It finds the
+// stream and hands it the packet. It decodes no frame, allocates nothing, takes no lock, blocks on nothing and
+// publishes nothing: what one stream makes it do must not cost the others.
+func (ep *endpoint) receive(m *nats.Msg) {
+	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
+	if !ok {
+		ep.receiveUnknown(m)
+		return
+	}
+	if s.end.Load() != nil { // on its way out of the map
+		ep.receiveUnknown(m)
+		return
+	}
+	data := m.Data
+	if len(data) == 0 || data[0] != PacketMagic {
+		ep.receiveJSON(s, m)
+		return
+	}
+	if len(data) >= 2 && data[1]&byte(PacketSeq) == 0 {
+		ep.receiveControl(s, m)
+		return
+	}
+	v, err := s.bucket.accept(data)
+	if v != accepted {
+		ep.refuse(s, v, err)
+		return
+	}
+	if m.Reply != "" || data[1]&byte(PacketAck) != 0 {
+		ep.outbox.deliver(control{session: s, reply: m.Reply, ack: data[1]&byte(PacketAck) != 0})
+	}
+}
+
+// receiveUnknown takes a message for a token that is not, or no longer, in use. Where the sender can be reached, it is
+// told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 5.
+func (ep *endpoint) receiveUnknown(m *nats.Msg) {
+	ep.counters.unknown.Add(1)
+	if m.Reply == "" {
+		return
+	}
+	if h, _, err := ParsePacketHeader(m.Data); err == nil {
+		ep.outbox.deliver(control{reply: m.Reply, sender: h.Sender})
+	}
+}
+
+// receiveControl checks a packet without sequence number and leaves it to the outbox, where its frames are acted on.
+func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
+	v, err := s.bucket.acceptControl(m.Data, s.sender)
+	if v != accepted {
+		ep.refuse(s, v, err)
+		return
+	}
+	if !ep.outbox.deliver(control{session: s, reply: m.Reply, packet: m.Data}) {
+		ep.counters.overrun.Add(1)
+	}
+}
+
+func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
+	if len(m.Data) == 0 {
+		// NATS says that nobody listens, docs/PROTOCOL.md section 9. Once a producer answered, that is news about
+		// somebody else.
+		if m.Header.Get("Status") == "503" {
+			if s.bucket.mode == modeUnbound {
+				s.endFromMux(&ending{err: nats.ErrNoResponders})
+			}
+			return
+		}
+		ep.refuse(s, violation, protocolError(CloseUnsupportedData, "empty message"))
+		return
+	}
+	if s.stream == nil { // a consumer that is sent packets answers in packets: this is somebody else
+		ep.refuse(s, foreign, nil)
+		return
+	}
+	if v, err := s.bucket.acceptJSON(m.Data, ep.fallback); v != accepted {
+		ep.refuse(s, v, err)
+	}
+}
+
+// refuse counts what was not accepted, and ends the stream where it cannot go on.
+func (ep *endpoint) refuse(s *session, v verdict, err *CloseError) {
+	switch v {
+	case duplicate:
+		ep.counters.duplicate.Add(1)
+	case foreign:
+		ep.counters.foreign.Add(1)
+	case malformed:
+		ep.counters.malformed.Add(1)
+	case violation:
+		s.endFromMux(&ending{err: err, tell: *err})
+	}
+}
+
+// endFromMux ends the stream for its reader after what has arrived. The outbox does the rest.
+func (s *session) endFromMux(e *ending) {
+	if s.end.CompareAndSwap(nil, e) {
+		s.bucket.park.wake()
+		s.mark(workEnd)
+	}
+}
+
+// finish ends the stream for both halves and takes its token out of the mux. It reports whether it was the first to.
+// Called by anyone but the mux, which must not wait for the map's lock.
+func (s *session) finish(e *ending) bool {
+	first := s.end.CompareAndSwap(nil, e)
+	s.unregister()
+	if first {
+		s.bucket.park.wake()
+		if s.writer != nil {
+			s.writer.cancel(e.err)
+		}
+		if s.stream != nil && e.now {
+			s.stream.release(e.err)
+		}
+		s.mark(workEnd)
+	}
+	return first
+}
+
+// done ends the session after its last packet was published, from within the outbox.
+func (s *session) done() {
+	s.end.CompareAndSwap(nil, &ending{err: ErrClosed})
+	s.finished = true
+	s.unregister()
+	s.writer.cancel(ErrClosed)
+}
+
+// register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer.
+func (ep *endpoint) register(s *session, offer Token) error {
+	buf := make([]byte, 0, len(ep.prefix)+TokenSize)
+	buf = append(buf, ep.prefix...)
+	var id [8]byte
+	rand.Read(id[:])
+	offer.ID = binary.BigEndian.Uint64(id[:])
+	s.reply = string(AppendToken(buf, offer))
+	ep.sessions.Store(s.token(), s)
+	// Whoever ends the endpoint sets gone first and visits the sessions afterwards: either it sees this one, or
+	// this sees gone.
+	if e := ep.gone.Load(); e != nil {
+		s.unregister()
+		return e.err
+	}
+	return nil
+}
+
+func (s *session) token() string { return s.reply[len(s.ep.prefix):] }
+
+func (s *session) unregister() {
+	if s.reply != "" {
+		s.ep.sessions.Delete(s.token())
+	}
+}
+
+// newSender returns a random number for a send half. It tells two answers to one request apart; it is no secret.
+func newSender() uint16 { return uint16(randv2.Uint32()) }
+
+// reserve takes a first window for a stream out of the budget: want bytes, or the largest half, quarter, … of it that
+// is left. Below minWindow a stream would crawl, so that much is given in any case.
+func (ep *endpoint) reserve(want uint64) uint64 {
+	for ; want > minWindow; want /= 2 {
+		if ep.grow(want) {
+			return want
+		}
+	}
+	ep.reserved.Add(int64(want))
+	return want
+}
+
+// grow takes n more bytes out of the budget, if they are there.
+func (ep *endpoint) grow(n uint64) bool {
+	if ep.reserved.Add(int64(n)) > ep.budget {
+		ep.reserved.Add(-int64(n))
+		return false
+	}
+	return true
+}
+
+// watch follows the connection's status until the endpoint is closed or the connection is. A connection that drains
+// still takes what is published, until its subscriptions are gone.
+func (ep *endpoint) watch(status nats.Status, changes <-chan nats.Status) {
+	defer close(ep.watched)
+	defer ep.stopWatch()
+	for ok := true; ok; status, ok = <-changes {
+		switch status {
+		case nats.CONNECTED:
+			ep.maxPayload.Store(ep.conn.maxPayload())
+			ep.outbox.up.Store(true)
+			ep.outbox.park.wake()
+		case nats.DRAINING_SUBS:
+			ep.draining.Store(true)
+		case nats.CLOSED:
+			ep.lost()
+			return
+		default:
+			ep.outbox.up.Store(false)
+		}
+	}
+}
+
+// lost ends every stream because the connection is closed for good, and the outbox with them. Records that arrived can
+// still be read.
+func (ep *endpoint) lost() {
+	ep.outbox.up.Store(false)
+	ep.endAll(&ending{err: connectionLost(nats.ErrConnectionClosed)})
+	ep.outbox.stop()
+}
+
+func (ep *endpoint) endAll(e *ending) {
+	ep.gone.CompareAndSwap(nil, e)
+	ep.cancel(e.err)
+	ep.sessions.Range(func(_ string, s *session) bool {
+		s.finish(e)
+		return true
+	})
+}
+
+// close ends every stream, tells their peers, and returns when the endpoint's goroutines have ended.
+func (ep *endpoint) close() {
+	ep.closeOnce.Do(func() {
+		ep.endAll(&ending{err: ErrClientClosed, now: true, tell: CloseError{CloseGoingAway, "client closed"}})
+		ep.unsubscribe() // first: whoever sends a first packet meanwhile is told that its stream is gone
+		ep.outbox.stop()
+		ep.stopWatch()
+		<-ep.watched
+	})
+}
+
+// reasonLimit is the longest reason that a message has room for.
+func (ep *endpoint) reasonLimit() int {
+	return max(0, min(MaxReason, int(ep.maxPayload.Load())-PacketHeaderSize-FrameHeaderSize))
+}
+
+// lastToken returns the last token of a subject.
+func lastToken(subject string) string { return subject[strings.LastIndexByte(subject, '.')+1:] }
+
+func floorPow2(n uint64) uint64 { return 1 << (bits.Len64(n) - 1) }

@@ -1,0 +1,83 @@
+package stream
+
+import (
+	"sync"
+
+	"github.com/natsstream/stream/concurrency"
+)
+
+// Buffers of the send side come from pools, one for each size class. A packet belongs to the Writer that opened it
+// from getPacket until the outbox gives it back with putPacket: after it was acknowledged, or after its writer ended.
+// Nobody else ever gives one back, so a packet that is being published cannot be reused under the publisher.
+// Received packets are never pooled: they are NATS's own buffers and the user's records are sub-slices of them.
+
+// Packet sizes. A coalescing packet grows to coalesceSize; a record that does not fit it travels alone in a packet of
+// up to singleSize; what is larger still is cut into pieces (docs/PROTOCOL.md section 6).
+const (
+	coalesceSize = 32 << 10
+	singleSize   = 256<<10 + PacketHeaderSize + FrameHeaderSize
+)
+
+// packetClasses are the buffer sizes. An idle stream's lone record must not pin 32 KiB until it is acknowledged, and a
+// stream under load should reach 32 KiB in few steps.
+var packetClasses = [...]int{512, 4 << 10, coalesceSize, singleSize}
+
+// unpooled marks a buffer larger than every class: a JSON fallback message, left to the garbage collector.
+const unpooled = int8(-1)
+
+// packet is one NATS payload under way.
+type packet struct {
+	buf   []byte // full capacity while open; cut to what was written when sealed
+	class int8   // index into packetClasses, or unpooled
+	free  bool   // set while in the pool, so that a double return is caught where it happens
+}
+
+var packetPools [len(packetClasses)]sync.Pool
+
+// getPacket returns a packet with room for at least n bytes.
+func getPacket(n int) *packet {
+	for c, size := range packetClasses {
+		if n > size {
+			continue
+		}
+		if p, _ := packetPools[c].Get().(*packet); p != nil {
+			p.free = false
+			return p
+		}
+		return &packet{buf: make([]byte, size), class: int8(c)}
+	}
+	return &packet{buf: make([]byte, n), class: unpooled}
+}
+
+// putPacket gives p back. It panics on a second return of the same packet: that is two owners of one buffer, and what
+// follows would be one stream's records in another's packet.
+func putPacket(p *packet) {
+	if p.free {
+		panic("stream: packet returned to the pool twice")
+	}
+	p.free = true
+	if p.class == unpooled {
+		return
+	}
+	p.buf = p.buf[:packetClasses[p.class]]
+	packetPools[p.class].Put(p)
+}
+
+// resultSlab is how many AsyncResults one allocation of OpenStream's channel holds. They are never reused, so a caller
+// may keep them; keeping one keeps its slab.
+const resultSlab = 64
+
+// results hands out AsyncResults from slabs. One goroutine owns it.
+type results struct {
+	slab []concurrency.AsyncResult[[]byte]
+}
+
+func (r *results) next(value []byte, err error) *concurrency.AsyncResult[[]byte] {
+	if len(r.slab) == 0 {
+		r.slab = make([]concurrency.AsyncResult[[]byte], resultSlab)
+	}
+	res := &r.slab[0]
+	r.slab = r.slab[1:]
+	res.Value, res.Err = value, err
+	return res
+}

@@ -1,0 +1,849 @@
+package stream_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream"
+)
+
+// Bytes from a stranger. Whoever can publish to a reply subject can send anything: random bytes, packets of another
+// stream, JSON of every wrong shape. The stream they hit ends with an error that has a close code, or they are dropped
+// and counted. Nothing panics, no memory is taken because a length field says so, and no other stream notices.
+
+// rawPacket returns a packet with the given frames.
+func rawPacket(flags stream.PacketFlags, sender uint16, seq uint32, frames ...stream.Frame) []byte {
+	b := stream.AppendPacketHeader(nil, stream.PacketHeader{Flags: flags, Sender: sender, Seq: seq})
+	for _, f := range frames {
+		b = stream.AppendFrame(b, f)
+	}
+	return b
+}
+
+func rawData(s string) stream.Frame {
+	return stream.Frame{Type: stream.FrameData, Payload: []byte(s)}
+}
+
+func rawMore(s string) stream.Frame {
+	return stream.Frame{Type: stream.FrameData, Flags: stream.FlagMore, Payload: []byte(s)}
+}
+
+func rawClose(code uint16) stream.Frame { return stream.Frame{Type: stream.FrameClose, Code: code} }
+func rawReset(code uint16) stream.Frame { return stream.Frame{Type: stream.FrameReset, Code: code} }
+func rawPing() stream.Frame             { return stream.Frame{Type: stream.FramePing} }
+
+func rawCredit(c stream.Credit) stream.Frame {
+	return stream.Frame{Type: stream.FrameCredit, Payload: stream.AppendCredit(nil, c)}
+}
+
+// rawRequests subscribes to a new subject and returns it. The requests that come are answered by the test.
+func rawRequests(t testing.TB, p *pair) (string, *nats.Subscription) {
+	t.Helper()
+	subject := nats.NewInbox()
+	sub, err := p.producer.Conn.SubscribeSync(subject)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.producer.Conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = sub.Unsubscribe() })
+	return subject, sub
+}
+
+func nextRequest(t testing.TB, sub *nats.Subscription) *nats.Msg {
+	t.Helper()
+	m, err := sub.NextMsg(patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// rawStream opens a stream whose producer is the test, and returns its reply subject and the connection to answer on.
+func rawStream(t testing.TB, p *pair) (*stream.Stream, string, *nats.Conn) {
+	t.Helper()
+	subject, requests := rawRequests(t, p)
+	s := open(t, p.consumer, subject)
+	return s, nextRequest(t, requests).Reply, p.producer.Conn
+}
+
+// rawPublish publishes messages, byte for byte, and returns when the server has them.
+func rawPublish(t testing.TB, nc *nats.Conn, subject string, messages ...[]byte) {
+	t.Helper()
+	for _, m := range messages {
+		if err := nc.Publish(subject, m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := nc.FlushTimeout(patience); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// rawInbox returns a reply subject as a consumer makes it, with a window of 32 packets and 256 KiB.
+func rawInbox() string {
+	token := stream.Token{Codec: stream.MsgPack, LogPackets: 5, LogBytes: 18, ID: rand.Uint64()}
+	return string(stream.AppendToken([]byte("_SINBOX.WzMBDEFgQTDaRKtrDRD6kp."), token))
+}
+
+// outcome is what becomes of a stranger's message.
+type outcome struct {
+	code    int                          // the stream ends with this close code; 0 if it goes on
+	records []string                     // delivered from the message
+	count   func(*stream.Stats) *uint64  // counted here; nil if not dropped
+	seq     uint32                       // sequence numbers it used up, where the stream goes on
+	end     *stream.CloseError           // instead of code
+	check   func(*testing.T, error) bool // instead of code
+}
+
+func foreign(s *stream.Stats) *uint64   { return &s.DroppedForeign }
+func malformed(s *stream.Stats) *uint64 { return &s.DroppedMalformed }
+func duplicate(s *stream.Stats) *uint64 { return &s.DroppedDuplicate }
+
+var (
+	ends1003 = &outcome{code: stream.CloseUnsupportedData}
+	ends1002 = &outcome{code: stream.CloseProtocolError}
+	// A message whose header cannot be read.
+	headerFirst, headerBound = ends1003, &outcome{count: malformed}
+	// A message of the fallback.
+	jsonBound = &outcome{count: foreign}
+)
+
+// stranger is one message to a stream's reply subject.
+type stranger struct {
+	name    string
+	message func(seq uint32) []byte // seq is the number that is next
+	first   *outcome                // where it is the first message of the stream; nil: not tried
+	bound   *outcome                // where a packet of sender 7 came before
+}
+
+func fixed(b []byte) func(uint32) []byte { return func(uint32) []byte { return b } }
+
+// framesOf returns a packet of sender 7 with the bytes of frames behind a whole record.
+func framesOf(frames ...byte) func(uint32) []byte {
+	return func(seq uint32) []byte { return append(rawPacket(stream.PacketSeq, 7, seq, rawData("b")), frames...) }
+}
+
+func strangers() []stranger {
+	var all []stranger
+	add := func(name string, message func(uint32) []byte, first, bound *outcome) {
+		all = append(all, stranger{name, message, first, bound})
+	}
+
+	// Packet headers.
+	add("empty", fixed(nil), ends1003, ends1003)
+	add("magic alone", fixed([]byte{0xF5}), headerFirst, headerBound)
+	for name, first := range map[string]byte{"version 0": 0x01, "version 2": 0x21, "version 15": 0xF1,
+		"envelope": 0x15, "reserved flag": 0x19, "all flags": 0x1F} {
+		for _, control := range []byte{0, 1} {
+			add(fmt.Sprintf("%s, control %d", name, control), func(seq uint32) []byte {
+				b := rawPacket(stream.PacketSeq, 7, seq, rawData("x"))
+				b[1] = first &^ control
+				return b
+			}, headerFirst, headerBound)
+		}
+	}
+	whole := func(seq uint32) []byte {
+		return rawPacket(stream.PacketSeq, 7, seq, rawData("b"), rawData("cc"), stream.Frame{Type: 200, Flags: 255, Code: 9, Payload: []byte("?")})
+	}
+	const endB, endC, endSkip = 8 + 8 + 1, 8 + 8 + 1 + 8 + 2, 8 + 8 + 1 + 8 + 2 + 8 + 1
+	for n := 1; n <= len(whole(0)); n++ {
+		cut := func(seq uint32) []byte { return whole(seq)[:n] }
+		name := fmt.Sprintf("packet cut after %d bytes", n)
+		var o outcome
+		if n >= endB {
+			o.records = append(o.records, "b")
+		}
+		if n >= endC {
+			o.records = append(o.records, "cc")
+		}
+		switch n {
+		default:
+			o.code = stream.CloseUnsupportedData
+		case 8: // a packet has at least one frame
+			o.code = stream.CloseProtocolError
+		case endB, endC, endSkip:
+			o.seq = 1
+		}
+		if n < 8 {
+			add(name, cut, headerFirst, headerBound)
+		} else {
+			add(name, cut, &o, &o)
+		}
+	}
+
+	// Frames.
+	bad := &outcome{code: stream.CloseUnsupportedData, records: []string{"b"}}
+	broken := &outcome{code: stream.CloseProtocolError, records: []string{"b"}}
+	frame := func(name string, o *outcome, frames ...byte) { add(name, framesOf(frames...), o, o) }
+	for _, typ := range []byte{1, 2, 3, 4, 5, 6, 7, 127, 0, 128, 255} {
+		for _, length := range []uint32{1, 1 << 16, 1 << 30, 1<<31 - 1, 1 << 31, 1<<31 + 1, 1<<32 - 9, 1<<32 - 8, 1<<32 - 1} {
+			frame(fmt.Sprintf("type %d of %d bytes that are not there", typ, length), bad,
+				typ, 0, 0, 0, byte(length>>24), byte(length>>16), byte(length>>8), byte(length))
+		}
+		if length := uint32(1 << 31); typ == 2 || typ == 3 {
+			frame(fmt.Sprintf("type %d with a code and 2^31 bytes", typ), bad, typ, 0, 0x03, 0xE8, byte(length>>24), 0, 0, 0)
+		}
+	}
+	for _, typ := range []byte{0, 7, 8, 64, 127} {
+		frame(fmt.Sprintf("unknown type %d", typ), bad, typ, 0, 0, 0, 0, 0, 0, 0)
+	}
+	frame("skippable types", &outcome{records: []string{"b"}, seq: 1},
+		128, 255, 255, 255, 0, 0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 2, 0xF5, 0xF5)
+	for bit := byte(8); bit != 0; bit <<= 1 {
+		frame(fmt.Sprintf("DATA with flag %#x", bit), bad, 1, bit, 0, 0, 0, 0, 0, 1, 'x')
+	}
+	frame("DATA with both codecs", bad, 1, 6, 0, 0, 0, 0, 0, 1, 'x')
+	frame("DATA with a code", bad, 1, 0, 3, 0xE8, 0, 0, 0, 1, 'x')
+	frame("an empty piece", bad, 1, 1, 0, 0, 0, 0, 0, 0)
+	frame("CLOSE with a flag", bad, 2, 1, 3, 0xE8, 0, 0, 0, 0)
+	frame("CLOSE 999", bad, 2, 0, 3, 0xE7, 0, 0, 0, 0)
+	frame("CLOSE 6000", bad, 2, 0, 0x17, 0x70, 0, 0, 0, 0)
+	frame("CLOSE 0", bad, 2, 0, 0, 0, 0, 0, 0, 0)
+	frame("CLOSE with a reason that is not UTF-8", bad, 2, 0, 3, 0xE8, 0, 0, 0, 1, 0xFF)
+	frame("CLOSE with a long reason", bad, append([]byte{2, 0, 3, 0xE8, 0, 0, 4, 1}, make([]byte, 1025)...)...)
+	frame("RESET in sequence", bad, stream.AppendFrame(nil, rawReset(4000))...)
+	frame("CREDIT in sequence", bad, stream.AppendFrame(nil, rawCredit(stream.Credit{}))...)
+	frame("PING in sequence", bad, stream.AppendFrame(nil, rawPing())...)
+	frame("META", &outcome{records: []string{"b"}, seq: 1}, 6, 0, 0, 0, 0, 0, 0, 1, 'x')
+	frame("META with a flag", bad, 6, 1, 0, 0, 0, 0, 0, 0)
+	frame("CLOSE 1000 within a record", broken, 1, 1, 0, 0, 0, 0, 0, 1, 'x', 2, 0, 3, 0xE8, 0, 0, 0, 0)
+	frame("CLOSE 4000 within a record", &outcome{records: []string{"b"}, end: &stream.CloseError{Code: 4000}},
+		1, 1, 0, 0, 0, 0, 0, 1, 'x', 2, 0, 0x0F, 0xA0, 0, 0, 0, 0)
+	frame("META within a record", broken, 1, 1, 0, 0, 0, 0, 0, 1, 'x', 6, 0, 0, 0, 0, 0, 0, 0)
+	frame("pieces of two codecs", broken, 1, 1, 0, 0, 0, 0, 0, 1, 'x', 1, 2, 0, 0, 0, 0, 0, 1, 'y')
+	frame("a skippable type within a record", &outcome{records: []string{"b", "xy"}, seq: 1},
+		1, 1, 0, 0, 0, 0, 0, 1, 'x', 128, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 'y')
+
+	// Packets out of order and of others.
+	add("a gap", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 7, seq+1, rawData("x")) }, ends1002, ends1002)
+	add("a gap of 2^31-1", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 7, seq+math.MaxInt32, rawData("x")) }, ends1002, ends1002)
+	add("a duplicate", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 7, seq-1, rawData("x")) }, nil, &outcome{count: duplicate})
+	add("a duplicate of another sender", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 8, seq-1, rawData("x")) }, nil, &outcome{count: foreign})
+	add("another sender", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 8, seq, rawData("x")) }, nil, &outcome{count: foreign})
+	add("a gap of another sender", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 8, seq+5, rawData("x")) }, nil, &outcome{count: foreign})
+	add("another sender's CLOSE", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 8, seq, rawClose(1000)) }, nil, &outcome{count: foreign})
+
+	// Control packets. One that ends the stream does so beside what is in sequence.
+	control := func(name string, o *outcome, frames ...stream.Frame) {
+		add(name, func(seq uint32) []byte { return rawPacket(0, 7, seq, frames...) }, o, o)
+		add(name+" of another sender", func(seq uint32) []byte { return rawPacket(0, 8, seq, frames...) }, nil, &outcome{count: foreign})
+	}
+	control("RESET", &outcome{end: &stream.CloseError{Code: 4000}}, rawReset(4000))
+	control("RESET 1000", &outcome{end: &stream.CloseError{Code: 1000}}, rawReset(1000))
+	control("PING", &outcome{}, rawPing())
+	control("CREDIT", &outcome{}, rawCredit(stream.Credit{Packets: 1 << 30, Bytes: math.MaxUint64}))
+	control("skippable control", &outcome{}, stream.Frame{Type: 200, Payload: []byte("?")})
+	control("DATA out of sequence", ends1003, rawData("x"))
+	control("CLOSE out of sequence", ends1003, rawClose(1000))
+	control("META out of sequence", ends1003, stream.Frame{Type: stream.FrameMeta})
+	control("unknown control", ends1003, stream.Frame{Type: 9})
+	control("CREDIT of 15 bytes", ends1003, stream.Frame{Type: stream.FrameCredit, Payload: make([]byte, 15)})
+	control("PING with a payload", ends1003, stream.Frame{Type: stream.FramePing, Payload: []byte{0}})
+	control("RESET 999", ends1003, rawReset(999))
+	control("RESET that is not UTF-8", ends1003, stream.Frame{Type: stream.FrameReset, Code: 4000, Payload: []byte{0xFF}})
+	control("control beyond its size", nil, stream.Frame{Type: 200, Payload: make([]byte, 4<<10)})
+	all[len(all)-2].bound, all[len(all)-1].bound = headerBound, headerBound // its size alone tells
+	add("control cut short", func(seq uint32) []byte { return append(rawPacket(0, 7, seq, rawPing()), 3, 0, 0) }, ends1003, ends1003)
+	add("control longer than itself", func(seq uint32) []byte {
+		return append(rawPacket(0, 7, seq), 5, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF)
+	}, ends1003, ends1003)
+
+	// JSON.
+	for _, text := range []string{
+		"x", " ", "\n", "\x00", "\xff", "{", "}", "[]", "null", "true", "0", "1", "-1", `""`, `"type"`, "{}", `{"type":}`,
+		"1e999999999", strings.Repeat("9", 10_000), strings.Repeat("[", 20_000), strings.Repeat(`{"a":`, 20_000),
+		`{"type":0}`, `{"type":3}`, `{"type":-1}`, `{"type":1.5}`, `{"type":1e0}`, `{"type":1e400}`, `{"type":"1"}`,
+		`{"type":null}`, `{"type":[1]}`, `{"type":{"type":1}}`, `{"type":18446744073709551617}`, `{"type":9223372036854775807}`,
+		`{"type":1,"data":1}`, `{"type":1,"data":{}}`, `{"type":1,"data":true}`, `{"type":1,"data":"*"}`,
+		`{"type":1,"data":["a"]}`, `{"type":1,"data":[256]}`, `{"type":1,"data":[-1]}`, `{"type":1,"data":[1e99]}`,
+		`{"type":1,"data":"aGVsbG8"}`, `{"type":1,"data":"aGVsbG8=="}`, `{"type":1,"data":"aGVsbG8=a"}`, `{"type":1,"data":"aGVs=bG8"}`,
+		`{"type":1,"data":"-_-_"}`, `{"type":1,"data":"aGVs bG8="}`, "{\"type\":1,\"data\":\"aGVs\nbG8=\"}", `{"type":1,"data":"\x"}`,
+		`{"type":1,"data":"aGVsbG8="`, `{"type":1,"data":"aGVsbG8="}}`, `{"type":1,"data":"aGVsbG8="}{"type":1}`, `{"type":1,"data":"aGVsbG8=","x"}`,
+		`{"type":1,"data":"`, `{"type":1,"data":"}`, `{"type":1,"data":"=`, `{"type":1,"data":"aGVsbG8="}` + "\x00",
+		`{"type":1,"closeError":1}`, `{"type":2,"closeError":[]}`, `{"type":2,"closeError":"x"}`, `{"type":2,"closeError":{"Code":"1000"}}`,
+		`{"type":2,"closeError":{"Code":1e3}}`, `{"type":2,"closeError":{"Code":1000.5}}`, `{"type":2,"closeError":{"Code":1000,"Text":1}}`,
+		`{"type":2,"closeError":{"Code":99999999999999999999}}`, `{"Type":2,"TYPE":7}`,
+		"\xef\xbb\xbf" + `{"type":1}`, `{'type':1}`, `{"type":1,}`, `{"type":01}`, `{"type":+1}`, `{"type":1,"data":"aGVsbG8=",}`,
+	} {
+		add("JSON "+text[:min(len(text), 50)], fixed([]byte(text)), ends1003, jsonBound)
+	}
+	for n := 1; n < len(`{"type":1,"data":"aGVsbG8="}`); n++ {
+		add(fmt.Sprintf("JSON cut after %d bytes", n), fixed([]byte(`{"type":1,"data":"aGVsbG8="}`[:n])), ends1003, jsonBound)
+	}
+	add("JSON close without closeError", fixed([]byte(`{"type":2}`)), ends1002, jsonBound)
+	add("JSON close with null", fixed([]byte(`{"type":2,"closeError":null}`)), ends1002, jsonBound)
+	add("JSON close", fixed([]byte(`{"type":2,"closeError":{"Code":1000,"Text":""}}`)), nil, jsonBound)
+	add("JSON record", fixed([]byte(`{"type":1,"data":"aGVsbG8="}`)), nil, jsonBound)
+	add("JSON of odd codes", fixed([]byte(`{"type":2,"closeError":{"Code":-7,"Text":"x"}}`)), &outcome{end: &stream.CloseError{Code: -7, Text: "x"}}, jsonBound)
+	return all
+}
+
+// TestStrangerToConsumer sends each message to an open stream, as its first and as its second one, between two halves
+// of another stream.
+func TestStrangerToConsumer(t *testing.T) {
+	p := newPair(t)
+	for _, c := range strangers() {
+		for _, bound := range []bool{false, true} {
+			want := c.first
+			if bound {
+				want = c.bound
+			}
+			if want == nil {
+				continue
+			}
+			t.Run(fmt.Sprintf("%s/bound=%v", c.name, bound), func(t *testing.T) {
+				w, other := newWriterStream(t, p)
+				victim, reply, nc := rawStream(t, p)
+				expected := stats(p.consumer)
+				write(t, w, []byte("one"), []byte("two"))
+				var records []string
+				var seq uint32
+				if bound {
+					rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
+					records, seq = append(records, "a"), 1
+				}
+				rawPublish(t, nc, reply, c.message(seq))
+				records = append(records, want.records...)
+				goesOn := want.code == 0 && want.end == nil
+				if goesOn {
+					rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, seq+want.seq, rawData("z"), rawClose(1000)))
+					records = append(records, "z")
+				}
+				write(t, w, []byte("three"))
+				closeWriter(t, w)
+
+				got, err := readAll(victim)
+				// What ends a stream beside its sequence may be faster than a record.
+				ahead := want.end != nil && len(want.records) == 0 && len(got) == 0
+				if g, w := fmt.Sprintf("%q", got), fmt.Sprintf("%q", records); g != w && !ahead {
+					t.Errorf("records %s, want %s", g, w)
+				}
+				ce, _ := errors.AsType[*stream.CloseError](err)
+				switch {
+				case goesOn && err != io.EOF:
+					t.Errorf("ended with %v, want io.EOF", err)
+				case want.end != nil && !equalClose(err, want.end):
+					t.Errorf("ended with %v, want %v", err, want.end)
+				case want.code != 0 && (ce == nil || ce.Code != want.code || ce.Text == ""):
+					t.Errorf("ended with %v, want close %d and a reason", err, want.code)
+				}
+				if want.count != nil {
+					*want.count(&expected)++
+				}
+				if got := stats(p.consumer); got != expected {
+					t.Errorf("counted\n%+v, want\n%+v", got, expected)
+				}
+				if got, err := readAll(other); err != io.EOF || fmt.Sprintf("%q", got) != `["one" "two" "three"]` {
+					t.Errorf("the other stream: %q, %v", got, err)
+				}
+			})
+		}
+	}
+}
+
+// stats are those counters of c that messages move which are dropped.
+func stats(c *stream.Client) stream.Stats {
+	s := c.Stats()
+	return stream.Stats{DroppedUnknown: s.DroppedUnknown, DroppedDuplicate: s.DroppedDuplicate, DroppedForeign: s.DroppedForeign,
+		DroppedMalformed: s.DroppedMalformed, DroppedControl: s.DroppedControl}
+}
+
+// TestStrangerRandom sends random bytes, and packets with some bytes changed, into one open stream. As long as the
+// sender's number differs they are all dropped and counted.
+func TestStrangerRandom(t *testing.T) {
+	p := newPair(t)
+	w, other := newWriterStream(t, p)
+	victim, reply, nc := rawStream(t, p)
+	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
+	before := stats(p.consumer)
+	r := rand.New(rand.NewPCG(1, 2))
+	count := scaled(5000)
+	for i := range count {
+		b := make([]byte, 1+r.IntN(200))
+		for i := range b {
+			b[i] = byte(r.Uint32())
+		}
+		switch r.IntN(3) {
+		case 1:
+			b[0] = stream.PacketMagic
+		case 2:
+			b = append(rawPacket(stream.PacketFlags(r.IntN(4)), 0, r.Uint32()), b...)
+		}
+		if len(b) >= stream.PacketHeaderSize {
+			b[2] |= 0x80 // not sender 7
+		}
+		if err := nc.Publish(reply, b); err != nil {
+			t.Fatal(err)
+		}
+		if i%100 == 0 {
+			write(t, w, testRecord(i, 50))
+		}
+	}
+	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 1, rawData("z"), rawClose(1000)))
+	closeWriter(t, w)
+	if got, err := readAll(victim); err != io.EOF || fmt.Sprintf("%q", got) != `["a" "z"]` {
+		t.Errorf("records %q, %v", got, err)
+	}
+	got, err := readAll(other)
+	if len(got) != (count+99)/100 || err != io.EOF {
+		t.Errorf("the other stream: %d records, %v", len(got), err)
+	}
+	after := stats(p.consumer)
+	if n := after.DroppedForeign + after.DroppedMalformed - before.DroppedForeign - before.DroppedMalformed; n != uint64(count) {
+		t.Errorf("%d messages counted, want %d", n, count)
+	}
+}
+
+// TestStrangerRandomFrames: a peer of the right number that sends packets in order with nonsense in them. The stream
+// ends with a close code, whatever the bytes, and all others are open still.
+func TestStrangerRandomFrames(t *testing.T) {
+	p := newPair(t)
+	w, other := newWriterStream(t, p)
+	r := rand.New(rand.NewPCG(3, 4))
+	for i := range scaled(500) {
+		victim, reply, nc := rawStream(t, p)
+		for seq := range uint32(5) {
+			flags := stream.PacketFlags(r.IntN(4))
+			b := rawPacket(flags, 7, seq, rawData("a"), rawMore("b"))
+			if flags&stream.PacketSeq == 0 {
+				b = rawPacket(flags, 7, seq, rawPing(), rawCredit(stream.Credit{}))
+			}
+			for range r.IntN(4) {
+				b[8+r.IntN(len(b)-8)] = byte(r.Uint32())
+			}
+			if r.IntN(4) == 0 {
+				b = b[:8+r.IntN(len(b)-8)]
+			}
+			if err := nc.Publish(reply, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 5, rawClose(4000)), rawPacket(0, 7, 5, rawReset(4001)))
+		_, err := readAll(victim)
+		if ce, _ := errors.AsType[*stream.CloseError](err); ce == nil && err != io.EOF {
+			t.Fatalf("round %d: ended with %v, which has no close code", i, err)
+		}
+	}
+	write(t, w, []byte("still here"))
+	closeWriter(t, w)
+	if got, err := readAll(other); err != io.EOF || len(got) != 1 {
+		t.Errorf("the other stream: %q, %v", got, err)
+	}
+}
+
+// TestStrangerLengths: no memory is taken because a length field, or a record without end, says so.
+func TestStrangerLengths(t *testing.T) {
+	p := newPair(t, pairOptions{consumer: stream.ClientParams{MaxRecordSize: 100_000}})
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	rounds := uint64(scaled(200))
+	for i := range rounds {
+		victim, reply, nc := rawStream(t, p)
+		length := []uint32{1 << 24, 1 << 31, 1<<32 - 1}[i%3]
+		flags := byte(i / 3 % 2) // a whole record, or a piece of one
+		rawPublish(t, nc, reply, append(rawPacket(stream.PacketSeq, 7, 0),
+			1, flags, 0, 0, byte(length>>24), byte(length>>16), byte(length>>8), byte(length), 'x'))
+		_, err := readAll(victim)
+		if ce, _ := errors.AsType[*stream.CloseError](err); ce == nil || ce.Code != stream.CloseUnsupportedData {
+			t.Fatalf("length %d: %v", length, err)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	if n := (after.TotalAlloc - before.TotalAlloc) / rounds; n > 1<<20 {
+		t.Errorf("%d bytes allocated for each stream", n)
+	}
+
+	t.Run("pieces", func(t *testing.T) {
+		victim, reply, nc := rawStream(t, p)
+		piece := rawMore(string(make([]byte, 30_000)))
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
+		for seq := range uint32(4) {
+			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, seq+1, piece))
+		}
+		got, err := readAll(victim)
+		ce, _ := errors.AsType[*stream.CloseError](err)
+		if fmt.Sprintf("%q", got) != `["a"]` || ce == nil || ce.Code != stream.CloseMessageTooBig {
+			t.Errorf("%d records, %v; want one and close %d", len(got), err, stream.CloseMessageTooBig)
+		}
+	})
+	t.Run("at the limit", func(t *testing.T) {
+		for _, n := range []int{100_000, 100_001} {
+			victim, reply, nc := rawStream(t, p)
+			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawMore(string(make([]byte, 50_000))), rawData(string(make([]byte, n-50_000)))),
+				rawPacket(stream.PacketSeq, 7, 1, rawData(string(make([]byte, n))), rawClose(1000)))
+			got, err := readAll(victim)
+			if n == 100_000 && (len(got) != 2 || err != io.EOF) {
+				t.Errorf("%d bytes: %d records, %v", n, len(got), err)
+			}
+			ce, _ := errors.AsType[*stream.CloseError](err)
+			if n > 100_000 && (len(got) != 0 || ce == nil || ce.Code != stream.CloseMessageTooBig) {
+				t.Errorf("%d bytes: %d records, %v", n, len(got), err)
+			}
+		}
+	})
+	t.Run("fallback", func(t *testing.T) {
+		victim, publish := oldProducer(t, p)
+		publish([]byte(`{"type":1,"data":"` + strings.Repeat("AAAA", 33_334) + `"}`)) // 100,002 bytes
+		got, err := readAll(victim)
+		ce, _ := errors.AsType[*stream.CloseError](err)
+		if len(got) != 0 || ce == nil || ce.Code != stream.CloseMessageTooBig {
+			t.Errorf("%d records, %v; want close %d", len(got), err, stream.CloseMessageTooBig)
+		}
+	})
+}
+
+// TestStrangerTokens: packets for another stream, for none, and for what is no token.
+func TestStrangerTokens(t *testing.T) {
+	p := newPair(t)
+	a, replyA, nc := rawStream(t, p)
+	b, replyB, _ := rawStream(t, p)
+	rawPublish(t, nc, replyA, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
+	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 8, 0, rawData("b")))
+	want := stats(p.consumer)
+	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 7, 1, rawData("x")), rawPacket(stream.PacketSeq, 7, 0, rawData("x"), rawClose(1000)))
+	rawPublish(t, nc, replyA, rawPacket(0, 8, 1, rawReset(4000)))
+	want.DroppedForeign += 3
+	prefix := replyA[:strings.LastIndexByte(replyA, '.')+1]
+	for _, token := range []string{"~1m5I00000000000", "~1m5I", "Ab3dEf9Z", "~", "ä", strings.Repeat("x", 500), "~2" + strings.Repeat("x", 30)} {
+		rawPublish(t, nc, prefix+token, rawPacket(stream.PacketSeq, 7, 1, rawData("x")), []byte("{}"), nil)
+		want.DroppedUnknown += 3
+	}
+	rawPublish(t, nc, replyA, rawPacket(stream.PacketSeq, 7, 1, rawClose(1000)))
+	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 8, 1, rawClose(1000)))
+	for s, rec := range map[*stream.Stream]string{a: "a", b: "b"} {
+		if got, err := readAll(s); len(got) != 1 || string(got[0]) != rec || err != io.EOF {
+			t.Errorf("%q, %v; want %q", got, err, rec)
+		}
+	}
+	if got := stats(p.consumer); got != want {
+		t.Errorf("counted\n%+v, want\n%+v", got, want)
+	}
+}
+
+// TestGapAndDuplicates: a missing packet is an error after the records before it, and nothing behind it is delivered;
+// a repeated one is dropped and counted.
+func TestGapAndDuplicates(t *testing.T) {
+	p := newPair(t)
+	packet := func(seq int) []byte {
+		return rawPacket(stream.PacketSeq, 7, uint32(seq), rawData(fmt.Sprint(seq)))
+	}
+	for name, c := range map[string]struct {
+		order      []int
+		records    int // delivered, from 0 on
+		lost       bool
+		duplicates uint64
+	}{
+		"in order":             {order: []int{0, 1, 2}, records: 3},
+		"each twice":           {order: []int{0, 0, 1, 1, 2, 2}, records: 3, duplicates: 3},
+		"all again":            {order: []int{0, 1, 2, 0, 1, 2}, records: 3, duplicates: 3},
+		"the first is missing": {order: []int{1, 2}, lost: true},
+		"one is missing":       {order: []int{0, 1, 3}, records: 2, lost: true},
+		"one is late":          {order: []int{0, 2, 1}, records: 1, lost: true},
+		"many are missing":     {order: []int{0, 1, 2, 100, 3}, records: 3, lost: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, reply, nc := rawStream(t, p)
+			before := stats(p.consumer)
+			for _, seq := range c.order {
+				rawPublish(t, nc, reply, packet(seq))
+			}
+			if !c.lost {
+				rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, uint32(c.records), rawClose(1000)))
+			}
+			got, err := readAll(s)
+			if len(got) != c.records {
+				t.Errorf("%d records, want %d", len(got), c.records)
+			}
+			for i, rec := range got {
+				if string(rec) != fmt.Sprint(i) {
+					t.Errorf("record %d is %q", i, rec)
+				}
+			}
+			ce, _ := errors.AsType[*stream.CloseError](err)
+			if c.lost && (ce == nil || ce.Code != stream.CloseProtocolError || !strings.Contains(ce.Text, "lost")) {
+				t.Errorf("ended with %v, want close %d that says what was lost", err, stream.CloseProtocolError)
+			}
+			if !c.lost && err != io.EOF {
+				t.Errorf("ended with %v, want io.EOF", err)
+			}
+			if n := stats(p.consumer).DroppedDuplicate - before.DroppedDuplicate; n != c.duplicates {
+				t.Errorf("%d duplicates counted, want %d", n, c.duplicates)
+			}
+		})
+	}
+}
+
+// TestOverrunningPeer: a peer that sends more than it was granted is told and cut off; what it was granted arrives.
+func TestOverrunningPeer(t *testing.T) {
+	p := newPair(t)
+	victim, reply, nc := rawStream(t, p)
+	control, err := nc.SubscribeSync(nats.NewInbox())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.PublishRequest(reply, control.Subject, rawPacket(stream.PacketSeq, 7, 0, rawData("0"))); err != nil {
+		t.Fatal(err)
+	}
+	for seq := range uint32(40) {
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, seq+1, rawData(fmt.Sprint(seq+1))))
+	}
+	wantReset(t, control, stream.CloseProtocolError) // before anything was read
+	got, err := readAll(victim)
+	ce, _ := errors.AsType[*stream.CloseError](err)
+	if len(got) != 32 || ce == nil || ce.Code != stream.CloseProtocolError {
+		t.Errorf("%d records, %v; want 32 and close %d", len(got), err, stream.CloseProtocolError)
+	}
+}
+
+// wantReset waits for a RESET with the given code.
+func wantReset(t testing.TB, sub *nats.Subscription, code int) {
+	t.Helper()
+	for {
+		m, err := sub.NextMsg(patience)
+		if err != nil {
+			t.Fatalf("waiting for RESET %d: %v", code, err)
+		}
+		h, rest, err := stream.ParsePacketHeader(m.Data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Flags&stream.PacketSeq != 0 {
+			continue
+		}
+		f, _, err := stream.ParseFrame(rest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.Type != stream.FrameReset {
+			continue
+		}
+		if int(f.Code) != code {
+			t.Fatalf("RESET %d %q, want %d", f.Code, f.Payload, code)
+		}
+		return
+	}
+}
+
+// TestPing: whatever the consumer reads, it answers a PING, at the subject that the PING or a packet before it named.
+func TestPing(t *testing.T) {
+	p := newPair(t)
+	victim, reply, nc := rawStream(t, p)
+	control, err := nc.SubscribeSync(nats.NewInbox())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for seq, to := range []string{control.Subject, "", ""} {
+		if err := nc.PublishMsg(&nats.Msg{Subject: reply, Reply: to, Data: rawPacket(0, 7, uint32(seq), rawPing())}); err != nil {
+			t.Fatal(err)
+		}
+		m, err := control.NextMsg(patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, rest, err := stream.ParsePacketHeader(m.Data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, _, err := stream.ParseFrame(rest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := stream.ParseCredit(f.Payload)
+		if f.Type != stream.FrameCredit || err != nil || c.Ack != uint32(seq) || c.Packets != 32 || c.Bytes != 256<<10 {
+			t.Errorf("answer %d: %v, %+v, %v", seq, f.Type, c, err)
+		}
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, uint32(seq), rawData("x")))
+	}
+	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 3, rawClose(1000)))
+	if got, err := readAll(victim); len(got) != 3 || err != io.EOF {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// rawConsumer makes a writer whose consumer is the test. It returns what the writer publishes, and the subject on which
+// it listens.
+func rawConsumer(t testing.TB, p *pair) (w *stream.Writer, packets *nats.Subscription, control string) {
+	t.Helper()
+	inbox := rawInbox()
+	packets, err := p.consumer.Conn.SubscribeSync(inbox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = packets.Unsubscribe() })
+	if err := p.consumer.Conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	w = p.producer.NewWriter(inbox)
+	write(t, w, []byte("a"))
+	m, err := packets.NextMsg(patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m.Reply == "" || !bytes.Equal(m.Data[8:], stream.AppendFrame(nil, rawData("a"))) {
+		t.Fatalf("first packet %q with reply %q", m.Data, m.Reply)
+	}
+	return w, packets, m.Reply
+}
+
+// TestStrangerToProducer sends messages to the control subject of a writer, before and after its consumer did.
+func TestStrangerToProducer(t *testing.T) {
+	p := newPair(t)
+	credit := rawCredit(stream.Credit{Ack: 1, Packets: 33, Bytes: 1 << 20})
+	control := func(sender uint16, frames ...stream.Frame) []byte { return rawPacket(0, sender, 0, frames...) }
+	dropped := &outcome{count: malformed}
+	from8 := &outcome{count: foreign}
+	fine := &outcome{}
+	noResponders := &outcome{check: func(t *testing.T, err error) bool { return errors.Is(err, nats.ErrNoResponders) }}
+	for _, c := range []struct {
+		name    string
+		message []byte
+		header  nats.Header
+		first   *outcome
+		bound   *outcome // sender 9 granted credit before
+	}{
+		{name: "empty", first: ends1003, bound: ends1003},
+		{name: "no responders", header: nats.Header{"Status": {"503"}}, first: noResponders, bound: fine},
+		{name: "magic alone", message: []byte{0xF5}, first: ends1003, bound: dropped},
+		{name: "half a header", message: control(9)[:7], first: ends1003, bound: dropped},
+		{name: "version 2", message: []byte{0xF5, 0x20, 0, 9, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0}, first: ends1003, bound: dropped},
+		{name: "envelope", message: rawPacket(stream.PacketEnv, 9, 0, rawPing()), first: ends1003, bound: dropped},
+		{name: "reserved flag", message: rawPacket(8, 9, 0, rawPing()), first: ends1003, bound: dropped},
+		{name: "large", message: control(9, stream.Frame{Type: 200, Payload: make([]byte, 4<<10)}), first: dropped, bound: dropped},
+		// A consumer that is sent packets answers in packets. JSON comes from somebody else and binds nothing.
+		{name: "JSON close", message: []byte(`{"type":2,"closeError":{"Code":1000,"Text":""}}`), first: from8, bound: from8},
+		{name: "JSON record", message: []byte(`{"type":1,"data":"aGVsbG8="}`), first: from8, bound: from8},
+		{name: "text", message: []byte("hello"), first: from8, bound: from8},
+
+		{name: "no frame", message: control(9), first: ends1002, bound: ends1002},
+		{name: "DATA", message: control(9, rawData("x")), first: ends1003, bound: ends1003},
+		{name: "CLOSE", message: control(9, rawClose(1000)), first: ends1003, bound: ends1003},
+		{name: "unknown type", message: control(9, stream.Frame{Type: 77}), first: ends1003, bound: ends1003},
+		{name: "skippable type", message: control(9, stream.Frame{Type: 177, Flags: 255, Code: 1, Payload: []byte("?")}), first: fine, bound: fine},
+		{name: "cut frame", message: control(9, credit)[:20], first: ends1003, bound: ends1003},
+		{name: "length 2^32-1", message: append(control(9), 4, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF), first: ends1003, bound: ends1003},
+		{name: "PING", message: control(9, rawPing()), first: fine, bound: fine},
+		{name: "CREDIT for what was not sent", message: control(9, rawCredit(stream.Credit{Ack: 2, Packets: 34, Bytes: 1 << 20})), first: ends1002, bound: ends1002},
+		{name: "CREDIT for 2^31-1", message: control(9, rawCredit(stream.Credit{Ack: math.MaxInt32, Packets: 34, Bytes: 1 << 20})), first: ends1002, bound: ends1002},
+		{name: "CREDIT of long ago", message: control(9, rawCredit(stream.Credit{})), first: fine, bound: fine},
+		{name: "CREDIT from before the start", message: control(9, rawCredit(stream.Credit{Ack: 1<<32 - 5, Packets: 1<<32 - 1})), first: fine, bound: fine},
+		{name: "CREDIT with GAP", message: control(9, stream.Frame{Type: stream.FrameCredit, Flags: stream.FlagGap, Payload: credit.Payload}), first: fine, bound: fine},
+		{name: "CREDIT of 17 bytes", message: control(9, stream.Frame{Type: stream.FrameCredit, Payload: make([]byte, 17)}), first: ends1003, bound: ends1003},
+		{name: "RESET", message: control(9, rawReset(4000)), first: &outcome{end: &stream.CloseError{Code: 4000}}, bound: &outcome{end: &stream.CloseError{Code: 4000}}},
+		{name: "RESET 1000", message: control(9, rawReset(1000)), first: &outcome{end: &stream.CloseError{Code: 1000}}, bound: &outcome{end: &stream.CloseError{Code: 1000}}},
+		{name: "RESET of another sender", message: control(8, rawReset(4000)), bound: from8},
+		{name: "CREDIT of another sender", message: control(8, rawCredit(stream.Credit{Ack: 77})), bound: from8},
+		{name: "DATA of another sender", message: rawPacket(stream.PacketSeq, 8, 0, rawData("x")), bound: from8},
+		{name: "gap", message: rawPacket(stream.PacketSeq, 9, 1, rawData("x")), first: ends1002, bound: ends1002},
+		{name: "first packet", message: rawPacket(stream.PacketSeq, 9, 0, rawData("x")), first: fine, bound: fine},
+	} {
+		for _, bound := range []bool{false, true} {
+			want := c.first
+			if bound {
+				want = c.bound
+			}
+			if want == nil {
+				continue
+			}
+			t.Run(fmt.Sprintf("%s/bound=%v", c.name, bound), func(t *testing.T) {
+				other, s := newWriterStream(t, p)
+				write(t, other, []byte("one"))
+				w, packets, subject := rawConsumer(t, p)
+				nc := p.consumer.Conn
+				expected := stats(p.producer)
+				if bound {
+					rawPublish(t, nc, subject, control(9, credit))
+				}
+				if err := nc.PublishMsg(&nats.Msg{Subject: subject, Data: c.message, Header: c.header}); err != nil {
+					t.Fatal(err)
+				}
+				if want.count != nil {
+					*want.count(&expected)++
+				}
+				if want.code == 0 && want.end == nil && want.check == nil {
+					// The consumer goes on to be heard, and is the one who ends the stream.
+					rawPublish(t, nc, subject, control(9, rawReset(4321)))
+					want = &outcome{end: &stream.CloseError{Code: 4321}}
+				}
+				waitFor(t, "the writer's end", func() { <-w.Context().Done() })
+				for range 2 {
+					n, err := w.Write([]byte("more"))
+					ce, _ := errors.AsType[*stream.CloseError](err)
+					switch {
+					case n != 0 || err == nil:
+						t.Errorf("Write after the end: %d, %v", n, err)
+					case want.check != nil && !want.check(t, err):
+						t.Errorf("the writer ended with %v", err)
+					case want.end != nil && !equalClose(err, want.end):
+						t.Errorf("the writer ended with %v, want %v", err, want.end)
+					case want.code != 0 && (ce == nil || ce.Code != want.code || ce.Text == ""):
+						t.Errorf("the writer ended with %v, want close %d and a reason", err, want.code)
+					}
+				}
+				if err := w.Close(); err == nil {
+					t.Error("Close after the end says that all was sent")
+				}
+				if want.code != 0 {
+					wantReset(t, packets, want.code)
+				}
+				if got := stats(p.producer); got != expected {
+					t.Errorf("counted\n%+v, want\n%+v", got, expected)
+				}
+				write(t, other, []byte("two"))
+				closeWriter(t, other)
+				if got, err := readAll(s); err != io.EOF || fmt.Sprintf("%q", got) != `["one" "two"]` {
+					t.Errorf("the other stream: %q, %v", got, err)
+				}
+			})
+		}
+	}
+}
+
+// TestGenerousPeer: a consumer that grants everything and acknowledges nothing does not make its producer keep more
+// than a window.
+func TestGenerousPeer(t *testing.T) {
+	const window = 256 << 10
+	p := newPair(t, pairOptions{producer: stream.ClientParams{Window: window}})
+	for _, size := range []int{0, 100, 30_000} {
+		w, _, subject := rawConsumer(t, p)
+		rawPublish(t, p.consumer.Conn, subject, rawPacket(0, 9, 0, rawCredit(stream.Credit{Packets: 1 << 30, Bytes: math.MaxUint64})))
+		var written atomic.Int64
+		returned := make(chan error, 1)
+		p.handlers.Go(func() {
+			for {
+				if _, err := w.Write(make([]byte, size)); err != nil || written.Load() > 10*window {
+					returned <- err
+					return
+				}
+				written.Add(int64(size) + stream.FrameHeaderSize)
+			}
+		})
+		for last, same := int64(-1), 0; same < 10; same++ { // until nothing moves
+			time.Sleep(5 * time.Millisecond)
+			if n := written.Load(); n != last {
+				last, same = n, 0
+			}
+		}
+		rawPublish(t, p.consumer.Conn, subject, rawPacket(0, 9, 0, rawReset(4000)))
+		waitFor(t, "Write to return", func() {
+			if err := <-returned; !equalClose(err, &stream.CloseError{Code: 4000}) {
+				t.Errorf("records of %d bytes: Write returned %v", size, err)
+			}
+		})
+		if n := written.Load(); n > window+64<<10 || n < window/2 {
+			t.Errorf("records of %d bytes: %d bytes taken, the window is %d", size, n, window)
+		}
+	}
+}
