@@ -1,0 +1,184 @@
+package bench
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/natsstream/stream/bench/e2e"
+)
+
+var env *e2e.Env
+
+func TestMain(m *testing.M) {
+	var err error
+	if env, err = e2e.NewEnv(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	env.Close()
+	os.Exit(code)
+}
+
+// TestEndToEnd proves that every implementation delivers every record, several
+// runs in a row, before anyone believes its speed.
+func TestEndToEnd(t *testing.T) {
+	runs := []int{1, 99, 5000}
+	if testing.Short() {
+		runs = []int{1, 99, 500}
+	}
+	for _, impl := range e2e.Impls() {
+		for _, cfg := range e2e.Matrix() {
+			t.Run(fmt.Sprintf("impl=%s/%v", impl.Name, cfg), func(t *testing.T) {
+				s, err := impl.Open(env, cfg)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer s.Close()
+				for _, n := range runs {
+					if err := s.Run(n); err != nil {
+						t.Fatalf("run of %d records: %v", n, err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// TestPing proves the same for the latency measurement.
+func TestPing(t *testing.T) {
+	for _, impl := range e2e.PingImpls() {
+		t.Run("impl="+impl.Name, func(t *testing.T) {
+			p, err := impl.OpenPinger(env, 128)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.Close()
+			for range 100 {
+				if err := p.Ping(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkEndToEnd(b *testing.B) {
+	for _, impl := range e2e.Impls() {
+		for _, cfg := range e2e.Matrix() {
+			benchmarkSession(b, impl, cfg)
+		}
+	}
+}
+
+// BenchmarkSlowStreams has 10,000 streams that each send a record now and then,
+// so that no two records can share a message. Compare with impl=nats, which
+// sends all records on one subject.
+func BenchmarkSlowStreams(b *testing.B) {
+	cfg := e2e.Config{Size: 128, Streams: 10_000}
+	if testing.Short() {
+		cfg.Streams = 1000
+	}
+	for _, impl := range e2e.SlowImpls() {
+		benchmarkSession(b, impl, cfg)
+	}
+}
+
+func benchmarkSession(b *testing.B, impl e2e.Impl, cfg e2e.Config) {
+	// The session outlives the calls with which the framework finds b.N, so
+	// that streams are opened and warmed up once.
+	var s e2e.Session
+	b.Run(fmt.Sprintf("impl=%s/%v", impl.Name, cfg), func(b *testing.B) {
+		if s == nil {
+			var err error
+			if s, err = impl.Open(env, cfg); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := e2e.WarmUp(s, cfg); err != nil {
+				b.Fatal(err)
+			}
+		}
+		mallocs, cpu := e2e.Mallocs(), e2e.CPUTime()
+		b.ResetTimer()
+		if err := s.Run(b.N); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		b.ReportMetric(float64(e2e.CPUTime()-cpu)/float64(b.N), "cpu-ns/rec")
+		b.ReportMetric(float64(e2e.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
+	})
+	if s != nil {
+		s.Close()
+	}
+}
+
+// BenchmarkLatency sends one record at a time: from before Write until the
+// producer hears, through a channel of this process, that the consumer has it.
+func BenchmarkLatency(b *testing.B) {
+	const size = 128
+	for _, impl := range e2e.PingImpls() {
+		var p e2e.Pinger
+		b.Run(fmt.Sprintf("impl=%s/size=%d", impl.Name, size), func(b *testing.B) {
+			if p == nil {
+				var err error
+				if p, err = impl.OpenPinger(env, size); err != nil {
+					b.Fatal(err)
+				}
+				for range 200 {
+					if err := p.Ping(); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			took := make([]time.Duration, 0, b.N)
+			mallocs := e2e.Mallocs()
+			b.ResetTimer()
+			for range b.N {
+				start := time.Now()
+				if err := p.Ping(); err != nil {
+					b.Fatal(err)
+				}
+				took = append(took, time.Since(start))
+			}
+			b.StopTimer()
+			b.ReportMetric(float64(e2e.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
+			slices.Sort(took)
+			b.ReportMetric(float64(e2e.Percentile(took, 50)), "p50-ns")
+			b.ReportMetric(float64(e2e.Percentile(took, 99)), "p99-ns")
+		})
+		if p != nil {
+			p.Close()
+		}
+	}
+}
+
+// BenchmarkIdle measures the memory of open streams on which nothing happens.
+// An operation is the opening, measuring and closing of all of them.
+func BenchmarkIdle(b *testing.B) {
+	streams := 100_000
+	if testing.Short() {
+		streams = 10_000
+	}
+	b.Run(fmt.Sprintf("impl=stream/streams=%d", streams), func(b *testing.B) {
+		var sum e2e.IdleCost
+		for range b.N {
+			cost, err := e2e.Idle(env, streams)
+			if err != nil {
+				b.Fatal(err)
+			}
+			sum.HeapBytes += cost.HeapBytes
+			sum.StackBytes += cost.StackBytes
+			sum.Goroutines += cost.Goroutines
+			sum.OpenTime += cost.OpenTime
+		}
+		n := float64(b.N)
+		b.ReportMetric(sum.HeapBytes/n, "heap-B/stream")
+		b.ReportMetric(sum.StackBytes/n, "stack-B/stream")
+		b.ReportMetric(sum.Bytes()/n, "B/stream")
+		b.ReportMetric(sum.Goroutines/n, "goroutines/stream")
+		b.ReportMetric(float64(sum.OpenTime)/n, "open-ns/stream")
+	})
+}

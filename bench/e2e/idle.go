@@ -1,0 +1,103 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream"
+)
+
+// IdleCost is what one open stream that nobody answers holds at its consumer.
+type IdleCost struct {
+	HeapBytes  float64 // heap in use after collection
+	StackBytes float64
+	Goroutines float64
+	OpenTime   time.Duration // to open one
+}
+
+// Bytes is heap and stacks together.
+func (c IdleCost) Bytes() float64 { return c.HeapBytes + c.StackBytes }
+
+// Idle opens n streams to a producer that takes requests and never answers,
+// measures what the process has grown by, and closes them.
+func Idle(env *Env, n int) (_ IdleCost, err error) {
+	conns, err := env.dialPair()
+	if err != nil {
+		return IdleCost{}, err
+	}
+	defer conns.Close()
+	var requests atomic.Int64
+	subject := nats.NewInbox()
+	sub, err := conns.producer.Subscribe(subject, func(*nats.Msg) { requests.Add(1) })
+	if err != nil {
+		return IdleCost{}, err
+	}
+	if err := sub.SetPendingLimits(noPendingLimit, noPendingLimit); err != nil {
+		return IdleCost{}, err
+	}
+	if err := conns.producer.Flush(); err != nil {
+		return IdleCost{}, err
+	}
+	client, err := stream.NewClient(stream.ClientParams{Conn: conns.consumer})
+	if err != nil {
+		return IdleCost{}, err
+	}
+	defer func() { err = errors.Join(err, client.Close()) }()
+
+	streams := make([]*stream.Stream, 0, n)
+	open := func(n int) error {
+		want := requests.Load() + int64(n)
+		for range n {
+			s, err := client.Open(context.Background(), subject, nil)
+			if err != nil {
+				return err
+			}
+			streams = append(streams, s)
+		}
+		for limit := time.Now().Add(30 * time.Second); requests.Load() < want; time.Sleep(time.Millisecond) {
+			if time.Now().After(limit) {
+				return errors.New("idle: a request did not arrive")
+			}
+		}
+		return nil
+	}
+	defer func() {
+		for _, s := range streams {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+
+	// What the first streams cause to be allocated once is not an idle
+	// stream's cost.
+	first := min(100, n/10)
+	if err := open(first); err != nil {
+		return IdleCost{}, err
+	}
+	heap0, stack0, goroutines0 := inUse()
+	start := time.Now()
+	if err := open(n - first); err != nil {
+		return IdleCost{}, err
+	}
+	took := time.Since(start)
+	heap1, stack1, goroutines1 := inUse()
+	count := float64(n - first)
+	return IdleCost{
+		HeapBytes:  (heap1 - heap0) / count,
+		StackBytes: (stack1 - stack0) / count,
+		Goroutines: (goroutines1 - goroutines0) / count,
+		OpenTime:   took / time.Duration(n-first),
+	}, env.Err()
+}
+
+func inUse() (heap, stack, goroutines float64) {
+	runtime.GC()
+	runtime.GC() // the first one moves the pools' contents to where this one frees it
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return float64(m.HeapInuse), float64(m.StackInuse), float64(runtime.NumGoroutine())
+}

@@ -1,0 +1,183 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream"
+)
+
+// The library itself: a goroutine per stream at either end, as a service would
+// have, Write on one side and Recv on the other. Nothing is bounded here, since
+// the library holds the producer back by itself.
+
+type streamSession struct {
+	pair
+	env      *Env
+	receiver *stream.Client
+	sender   *stream.Client
+	cancel   context.CancelFunc
+	lanes    []*streamLane
+}
+
+type streamLane struct {
+	stream *stream.Stream
+	writer *stream.Writer
+	rec    []byte
+	sent   uint64
+	check  checker
+}
+
+func openStream(env *Env, cfg Config) (Session, error) { return newStreamSession(env, cfg) }
+
+func newStreamSession(env *Env, cfg Config) (_ *streamSession, err error) {
+	conns, err := env.dialPair()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &streamSession{pair: conns, env: env, cancel: cancel}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	if s.receiver, err = stream.NewClient(stream.ClientParams{Conn: conns.consumer}); err != nil {
+		return nil, err
+	}
+	if s.sender, err = stream.NewClient(stream.ClientParams{Conn: conns.producer}); err != nil {
+		return nil, err
+	}
+	type opened struct {
+		i int
+		w *stream.Writer
+	}
+	writers := make(chan opened, cfg.Streams)
+	subject := nats.NewInbox()
+	if _, err = conns.producer.Subscribe(subject, func(m *nats.Msg) {
+		i, _ := strconv.Atoi(string(m.Data))
+		writers <- opened{i, s.sender.NewWriter(m.Reply)}
+	}); err != nil {
+		return nil, err
+	}
+	if err = conns.producer.Flush(); err != nil {
+		return nil, err
+	}
+	for i := range cfg.Streams {
+		l := &streamLane{
+			rec:   newRecord(cfg.Size, i),
+			check: checker{size: cfg.Size, stream: uint64(i)},
+		}
+		if l.stream, err = s.receiver.Open(ctx, subject, strconv.AppendInt(nil, int64(i), 10)); err != nil {
+			return nil, err
+		}
+		s.lanes = append(s.lanes, l)
+	}
+	for range cfg.Streams {
+		select {
+		case o := <-writers:
+			s.lanes[o.i].writer = o.w
+		case <-time.After(10 * time.Second):
+			return nil, errors.New("stream: a request did not arrive")
+		}
+	}
+	return s, nil
+}
+
+func (s *streamSession) Run(n int) error {
+	results := make(chan error, 2*len(s.lanes))
+	for i, l := range s.lanes {
+		k := share(n, i, len(s.lanes))
+		go func() { results <- l.produce(k) }()
+		go func() { results <- l.consume(k) }()
+	}
+	if err := await(results, 2*len(s.lanes), n); err != nil {
+		return fmt.Errorf("stream: %w", err)
+	}
+	return s.env.Err()
+}
+
+func (l *streamLane) produce(n int) error {
+	w, rec := l.writer, l.rec
+	for range n {
+		stamp(rec, l.sent)
+		l.sent++
+		if _, err := w.Write(rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *streamLane) consume(n int) error {
+	s := l.stream
+	for range n {
+		rec, err := s.Recv()
+		if err != nil {
+			return err
+		}
+		if !l.check.ok(rec) {
+			return l.check.errorFor(rec)
+		}
+	}
+	return nil
+}
+
+func (s *streamSession) Close() {
+	for _, l := range s.lanes {
+		_ = l.stream.Close()
+	}
+	s.cancel()
+	if s.receiver != nil {
+		_ = s.receiver.Close()
+	}
+	if s.sender != nil {
+		_ = s.sender.Close()
+	}
+	s.pair.Close()
+}
+
+type streamPinger struct {
+	*streamSession
+	pong chan error
+}
+
+func openStreamPinger(env *Env, size int) (Pinger, error) {
+	s, err := newStreamSession(env, Config{Size: size, Streams: 1})
+	if err != nil {
+		return nil, err
+	}
+	p := &streamPinger{streamSession: s, pong: make(chan error, 1)}
+	go func() {
+		l := p.lanes[0]
+		for {
+			rec, err := l.stream.Recv()
+			if err == nil && !l.check.ok(rec) {
+				err = l.check.errorFor(rec)
+			}
+			select {
+			case p.pong <- err:
+			case <-l.stream.Context().Done():
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return p, nil
+}
+
+func (p *streamPinger) Ping() error {
+	l := p.lanes[0]
+	stamp(l.rec, l.sent)
+	l.sent++
+	if _, err := l.writer.Write(l.rec); err != nil {
+		return err
+	}
+	return <-p.pong
+}
