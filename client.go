@@ -28,7 +28,7 @@ type ClientParams struct {
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
 	MaxRecordSize int
-	// FallbackBuffer is the most bytes that a producer which speaks only the JSON fallback, and so cannot be told to
+	// FallbackBuffer is the most bytes of messages that a producer which speaks only the JSON fallback, and so cannot be told to
 	// wait, may be ahead of its reader: 64 MiB by default. Beyond it that stream ends with CloseTooSlow.
 	FallbackBuffer int
 }

@@ -106,7 +106,7 @@ func connectionLost(cause error) error {
 
 // protocolError ends a stream whose peer sent what this end cannot take.
 func protocolError(code int, format string, args ...any) *CloseError {
-	return &CloseError{Code: code, Text: fmt.Sprintf(format, args...)}
+	return &CloseError{Code: code, Text: cutReason(fmt.Sprintf(format, args...), MaxReason)}
 }
 
 // contextError is the error of a call whose context ended: ctx.Err(), with the cause in front where the owner of the

@@ -158,9 +158,7 @@ func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
 		ep.refuse(s, v, err)
 		return
 	}
-	if !ep.outbox.deliver(control{session: s, reply: m.Reply, packet: m.Data}) {
-		ep.counters.overrun.Add(1)
-	}
+	ep.outbox.deliver(control{session: s, reply: m.Reply, packet: m.Data})
 }
 
 func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {

@@ -96,11 +96,12 @@ func (o *outbox) take() *session {
 	return first
 }
 
-// deliver hands a control word over. Called by the mux alone.
-func (o *outbox) deliver(c control) bool {
-	ok := o.inbound.Push(c)
+// deliver hands a control word over, or counts it as dropped. Called by the mux alone.
+func (o *outbox) deliver(c control) {
+	if !o.inbound.Push(c) {
+		o.ep.counters.overrun.Add(1)
+	}
 	o.park.wake()
-	return ok
 }
 
 func (o *outbox) run() {
