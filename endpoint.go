@@ -103,7 +103,7 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	ep.stopWatch = sync.OnceFunc(stop)
 	ep.maxPayload.Store(conn.maxPayload())
 	go ep.outbox.run()
-	go ep.watch(conn.status(), changes)
+	go ep.watch(changes)
 	return ep, nil
 }
 
@@ -283,11 +283,12 @@ func (ep *endpoint) grow(n uint64) bool {
 
 // watch follows the connection's status until the endpoint is closed or the connection is. A connection that drains
 // still takes what is published, until its subscriptions are gone.
-func (ep *endpoint) watch(status nats.Status, changes <-chan nats.Status) {
+func (ep *endpoint) watch(changes <-chan nats.Status) {
 	defer close(ep.watched)
 	defer ep.stopWatch()
-	for ok := true; ok; status, ok = <-changes {
-		switch status {
+	for ok := true; ok; _, ok = <-changes {
+		// What the channel says may be old: it drops news while it is full. That there was news is enough.
+		switch ep.conn.status() {
 		case nats.CONNECTED:
 			ep.maxPayload.Store(ep.conn.maxPayload())
 			ep.outbox.up.Store(true)

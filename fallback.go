@@ -122,7 +122,7 @@ func (w *Writer) appendCloseJSONLocked(code int, reason string) error {
 	}
 	w.open = getPacket(len(m))
 	w.n = copy(w.open.buf, m)
-	w.sealLocked()
 	w.closed = true
+	w.sealLocked()
 	return nil
 }

@@ -29,6 +29,7 @@ const unpooled = int8(-1)
 type packet struct {
 	buf   []byte // full capacity while open; cut to what was written when sealed
 	class int8   // index into packetClasses, or unpooled
+	last  bool   // sealed with CLOSE in it: no packet follows
 	free  bool   // set while in the pool, so that a double return is caught where it happens
 }
 
@@ -41,7 +42,7 @@ func getPacket(n int) *packet {
 			continue
 		}
 		if p, _ := packetPools[c].Get().(*packet); p != nil {
-			p.free = false
+			p.free, p.last = false, false
 			return p
 		}
 		return &packet{buf: make([]byte, size), class: int8(c)}

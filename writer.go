@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/bits"
 	"sync"
+	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/ring"
 )
 
 // Writer is the producer's end of a stream: records go in, and leave in packets that the outbox publishes. It is safe
@@ -45,12 +47,17 @@ type Writer struct {
 	queued   bool          // the session is marked: the outbox will look for packets
 	wake     chan struct{} // closed when any of the above, or the credit, changes; nil while nobody waits
 
-	// packets[seq & (len-1)] is the packet with that number, for acked <= seq < sealed. Those before sent were
-	// published and wait for their acknowledgement.
-	packets                 []*packet
-	acked, sent, sealed     uint32
-	ackedBytes, sealedBytes uint64 // of all packets before acked and before sealed
-	granted                 credited
+	sealed      uint32   // sequence number of the open packet, or of the next to be opened
+	sealedBytes uint64   // of all packets before it
+	acked       credited // what the consumer acknowledged
+	granted     credited // what it granted
+
+	// Packets pass from the writers, who push them with the lock held, to the outbox, which takes no lock as long as
+	// there is one. The outbox keeps them until they are acknowledged, and nobody else looks at sent.
+	ready     ring.Ring[*packet]
+	sent      sentPackets
+	published atomic.Uint32 // sent.next, for Flush
+	waiting   atomic.Bool   // wake is not nil
 }
 
 // NewWriter returns the producer's end of the stream whose request carried subject as its reply. It neither blocks nor
@@ -70,6 +77,7 @@ func (c *Client) NewWriter(subject string) *Writer {
 	s := &w.session
 	s.ep, s.writer, s.peer, s.sender = c.ep, w, subject, newSender()
 	s.bucket.init(initialPackets, unknownWindow)
+	w.ready.Init(maxUnacked + 1) // one more for the packet that only closes
 	switch t, err := ParseToken(lastToken(subject)); {
 	case subject == "":
 		w.bad = fmt.Errorf("stream: the request has no reply subject, so nobody waits for a stream: %w", nats.ErrBadSubject)
@@ -194,159 +202,6 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 	return nil
 }
 
-// frameLocked returns the next n bytes of the open packet. It seals the packet and opens another where n bytes do not
-// fit, and waits for credit where none is left. mine says that the caller has the turn.
-func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
-	for {
-		if w.open != nil {
-			end := w.n + n
-			limit := w.coalesceLimit()
-			if w.n == PacketHeaderSize {
-				limit = max(limit, end) // a record too large to share a packet has one of its own
-			}
-			if end <= limit {
-				if end > len(w.open.buf) {
-					w.growLocked(end)
-				}
-				b := w.open.buf[w.n:end]
-				w.n = end
-				return b, nil
-			}
-			w.sealLocked()
-			w.markLocked()
-		}
-		if w.creditLocked() {
-			w.openLocked(PacketHeaderSize + n)
-			continue
-		}
-		if err := w.waitCreditLocked(mine); err != nil {
-			return nil, err
-		}
-	}
-}
-
-// waitCreditLocked waits until something changes that may be credit, and until the caller may write again: meanwhile
-// anything may have happened, another goroutine's Close, its turn, the end of the stream.
-func (w *Writer) waitCreditLocked(mine bool) error {
-	if err := w.waitLocked(); err != nil {
-		return err
-	}
-	if mine {
-		return w.failedLocked()
-	}
-	return w.awaitTurnLocked()
-}
-
-// coalesceLimit is the size up to which a packet gathers records.
-func (w *Writer) coalesceLimit() int {
-	return min(coalesceSize, int(w.session.ep.maxPayload.Load()))
-}
-
-// openLocked opens the packet with number sealed. Its size follows that of the one before: a busy stream soon has
-// large packets, an idle one small ones.
-func (w *Writer) openLocked(n int) {
-	w.open = getPacket(max(n, min(w.size, coalesceSize)))
-	w.n = PacketHeaderSize
-	w.roomLocked()
-}
-
-// growLocked moves the open packet into a buffer of at least n bytes.
-func (w *Writer) growLocked(n int) {
-	p := getPacket(n)
-	copy(p.buf, w.open.buf[:w.n])
-	putPacket(w.open)
-	w.open = p
-	w.roomLocked()
-}
-
-// roomLocked lets Write use the open packet, unless somebody has the turn.
-func (w *Writer) roomLocked() {
-	w.room = nil
-	if w.open != nil && !w.turn && !w.closed && w.session.ep.maxRecord >= coalesceSize { // else Write must look
-		w.room = w.open.buf[:min(len(w.open.buf), w.coalesceLimit())]
-	}
-}
-
-// sealLocked ends the open packet: no more records go in, and the outbox may publish it. A packet that uses up the
-// credit asks for more.
-func (w *Writer) sealLocked() {
-	p := w.open
-	p.buf = p.buf[:w.n]
-	seq := w.sealed
-	if int(w.sealed-w.acked) == len(w.packets) {
-		w.growRingLocked()
-	}
-	w.packets[seq&uint32(len(w.packets)-1)] = p
-	w.sealed++
-	w.sealedBytes += uint64(w.n)
-	w.size = w.n
-	w.open, w.n, w.room = nil, 0, nil
-	if !w.json {
-		flags := PacketSeq
-		if !w.creditLocked() {
-			flags |= PacketAck
-		}
-		putPacketHeader(p.buf, flags, w.session.sender, seq)
-	}
-}
-
-func (w *Writer) growRingLocked() {
-	old := w.packets
-	w.packets = make([]*packet, max(4, 2*len(old)))
-	for seq := w.acked; seq != w.sealed; seq++ {
-		w.packets[seq&uint32(len(w.packets)-1)] = old[seq&uint32(len(old)-1)]
-	}
-}
-
-// creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Beside what the peer granted
-// it heeds this end's own window, so that a peer cannot make it keep more than that until it acknowledges.
-func (w *Writer) creditLocked() bool {
-	return int32(w.sealed-w.granted.packets) < 0 && w.sealedBytes < w.granted.bytes &&
-		w.sealed-w.acked < maxUnacked && w.sealedBytes-w.ackedBytes < w.session.ep.window
-}
-
-// maxUnacked bounds the packets kept for a peer that grants without end.
-const maxUnacked = 4 * maxPackets
-
-// credit takes what the consumer acknowledged and granted. Both are absolute, so an old or repeated one changes
-// nothing. Called by the outbox.
-func (w *Writer) credit(c Credit) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if int32(c.Ack-w.sent) > 0 {
-		return fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, w.sent)
-	}
-	w.releaseLocked(c.Ack)
-	if int32(c.Packets-w.granted.packets) > 0 {
-		w.granted.packets = c.Packets
-	}
-	w.granted.bytes = max(w.granted.bytes, c.Bytes)
-	w.wakeLocked()
-	return nil
-}
-
-// releaseLocked gives the packets before seq back. Called by the outbox, which alone publishes them.
-func (w *Writer) releaseLocked(seq uint32) {
-	for ; int32(w.acked-seq) < 0; w.acked++ {
-		p := &w.packets[w.acked&uint32(len(w.packets)-1)]
-		w.ackedBytes += uint64(len((*p).buf))
-		putPacket(*p)
-		*p = nil
-	}
-}
-
-// ended lets go of everything, because the stream has. Called by the outbox.
-func (w *Writer) ended() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.releaseLocked(w.sealed)
-	if w.open != nil && !w.turn { // an encoder may be writing into it: then it is the garbage collector's
-		putPacket(w.open)
-	}
-	w.open, w.n, w.room = nil, 0, nil
-	w.wakeLocked()
-}
-
 // markLocked tells the outbox that there is something to publish.
 func (w *Writer) markLocked() {
 	if !w.queued {
@@ -391,11 +246,19 @@ func (w *Writer) failedLocked() error {
 }
 
 // waitLocked waits until something changes. It gives the lock up meanwhile.
-func (w *Writer) waitLocked() error {
+func (w *Writer) waitLocked() error { return w.sleepLocked(w.announceLocked()) }
+
+// announceLocked says that the caller is about to sleep. What it looks at between announcing and sleeping, it does not
+// miss.
+func (w *Writer) announceLocked() (wake <-chan struct{}) {
 	if w.wake == nil {
 		w.wake = make(chan struct{})
+		w.waiting.Store(true)
 	}
-	wake := w.wake
+	return w.wake
+}
+
+func (w *Writer) sleepLocked(wake <-chan struct{}) error {
 	w.mu.Unlock()
 	defer w.mu.Lock()
 	select {
@@ -410,6 +273,7 @@ func (w *Writer) wakeLocked() {
 	if w.wake != nil {
 		close(w.wake)
 		w.wake = nil
+		w.waiting.Store(false)
 	}
 }
 
@@ -489,16 +353,20 @@ func (w *Writer) flushLocked() error {
 	if w.open != nil && w.n > PacketHeaderSize {
 		w.sealLocked()
 	}
-	for target := w.sealed; int32(w.sent-target) < 0; {
+	target := w.sealed
+	for {
+		wake := w.announceLocked()
+		if int32(w.published.Load()-target) >= 0 {
+			return nil
+		}
 		if err := w.failedLocked(); err != nil {
 			return err
 		}
 		w.markLocked()
-		if err := w.waitLocked(); err != nil && int32(w.sent-target) < 0 {
+		if err := w.sleepLocked(wake); err != nil && int32(w.published.Load()-target) < 0 {
 			return err
 		}
 	}
-	return nil
 }
 
 // Close ends the stream: the reader sees io.EOF after the last record. It returns when everything was handed to NATS.
@@ -550,63 +418,3 @@ func (w *Writer) appendCloseLocked(code int, reason string) error {
 	w.room = nil
 	return nil
 }
-
-// publishNext publishes the next packet and reports whether there is another. Called by the outbox alone. The open
-// packet is sealed only when there is nothing else to publish: while the outbox is busy, it fills.
-func (w *Writer) publishNext(conn transport) (more bool) {
-	w.mu.Lock()
-	if w.sent == w.sealed {
-		if w.open == nil || w.turn && !w.encoding || w.n == PacketHeaderSize {
-			w.queued = false
-			w.mu.Unlock()
-			return false
-		}
-		if w.encoding { // what is complete does not wait; the rest of the buffer is the encoder's, so it is not pooled
-			w.open = &packet{buf: w.open.buf, class: unpooled}
-		}
-		w.sealLocked()
-	}
-	seq := w.sent
-	p := w.packets[seq&uint32(len(w.packets)-1)]
-	w.mu.Unlock()
-
-	var err error
-	if w.session.reply == "" {
-		err = w.session.ep.register(&w.session, controlToken)
-	}
-	reply := ""
-	if seq == 0 && !w.json {
-		reply = w.session.reply
-	}
-	if err == nil {
-		err = conn.publish(w.subject, reply, p.buf)
-	}
-
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.wakeLocked()
-	if err != nil {
-		w.fault = err
-		w.queued = false
-		return false
-	}
-	w.sent++
-	w.session.ep.counters.sent(len(p.buf))
-	if w.json {
-		w.releaseLocked(w.sent)
-		w.granted.packets++
-		w.granted.bytes += uint64(len(p.buf))
-	}
-	if w.closed && w.sent == w.sealed {
-		w.session.done()
-		w.releaseLocked(w.sent)
-		w.queued = false
-		return false
-	}
-	w.queued = w.sent != w.sealed || w.open != nil && w.n > PacketHeaderSize
-	return w.queued
-}
-
-// controlToken is what the token in a writer's control subject says: nobody streams objects to it, and the window is
-// the one a peer has that sees no offer.
-var controlToken = Token{Codec: MsgPack, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros(unknownWindow))}

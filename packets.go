@@ -1,0 +1,275 @@
+package stream
+
+import (
+	"fmt"
+	"math/bits"
+)
+
+// This file is the inside of a Writer: the open packet, credit, and the way of a packet to NATS and back to the pool.
+
+// frameLocked returns the next n bytes of the open packet. It seals the packet and opens another where n bytes do not
+// fit, and waits for credit where none is left. mine says that the caller has the turn.
+func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
+	for {
+		if w.open != nil {
+			end := w.n + n
+			limit := w.coalesceLimit()
+			if w.n == PacketHeaderSize {
+				limit = max(limit, end) // a record too large to share a packet has one of its own
+			}
+			if end <= limit {
+				if end > len(w.open.buf) {
+					w.growLocked(end)
+				}
+				b := w.open.buf[w.n:end]
+				w.n = end
+				return b, nil
+			}
+			w.sealLocked()
+			w.markLocked()
+		}
+		if w.creditLocked() {
+			w.openLocked(PacketHeaderSize + n)
+			continue
+		}
+		if err := w.waitCreditLocked(mine); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// waitCreditLocked waits until something changes that may be credit, and until the caller may write again: meanwhile
+// anything may have happened, another goroutine's Close, its turn, the end of the stream.
+func (w *Writer) waitCreditLocked(mine bool) error {
+	if err := w.waitLocked(); err != nil {
+		return err
+	}
+	if mine {
+		return w.failedLocked()
+	}
+	return w.awaitTurnLocked()
+}
+
+// coalesceLimit is the size up to which a packet gathers records.
+func (w *Writer) coalesceLimit() int {
+	return min(coalesceSize, int(w.session.ep.maxPayload.Load()))
+}
+
+// openLocked opens the packet with number sealed. Its size follows that of the one before: a busy stream soon has
+// large packets, an idle one small ones.
+func (w *Writer) openLocked(n int) {
+	w.open = getPacket(max(n, min(w.size, coalesceSize)))
+	w.n = PacketHeaderSize
+	w.roomLocked()
+}
+
+// growLocked moves the open packet into a buffer of at least n bytes.
+func (w *Writer) growLocked(n int) {
+	p := getPacket(n)
+	copy(p.buf, w.open.buf[:w.n])
+	putPacket(w.open)
+	w.open = p
+	w.roomLocked()
+}
+
+// roomLocked lets Write use the open packet, unless somebody has the turn.
+func (w *Writer) roomLocked() {
+	w.room = nil
+	if w.open != nil && !w.turn && !w.closed && w.session.ep.maxRecord >= coalesceSize { // else Write must look
+		w.room = w.open.buf[:min(len(w.open.buf), w.coalesceLimit())]
+	}
+}
+
+// sealLocked ends the open packet: no more records go in, and it is the outbox's from here on. A packet that uses up
+// the credit asks for more.
+func (w *Writer) sealLocked() {
+	p := w.open
+	p.buf = p.buf[:w.n]
+	p.last = w.closed
+	seq := w.sealed
+	w.sealed++
+	w.sealedBytes += uint64(w.n)
+	w.size = w.n
+	w.open, w.n, w.room = nil, 0, nil
+	if !w.json {
+		flags := PacketSeq
+		if !w.creditLocked() {
+			flags |= PacketAck
+		}
+		putPacketHeader(p.buf, flags, w.session.sender, seq)
+	}
+	w.ready.Push(p) // never full: credit bounds what is sealed and not acknowledged
+}
+
+// creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Beside what the peer granted
+// it heeds this end's own window, so that a peer cannot make it keep more than that until it acknowledges.
+func (w *Writer) creditLocked() bool {
+	return int32(w.sealed-w.granted.packets) < 0 && w.sealedBytes < w.granted.bytes &&
+		w.sealed-w.acked.packets < maxUnacked && w.sealedBytes-w.acked.bytes < w.session.ep.window
+}
+
+// maxUnacked bounds the packets kept for a peer that grants without end.
+const maxUnacked = 4 * maxPackets
+
+// credit takes what the consumer acknowledged and granted. Both are absolute, so an old or repeated one changes
+// nothing. Called by the outbox.
+func (w *Writer) credit(c Credit) error {
+	if int32(c.Ack-w.sent.next) > 0 {
+		return fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, w.sent.next)
+	}
+	n, bytes := w.sent.release(c.Ack)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.acked.packets += n
+	w.acked.bytes += bytes
+	if int32(c.Packets-w.granted.packets) > 0 {
+		w.granted.packets = c.Packets
+	}
+	w.granted.bytes = max(w.granted.bytes, c.Bytes)
+	w.wakeLocked()
+	return nil
+}
+
+// ended lets go of everything, because the stream has. Called by the outbox.
+func (w *Writer) ended() {
+	w.mu.Lock()
+	if w.open != nil && !w.turn { // an encoder may be writing into it: then it is the garbage collector's
+		putPacket(w.open)
+	}
+	w.open, w.n, w.room = nil, 0, nil
+	w.wakeLocked()
+	w.mu.Unlock()
+	for p := w.nextReady(); p != nil; p = w.nextReady() {
+		putPacket(p)
+	}
+	w.sent.release(w.sent.next)
+}
+
+// publishNext publishes the next packet and reports whether there may be another. Called by the outbox alone.
+func (w *Writer) publishNext(conn transport) (more bool) {
+	p := w.nextReady()
+	if p == nil {
+		if p = w.sealOpen(); p == nil {
+			return false
+		}
+	}
+	s := &w.session
+	var err error
+	if s.reply == "" {
+		err = s.ep.register(s, controlToken)
+	}
+	reply := ""
+	if w.sent.next == 0 && !w.json {
+		reply = s.reply
+	}
+	if err == nil {
+		err = conn.publish(w.subject, reply, p.buf)
+	}
+	if err != nil {
+		w.sent.failed = p
+		w.mu.Lock()
+		w.fault = err
+		w.queued = false
+		w.wakeLocked()
+		w.mu.Unlock()
+		return false
+	}
+	s.ep.counters.sent(len(p.buf))
+	last := p.last
+	if w.json {
+		w.sentJSON(p)
+	} else {
+		w.sent.push(p)
+	}
+	// Whoever waits for this first says so and then looks at published: one of the two sees the other.
+	w.published.Store(w.sent.next)
+	if w.waiting.Load() {
+		w.mu.Lock()
+		w.wakeLocked()
+		w.mu.Unlock()
+	}
+	if last {
+		s.done()
+		w.sent.release(w.sent.next)
+	}
+	return !last
+}
+
+// nextReady returns the packet to publish next among those sealed.
+func (w *Writer) nextReady() *packet {
+	if p := w.sent.failed; p != nil {
+		w.sent.failed = nil
+		return p
+	}
+	p, _ := w.ready.Pop()
+	return p
+}
+
+// sealOpen seals and returns the open packet, because there is nothing else to publish: while the outbox is busy, it
+// fills. It returns nil, and lets the next record mark the session again, if there is no record to publish.
+func (w *Writer) sealOpen() *packet {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if p := w.nextReady(); p != nil { // sealed just now
+		return p
+	}
+	if w.open == nil || w.turn && !w.encoding || w.n == PacketHeaderSize {
+		w.queued = false
+		return nil
+	}
+	if w.encoding { // what is complete does not wait; the rest of the buffer is the encoder's, so it is not pooled
+		w.open = &packet{buf: w.open.buf, class: unpooled}
+	}
+	w.sealLocked()
+	return w.nextReady()
+}
+
+// sentJSON gives a fallback message back at once: its peer acknowledges nothing, and what it may take is this end's
+// own bound on what waits to be published.
+func (w *Writer) sentJSON(p *packet) {
+	w.sent.next++
+	n := uint64(len(p.buf))
+	putPacket(p)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.acked.packets++
+	w.acked.bytes += n
+	w.granted.packets++
+	w.granted.bytes += n
+	w.wakeLocked()
+}
+
+// sentPackets are the packets that were published and not acknowledged yet. The outbox owns it.
+type sentPackets struct {
+	packets     []*packet // packets[seq & (len-1)] is number seq, for acked <= seq < next
+	acked, next uint32
+	failed      *packet // could not be published; to be tried again before any other
+}
+
+func (q *sentPackets) push(p *packet) {
+	if int(q.next-q.acked) == len(q.packets) {
+		old := q.packets
+		q.packets = make([]*packet, max(4, 2*len(old)))
+		for seq := q.acked; seq != q.next; seq++ {
+			q.packets[seq&uint32(len(q.packets)-1)] = old[seq&uint32(len(old)-1)]
+		}
+	}
+	q.packets[q.next&uint32(len(q.packets)-1)] = p
+	q.next++
+}
+
+// release gives the packets before seq back to the pool and returns how many they were, and their bytes.
+func (q *sentPackets) release(seq uint32) (n uint32, bytes uint64) {
+	for ; int32(q.acked-seq) < 0 && len(q.packets) > 0; q.acked++ {
+		p := &q.packets[q.acked&uint32(len(q.packets)-1)]
+		n++
+		bytes += uint64(len((*p).buf))
+		putPacket(*p)
+		*p = nil
+	}
+	return n, bytes
+}
+
+// controlToken is what the token in a writer's control subject says: nobody streams objects to it, and the window is
+// the one a peer has that sees no offer.
+var controlToken = Token{Codec: MsgPack, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros(unknownWindow))}
