@@ -155,11 +155,15 @@ func (b *bucket) acceptControl(data []byte, own uint16) (verdict, *CloseError) {
 		return violation, protocolError(CloseUnsupportedData, "first packet: %v", err)
 	case err != nil || len(data) > maxControlPacket:
 		return malformed, nil
-	case h.Sender == own && len(body) > 0 && FrameType(body[0]) == FrameReset:
+	case len(body) > 0 && FrameType(body[0]) == FrameReset && h.Sender == own:
+		return accepted, nil
 	case b.mode == modeUnbound:
 		b.bind(h.Sender)
 	case b.mode == modeJSON || h.Sender != uint16(b.want):
 		return foreign, nil
+	}
+	if d := int32(h.Seq - b.expect); d > 0 && (len(body) == 0 || FrameType(body[0]) != FrameReset) {
+		return violation, protocolError(CloseProtocolError, "the peer sent %d packets more than arrived", d)
 	}
 	return accepted, nil
 }

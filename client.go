@@ -23,7 +23,8 @@ type ClientParams struct {
 	// Window is the most bytes one stream's producer may be ahead of its reader, rounded down to a power of two;
 	// 4 MiB by default. A stream begins with at most 256 KiB and grows when it is used up. One packet may exceed it.
 	Window int
-	// MaxBuffered is the same for all streams together: 64 MiB by default. When it is reached, windows no longer
+	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Fallback peers and records
+	// that are being put together from pieces are not in it. When it is reached, windows no longer
 	// grow and new streams begin with less, at least 4 KiB each.
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
@@ -89,7 +90,8 @@ func NewClient(params ClientParams) (*Client, error) {
 }
 
 // Close ends all streams of the client with ErrClientClosed, tells their producers, and returns when the client's
-// goroutines have ended. The connection stays open. It never fails, and closing again does nothing.
+// goroutines have ended: at once, unless the connection takes no bytes, for as long as that lasts (nats.FlusherTimeout, a
+// minute by default, and a little more). The connection stays open. It never fails, and closing again does nothing.
 func (c *Client) Close() error {
 	c.ep.close()
 	return nil

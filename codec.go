@@ -67,6 +67,7 @@ func (e *encoder) encode(v any, codec FrameFlags, dst []byte) ([]byte, error) {
 	if codec == FlagJSON {
 		err = e.json.Encode(v)
 	} else {
+		e.msgpack.Reset(e) // options that a type's own EncodeMsgpack set are not the next object's
 		err = e.msgpack.Encode(v)
 	}
 	b := e.dst
@@ -155,7 +156,9 @@ func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
 	if codec == FlagJSON {
 		err = json.Unmarshal(p, v)
 	} else {
-		err = msgpack.Unmarshal(p, v)
+		if err = checkMsgPack(p); err == nil {
+			err = msgpack.Unmarshal(p, v)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("stream: decode record of %d bytes into %T: %w", len(p), v, err)

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -120,6 +121,9 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.receiveUnknown(m)
 		return
 	}
+	if m.Size() > len(m.Subject)+len(m.Reply)+len(m.Data) {
+		m.Data = bytes.Clone(m.Data) // else its header, which nobody counts, would stay alive with it
+	}
 	data := m.Data
 	if len(data) == 0 || data[0] != PacketMagic {
 		ep.receiveJSON(s, m)
@@ -129,13 +133,20 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.receiveControl(s, m)
 		return
 	}
+	if s.stream == nil {
+		ep.receiveBack(s, data)
+		return
+	}
 	v, err := s.bucket.accept(data)
 	if v != accepted {
 		ep.refuse(s, v, err)
 		return
 	}
-	if m.Reply != "" || data[1]&byte(PacketAck) != 0 {
-		ep.outbox.deliver(control{session: s, reply: m.Reply, ack: data[1]&byte(PacketAck) != 0})
+	if m.Reply != "" {
+		ep.outbox.deliver(control{session: s, reply: m.Reply})
+	}
+	if data[1]&byte(PacketAck) != 0 {
+		s.mark(workCredit)
 	}
 }
 
@@ -149,6 +160,15 @@ func (ep *endpoint) receiveUnknown(m *nats.Msg) {
 	if h, _, err := ParsePacketHeader(m.Data); err == nil {
 		ep.outbox.deliver(control{reply: m.Reply, sender: h.Sender})
 	}
+}
+
+// receiveBack takes a sequenced packet for a producer, which reads nothing: it must not gather unread.
+func (ep *endpoint) receiveBack(s *session, data []byte) {
+	v, err := s.bucket.acceptControl(data, s.sender)
+	if v == accepted {
+		v, err = violation, protocolError(CloseProtocolError, "this producer takes no records")
+	}
+	ep.refuse(s, v, err)
 }
 
 // receiveControl checks a packet without sequence number and leaves it to the outbox, where its frames are acted on.
@@ -209,7 +229,9 @@ func (s *session) endFromMux(e *ending) {
 // Called by anyone but the mux, which must not wait for the map's lock.
 func (s *session) finish(e *ending) bool {
 	first := s.end.CompareAndSwap(nil, e)
-	s.unregister()
+	if s.stream != nil { // a writer gets its token from the outbox, which takes it back too
+		s.unregister()
+	}
 	if first {
 		s.bucket.park.wake()
 		if s.writer != nil {
@@ -291,9 +313,11 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 		switch ep.conn.status() {
 		case nats.CONNECTED:
 			ep.maxPayload.Store(ep.conn.maxPayload())
-			ep.outbox.up.Store(true)
+			if !ep.outbox.up.Swap(true) {
+				ep.probe()
+			}
 			ep.outbox.park.wake()
-		case nats.DRAINING_SUBS:
+		case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
 			ep.draining.Store(true)
 		case nats.CLOSED:
 			ep.lost()
@@ -302,6 +326,19 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 			ep.outbox.up.Store(false)
 		}
 	}
+}
+
+// probe says again what may have been lost with a connection: every reader its credit, every writer how far it is. The
+// answers set going what waits, or tell that packets are missing.
+func (ep *endpoint) probe() {
+	ep.sessions.Range(func(_ string, s *session) bool {
+		if s.stream != nil {
+			s.mark(workCredit)
+		} else if s.writer != nil && !s.writer.json {
+			s.mark(workProbe)
+		}
+		return true
+	})
 }
 
 // lost ends every stream because the connection is closed for good, and the outbox with them. Records that arrived can

@@ -42,6 +42,15 @@ func appendJSONData(dst, record []byte) []byte {
 	return append(dst, jsonDataTail...)
 }
 
+// appendJSONClose appends the message for the end of a stream.
+func appendJSONClose(dst []byte, e CloseError) []byte {
+	m, err := json.Marshal(StreamingMsg{Type: StreamingMsgTypeClose, CloseError: &e})
+	if err != nil {
+		panic(err) // a number and a string: there is nothing to go wrong
+	}
+	return append(dst, m...)
+}
+
 func jsonDataSize(n int) int {
 	return len(jsonDataHead) + base64.StdEncoding.EncodedLen(n) + len(jsonDataTail)
 }
@@ -109,6 +118,12 @@ func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	if err := w.failedLocked(); err != nil {
+		return 0, err
+	}
+	if max := w.session.ep.maxRecord; len(record) > max {
+		return 0, fmt.Errorf("%w: %T of %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, v, len(record), max)
+	}
 	if err := w.appendJSONLocked(record, true); err != nil {
 		return 0, err
 	}
@@ -116,10 +131,7 @@ func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
 }
 
 func (w *Writer) appendCloseJSONLocked(code int, reason string) error {
-	m, err := json.Marshal(StreamingMsg{Type: StreamingMsgTypeClose, CloseError: &CloseError{Code: code, Text: reason}})
-	if err != nil {
-		return fmt.Errorf("stream: encode close: %w", err)
-	}
+	m := appendJSONClose(nil, CloseError{code, cutReason(reason, w.session.ep.reasonLimit())})
 	w.open = getPacket(len(m))
 	w.n = copy(w.open.buf, m)
 	w.closed = true

@@ -35,6 +35,7 @@ const (
 	workRequest = 1 << iota // publish the request
 	workPackets             // the writer has packets
 	workCredit              // tell the peer what was consumed
+	workProbe               // ask the consumer what it got and grants
 	workEnd                 // the session ended: tell the peer, let go of the buffers
 )
 
@@ -43,12 +44,10 @@ type control struct {
 	session *session // nil for a token that is not in use
 	reply   string   // the peer's subject, where the message had one
 	packet  []byte   // frames to act on, or nil
-	ack     bool     // the peer asks for credit at once
 	sender  uint16   // of a packet for a token that is not in use
 }
 
-// maxInbound bounds the control packets that wait for the outbox. What does not fit is dropped: credits are absolute
-// and asked for again, so the loss of one is repaired by the next.
+// maxInbound bounds the control packets that wait for the outbox. A stream whose packet does not fit ends.
 const maxInbound = 1 << 16
 
 // maxControlPacket bounds one control packet: a RESET with the longest reason, and room for later frame types.
@@ -96,10 +95,15 @@ func (o *outbox) take() *session {
 	return first
 }
 
-// deliver hands a control word over, or counts it as dropped. Called by the mux alone.
+// deliver hands a control word over. One that finds no room is counted, and its stream ends: it might have been the
+// credit, or the subject, without which the stream would wait for ever. Called by the mux alone.
 func (o *outbox) deliver(c control) {
 	if !o.inbound.Push(c) {
 		o.ep.counters.overrun.Add(1)
+		if c.session != nil {
+			e := protocolError(CloseTryAgainLater, "control packets came faster than they could be acted on")
+			c.session.endFromMux(&ending{err: e, tell: *e})
+		}
 	}
 	o.park.wake()
 }
@@ -166,9 +170,6 @@ func (o *outbox) receive() (worked bool) {
 				o.finish(s, end)
 			}
 		}
-		if c.ack {
-			s.mark(workCredit)
-		}
 		if c.packet != nil {
 			if ce := o.frames(s, c.packet[PacketHeaderSize:]); ce != nil {
 				s.finish(&ending{err: ce, tell: *ce})
@@ -188,7 +189,7 @@ func (o *outbox) refuse(c control) {
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway
 	}
-	o.send(c.reply, c.sender, f)
+	o.publish(c.reply, "", AppendFrame(AppendPacketHeader(o.scratch[:0], PacketHeader{Sender: c.sender}), f))
 }
 
 var unknownStream = []byte("no such stream")
@@ -268,7 +269,10 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	if work&workCredit != 0 && s.peer != "" {
 		var payload [creditSize]byte
-		o.send(s.peer, s.sender, Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], s.bucket.credit())})
+		o.tell(s, "", Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], s.bucket.credit())})
+	}
+	if work&workProbe != 0 && s.writer.sent.next > 0 {
+		o.tell(s, s.reply, Frame{Type: FramePing})
 	}
 	if work&workPackets != 0 && s.writer.publishNext(o.ep.conn) {
 		s.mark(workPackets)
@@ -286,9 +290,9 @@ func (o *outbox) finish(s *session, end *ending) {
 		s.writer.cancel(end.err)
 		s.writer.ended()
 	}
-	if end.tell.Code != 0 && s.peer != "" && s.binary() {
+	if end.tell.Code != 0 && s.peer != "" {
 		if o.up.Load() {
-			o.send(s.peer, s.sender, Frame{Type: FrameReset, Code: uint16(end.tell.Code), Payload: []byte(cutReason(end.tell.Text, o.ep.reasonLimit()))})
+			o.tellEnd(s, end.tell)
 		} else if o.ep.gone.Load() == nil {
 			o.hold(s, workEnd) // a peer that is not told would wait for ever
 			return
@@ -297,11 +301,30 @@ func (o *outbox) finish(s *session, end *ending) {
 	s.finished = true
 }
 
-// send publishes one control frame. A failure is not the stream's end: what control frames say is absolute and
-// said again, and a connection that takes no more bytes is noticed by itself.
-func (o *outbox) send(subject string, sender uint16, f Frame) {
-	b := AppendPacketHeader(o.scratch[:0], PacketHeader{Sender: sender})
-	if err := o.ep.conn.publish(subject, "", AppendFrame(b, f)); err != nil {
+// tellEnd tells the peer of s that the stream ended early.
+func (o *outbox) tellEnd(s *session, e CloseError) {
+	e.Text = cutReason(e.Text, o.ep.reasonLimit())
+	if s.binary() {
+		o.tell(s, "", Frame{Type: FrameReset, Code: uint16(e.Code), Payload: []byte(e.Text)})
+	} else {
+		o.publish(s.peer, "", appendJSONClose(nil, e))
+	}
+}
+
+// tell publishes one control frame to the peer of s. Its sequence number is that of the next packet, so that the peer
+// sees what it missed.
+func (o *outbox) tell(s *session, reply string, f Frame) {
+	h := PacketHeader{Sender: s.sender}
+	if s.writer != nil {
+		h.Seq = s.writer.sent.next
+	}
+	o.publish(s.peer, reply, AppendFrame(AppendPacketHeader(o.scratch[:0], h), f))
+}
+
+// publish publishes what is not a stream's data. A failure is counted and not the stream's end: credit is said again
+// after a reconnect, and a connection that takes no more bytes is noticed by itself.
+func (o *outbox) publish(subject, reply string, data []byte) {
+	if err := o.ep.conn.publish(subject, reply, data); err != nil {
 		o.ep.counters.unsent.Add(1)
 	}
 }

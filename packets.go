@@ -1,8 +1,11 @@
 package stream
 
 import (
+	"errors"
 	"fmt"
 	"math/bits"
+
+	"github.com/nats-io/nats.go"
 )
 
 // This file is the inside of a Writer: the open packet, credit, and the way of a packet to NATS and back to the pool.
@@ -147,6 +150,7 @@ func (w *Writer) ended() {
 
 // publishNext publishes the next packet and reports whether there may be another. Called by the outbox alone.
 func (w *Writer) publishNext(conn transport) (more bool) {
+	retry := w.sent.failed != nil
 	p := w.nextReady()
 	if p == nil {
 		if p = w.sealOpen(); p == nil {
@@ -164,6 +168,11 @@ func (w *Writer) publishNext(conn transport) (more bool) {
 	}
 	if err == nil {
 		err = conn.publish(w.subject, reply, p.buf)
+	}
+	if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did: this packet will never go
+		s.finish(&ending{err: err, tell: CloseError{CloseInternalServerErr, "packet exceeds the server's max_payload"}})
+		putPacket(p)
+		return false
 	}
 	if err != nil {
 		w.sent.failed = p
@@ -183,8 +192,11 @@ func (w *Writer) publishNext(conn transport) (more bool) {
 	}
 	// Whoever waits for this first says so and then looks at published: one of the two sees the other.
 	w.published.Store(w.sent.next)
-	if w.waiting.Load() {
+	if retry || w.waiting.Load() {
 		w.mu.Lock()
+		if retry {
+			w.fault = nil // it was sent after all
+		}
 		w.wakeLocked()
 		w.mu.Unlock()
 	}

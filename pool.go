@@ -7,8 +7,8 @@ import (
 )
 
 // Buffers of the send side come from pools, one for each size class. A packet belongs to the Writer that opened it
-// from getPacket until the outbox gives it back with putPacket: after it was acknowledged, or after its writer ended.
-// Nobody else ever gives one back, so a packet that is being published cannot be reused under the publisher.
+// from getPacket on; once it is sealed, it is the outbox's, which gives it back with putPacket after it was acknowledged or
+// its writer ended. Nobody else gives a sealed one back, so none is reused while it is being published.
 // Received packets are never pooled: they are NATS's own buffers and the user's records are sub-slices of them.
 
 // Packet sizes. A coalescing packet grows to coalesceSize; a record that does not fit it travels alone in a packet of

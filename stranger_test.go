@@ -747,7 +747,7 @@ func TestStrangerToProducer(t *testing.T) {
 		{name: "CREDIT of another sender", message: control(8, rawCredit(stream.Credit{Ack: 77})), bound: from8},
 		{name: "DATA of another sender", message: rawPacket(stream.PacketSeq, 8, 0, rawData("x")), bound: from8},
 		{name: "gap", message: rawPacket(stream.PacketSeq, 9, 1, rawData("x")), first: ends1002, bound: ends1002},
-		{name: "first packet", message: rawPacket(stream.PacketSeq, 9, 0, rawData("x")), first: fine, bound: fine},
+		{name: "first packet", message: rawPacket(stream.PacketSeq, 9, 0, rawData("x")), first: ends1002, bound: ends1002},
 	} {
 		for _, bound := range []bool{false, true} {
 			want := c.first

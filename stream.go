@@ -4,8 +4,8 @@ import (
 	"context"
 	"io"
 	"iter"
-	"maps"
 	"math/bits"
+	"slices"
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
@@ -51,7 +51,9 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stre
 	s.session.bucket.init(initialPackets, window)
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	req := &nats.Msg{Subject: msg.Subject, Header: make(nats.Header, len(msg.Header)+1), Data: append([]byte(nil), msg.Data...)}
-	maps.Copy(req.Header, msg.Header)
+	for key, values := range msg.Header { // published later, when the caller may have changed its own
+		req.Header[key] = slices.Clone(values)
+	}
 	req.Header[headerOpen] = []string{string(AppendOffer(nil, offer))}
 	s.session.request = req
 
@@ -133,6 +135,9 @@ func (s *Stream) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	defer s.leave()
+	if err := s.endedNow(); err != nil {
+		return 0, err
+	}
 	for len(s.left) == 0 {
 		rec, _, err := s.nextGated()
 		if err != nil {
@@ -242,6 +247,9 @@ func (s *Stream) next() ([]byte, FrameFlags, error) {
 		return nil, 0, err
 	}
 	defer s.leave()
+	if err := s.endedNow(); err != nil {
+		return nil, 0, err
+	}
 	if rec := s.left; len(rec) != 0 { // the rest of a record that Read began
 		s.left = nil
 		return rec, FlagRaw, nil

@@ -47,6 +47,7 @@ func (t natsTransport) subscribe(subject string, f nats.MsgHandler) (func(), err
 	// Credit bounds what can be pending here, stream by stream. The default limits bound all streams together, and
 	// what they drop is the newest message of whichever stream comes next.
 	if err := sub.SetPendingLimits(-1, -1); err != nil {
+		_ = sub.Unsubscribe()
 		return nil, err
 	}
 	closed := make(chan struct{})

@@ -103,8 +103,9 @@ const (
 	fallbackQueueBytes = 4 << 20
 )
 
-// Context ends when the stream does: when the consumer left, the connection was lost, or the writer was closed.
-// context.Cause tells why.
+// Context ends when the stream does: when the consumer said that it left, this client's connection was lost for good,
+// or the writer was closed. context.Cause tells why. A consumer that dies without a word is not noticed yet: bound the
+// wait for it from outside, or close the client.
 func (w *Writer) Context() context.Context { return w.ctx }
 
 // Write sends p as one record. It returns len(p) once p was copied: p may be reused at once. It blocks while the
@@ -165,7 +166,7 @@ func (w *Writer) appendRecordLocked(p []byte, flags FrameFlags) error {
 
 // singleLimit is the largest payload that travels in one frame. It follows the server's max_payload.
 func (w *Writer) singleLimit() int {
-	return min(singleSize, int(w.session.ep.maxPayload.Load())) - PacketHeaderSize - FrameHeaderSize
+	return max(1, min(singleSize, int(w.session.ep.maxPayload.Load()))-PacketHeaderSize-FrameHeaderSize)
 }
 
 // appendLocked appends one DATA frame, opening a packet where the open one has no room. It may wait for credit, and
@@ -184,12 +185,15 @@ func (w *Writer) appendLocked(p []byte, flags FrameFlags, mine bool) error {
 func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 	w.turn = true
 	defer w.endTurnLocked()
-	for more := FlagMore; len(p) > 0; {
+	for more, first := FlagMore, true; len(p) > 0; first = false {
 		piece := p[:min(len(p), w.singleLimit())]
 		if p = p[len(piece):]; len(p) == 0 {
 			more = 0
 		}
 		b, err := w.frameLocked(FrameHeaderSize+len(piece), true)
+		if err != nil && first {
+			return err
+		}
 		if err != nil {
 			// Half a record was sent and cannot be taken back, nor can another one follow it.
 			w.session.finish(&ending{err: err, tell: CloseError{Code: CloseInternalServerErr, Text: "record cut off"}})
@@ -350,6 +354,11 @@ func (w *Writer) Flush() error {
 
 // flushLocked seals the open packet and waits until the outbox has published it.
 func (w *Writer) flushLocked() error {
+	if !w.closed { // else the end may be that of the stream itself
+		if err := w.failedLocked(); err != nil {
+			return err // also for records that the end threw away
+		}
+	}
 	if w.open != nil && w.n > PacketHeaderSize {
 		w.sealLocked()
 	}
