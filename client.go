@@ -23,9 +23,9 @@ type ClientParams struct {
 	// Window is the most bytes one stream's producer may be ahead of its reader, rounded down to a power of two;
 	// 4 MiB by default. A stream begins with at most 256 KiB and grows when it is used up. One packet may exceed it.
 	Window int
-	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Fallback peers and records
-	// that are being put together from pieces are not in it. When it is reached, windows no longer
-	// grow and new streams begin with less, at least 4 KiB each.
+	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Windows grow within an eighth
+	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. Fallback peers, and
+	// records that are being put together from pieces, are not in it.
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
 	MaxRecordSize int
