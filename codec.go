@@ -156,9 +156,7 @@ func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
 	if codec == FlagJSON {
 		err = json.Unmarshal(p, v)
 	} else {
-		if err = checkMsgPack(p); err == nil {
-			err = msgpack.Unmarshal(p, v)
-		}
+		err = decodeMsgPack(p, v)
 	}
 	if err != nil {
 		return fmt.Errorf("stream: decode record of %d bytes into %T: %w", len(p), v, err)

@@ -327,9 +327,8 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 		switch ep.conn.status() {
 		case nats.CONNECTED:
 			ep.maxPayload.Store(ep.conn.maxPayload())
-			if !ep.outbox.up.Swap(true) {
-				ep.probe()
-			}
+			ep.outbox.up.Store(true)
+			ep.probe() // also where it was away too shortly to be seen
 			ep.outbox.park.wake()
 		case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
 			ep.draining.Store(true)

@@ -3,8 +3,10 @@ package stream
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -56,17 +58,17 @@ func TestCheckMsgPackAcceptsWhatIsWhole(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := checkMsgPack(p); err != nil {
+		if err := scanMsgPack(p); err != nil {
 			t.Errorf("%T, %d bytes, %x…: %v", v, len(p), p[:min(len(p), 20)], err)
 		}
-		if err := checkMsgPack(append(p[:len(p):len(p)], 0xc1)); err != nil {
+		if err := scanMsgPack(append(p[:len(p):len(p)], 0xc1)); err != nil {
 			t.Errorf("%T: what follows the object counts: %v", v, err)
 		}
 		for n := range len(p) {
 			if n > 200 && n < len(p)-200 { // large ones are walked in time that is proportional to n
 				continue
 			}
-			if checkMsgPack(p[:n]) == nil {
+			if scanMsgPack(p[:n]) == nil {
 				t.Errorf("%T: %d bytes of %d are accepted", v, n, len(p))
 			}
 		}
@@ -88,11 +90,11 @@ func TestCheckMsgPackDepth(t *testing.T) {
 			return []byte(strings.Repeat(level, depth) + end)
 		}
 		// The object itself is the first level.
-		if err := checkMsgPack(nested(maxMsgPackDepth - 1)); err != nil {
+		if err := scanMsgPack(nested(maxMsgPackDepth - 1)); err != nil {
 			t.Errorf("%s: %d levels: %v", name, maxMsgPackDepth-1, err)
 		}
 		for _, depth := range []int{maxMsgPackDepth, 100 * maxMsgPackDepth} {
-			if checkMsgPack(nested(depth)) == nil {
+			if scanMsgPack(nested(depth)) == nil {
 				t.Errorf("%s: %d levels are accepted", name, depth)
 			}
 		}
@@ -111,7 +113,7 @@ func TestCheckMsgPackLengths(t *testing.T) {
 		for _, n := range []uint32{1 << 24, 1 << 31, 1<<32 - 1} {
 			p := binary.BigEndian.AppendUint32([]byte{code}, n)
 			for _, p := range [][]byte{p, append(p[:5:5], make([]byte, 1000)...), bytes.Repeat(p, 20), append([]byte{0x91}, p...), append([]byte{0x81, 0xa1, 'k'}, p...)} {
-				if checkMsgPack(p) == nil {
+				if scanMsgPack(p) == nil {
 					t.Errorf("%x: accepted", p[:min(len(p), 20)])
 				}
 				var v any
@@ -127,14 +129,14 @@ func TestCheckMsgPackLengths(t *testing.T) {
 	}
 }
 
-// Looking at a small object costs no allocation.
+// Looking at a small object costs no allocation, unless there are extensions to remember.
 func TestCheckMsgPackAllocations(t *testing.T) {
-	p, err := msgpack.Marshal(map[string]any{"id": 12345, "name": "some name", "value": 1.5, "tags": []any{"a", []any{"b"}}, "at": time.Unix(1, 2)})
+	p, err := msgpack.Marshal(map[string]any{"id": 12345, "name": "some name", "value": 1.5, "tags": []any{"a", []any{"b"}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if n := testing.AllocsPerRun(100, func() {
-		if err := checkMsgPack(p); err != nil {
+		if err := scanMsgPack(p); err != nil {
 			t.Fatal(err)
 		}
 	}); n != 0 {
@@ -160,7 +162,7 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 				p[i] = [...]byte{0x81, 0x82, 0x91, 0x92, 0xa1, 0xc0, 0xd4, 0xdc, 0xde}[r.IntN(9)]
 			}
 		}
-		if checkMsgPack(p) != nil {
+		if scanMsgPack(p) != nil {
 			var v any
 			if decodeObject(p, FlagMsgPack, 0, &v) == nil {
 				t.Fatalf("seed %d: %x is refused by the check and not by RecvObject", seed, p)
@@ -181,5 +183,59 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 	}
 	if accepted < rounds/20 {
 		t.Errorf("seed %d: %d of %d were accepted", seed, accepted, rounds)
+	}
+}
+
+func scanMsgPack(p []byte) error {
+	_, err := checkMsgPack(p)
+	return err
+}
+
+// The body of an extension is not taken for an object, whatever the decoder looks for in its place.
+func TestMsgPackExtensionIsNoObject(t *testing.T) {
+	attack := []byte("\xc9\x00\x00\x00\x08\x05\x81\xa1\x61\xdd\xff\xff\xff\xff")
+	if err := scanMsgPack(attack); err != nil {
+		t.Fatalf("the attack is not even well formed: %v", err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for _, v := range []any{new(map[string]any), new(map[any]any), new(struct{ M map[string]any }), new(any), new([]any), new(map[string]string)} {
+		for _, p := range [][]byte{attack, append([]byte("\x81\xa1M"), attack...), append([]byte{0x91}, attack...)} {
+			if err := decodeMsgPack(p, v); err == nil {
+				t.Errorf("%x decodes into %T", p, v)
+			}
+		}
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 1<<20 {
+		t.Errorf("%d bytes were allocated", n)
+	}
+}
+
+func TestMsgPackTimes(t *testing.T) {
+	type object struct {
+		A time.Time
+		M map[string]time.Time
+	}
+	for _, nanos := range []int64{0, 1, 560e6, 807e6} {
+		for _, seconds := range []int64{0, 1, 1 << 31, 1 << 34, -5} {
+			at := time.Unix(seconds, nanos)
+			p, err := msgpack.Marshal(object{at, map[string]time.Time{"x": at}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got object
+			if err := decodeMsgPack(p, &got); err != nil || !got.A.Equal(at) || !got.M["x"].Equal(at) {
+				t.Errorf("%v: %v, %v", at, got, err)
+			}
+		}
+	}
+}
+
+// A map whose keys cannot be keys is an error of that record, not a panic.
+func TestMsgPackUnhashableKey(t *testing.T) {
+	var v map[any]any
+	if err := decodeMsgPack([]byte{0x81, 0x91, 1, 1}, &v); !errors.Is(err, errMsgPack) {
+		t.Errorf("decoded into %v: %v", v, err)
 	}
 }
