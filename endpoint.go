@@ -103,6 +103,7 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	changes, stop := conn.statusChanges()
 	ep.stopWatch = sync.OnceFunc(stop)
 	ep.maxPayload.Store(conn.maxPayload())
+	ep.outbox.up.Store(conn.status() == nats.CONNECTED)
 	go ep.outbox.run()
 	go ep.watch(changes)
 	return ep, nil
@@ -322,13 +323,16 @@ func (ep *endpoint) take(n uint64, limit int64) bool {
 func (ep *endpoint) watch(changes <-chan nats.Status) {
 	defer close(ep.watched)
 	defer ep.stopWatch()
-	for ok := true; ok; _, ok = <-changes {
+	for ok, before := true, false; ok; _, ok = <-changes {
 		// What the channel says may be old: it drops news while it is full. That there was news is enough.
 		switch ep.conn.status() {
 		case nats.CONNECTED:
 			ep.maxPayload.Store(ep.conn.maxPayload())
 			ep.outbox.up.Store(true)
-			ep.probe() // also where it was away too shortly to be seen
+			if before { // it may have been away too shortly to be seen so
+				ep.probe()
+			}
+			before = true
 			ep.outbox.park.wake()
 		case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
 			ep.draining.Store(true)

@@ -242,6 +242,7 @@ func (o *outbox) serveHeld() {
 		work := s.held
 		s.held = 0
 		o.serve(s, work)
+		o.receive() // an end may have arrived that leaves nothing to publish
 	}
 }
 

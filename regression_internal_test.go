@@ -300,7 +300,7 @@ func TestFlushAfterEnd(t *testing.T) {
 		}
 	}
 	if n := len(conn.sent()); n != 1 {
-		t.Errorf("%d packets were published", n)
+		t.Errorf("%d packets were published: %v", n, conn.sent())
 	}
 }
 
