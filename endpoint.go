@@ -66,6 +66,7 @@ type session struct {
 	peer     string    // subject of the other end; a consumer learns it from the producer's first packet
 	request  *nats.Msg // what opens the stream, until it is published
 	held     uint32    // work that waits for the connection; not zero while in outbox.held
+	owed     bool      // credit was due before the peer's subject was known
 	finished bool
 }
 
@@ -110,8 +111,8 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 }
 
 // receive is the mux: the callback of the wildcard subscription, called for one message after the other. It finds the
-// stream and hands it the packet. It decodes no frame, allocates nothing, takes no lock, blocks on nothing and
-// publishes nothing: what one stream makes it do must not cost the others.
+// stream and hands it the packet. For a packet in order it decodes no frame and allocates nothing; for any message it
+// takes no lock, blocks on nothing and publishes nothing: what one stream makes it do must not cost the others.
 func (ep *endpoint) receive(m *nats.Msg) {
 	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
 	if !ok {

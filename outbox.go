@@ -165,6 +165,10 @@ func (o *outbox) receive() (worked bool) {
 		}
 		if c.reply != "" && s.writer == nil {
 			s.peer = c.reply
+			if s.owed {
+				s.owed = false
+				s.mark(workCredit)
+			}
 			if end := s.end.Load(); s.finished && end.tell.Code != 0 { // the mux took the packet just before the end
 				s.finished = false
 				o.finish(s, end)
@@ -268,7 +272,9 @@ func (o *outbox) serve(s *session, work uint32) {
 		}
 		s.request = nil
 	}
-	if work&workCredit != 0 && s.peer != "" {
+	if work&workCredit != 0 && s.peer == "" {
+		s.owed = true // the reader, or the mark of the mux, was faster than the subject on the inbound ring
+	} else if work&workCredit != 0 {
 		var payload [creditSize]byte
 		o.tell(s, "", Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], s.bucket.credit())})
 	}

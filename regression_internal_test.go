@@ -592,3 +592,27 @@ func TestOpenMsgCopiesHeader(t *testing.T) {
 		t.Errorf("the producer got the header %v", got)
 	}
 }
+
+// Credit that is due before the outbox knows where the producer is goes out once it does: with a window of one packet
+// both ends would wait for ever otherwise.
+func TestCreditDueBeforePeerIsKnown(t *testing.T) {
+	conn := newRecorder(nil)
+	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	s, err := c.Open(t.Context(), "subject", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.session.mark(workCredit)
+	until(t, "the outbox has served the mark", func() bool { return s.session.pending.Load() == 0 })
+	data := Frame{Type: FrameData, Payload: []byte("a")}
+	conn.receive(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacketFlags(PacketSeq, 9, 0, data)})
+	until(t, "credit was sent", func() bool {
+		for _, m := range conn.sent() {
+			if m.Subject == "producer" {
+				return true
+			}
+		}
+		return false
+	})
+}
