@@ -1,7 +1,6 @@
 package streamtest
 
 import (
-	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -14,7 +13,7 @@ import (
 // a machine that is out of breath.
 const readyTimeout = 10 * time.Second
 
-// An Option changes the server that Start and Run are about to start.
+// An Option changes the server that is about to start, in this process or in one of its own.
 type Option func(*server.Options)
 
 // WithMaxPayload sets the largest message in bytes that the server accepts. Default: 1 MiB, as every NATS server.
@@ -36,14 +35,9 @@ type Server struct {
 
 // Start starts a server and returns when it accepts connections. The caller ends it with Shutdown.
 func Start(opts ...Option) (*Server, error) {
-	o := &server.Options{
-		Host:   "127.0.0.1",
-		Port:   server.RANDOM_PORT,
-		NoLog:  true,
-		NoSigs: true,
-	}
-	for _, opt := range opts {
-		opt(o)
+	o := defaults()
+	if err := apply(o, opts); err != nil {
+		return nil, fmt.Errorf("streamtest: %w", err)
 	}
 	raw, err := server.NewServer(o)
 	if err != nil {
@@ -53,7 +47,7 @@ func Start(opts ...Option) (*Server, error) {
 	s := &Server{raw: raw}
 	if !raw.ReadyForConnections(readyTimeout) {
 		s.Shutdown()
-		return nil, errors.New("streamtest: the server does not accept connections")
+		return nil, fmt.Errorf("streamtest: %w", errNotReady)
 	}
 	return s, nil
 }
@@ -77,8 +71,12 @@ func (s *Server) URL() string {
 // Dial returns a new connection to the server. It reconnects for ever and every 50 ms, so that a test that interrupts it
 // need not wait for the two seconds that are NATS's default; options given override this. The caller closes it.
 func (s *Server) Dial(opts ...nats.Option) (*nats.Conn, error) {
+	return dial(s.URL(), opts)
+}
+
+func dial(urls string, opts []nats.Option) (*nats.Conn, error) {
 	defaults := []nats.Option{nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond)}
-	nc, err := nats.Connect(s.URL(), append(defaults, opts...)...)
+	nc, err := nats.Connect(urls, append(defaults, opts...)...)
 	if err != nil {
 		return nil, fmt.Errorf("streamtest: %w", err)
 	}
@@ -89,7 +87,12 @@ func (s *Server) Dial(opts ...nats.Option) (*nats.Conn, error) {
 // be made, the test ends at once.
 func (s *Server) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
 	tb.Helper()
-	nc, err := s.Dial(opts...)
+	return connect(tb, s.URL(), opts)
+}
+
+func connect(tb testing.TB, urls string, opts []nats.Option) *nats.Conn {
+	tb.Helper()
+	nc, err := dial(urls, opts)
 	if err != nil {
 		tb.Fatal(err)
 	}

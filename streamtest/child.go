@@ -1,0 +1,130 @@
+package streamtest
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+)
+
+// childEnv in the environment makes a process a server instead of what it is.
+const childEnv = "STREAMTEST_SERVER"
+
+// A Process runs the test's own binary again, because that has the server linked already and nothing needs to be
+// installed. The binary must turn into a server before its main runs, or it would run the tests: hence init, and no test
+// package needs a TestMain for it. Packages that are initialised before this one run their init in the child too.
+func init() {
+	if os.Getenv(childEnv) == "" {
+		return
+	}
+	if err := serveChild(); err != nil {
+		report{Error: err.Error()}.send()
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// order is the first line that the child reads from its standard input.
+type order struct {
+	Steps []step
+	Port  int  // where to listen
+	Fixed bool // on Port whatever Steps say
+}
+
+// A report is a line that the child writes to its standard output, after reportMark: an error before it ends, the port
+// as soon as it accepts connections, and then an answer to each line of its input.
+type report struct {
+	Error   string
+	Port    int
+	Seq     int
+	Remotes int   // other nodes that are connected
+	Routes  int   // connections to them
+	Pool    int   // connections there should be to each
+	Slow    int64 // connections cut off because they did not read
+}
+
+// reportMark tells reports from what the init functions of other packages may print.
+const reportMark = "streamtest-report "
+
+func (r report) send() {
+	b, _ := json.Marshal(r) // cannot fail: numbers and a string
+	fmt.Printf("%s%s\n", reportMark, b)
+}
+
+// serveChild runs the server in this process until a signal or the end of standard input ends it.
+func serveChild() error {
+	in := bufio.NewReader(os.Stdin)
+	line, err := in.ReadBytes('\n')
+	if err != nil {
+		return err
+	}
+	var ord order
+	if err := json.Unmarshal(line, &ord); err != nil {
+		return err
+	}
+	o := defaults()
+	o.NoSigs = false
+	o.LameDuckDuration, o.LameDuckGracePeriod = lameDuckDuration, lameDuckGrace
+	for _, s := range ord.Steps {
+		if err := s.do(o); err != nil {
+			return err
+		}
+	}
+	if ord.Fixed || o.Port == server.RANDOM_PORT {
+		o.Port = ord.Port
+	}
+	srv, err := server.NewServer(o)
+	if err != nil {
+		return err
+	}
+	srv.SetLoggerV2(fatalLogger{}, false, false, false)
+	srv.Start()
+	if !srv.ReadyForConnections(readyTimeout) {
+		return errNotReady
+	}
+	report{Port: srv.Addr().(*net.TCPAddr).Port}.send()
+	go func() {
+		for {
+			var seq int
+			line, err := in.ReadBytes('\n')
+			if err != nil || json.Unmarshal(line, &seq) != nil {
+				os.Exit(1) // the parent is gone
+			}
+			report{
+				Seq:     seq,
+				Remotes: srv.NumRemotes(),
+				Routes:  srv.NumRoutes(),
+				Pool:    max(1, o.Cluster.PoolSize+len(o.Cluster.PinnedAccounts)),
+				Slow:    srv.NumSlowConsumers(),
+			}.send()
+		}
+	}()
+	srv.WaitForShutdown()
+	return nil
+}
+
+var errNotReady = errors.New("the server does not accept connections")
+
+// How a Process does in lame duck mode what takes two minutes in production.
+const (
+	lameDuckDuration = time.Second
+	lameDuckGrace    = 100 * time.Millisecond
+)
+
+// fatalLogger hears what ends a server, most likely that its port is taken. The server would be waited for in vain.
+type fatalLogger struct{}
+
+func (fatalLogger) Fatalf(format string, args ...any) {
+	report{Error: fmt.Sprintf(format, args...)}.send()
+	os.Exit(1)
+}
+func (fatalLogger) Noticef(string, ...any) {}
+func (fatalLogger) Warnf(string, ...any)   {}
+func (fatalLogger) Errorf(string, ...any)  {}
+func (fatalLogger) Debugf(string, ...any)  {}
+func (fatalLogger) Tracef(string, ...any)  {}

@@ -1,0 +1,145 @@
+package streamtest
+
+import (
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"strings"
+	"sync"
+
+	"github.com/nats-io/nats-server/v2/server"
+)
+
+// WithConfig reads text as a NATS configuration file, so that what a document recommends can be tested word for word. It
+// changes the options that text names; accounts and users are added to those that are there. Start and StartProcess
+// return an error where text is no configuration. Outside of them, WithConfig panics instead.
+//
+//	srv := streamtest.Run(t, streamtest.WithConfig(`
+//		authorization { users: [ { user: reader, password: x, permissions: { subscribe: "log.>" } } ] }
+//	`))
+func WithConfig(text string) Option {
+	return func(o *server.Options) {
+		if r, ok := recorders.Load(o); ok {
+			r.(*recorder).config(o, text)
+		} else if err := o.ProcessConfigString(text); err != nil {
+			panic(fmt.Errorf("streamtest: %w", err))
+		}
+	}
+}
+
+// recorders holds a *recorder for each *server.Options that options are being applied to. An Option sees nothing else,
+// and it cannot return an error.
+var recorders sync.Map
+
+// A recorder takes from WithConfig what server.Options has no place for: its error or, where the server is going to run
+// in another process, the text itself. A parsed configuration could not travel.
+type recorder struct {
+	remote bool
+	texts  []string
+	err    error
+}
+
+func (r *recorder) config(o *server.Options, text string) {
+	if r.remote {
+		r.texts = append(r.texts, text)
+	} else if err := o.ProcessConfigString(text); err != nil && r.err == nil {
+		r.err = err
+	}
+}
+
+// defaults are the options that hold before any Option is applied, here and in a Process.
+func defaults() *server.Options {
+	return &server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true}
+}
+
+// apply applies opts to o.
+func apply(o *server.Options, opts []Option) error {
+	r := &recorder{}
+	recorders.Store(o, r)
+	defer recorders.Delete(o)
+	for _, opt := range opts {
+		opt(o)
+	}
+	return r.err
+}
+
+// A step is an Option on its way to another process: configuration text, or the fields of server.Options that it
+// changed, by names such as Cluster.PoolSize.
+type step struct {
+	Config string                     `json:",omitempty"`
+	Fields map[string]json.RawMessage `json:",omitempty"`
+}
+
+// record applies opts to o and returns what another process must do to come to the same options. It fails where that
+// process cannot be told, because an option sets an interface or a function.
+func record(o *server.Options, opts []Option) ([]step, error) {
+	r := &recorder{remote: true}
+	recorders.Store(o, r)
+	defer recorders.Delete(o)
+	var steps []step
+	for _, opt := range opts {
+		before := *o
+		r.texts = nil
+		opt(o)
+		for _, text := range r.texts {
+			steps = append(steps, step{Config: text})
+		}
+		fields := map[string]json.RawMessage{}
+		if err := diff(fields, "", reflect.ValueOf(before), reflect.ValueOf(*o)); err != nil {
+			return nil, err
+		}
+		if len(fields) > 0 {
+			steps = append(steps, step{Fields: fields})
+		}
+	}
+	return steps, nil
+}
+
+// diff adds to fields those in which the struct after differs from before.
+func diff(fields map[string]json.RawMessage, prefix string, before, after reflect.Value) error {
+	for f := range after.Type().Fields() {
+		if !f.IsExported() {
+			continue
+		}
+		name, was, is := prefix+f.Name, before.FieldByIndex(f.Index), after.FieldByIndex(f.Index)
+		if f.Type.Kind() == reflect.Struct {
+			if err := diff(fields, name+".", was, is); err != nil {
+				return err
+			}
+			continue
+		}
+		if reflect.DeepEqual(was.Interface(), is.Interface()) {
+			continue
+		}
+		b, err := json.Marshal(is.Interface())
+		back := reflect.New(f.Type)
+		if err == nil {
+			err = json.Unmarshal(b, back.Interface())
+		}
+		// JSON leaves out what has no place in it. A server that differs from what the test asked for would be worse
+		// than none.
+		if err != nil || !reflect.DeepEqual(back.Elem().Interface(), is.Interface()) {
+			return fmt.Errorf("streamtest: option %s cannot be sent to another process, use WithConfig", name)
+		}
+		fields[name] = b
+	}
+	return nil
+}
+
+// do takes the step in the other process.
+func (s step) do(o *server.Options) error {
+	if s.Config != "" {
+		return o.ProcessConfigString(s.Config)
+	}
+	for name, b := range s.Fields {
+		f := reflect.ValueOf(o).Elem()
+		for part := range strings.SplitSeq(name, ".") {
+			f = f.FieldByName(part)
+		}
+		f.SetZero() // or maps and slices would keep what they had
+		if err := json.Unmarshal(b, f.Addr().Interface()); err != nil {
+			return fmt.Errorf("option %s: %w", name, err)
+		}
+	}
+	return nil
+}

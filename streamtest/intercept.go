@@ -1,0 +1,306 @@
+package streamtest
+
+import (
+	"net"
+	"sync"
+	"testing"
+	"time"
+)
+
+// A Message is one on its way between a client and its server, published (ToServer) or delivered (ToClient).
+type Message struct {
+	Dir     Direction
+	Conn    uint64 // the connection, counted from 1 in the order of their making
+	Subject string
+	Reply   string // or empty
+	Header  []byte // as it is sent, with the line NATS/1.0 and the empty line at its end; or empty
+	Data    []byte
+
+	sid string // of the subscription that it is delivered to
+}
+
+// A Verdict says what becomes of a message after a Rule returned. The zero Verdict lets it pass.
+type Verdict struct {
+	Drop   bool // it does not arrive
+	Copies int  // it arrives so many times more, at once
+	// Hold is the number of messages of the same connection and direction that shall overtake it. It is also released
+	// when no message passes for about 5 ms. Other parts of the protocol overtake it too, so a Flush of the client does
+	// not wait for it.
+	Hold int
+}
+
+// A Rule decides about a message, which it may change: its Subject, Reply, Header and Data. The message and its bytes are
+// the rule's until it returns; what it wants to keep it must copy. An Interceptor calls its rules one at a time, whatever
+// the number of connections. A rule may call Inject, which sends before the message at hand.
+//
+// The ready-made rules take a probability p, from 0 to 1, and a source of chance. They decide the same about the same
+// messages in the same order. Rules of one Interceptor may share a source; those of several may not, nor may goroutines.
+type Rule func(m *Message) Verdict
+
+// Counts is what an Interceptor has done so far, in messages.
+type Counts struct {
+	Passed     int // as they came or changed, those held too
+	Dropped    int
+	Duplicated int // copies
+	Held       int
+	Injected   int // copies delivered
+}
+
+// Interceptor is a proxy for NATS clients that lets rules decide about each message. Everything else passes as it came.
+// Its methods may be called concurrently.
+//
+// Clients should be given nats.IgnoreDiscoveredServers, or a server that tells its own address leads them around it. TLS
+// cannot pass.
+type Interceptor struct {
+	relay
+
+	decide sync.Mutex // held while rule runs
+	rule   Rule
+
+	state  sync.Mutex
+	counts Counts
+	taps   map[uint64]*[2]*tap
+}
+
+// StartInterceptor starts an interceptor to target, which is host:port or a NATS URL. It listens on a free port of
+// 127.0.0.1. The caller ends it with Close. The rules are those of SetRules.
+func StartInterceptor(target string, rules ...Rule) (*Interceptor, error) {
+	i := &Interceptor{rule: Chain(rules...), taps: map[uint64]*[2]*tap{}}
+	if err := i.start(target, i.intercept); err != nil {
+		return nil, err
+	}
+	return i, nil
+}
+
+// RunInterceptor starts an interceptor that ends with the test. Where it cannot start, the test ends at once.
+func RunInterceptor(tb testing.TB, target string, rules ...Rule) *Interceptor {
+	tb.Helper()
+	i, err := StartInterceptor(target, rules...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(i.Close)
+	return i
+}
+
+// SetRules replaces the rules. They see each message in turn: one drops it, and the others do not see it; their copies
+// add up, and the longest hold counts. No old rule runs when SetRules returns; so a rule must not call it.
+func (i *Interceptor) SetRules(rules ...Rule) {
+	i.decide.Lock()
+	defer i.decide.Unlock()
+	i.rule = Chain(rules...)
+}
+
+// Counts returns what the interceptor has done so far.
+func (i *Interceptor) Counts() Counts {
+	i.state.Lock()
+	defer i.state.Unlock()
+	return i.counts
+}
+
+// Inject forges a message and returns how many copies were sent. No rule sees it. To the server it is published by
+// connection m.Conn or, if that is 0, by the oldest. To clients it is delivered to the subscriptions that match its
+// subject, one copy each, of connection m.Conn or, if that is 0, of all.
+func (i *Interceptor) Inject(m Message) (copies int) {
+	for _, l := range i.all() {
+		if m.Conn != 0 && m.Conn != l.id {
+			continue
+		}
+		i.state.Lock()
+		taps := i.taps[l.id]
+		i.state.Unlock()
+		if taps == nil {
+			continue
+		}
+		if m.Dir == ToServer {
+			copies = taps[ToServer].inject(&m)
+			break
+		}
+		for _, sid := range taps[ToServer].subs.match(m.Subject) {
+			m.sid = sid
+			copies += taps[ToClient].inject(&m)
+		}
+	}
+	i.count(Counts{Injected: copies})
+	return copies
+}
+
+func (i *Interceptor) count(c Counts) {
+	i.state.Lock()
+	defer i.state.Unlock()
+	i.counts.Passed += c.Passed
+	i.counts.Dropped += c.Dropped
+	i.counts.Duplicated += c.Duplicated
+	i.counts.Held += c.Held
+	i.counts.Injected += c.Injected
+}
+
+func (i *Interceptor) verdict(m *Message) Verdict {
+	i.decide.Lock()
+	defer i.decide.Unlock()
+	return i.rule(m)
+}
+
+// intercept serves a link until it ends.
+func (i *Interceptor) intercept(l *link) {
+	var taps [2]*tap
+	for dir := range taps {
+		_, dst := l.ends(Direction(dir))
+		taps[dir] = newTap(Direction(dir), l.id, dst)
+	}
+	i.state.Lock()
+	i.taps[l.id] = &taps
+	i.state.Unlock()
+	var wg sync.WaitGroup
+	for dir, t := range taps {
+		src, dst := l.ends(Direction(dir))
+		wg.Go(func() {
+			err := t.run(src, i)
+			t.close()
+			l.end(err, dst)
+		})
+	}
+	wg.Wait()
+	i.state.Lock()
+	delete(i.taps, l.id)
+	i.state.Unlock()
+}
+
+// holdTime is after how long without a message those held are released.
+const holdTime = 5 * time.Millisecond
+
+// A tap is one direction of a connection.
+type tap struct {
+	dir  Direction
+	conn uint64
+	subs subscriptions // of the client, where dir is ToServer
+
+	mu      sync.Mutex // all below; there are the reader, the timer, and those that inject
+	dst     net.Conn
+	out     []byte // not yet written
+	held    []heldMessage
+	passed  uint64 // messages
+	seen    uint64 // passed when the timer was set
+	timer   *time.Timer
+	waiting bool // for the timer
+	closed  bool
+}
+
+type heldMessage struct {
+	b    []byte
+	left int // messages that shall overtake it
+}
+
+func newTap(dir Direction, conn uint64, dst net.Conn) *tap {
+	t := &tap{dir: dir, conn: conn, dst: dst}
+	t.timer = time.AfterFunc(time.Hour, t.tick)
+	t.timer.Stop()
+	return t
+}
+
+// message does with m what v says.
+func (t *tap) message(m *Message, v Verdict) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if v.Hold > 0 {
+		var b []byte
+		for range 1 + v.Copies {
+			b = m.append(b)
+		}
+		t.held = append(t.held, heldMessage{b, v.Hold})
+		if !t.waiting {
+			t.waiting, t.seen = true, t.passed
+			t.timer.Reset(holdTime)
+		}
+		return
+	}
+	for range 1 + v.Copies {
+		t.out = m.append(t.out)
+	}
+	t.passed++
+	keep := t.held[:0]
+	for _, h := range t.held {
+		if h.left--; h.left > 0 {
+			keep = append(keep, h)
+		} else {
+			t.out = append(t.out, h.b...)
+		}
+	}
+	clear(t.held[len(keep):])
+	t.held = keep
+	if len(t.out) >= flushSize {
+		t.flushLocked()
+	}
+}
+
+// tick releases all that is held, unless messages still pass.
+func (t *tap) tick() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.waiting = len(t.held) > 0 && !t.closed
+	if !t.waiting {
+		return
+	}
+	if t.seen != t.passed {
+		t.seen = t.passed
+		t.timer.Reset(holdTime)
+		return
+	}
+	t.waiting = false
+	t.releaseLocked()
+}
+
+func (t *tap) releaseLocked() {
+	for _, h := range t.held {
+		t.out = append(t.out, h.b...)
+	}
+	t.held = nil
+	t.flushLocked()
+}
+
+func (t *tap) inject(m *Message) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return 0
+	}
+	m.Dir = t.dir
+	t.out = m.append(t.out)
+	t.flushLocked()
+	return 1
+}
+
+// raw passes what is no message.
+func (t *tap) raw(b []byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.out = append(t.out, b...)
+}
+
+// flushSize is how many bytes are worth a write of their own while more are coming.
+const flushSize = 64 << 10
+
+func (t *tap) flush() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.flushLocked()
+}
+
+// flushLocked writes what there is to write. An error is no concern here: the reader of that connection sees it too.
+func (t *tap) flushLocked() {
+	if len(t.out) > 0 && !t.closed {
+		_, _ = t.dst.Write(t.out)
+	}
+	if t.out = t.out[:0]; cap(t.out) > 16*flushSize {
+		t.out = nil
+	}
+}
+
+// close releases what is held and writes no more.
+func (t *tap) close() {
+	t.timer.Stop()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.releaseLocked()
+	t.closed = true
+}

@@ -1,0 +1,184 @@
+package streamtest
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+// Process is a NATS server in a process of its own, which can be killed, stopped, paused and started again at the same
+// address. It is what Server is otherwise. It needs no binary but the test's own, and does not outlive it. Its methods
+// may be called concurrently; those that change its state wait for each other.
+type Process struct {
+	port int
+
+	mu    sync.Mutex
+	opts  *server.Options // what steps come to, as far as this process can tell
+	steps []step
+	child *child // the last one started
+}
+
+// StartProcess starts a server and returns when it accepts connections. The caller ends it with Kill or Stop.
+//
+// All options of Start can be given whose values can be sent to another process: numbers, texts, users, but neither a
+// *tls.Config nor an interface; for those there is WithConfig. An option is called in this process.
+func StartProcess(opts ...Option) (*Process, error) {
+	o := defaults()
+	steps, err := record(o, opts)
+	if err != nil {
+		return nil, err
+	}
+	// Another program may take the port between its choice and its use.
+	for try := 0; ; try++ {
+		port, err := freePort()
+		if err != nil {
+			return nil, err
+		}
+		c, port, err := startChild(order{Steps: steps, Port: port})
+		if err == nil {
+			return &Process{port: port, opts: o, steps: steps, child: c}, nil
+		}
+		if try == 2 || !strings.Contains(err.Error(), "address already in use") {
+			return nil, err
+		}
+	}
+}
+
+// RunProcess starts a server that is killed at the end of the test. Where it cannot start, the test ends at once.
+func RunProcess(tb testing.TB, opts ...Option) *Process {
+	tb.Helper()
+	p, err := StartProcess(opts...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(p.Kill)
+	return p
+}
+
+// URL returns the address for nats.Connect. It remains the same over restarts.
+func (p *Process) URL() string {
+	return fmt.Sprintf("nats://127.0.0.1:%d", p.port)
+}
+
+// Dial returns a new connection to the server, as Server.Dial does. The caller closes it.
+func (p *Process) Dial(opts ...nats.Option) (*nats.Conn, error) {
+	return dial(p.URL(), opts)
+}
+
+// Connect is Dial for a test, as Server.Connect is.
+func (p *Process) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
+	tb.Helper()
+	return connect(tb, p.URL(), opts)
+}
+
+// Kill ends the server as a crash would, without a word to anybody, and returns when it ended. It does nothing to one
+// that has ended.
+func (p *Process) Kill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.child.kill()
+}
+
+// Stop ends the server as an orderly shutdown does and returns when it ended. One that is paused is resumed before; one
+// that does not end in ten seconds is killed. It does nothing to one that has ended.
+func (p *Process) Stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.child.stop()
+}
+
+// LameDuck tells the server to announce its end to its clients and then to end: it refuses new connections, closes the
+// present ones after 100 ms over the course of a second, and ends. LameDuck returns at once, Wait when the server
+// ended. An error says that there is none, or errors.ErrUnsupported on systems without such signals.
+func (p *Process) LameDuck() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.child.lameDuck()
+}
+
+// Pause stops the server from running until Resume. Its connections stay open and nothing is read from them. On Linux
+// nothing runs any more when Pause returns, elsewhere very soon. Errors are those of LameDuck.
+func (p *Process) Pause() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.child.pause()
+}
+
+// Resume lets a paused server run again. Errors are those of LameDuck.
+func (p *Process) Resume() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.child.resume()
+}
+
+// Wait returns when the server, as it runs when Wait is called, has ended.
+func (p *Process) Wait() {
+	p.mu.Lock()
+	c := p.child
+	p.mu.Unlock()
+	<-c.done
+}
+
+// Restart starts the server again at the same address, with opts applied after those that it had, and returns when it
+// accepts connections. One that still runs is stopped before. After an error none runs, and Restart can be tried again.
+func (p *Process) Restart(opts ...Option) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	o := *p.opts
+	steps, err := record(&o, opts)
+	if err != nil {
+		return err
+	}
+	steps = append(p.steps[:len(p.steps):len(p.steps)], steps...)
+	p.child.stop()
+	c, _, err := startChild(order{Steps: steps, Port: p.port, Fixed: true})
+	if err != nil {
+		return err
+	}
+	p.opts, p.steps, p.child = &o, steps, c
+	return nil
+}
+
+// SlowConsumers returns how many connections the server, as it runs, has cut off so far because they did not read fast
+// enough. An error says that it does not answer within a second.
+func (p *Process) SlowConsumers() (int64, error) {
+	r, err := p.ask()
+	return r.Slow, err
+}
+
+func (p *Process) running() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.child.done:
+		return false
+	default:
+		return true
+	}
+}
+
+func (p *Process) ask() (report, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.child.ask()
+}
+
+// freePort returns a port of 127.0.0.1 that nobody listens on. It is below those that systems give to outgoing
+// connections, or one of these could take it while the server is down.
+func freePort() (int, error) {
+	var err error
+	for range 100 {
+		port := 20000 + rand.IntN(12000)
+		var ln net.Listener
+		if ln, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			return port, ln.Close()
+		}
+	}
+	return 0, fmt.Errorf("streamtest: %w", err)
+}
