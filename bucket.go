@@ -27,6 +27,9 @@ type bucket struct {
 	expect   uint32 // sequence number of the next packet
 	received uint64 // bytes of all packets pushed
 	last     bool   // the packet that closes came beyond the credit: none may follow
+	asked    bool   // for packet askedSeq to be sent again, at askedAt by the endpoint's clock
+	askedSeq uint32
+	askedAt  int64
 
 	// What the peer was granted: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
 	grantedPackets atomic.Uint32
@@ -84,6 +87,7 @@ type verdict uint8
 const (
 	accepted  verdict = iota
 	duplicate         // an older sequence number: dropped
+	gap               // packets before it are missing: dropped, and asked for with them
 	foreign           // another sender, or another kind of peer: dropped
 	malformed         // header unreadable while bound: dropped
 	violation         // the stream cannot go on; the error says why
@@ -93,7 +97,7 @@ const (
 func (b *bucket) accept(data []byte) (verdict, *CloseError) {
 	if len(data) >= PacketHeaderSize {
 		h := binary.BigEndian.Uint64(data)
-		if uint32(h>>32) == b.want && uint32(h) == b.expect &&
+		if uint32(h>>32) == b.want && uint32(h) == b.expect && packetLength(data) == uint32(len(data)) &&
 			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received < b.grantedBytes.Load() {
 			b.push(data)
 			return accepted, nil
@@ -130,7 +134,10 @@ func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 	case d < 0:
 		return duplicate, nil
 	case d > 0:
-		return violation, protocolError(CloseProtocolError, "packet %d arrived where %d was expected: %d lost", h.Seq, b.expect, d)
+		if b.mode == modeUnbound {
+			b.bind(h.Sender)
+		}
+		return gap, nil
 	}
 	if int32(h.Seq-b.grantedPackets.Load()) >= 0 || b.received >= b.grantedBytes.Load() {
 		if b.last || !onlyClose(body) {
@@ -163,22 +170,35 @@ func (b *bucket) acceptControl(data []byte, own uint16) (verdict, *CloseError) {
 		return foreign, nil
 	}
 	if d := int32(h.Seq - b.expect); d > 0 && (len(body) == 0 || FrameType(body[0]) != FrameReset) {
-		return violation, protocolError(CloseProtocolError, "the peer sent %d packets more than arrived", d)
+		return gap, nil
 	}
 	return accepted, nil
+}
+
+// ask reports whether to ask for the missing packets now. Packets keep coming for a round trip after one is found
+// missing, so there is one request for each packet that is waited for, and another only when that was not heard.
+func (b *bucket) ask(now, patience int64) bool {
+	if b.asked && b.askedSeq == b.expect && now-b.askedAt < patience {
+		return false
+	}
+	b.asked, b.askedSeq, b.askedAt = true, b.expect, now
+	return true
 }
 
 // bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.
 func (b *bucket) bind(sender uint16) {
 	b.mode = modeBinary
 	var h [PacketHeaderSize]byte
-	putPacketHeader(h[:], PacketSeq, sender, 0)
+	putPacketHeader(h[:], PacketSeq, sender, 0, 0)
 	b.want = binary.BigEndian.Uint32(h[:])
 }
 
-// onlyClose reports whether a packet carries nothing but a CLOSE, which needs no credit.
+// onlyClose reports whether a packet carries nothing but a CLOSE, and trailers, which needs no credit.
 func onlyClose(body []byte) bool {
 	f, rest, err := ParseFrame(body)
+	if err == nil && f.Type == FrameMeta && f.Flags&FlagTrailer != 0 {
+		f, rest, err = ParseFrame(rest)
+	}
 	return err == nil && f.Type == FrameClose && len(rest) == 0
 }
 

@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/natsstream/stream/concurrency"
@@ -32,11 +34,24 @@ type ClientParams struct {
 	// FallbackBuffer is the most bytes of messages that a producer which speaks only the JSON fallback, and so cannot be told to
 	// wait, may be ahead of its reader: 64 MiB by default. Beyond it that stream ends with CloseTooSlow.
 	FallbackBuffer int
+
+	// KeepAlive is how long nothing may be heard from a stream's peer before it is asked whether it lives: 15 s by default.
+	KeepAlive time.Duration
+	// AckTimeout is how long an acknowledgement or an answer may take before it is asked for, again if need be: 250 ms
+	// by default. Make it longer than a round trip between the peers.
+	AckTimeout time.Duration
+	// ResumeTimeout is how long a peer that does not answer may take to come back, and how long what was not
+	// acknowledged is kept after the end of a stream: 5 s by default. A peer does not answer when NATS says that nobody
+	// received the question, or when three were not answered. Then the stream ends with CloseAbnormalClosure.
+	ResumeTimeout time.Duration
+	// DisconnectTimeout is how long this end's own connection may be down before its streams end with
+	// CloseAbnormalClosure: 30 s by default. The other times stand still meanwhile.
+	DisconnectTimeout time.Duration
 }
 
 func (p ClientParams) withDefaults() (ClientParams, error) {
 	if p.Codec > MsgPack {
-		return p, fmt.Errorf("stream: ClientParams.Codec %d is unknown: use JSON, MsgPack or the zero value", p.Codec)
+		return p, fmt.Errorf("stream: parameter Codec is %d, which is unknown: use JSON, MsgPack or the zero value", p.Codec)
 	}
 	for _, f := range []struct {
 		name  string
@@ -53,7 +68,24 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 			*f.field = f.value
 		}
 		if *f.field < f.min {
-			return p, fmt.Errorf("stream: ClientParams.%s is %d bytes: it must be at least %d, or 0 for %d", f.name, *f.field, f.min, f.value)
+			return p, fmt.Errorf("stream: parameter %s is %d bytes: it must be at least %d, or 0 for %d", f.name, *f.field, f.min, f.value)
+		}
+	}
+	for _, f := range []struct {
+		name  string
+		field *time.Duration
+		value time.Duration
+	}{
+		{"KeepAlive", &p.KeepAlive, defaultKeepAlive},
+		{"AckTimeout", &p.AckTimeout, defaultAckTimeout},
+		{"ResumeTimeout", &p.ResumeTimeout, defaultResumeTimeout},
+		{"DisconnectTimeout", &p.DisconnectTimeout, defaultDisconnectTimeout},
+	} {
+		if *f.field == 0 {
+			*f.field = f.value
+		}
+		if *f.field < time.Millisecond {
+			return p, fmt.Errorf("stream: parameter %s is %v: it must be at least 1ms, or 0 for %v", f.name, *f.field, f.value)
 		}
 	}
 	return p, nil
@@ -93,7 +125,7 @@ func NewClient(params ClientParams) (*Client, error) {
 // goroutines have ended: at once, unless the connection takes no bytes, for as long as that lasts (nats.FlusherTimeout, a
 // minute by default, and a little more). The connection stays open. It never fails, and closing again does nothing.
 func (c *Client) Close() error {
-	c.ep.close()
+	c.ep.close(&ending{err: ErrClientClosed, now: true, tell: CloseError{CloseGoingAway, "client closed"}})
 	return nil
 }
 
@@ -115,8 +147,20 @@ func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 	return c.open(ctx, msg, c.codec)
 }
 
-// headerOpen carries the offer to producers that cannot read it in the reply subject; docs/PROTOCOL.md section 2.2.
-const headerOpen = "Stream-Open"
+// Headers of a request, docs/PROTOCOL.md sections 2.2 and 2.4. Those with this prefix are the library's.
+const (
+	headerPrefix  = "Stream-"
+	headerOpen    = headerPrefix + "Open"    // the offer, for producers that cannot read it in the reply subject
+	headerTimeout = headerPrefix + "Timeout" // milliseconds that the consumer will wait for the end of the stream
+)
+
+// setTimeout says in h how much is left of ctx. Clocks of two machines differ, so what travels is a duration.
+func setTimeout(h nats.Header, ctx context.Context) {
+	if deadline, ok := ctx.Deadline(); ok {
+		left := max(1, (time.Until(deadline)+time.Millisecond-1)/time.Millisecond)
+		h[headerTimeout] = []string{strconv.FormatInt(int64(left), 10)}
+	}
+}
 
 func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream, error) {
 	if ctx == nil {
@@ -143,6 +187,7 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream,
 func requestSize(msg *nats.Msg) int64 {
 	const eol = len("\r\n")
 	n := len("NATS/1.0") + eol + len(headerOpen) + len(": ") + OfferSize + eol + eol + len(msg.Data)
+	n += len(headerTimeout) + len(": ") + len("9223372036854775807") + eol
 	for key, values := range msg.Header {
 		for _, v := range values {
 			n += len(key) + len(": ") + len(v) + eol

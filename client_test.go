@@ -36,7 +36,7 @@ func endedBy(t *testing.T, w *stream.Writer, want error) {
 
 func TestClientClose(t *testing.T) {
 	t.Run("consumer's", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, waits := newWriterStream(t, p)
 		unused, silent := newWriterStream(t, p)
 		defer unused.CloseWithCode(4000)
@@ -83,7 +83,7 @@ func TestClientClose(t *testing.T) {
 		}
 	})
 	t.Run("nobody reads", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		write(t, w, []byte("x"))
 		if err := w.Flush(); err != nil {
@@ -99,7 +99,7 @@ func TestClientClose(t *testing.T) {
 		endedBy(t, w, &stream.CloseError{Code: stream.CloseGoingAway})
 	})
 	t.Run("producer's", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		write(t, w, []byte("x"))
 		if _, err := s.Recv(); err != nil {
@@ -112,14 +112,14 @@ func TestClientClose(t *testing.T) {
 		}
 	})
 	t.Run("producer's before a first record", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		waitFor(t, "Close", func() { p.producer.Close() })
 		endedBy(t, w, stream.ErrClientClosed)
 		s.Close() // nobody told it
 	})
 	t.Run("before NewWriter", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		waitFor(t, "Close", func() { p.producer.Close() })
 		w = p.producer.NewWriter("late." + nats.NewInbox())
@@ -142,7 +142,7 @@ func TestClientClose(t *testing.T) {
 	})
 	t.Run("concurrently", func(t *testing.T) {
 		for range scaled(50) {
-			p := newPair(t)
+			p := newPair(t, hasty)
 			serve(t, p, "endless", func(w *stream.Writer, _ *nats.Msg) {
 				for {
 					if _, err := w.Write([]byte("x")); err != nil {
@@ -180,7 +180,7 @@ func TestClientClose(t *testing.T) {
 func TestConnectionCloses(t *testing.T) {
 	abnormal := &stream.CloseError{Code: stream.CloseAbnormalClosure}
 	t.Run("consumer's", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		const streams = 20
 		var open []*stream.Stream
 		for k := range streams {
@@ -233,7 +233,7 @@ func TestConnectionCloses(t *testing.T) {
 		}
 	})
 	t.Run("producer's", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		write(t, w, []byte("x"))
 		if _, err := s.Recv(); err != nil {
@@ -244,7 +244,7 @@ func TestConnectionCloses(t *testing.T) {
 		s.Close() // nobody told it
 	})
 	t.Run("producer's before a first record", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		p.producer.Conn.Close()
 		endedBy(t, w, abnormal)
@@ -252,7 +252,7 @@ func TestConnectionCloses(t *testing.T) {
 	})
 	t.Run("server's end while a call waits", func(t *testing.T) {
 		for _, fallback := range []bool{false, true} {
-			p := newPair(t)
+			p := newPair(t, hasty)
 			w, s := newWriterStream(t, p)
 			if fallback {
 				w = p.producer.NewWriter("an.old.consumer")
@@ -301,7 +301,7 @@ func TestConnectionCloses(t *testing.T) {
 		endedBy(t, w, abnormal)
 	})
 	t.Run("drained", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		write(t, w, []byte("x"))
 		if _, err := s.Recv(); err != nil {
@@ -316,7 +316,7 @@ func TestConnectionCloses(t *testing.T) {
 		w.CloseWithCode(4000)
 	})
 	t.Run("before Client.Close", func(t *testing.T) {
-		p := newPair(t)
+		p := newPair(t, hasty)
 		unused, s := newWriterStream(t, p)
 		defer unused.CloseWithCode(4000)
 		p.consumer.Conn.Close()

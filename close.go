@@ -91,6 +91,11 @@ var (
 	ErrClosed = errors.New("stream: use of a closed stream")
 	// ErrClientClosed is returned by Open, and by writers made from the client, after Client.Close.
 	ErrClientClosed = errors.New("stream: client is closed")
+	// ErrServerClosed is returned by a Server's methods after Close and Drain.
+	ErrServerClosed = errors.New("stream: server is closed")
+	// ErrOneWay is returned by a Stream's writes where the producer speaks only the JSON fallback, which has no way
+	// back. Read what it sends, and send all of your own with the request.
+	ErrOneWay = errors.New("stream: the producer speaks the JSON fallback and takes no records")
 	// ErrRecordTooLarge is returned by writes of a record larger than MaxRecordSize, or than one NATS message where
 	// the peer speaks only the JSON fallback, which cannot cut it. Nothing of the record was sent; the writer goes on.
 	ErrRecordTooLarge = errors.New("stream: record too large")

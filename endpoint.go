@@ -6,20 +6,22 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/bits"
 	randv2 "math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
 	"github.com/puzpuzpuz/xsync/v3"
 )
 
-// endpoint is what all streams of one Client share: the mux (one wildcard subscription that hands each packet to its
-// stream), the outbox (one goroutine that does all publishing; outbox.go) and one goroutine that watches the
-// connection. Its goroutines are started by newEndpoint and have ended when close returns.
+// endpoint is what all streams of one Client or Server share: the mux (one wildcard subscription that hands each packet
+// to its stream), the outbox (one goroutine that does all publishing; outbox.go), the ticker (liveness.go) and one
+// goroutine that watches the connection. Its goroutines are started by newEndpoint and have ended when close returns.
 type endpoint struct {
 	conn   transport
 	prefix string // of every reply subject, up to and including the dot before the token
@@ -29,6 +31,13 @@ type endpoint struct {
 	fallback  uint64 // bytes a fallback peer may pile up
 	budget    int64  // for all windows together
 	reserved  atomic.Int64
+	times     intervals
+
+	// clock is the time of the last tick, in nanoseconds since started: near enough for what is looked at by each
+	// packet. Stored by the ticker and the outbox.
+	clock   atomic.Int64
+	started time.Time
+	ticker  ticker
 
 	sessions *xsync.MapOf[string, *session] // by token
 	outbox   outbox
@@ -40,6 +49,7 @@ type endpoint struct {
 
 	unsubscribe func()
 	stopWatch   func()
+	stopErrors  func()
 	watched     chan struct{} // closed when the watcher has ended
 	closeOnce   sync.Once
 	gone        atomic.Pointer[ending] // why there are no new streams: closed, or the connection is
@@ -47,27 +57,44 @@ type endpoint struct {
 	cancel      context.CancelCauseFunc
 }
 
-// session is one stream as one end sees it: what the mux finds under the stream's token.
+// session is one stream at one end: what the mux finds under the stream's token. It has two halves, one to receive and
+// one to send, which are the same at both ends.
 type session struct {
 	ep     *endpoint
-	reply  string // this end's subject: prefix and token. Empty until the session is registered
-	bucket bucket
-	writer *Writer // send half; nil on a consumer's side
-	stream *Stream // what reads; nil on a producer's side
-	sender uint16  // this end's sender number
+	reply  string                  // this end's subject: prefix and token. Empty until the session is registered
+	sender uint16                  // this end's sender number
+	deaf   bool                    // takes no records: a Writer without a Request
+	bucket bucket                  // the receive half: what arrived
+	reader                         // and its user
+	writer atomic.Pointer[Writer]  // the send half; a consumer's is made when it first writes
+	stream *Stream                 // at the consumer's end
+	server *Server                 // at a handler's end
+	cancel context.CancelCauseFunc // of the handler's context
 
-	end atomic.Pointer[ending] // set once, by whoever ends the stream first
+	end      atomic.Pointer[ending] // set once, by whoever ends the stream first
+	returned atomic.Bool            // the handler returned: nobody reads what still comes
 
 	// The outbox's queue. pending holds what is to be done; a session is queued exactly while it is not zero.
 	pending atomic.Uint32
 	next    *session
 
 	// Owned by the outbox once the session is marked.
+	subject  string    // that the request goes to; consumers only
 	peer     string    // subject of the other end; a consumer learns it from the producer's first packet
 	request  *nats.Msg // what opens the stream, until it is published
 	held     uint32    // work that waits for the connection; not zero while in outbox.held
 	owed     bool      // credit was due before the peer's subject was known
+	oneWay   bool      // the producer speaks the fallback and takes no records
 	finished bool
+	life     life
+
+	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
+}
+
+func (s *session) init(ep *endpoint, packets uint32, bytes uint64) {
+	s.ep, s.sender = ep, newSender()
+	s.maxRecord = uint64(ep.maxRecord)
+	s.bucket.init(packets, bytes)
 }
 
 // ending says how a stream ended.
@@ -75,6 +102,8 @@ type ending struct {
 	err  error
 	now  bool       // also for records that arrived already: they are not delivered
 	tell CloseError // the RESET that tells the peer; code 0 where it knows
+
+	closed bool // by the peer's CLOSE, which was read
 }
 
 // inboxPrefix starts every reply subject unless the connection has an inbox prefix of its own.
@@ -93,10 +122,12 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 		budget:    int64(p.MaxBuffered),
 		sessions:  xsync.NewMapOf[string, *session](),
 		watched:   make(chan struct{}),
+		times:     intervals{int64(p.KeepAlive), int64(p.AckTimeout), int64(p.ResumeTimeout), int64(p.DisconnectTimeout)},
+		started:   time.Now(),
 	}
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
-	unsubscribe, err := conn.subscribe(ep.prefix+"*", ep.receive)
+	unsubscribe, err := conn.subscribe(ep.prefix+"*", "", ep.receive)
 	if err != nil {
 		return nil, fmt.Errorf("stream: subscribe to %s*: %w", ep.prefix, err)
 	}
@@ -105,8 +136,11 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	ep.stopWatch = sync.OnceFunc(stop)
 	ep.maxPayload.Store(conn.maxPayload())
 	ep.outbox.up.Store(conn.status() == nats.CONNECTED)
+	ep.stopErrors = conn.errors(ep.denied)
+	ep.ticker.init(ep)
 	go ep.outbox.run()
 	go ep.watch(changes)
+	go ep.ticker.run()
 	return ep, nil
 }
 
@@ -119,7 +153,11 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.receiveUnknown(m)
 		return
 	}
-	if s.end.Load() != nil { // on its way out of the map
+	if end := s.end.Load(); end != nil { // on its way out of the map
+		if end.closed && m.Reply != "" {
+			s.mark(workCredit) // it has everything, and says so
+			return
+		}
 		ep.receiveUnknown(m)
 		return
 	}
@@ -135,13 +173,13 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.receiveControl(s, m)
 		return
 	}
-	if s.stream == nil {
-		ep.receiveBack(s, data)
+	if s.deaf {
+		ep.receiveBack(s, m)
 		return
 	}
 	v, err := s.bucket.accept(data)
 	if v != accepted {
-		ep.refuse(s, v, err)
+		ep.refuse(s, m, v, err)
 		return
 	}
 	if m.Reply != "" {
@@ -156,6 +194,11 @@ func (ep *endpoint) receive(m *nats.Msg) {
 // told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 5.
 func (ep *endpoint) receiveUnknown(m *nats.Msg) {
 	ep.counters.unknown.Add(1)
+	ep.answer(m)
+}
+
+// answer tells the sender of a packet that no stream takes it, where it can be reached.
+func (ep *endpoint) answer(m *nats.Msg) {
 	if m.Reply == "" {
 		return
 	}
@@ -164,20 +207,22 @@ func (ep *endpoint) receiveUnknown(m *nats.Msg) {
 	}
 }
 
-// receiveBack takes a sequenced packet for a producer, which reads nothing: it must not gather unread.
-func (ep *endpoint) receiveBack(s *session, data []byte) {
-	v, err := s.bucket.acceptControl(data, s.sender)
-	if v == accepted {
+// receiveBack takes a sequenced packet for a producer that reads nothing: it must not gather unread.
+func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
+	v, err := s.bucket.acceptControl(m.Data, s.sender)
+	if v == accepted || v == gap {
 		v, err = violation, protocolError(CloseProtocolError, "this producer takes no records")
 	}
-	ep.refuse(s, v, err)
+	ep.refuse(s, m, v, err)
 }
 
 // receiveControl checks a packet without sequence number and leaves it to the outbox, where its frames are acted on.
 func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
 	v, err := s.bucket.acceptControl(m.Data, s.sender)
-	if v != accepted {
-		ep.refuse(s, v, err)
+	if v == gap {
+		ep.missing(s)
+	} else if v != accepted {
+		ep.refuse(s, m, v, err)
 		return
 	}
 	ep.outbox.deliver(control{session: s, reply: m.Reply, packet: m.Data})
@@ -185,37 +230,56 @@ func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
 
 func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	if len(m.Data) == 0 {
-		// NATS says that nobody listens, docs/PROTOCOL.md section 9. Once a producer answered, that is news about
-		// somebody else.
-		if m.Header.Get("Status") == "503" {
-			if s.bucket.mode == modeUnbound {
-				s.endFromMux(&ending{err: nats.ErrNoResponders})
-			}
-			return
+		// NATS says that nobody listens, docs/PROTOCOL.md section 9.3: to a request that the stream has no
+		// producer, later that its peer may be gone.
+		switch {
+		case m.Header.Get("Status") != "503":
+			ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "empty message"))
+		case s.stream != nil && s.bucket.mode == modeUnbound:
+			s.endFromMux(&ending{err: nats.ErrNoResponders})
+		default:
+			ep.outbox.deliver(control{session: s, absent: true})
 		}
-		ep.refuse(s, violation, protocolError(CloseUnsupportedData, "empty message"))
 		return
 	}
 	if s.stream == nil { // a consumer that is sent packets answers in packets: this is somebody else
-		ep.refuse(s, foreign, nil)
+		ep.refuse(s, m, foreign, nil)
 		return
 	}
-	if v, err := s.bucket.acceptJSON(m.Data, ep.fallback); v != accepted {
-		ep.refuse(s, v, err)
+	first := s.bucket.mode == modeUnbound
+	v, err := s.bucket.acceptJSON(m.Data, ep.fallback)
+	if v != accepted {
+		ep.refuse(s, m, v, err)
+	} else if first {
+		ep.outbox.deliver(control{session: s, oneWay: true})
 	}
 }
 
-// refuse counts what was not accepted, and ends the stream where it cannot go on.
-func (ep *endpoint) refuse(s *session, v verdict, err *CloseError) {
+// refuse counts what was not accepted, asks for what is missing, and ends the stream where it cannot go on.
+func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) {
 	switch v {
 	case duplicate:
 		ep.counters.duplicate.Add(1)
+		if m.Data[1]&byte(PacketAck) != 0 {
+			s.mark(workCredit) // the answer to the first one was lost
+		}
+	case gap:
+		ep.counters.early.Add(1)
+		ep.missing(s)
 	case foreign:
 		ep.counters.foreign.Add(1)
+		ep.answer(m)
 	case malformed:
 		ep.counters.malformed.Add(1)
 	case violation:
 		s.endFromMux(&ending{err: err, tell: *err})
+	}
+}
+
+// missing asks for the packets that are missing, unless it just did.
+func (ep *endpoint) missing(s *session) {
+	if s.bucket.ask(ep.clock.Load(), ep.times.ack) {
+		s.mark(workGap)
 	}
 }
 
@@ -231,28 +295,35 @@ func (s *session) endFromMux(e *ending) {
 // Called by anyone but the mux, which must not wait for the map's lock.
 func (s *session) finish(e *ending) bool {
 	first := s.end.CompareAndSwap(nil, e)
-	if s.stream != nil { // a writer gets its token from the outbox, which takes it back too
+	if s.stream != nil && !e.closed { // a producer gets its token from the outbox, which takes it back too
 		s.unregister()
 	}
 	if first {
 		s.bucket.park.wake()
-		if s.writer != nil {
-			s.writer.cancel(e.err)
+		if w := s.writer.Load(); w != nil {
+			w.cancel(writeError(e.err))
+		}
+		if s.cancel != nil {
+			s.cancel(writeError(e.err))
 		}
 		if s.stream != nil && e.now {
-			s.stream.release(e.err)
+			s.release(e.err)
 		}
-		s.mark(workEnd)
+		if e.closed {
+			s.markLater(workDone)
+		} else {
+			s.mark(workEnd)
+		}
 	}
 	return first
 }
 
-// done ends the session after its last packet was published, from within the outbox.
-func (s *session) done() {
-	s.end.CompareAndSwap(nil, &ending{err: ErrClosed})
-	s.finished = true
-	s.unregister()
-	s.writer.cancel(ErrClosed)
+// writeError is what writes return after the stream ended with err.
+func writeError(err error) error {
+	if err == io.EOF {
+		return ErrClosed
+	}
+	return err
 }
 
 // register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer.
@@ -329,8 +400,8 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 		switch ep.conn.status() {
 		case nats.CONNECTED:
 			ep.maxPayload.Store(ep.conn.maxPayload())
-			ep.outbox.up.Store(true)
-			if before { // it may have been away too shortly to be seen so
+			ep.outbox.up.Store(true) // also where the outbox saw the connection go first
+			if before {              // it may have been away too shortly to be seen so
 				ep.probe()
 			}
 			before = true
@@ -342,19 +413,17 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 			return
 		default:
 			ep.outbox.up.Store(false)
+			ep.ticker.start() // DisconnectTimeout runs
 		}
 	}
 }
 
 // probe says again what may have been lost with a connection: every reader its credit, every writer how far it is. The
-// answers set going what waits, or tell that packets are missing.
+// answers set going what waits, and ask for what is missing.
 func (ep *endpoint) probe() {
+	ep.outbox.resume()
 	ep.sessions.Range(func(_ string, s *session) bool {
-		if s.stream != nil {
-			s.mark(workCredit)
-		} else if s.writer != nil && !s.writer.json {
-			s.mark(workProbe)
-		}
+		s.mark(workGap | workProbe)
 		return true
 	})
 }
@@ -367,6 +436,21 @@ func (ep *endpoint) lost() {
 	ep.outbox.stop()
 }
 
+// denied takes an error that NATS reported: a stream whose subject this end may not publish to ends, and all of them
+// where it may not receive.
+func (ep *endpoint) denied(err error) {
+	subject, subscribe, ok := deniedSubject(err)
+	switch {
+	case !ok:
+	case !subscribe:
+		err = fmt.Errorf("stream: may not publish to %s; allow it (docs/PROTOCOL.md section 15): %w", subject, err)
+		ep.outbox.ask(aside{subject: subject, denied: err})
+	case subject == ep.prefix+"*":
+		err = fmt.Errorf("stream: may not subscribe to %s, where answers would come; allow it (docs/PROTOCOL.md section 15): %w", subject, err)
+		ep.endAll(&ending{err: err})
+	}
+}
+
 func (ep *endpoint) endAll(e *ending) {
 	ep.gone.CompareAndSwap(nil, e)
 	ep.cancel(e.err)
@@ -376,12 +460,14 @@ func (ep *endpoint) endAll(e *ending) {
 	})
 }
 
-// close ends every stream, tells their peers, and returns when the endpoint's goroutines have ended.
-func (ep *endpoint) close() {
+// close ends every stream with e, tells their peers, and returns when the endpoint's goroutines have ended.
+func (ep *endpoint) close(e *ending) {
 	ep.closeOnce.Do(func() {
-		ep.endAll(&ending{err: ErrClientClosed, now: true, tell: CloseError{CloseGoingAway, "client closed"}})
+		ep.endAll(e)
 		ep.unsubscribe() // first: whoever sends a first packet meanwhile is told that its stream is gone
 		ep.outbox.stop()
+		ep.ticker.stop()
+		ep.stopErrors()
 		ep.stopWatch()
 		<-ep.watched
 	})

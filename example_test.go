@@ -17,17 +17,14 @@ import (
 )
 
 // serveLogs answers every request on the subject "logs" with a stream of records.
-func serveLogs(client *stream.Client) (*nats.Subscription, error) {
-	return client.Conn.Subscribe("logs", func(request *nats.Msg) {
-		w := client.NewWriter(request.Reply)
-		go func() {
-			for line := range 3 {
-				if _, err := fmt.Fprintf(w, "%s: line %d", request.Data, line); err != nil {
-					return // the consumer left
-				}
+func serveLogs(server *stream.Server) error {
+	return server.Handle("logs", func(w *stream.Writer, r *stream.Request) error {
+		for line := range 3 {
+			if _, err := fmt.Fprintf(w, "%s: line %d", r.Data, line); err != nil {
+				return err // the consumer left
 			}
-			w.Close()
-		}()
+		}
+		return nil // the stream ends: the consumer has everything
 	})
 }
 
@@ -48,12 +45,12 @@ func printLog(ctx context.Context, client *stream.Client, job string) error {
 }
 
 // connect stands for the nats.Connect of a program. The function that it returns ends everything.
-func connect() (*stream.Client, func()) {
-	server, err := streamtest.Start()
+func connect() (*stream.Client, *stream.Server, func()) {
+	broker, err := streamtest.Start()
 	if err != nil {
 		log.Fatal(err)
 	}
-	nc, err := server.Dial()
+	nc, err := broker.Dial()
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -61,18 +58,23 @@ func connect() (*stream.Client, func()) {
 	if err != nil {
 		log.Fatal(err)
 	}
-	return client, func() {
+	server, err := stream.NewServer(stream.ServerParams{Conn: nc})
+	if err != nil {
+		log.Fatal(err)
+	}
+	return client, server, func() {
 		client.Close()
+		server.Close()
 		nc.Close()
-		server.Shutdown()
+		broker.Shutdown()
 	}
 }
 
-// Both ends of a stream. Here they share one client; elsewhere each has its own.
+// Both ends of a stream. Here they share one connection; elsewhere each has its own.
 func Example() {
-	client, stop := connect()
+	client, server, stop := connect()
 	defer stop()
-	if _, err := serveLogs(client); err != nil {
+	if err := serveLogs(server); err != nil {
 		log.Fatal(err)
 	}
 	if err := printLog(context.Background(), client, "job 17"); err != nil {
@@ -84,12 +86,12 @@ func Example() {
 	// job 17: line 2
 }
 
-// The end of a stream tells how it ended: a producer that cannot serve a request closes with a code of its choice.
+// The end of a stream tells how it ended: what a handler returns is what the reader gets.
 func ExampleCloseError() {
-	client, stop := connect()
+	client, server, stop := connect()
 	defer stop()
-	_, err := client.Conn.Subscribe("logs", func(request *nats.Msg) {
-		_ = client.NewWriter(request.Reply).CloseWithCode(stream.CloseBadRequest, "no such job")
+	err := server.Handle("logs", func(*stream.Writer, *stream.Request) error {
+		return &stream.CloseError{Code: stream.CloseBadRequest, Text: "no such job"}
 	})
 	if err != nil {
 		log.Fatal(err)
@@ -104,9 +106,82 @@ func ExampleCloseError() {
 	// 4000 no such job
 }
 
+// Records in both directions: the consumer sends numbers, the handler answers with their sum so far. Each side closes its
+// own direction.
+func ExampleStream_Write() {
+	client, server, stop := connect()
+	defer stop()
+	err := server.Handle("sum", func(w *stream.Writer, r *stream.Request) error {
+		sum := 0
+		for {
+			var n int
+			if err := r.RecvObject(&n); err == io.EOF {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			sum += n
+			if _, err := w.WriteObject(sum); err != nil {
+				return err
+			}
+		}
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	s, err := client.Open(context.Background(), "sum", nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	for _, n := range []int{1, 20, 300} {
+		if _, err := s.WriteObject(n); err != nil {
+			log.Fatal(err)
+		}
+	}
+	if err := s.CloseSend(); err != nil {
+		log.Fatal(err)
+	}
+	for {
+		var sum int
+		if err := s.RecvObject(&sum); err == io.EOF {
+			break
+		} else if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(sum)
+	}
+	// Output:
+	// 1
+	// 21
+	// 321
+}
+
+// The original API: a writer made from the reply subject of a request that the program received itself.
+func ExampleNewWriter() {
+	client, _, stop := connect()
+	defer stop()
+	_, err := client.Conn.Subscribe("logs", func(request *nats.Msg) {
+		w := stream.NewWriter(client, request.Reply)
+		go func() { // a callback must not wait for a consumer
+			if _, err := fmt.Fprintf(w, "%s: done", request.Data); err != nil {
+				return // the consumer left
+			}
+			w.Close()
+		}()
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := printLog(context.Background(), client, "job 19"); err != nil {
+		log.Fatal(err)
+	}
+	// Output: job 19: done
+}
+
 // A subject that nobody serves is noticed at once, without a timeout.
 func ExampleClient_Open_noResponders() {
-	client, stop := connect()
+	client, _, stop := connect()
 	defer stop()
 	s, err := client.Open(context.Background(), "nobody.listens", []byte("hello"))
 	if err != nil {
@@ -121,17 +196,11 @@ func ExampleClient_Open_noResponders() {
 // The records of a stream as one run of bytes: a Stream is an io.Reader and an io.WriterTo, a Writer is an io.Writer and
 // an io.ReaderFrom, so io.Copy works at both ends.
 func ExampleStream_WriteTo() {
-	client, stop := connect()
+	client, server, stop := connect()
 	defer stop()
-	_, err := client.Conn.Subscribe("files", func(request *nats.Msg) {
-		w := client.NewWriter(request.Reply)
-		go func() {
-			if _, err := io.Copy(w, strings.NewReader("what a file holds\n")); err != nil {
-				_ = w.CloseWithCode(stream.CloseInternalServerErr, "cannot read the file")
-				return
-			}
-			w.Close()
-		}()
+	err := server.Handle("files", func(w *stream.Writer, _ *stream.Request) error {
+		_, err := io.Copy(w, strings.NewReader("what a file holds\n"))
+		return err
 	})
 	if err != nil {
 		log.Fatal(err)
@@ -153,24 +222,21 @@ type quote struct {
 }
 
 // serveQuotes writes objects. They travel as MessagePack or as JSON, as the consumer asked.
-func serveQuotes(client *stream.Client) (*nats.Subscription, error) {
-	return client.Conn.Subscribe("quotes", func(request *nats.Msg) {
-		w := client.NewWriter(request.Reply)
-		go func() {
-			for _, q := range []quote{{"GOPH", 12.5}, {"NATS", 40}} {
-				if _, err := w.WriteObject(q); err != nil {
-					return
-				}
+func serveQuotes(server *stream.Server) error {
+	return server.Handle("quotes", func(w *stream.Writer, _ *stream.Request) error {
+		for _, q := range []quote{{"GOPH", 12.5}, {"NATS", 40}} {
+			if _, err := w.WriteObject(q); err != nil {
+				return err
 			}
-			w.Close()
-		}()
+		}
+		return nil
 	})
 }
 
 func ExampleStream_RecvObject() {
-	client, stop := connect()
+	client, server, stop := connect()
 	defer stop()
-	if _, err := serveQuotes(client); err != nil {
+	if err := serveQuotes(server); err != nil {
 		log.Fatal(err)
 	}
 	s, err := client.Open(context.Background(), "quotes", nil)
@@ -194,9 +260,9 @@ func ExampleStream_RecvObject() {
 
 // The channel of the original API. Its objects are JSON.
 func ExampleClient_OpenStream() {
-	client, stop := connect()
+	client, server, stop := connect()
 	defer stop()
-	if _, err := serveQuotes(client); err != nil {
+	if err := serveQuotes(server); err != nil {
 		log.Fatal(err)
 	}
 	// A consumer that may leave the channel early cancels the context; nothing else ends the stream then.

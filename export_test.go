@@ -2,3 +2,6 @@ package stream
 
 // RaceEnabled tells external tests whether the race detector watches: it costs time and memory, and Recv is exact then.
 const RaceEnabled = raceEnabled
+
+// testClosed is what an endpoint without a Client is closed with.
+var testClosed = &ending{err: ErrClientClosed, now: true, tell: CloseError{CloseGoingAway, "client closed"}}

@@ -135,6 +135,7 @@ func (w *Writer) appendCloseJSONLocked(code int, reason string) error {
 	w.open = getPacket(len(m))
 	w.n = copy(w.open.buf, m)
 	w.closed = true
+	w.closing = CloseError{code, reason}
 	w.sealLocked()
 	return nil
 }

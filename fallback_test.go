@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -531,7 +532,7 @@ func TestFallbackObjects(t *testing.T) {
 }
 
 func TestNoResponders(t *testing.T) {
-	p := newPair(t)
+	p := newPair(t, pairOptions{producer: stream.ClientParams{ResumeTimeout: 100 * time.Millisecond}})
 	t.Run("Open", func(t *testing.T) {
 		s := open(t, p.consumer, "nobody.here")
 		for range 2 {
@@ -583,7 +584,7 @@ func TestNoResponders(t *testing.T) {
 		}
 	})
 	t.Run("writer", func(t *testing.T) {
-		// The consumer is gone before the first packet: its server says so.
+		// The consumer is gone before the first packet: its server says so, and it does not come back.
 		w := p.producer.NewWriter(rawInbox())
 		write(t, w, []byte("hello"))
 		waitFor(t, "the writer's end", func() { <-w.Context().Done() })

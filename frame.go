@@ -39,6 +39,7 @@ type PacketHeader struct {
 	Flags  PacketFlags
 	Sender uint16 // random number of the send half the packet comes from
 	Seq    uint32 // with PacketSeq the number of this packet, otherwise the number the sender will use next
+	Length uint32 // bytes of the whole packet, this header included
 }
 
 // Allows reports whether a frame of type t may stand in a packet with header h: DATA, CLOSE and META in one with
@@ -102,8 +103,8 @@ var (
 	ErrFlags = errors.New("stream: reserved flag set")
 	// ErrFrameType: a frame of a type that this version does not know and that may not be skipped.
 	ErrFrameType = errors.New("stream: unknown frame type")
-	// ErrLength: a frame is longer than what is left of its packet.
-	ErrLength = errors.New("stream: frame runs past its packet")
+	// ErrLength: a packet is not as long as its header says, or a frame is longer than what is left of its packet.
+	ErrLength = errors.New("stream: wrong length")
 	// ErrCode: the code of a CLOSE or RESET is not in 1000 to 5999, or that of another frame is not 0.
 	ErrCode = errors.New("stream: frame code out of range")
 	// ErrPayload: a payload that the type of its frame does not allow.
@@ -128,6 +129,8 @@ var (
 	errPacketFlags      error = &wireError{ErrFlags, "in the packet header"}
 	errFrameFlags       error = &wireError{ErrFlags, "in the frame header"}
 	errCodecFlags       error = &wireError{ErrFlags, "reserved codec"}
+	errPacketLength     error = &wireError{ErrLength, "packet is not as long as its header says"}
+	errFrameLength      error = &wireError{ErrLength, "frame runs past its packet"}
 	errCodeWithoutClose error = &wireError{ErrCode, "neither CLOSE nor RESET and not 0"}
 	errCloseRange       error = &wireError{ErrCode, "close code not in 1000 to 5999"}
 	errEmptyPiece       error = &wireError{ErrPayload, "empty DATA with MORE"}
@@ -141,6 +144,26 @@ var (
 	errTokenWindow      error = &wireError{ErrToken, "window out of range"}
 	errTokenID          error = &wireError{ErrToken, "id is not a 64-bit number in base 62"}
 )
+
+// AppendPacket appends a whole packet, the header and then the frames, to dst and returns the extended slice. The length
+// in the header is that of the packet whatever h.Length is; nothing else is checked, as in AppendPacketHeader and
+// AppendFrame. No payload may overlap the free capacity of dst. AppendPacket panics if the packet is longer than
+// 4,294,967,295 bytes, the largest length the header can hold.
+func AppendPacket(dst []byte, h PacketHeader, frames ...Frame) []byte {
+	n := uint64(PacketHeaderSize)
+	for _, f := range frames {
+		n += FrameHeaderSize + uint64(len(f.Payload))
+	}
+	if n > math.MaxUint32 {
+		panic("stream: packet longer than 2^32-1 bytes")
+	}
+	h.Length = uint32(n)
+	dst = AppendPacketHeader(dst, h)
+	for _, f := range frames {
+		dst = AppendFrame(dst, f)
+	}
+	return dst
+}
 
 // AppendFrame appends f, header and payload, to dst and returns the extended slice. f is not checked: what ParseFrame
 // would refuse is appended all the same. f.Payload must not overlap the free capacity of dst. AppendFrame panics if the
@@ -173,7 +196,7 @@ func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 	b = b[FrameHeaderSize:]
 	n := payloadLen(h)
 	if n > uint64(len(b)) {
-		return Frame{}, nil, ErrLength
+		return Frame{}, nil, errFrameLength
 	}
 	f.Type, f.Flags, f.Code = splitFrameWord(h)
 	f.Payload = b[:n:n]

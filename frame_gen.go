@@ -11,7 +11,7 @@ import (
 
 // Sizes and fixed values of the wire format, sizes in bytes.
 const (
-	PacketHeaderSize = 8    // bytes in front of the frames of a packet
+	PacketHeaderSize = 12   // bytes in front of the frames of a packet
 	FrameHeaderSize  = 8    // bytes in front of the payload of a frame
 	creditSize       = 16   // bytes of the payload of a CREDIT frame
 	TokenSize        = 16   // characters of a reply token
@@ -42,7 +42,7 @@ const (
 	FrameReset  FrameType = 3 // ends both directions now; the payload is the reason
 	FrameCredit FrameType = 4 // acknowledges packets and grants more; the payload is a Credit
 	FramePing   FrameType = 5 // asks for a CREDIT; no payload
-	FrameMeta   FrameType = 6 // headers or trailers in NATS header form
+	FrameMeta   FrameType = 6 // headers, or with FlagTrailer trailers, in NATS header form
 
 	frameSkippable FrameType = 0x80
 )
@@ -86,13 +86,14 @@ const (
 	FlagMsgPack   FrameFlags = 0x04 // DATA: the record is one MessagePack object
 	FlagCodecMask FrameFlags = 0x06 // DATA: the bits that name the codec; all of them set is reserved
 	FlagGap       FrameFlags = 0x01 // CREDIT: packets are missing, send again from Credit.Ack on
+	FlagTrailer   FrameFlags = 0x01 // META: the headers are the stream's trailers, not its headers
 )
 
 // String returns the names of the flags set, such as "JSON", unknown ones in hexadecimal, and "0" for none. A bit
-// that means different things in different frames has all its names, as in "MORE/GAP".
+// that means different things in different frames has all its names, as in "MORE/GAP/TRAILER".
 func (f FrameFlags) String() string { return flagNames(uint8(f), &frameFlagNames) }
 
-var frameFlagNames = [8]string{0: "MORE/GAP", 1: "JSON", 2: "MSGPACK"}
+var frameFlagNames = [8]string{0: "MORE/GAP/TRAILER", 1: "JSON", 2: "MSGPACK"}
 
 // Frame types that may stand in packets with and without SEQ, as bit sets.
 const (
@@ -101,36 +102,44 @@ const (
 )
 
 const (
-	// A packet header, read as one word, is one of this version if it equals packetHeaderWant under packetHeaderMask:
+	// The first word of a packet header is one of this version if it equals packetHeaderWant under packetHeaderMask:
 	// magic and version are right and no flag is set that this version does not know.
 	packetHeaderMask uint64 = 0xfffc000000000000
 	packetHeaderWant uint64 = 0xf510000000000000
 )
 
-// packetWord returns a packet header as one big-endian word. Flags beyond the low nibble are dropped.
+// packetWord returns a packet header but for its length as one big-endian word. Flags beyond the low nibble are
+// dropped.
 func packetWord(flags PacketFlags, sender uint16, seq uint32) uint64 {
 	return PacketMagic<<56 | ProtocolVersion<<52 | uint64(flags&0xf)<<48 | uint64(sender)<<32 | uint64(seq)
 }
 
-// putPacketHeader writes a packet header to b[:PacketHeaderSize] with one store.
-func putPacketHeader(b []byte, flags PacketFlags, sender uint16, seq uint32) {
+// putPacketHeader writes the header of a packet of n bytes, header included, to b[:PacketHeaderSize]. n must not be
+// negative or exceed the largest uint32.
+func putPacketHeader(b []byte, flags PacketFlags, sender uint16, seq uint32, n int) {
+	_ = b[PacketHeaderSize-1] // one bounds check for both stores
 	binary.BigEndian.PutUint64(b, packetWord(flags, sender, seq))
+	binary.BigEndian.PutUint32(b[8:], uint32(n))
 }
+
+// packetLength reads the length in the packet header at b[:PacketHeaderSize].
+func packetLength(b []byte) uint32 { return binary.BigEndian.Uint32(b[8:]) }
 
 // AppendPacketHeader appends h to dst and returns the extended slice. Flags beyond the low nibble are dropped;
-// otherwise h is not checked.
+// otherwise h is not checked, nor its Length set: AppendPacket does that.
 func AppendPacketHeader(dst []byte, h PacketHeader) []byte {
-	return binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender, h.Seq))
+	dst = binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender, h.Seq))
+	return binary.BigEndian.AppendUint32(dst, h.Length)
 }
 
-// ParsePacketHeader takes a packet header off the front of b and returns it with the frames that follow, which are
-// not looked at. It allocates nothing. The error is ErrTruncated, ErrMagic, ErrVersion or ErrFlags; h and rest are
-// zero then.
+// ParsePacketHeader takes a packet header off the front of b, which must be a whole packet and nothing else, and
+// returns it with the frames that follow, which are not looked at. It allocates nothing. The error is ErrTruncated,
+// ErrMagic, ErrVersion, ErrFlags or ErrLength, looked for in this order; h and rest are zero then.
 func ParsePacketHeader(b []byte) (h PacketHeader, rest []byte, err error) {
 	if len(b) >= PacketHeaderSize {
-		v := binary.BigEndian.Uint64(b)
-		if v&packetHeaderMask == packetHeaderWant {
-			return PacketHeader{PacketFlags(v >> 48 & 0xf), uint16(v >> 32), uint32(v)}, b[PacketHeaderSize:], nil
+		v, n := binary.BigEndian.Uint64(b), packetLength(b)
+		if v&packetHeaderMask == packetHeaderWant && uint64(n) == uint64(len(b)) {
+			return PacketHeader{PacketFlags(v >> 48 & 0xf), uint16(v >> 32), uint32(v), n}, b[PacketHeaderSize:], nil
 		}
 	}
 	return h, nil, packetHeaderError(b)
@@ -149,8 +158,10 @@ func packetHeaderError(b []byte) error {
 		return ErrVersion
 	case v>>48&uint64(PacketEnv) != 0:
 		return errEnvelope
+	case v&packetHeaderMask != packetHeaderWant:
+		return errPacketFlags
 	}
-	return errPacketFlags
+	return errPacketLength
 }
 
 const (
@@ -247,7 +258,7 @@ func checkFrame(f Frame) error {
 		}
 	case FrameMeta:
 		switch {
-		case f.Flags != 0:
+		case f.Flags&^0x1 != 0:
 			return errFrameFlags
 		case f.Code != 0:
 			return errCodeWithoutClose

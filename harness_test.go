@@ -29,6 +29,12 @@ type pairOptions struct {
 	shared             bool // one client on one connection is both ends
 }
 
+// hasty is for both ends of a test in which a peer goes without a word: the other does not wait long for it.
+var hasty = pairOptions{
+	producer: stream.ClientParams{KeepAlive: time.Second, ResumeTimeout: time.Second},
+	consumer: stream.ClientParams{KeepAlive: time.Second, ResumeTimeout: time.Second},
+}
+
 // pair is the two ends of a test: a server in this process, and two clients of it on connections of their own.
 type pair struct {
 	server             *streamtest.Server

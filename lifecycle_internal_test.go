@@ -48,7 +48,7 @@ func (t *flakyTransport) publishMsg(m *nats.Msg) error { return t.publish(m.Subj
 func (t *flakyTransport) status() nats.Status          { return nats.Status(t.state.Load()) }
 func (t *flakyTransport) maxPayload() int64            { return 1 << 20 }
 
-func (t *flakyTransport) subscribe(string, nats.MsgHandler) (func(), error) {
+func (t *flakyTransport) subscribe(_, _ string, _ nats.MsgHandler) (func(), error) {
 	return func() {}, nil
 }
 
@@ -70,7 +70,7 @@ func newFlakyEndpoint(t *testing.T) (*endpoint, *flakyTransport) {
 	}
 	t.Cleanup(func() {
 		closed := make(chan struct{})
-		go func() { defer close(closed); ep.close() }()
+		go func() { defer close(closed); ep.close(testClosed) }()
 		select {
 		case <-closed:
 			goleak.VerifyNone(t, before)
@@ -177,7 +177,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	ep.close() // the outbox has ended: what follows is no race
+	ep.close(testClosed) // the outbox has ended: what follows is no race
 	for i, s := range all {
 		if s.next != nil {
 			t.Errorf("session %d still refers to the one that was queued behind it", i)
@@ -185,3 +185,5 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 		}
 	}
 }
+
+func (t *flakyTransport) errors(func(error)) func() { return func() {} }

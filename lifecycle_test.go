@@ -537,7 +537,7 @@ func verifyPromptly(t testing.TB, what string, f func()) {
 // A client that is closed in mid-stream ends its streams and tells the producers, again and again.
 func TestSoakClientClose(t *testing.T) {
 	const streams = 20
-	p := newPair(t)
+	p := newPair(t, pairOptions{producer: stream.ClientParams{ResumeTimeout: 100 * time.Millisecond}})
 	serve(t, p, "records", func(w *stream.Writer, _ *nats.Msg) {
 		buf := make([]byte, 500)
 		for {
@@ -612,7 +612,9 @@ func TestConnectionLost(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			once := []nats.Option{nats.MaxReconnects(0)}
-			p := newPair(t, pairOptions{producerConn: once, consumerConn: once})
+			o := hasty
+			o.producerConn, o.consumerConn = once, once
+			p := newPair(t, o)
 			release := make(chan struct{})
 			var flushed sync.WaitGroup
 			flushed.Add(streams)
@@ -798,8 +800,7 @@ func TestIdleStreams(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	first := stream.AppendPacketHeader(nil, stream.PacketHeader{Flags: stream.PacketSeq, Sender: 1})
-	first = stream.AppendFrame(first, stream.Frame{Type: stream.FrameData, Payload: []byte("record")})
+	first := rawPacket(stream.PacketSeq, 1, 0, rawData("record"))
 	if _, err := producer.Subscribe("greeting", func(req *nats.Msg) {
 		if err := producer.PublishRequest(req.Reply, "nowhere.to.be.found", first); err != nil {
 			t.Error(err)
@@ -1130,6 +1131,9 @@ func TestServerRestart(t *testing.T) {
 			t.Errorf("after the restart: %d records, %v", len(got), err)
 		}
 	})
+	for _, c := range p.clients { // before the second server ends
+		verifyIdle(t, c)
+	}
 }
 
 // A consumer that leaves while its connection is down tells the producer when it is up again.

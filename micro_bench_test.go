@@ -57,8 +57,7 @@ func (t *benchTransport) publish(_, reply string, data []byte) error {
 		// The packet itself counts as sent only when publish returns. The message can be used again for the next
 		// credit, because the outbox acts on it before it publishes another packet.
 		credit := Credit{Ack: h.Seq, Packets: h.Seq + maxPackets, Bytes: math.MaxInt64}
-		t.buf = AppendPacketHeader(t.buf[:0], PacketHeader{Sender: 1})
-		t.buf = AppendFrame(t.buf, Frame{Type: FrameCredit, Payload: AppendCredit(t.payload[:0], credit)})
+		t.buf = AppendPacket(t.buf[:0], PacketHeader{Sender: 1}, Frame{Type: FrameCredit, Payload: AppendCredit(t.payload[:0], credit)})
 		t.msg.Data = t.buf
 		t.receive(&t.msg)
 	}
@@ -69,7 +68,7 @@ func (t *benchTransport) publishMsg(*nats.Msg) error { return nil }
 func (t *benchTransport) status() nats.Status        { return nats.CONNECTED }
 func (t *benchTransport) maxPayload() int64          { return 1 << 20 }
 
-func (t *benchTransport) subscribe(_ string, f nats.MsgHandler) (func(), error) {
+func (t *benchTransport) subscribe(_, _ string, f nats.MsgHandler) (func(), error) {
 	t.receive = f
 	return func() {}, nil
 }
@@ -89,7 +88,7 @@ func benchEndpoint(b *testing.B, t *benchTransport) *endpoint {
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(ep.close)
+	b.Cleanup(func() { ep.close(testClosed) })
 	return ep
 }
 
@@ -98,14 +97,14 @@ func benchPacket(size, records int) ([]byte, int) {
 	if most := max(1, (coalesceSize-PacketHeaderSize)/(FrameHeaderSize+size)); records == 0 || records > most {
 		records = most
 	}
-	p := AppendPacketHeader(nil, PacketHeader{Flags: PacketSeq, Sender: 1})
-	for range records {
-		p = AppendFrame(p, Frame{Type: FrameData, Payload: make([]byte, size)})
+	frames := make([]Frame, records)
+	for i := range frames {
+		frames[i] = Frame{Type: FrameData, Payload: make([]byte, size)}
 	}
-	return p, records
+	return AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 1}, frames...), records
 }
 
-// setPacketSeq writes the whole header at once: what is read as one word and was just written as two waits for both.
+// setPacketSeq writes the whole first word of the header at once: what is read as one word and was just written as two waits for both.
 func setPacketSeq(p []byte, seq uint32) {
 	binary.BigEndian.PutUint64(p, binary.BigEndian.Uint64(p)&^math.MaxUint32|uint64(seq))
 }
@@ -365,3 +364,5 @@ func BenchmarkOpen(b *testing.B) {
 		}
 	})
 }
+
+func (t *benchTransport) errors(func(error)) func() { return func() {} }

@@ -206,7 +206,7 @@ func TestOpenStreamClientCloses(t *testing.T) {
 }
 
 func TestOpenStreamConnectionCloses(t *testing.T) {
-	p := newPair(t)
+	p := newPair(t, hasty)
 	w, ch := openStream(t, p, testContext(t))
 	write(t, w, []byte("value"))
 	waitFor(t, "the value", func() { <-ch })

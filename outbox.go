@@ -1,7 +1,11 @@
 package stream
 
 import (
+	"io"
+	"sync"
 	"sync/atomic"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/ring"
 )
@@ -22,21 +26,50 @@ type outbox struct {
 
 	inbound ring.Ring[control] // mux pushes, outbox pops
 
+	// What others than the mux ask for goes through a list: requests that a Server refuses, subjects that NATS denied.
+	mu     sync.Mutex
+	asides []aside
+
+	armed   atomic.Bool  // the ticker ticks
+	due     atomic.Bool  // it did
+	resumed atomic.Int64 // when the connection came back last
+
 	stopping atomic.Bool
 	done     chan struct{}
 
 	// Owned by the goroutine.
 	held    []*session // have something to publish, and the connection is down
+	wheel   wheel
+	down    int64 // since when the connection is down
 	scratch []byte
 }
+
+// aside is a thing to do that belongs to no session the asker knows.
+type aside struct {
+	subject string      // the peer's
+	json    bool        // it speaks only the fallback
+	refuse  *CloseError // tell it that its request is refused
+	denied  error       // NATS does not let this end publish to subject
+}
+
+// maxAsides bounds the refusals that wait for the outbox. What finds no room is counted and not answered.
+const maxAsides = 1 << 14
 
 // Kinds of work, bits of session.pending.
 const (
 	workRequest = 1 << iota // publish the request
 	workPackets             // the writer has packets
 	workCredit              // tell the peer what was consumed
-	workProbe               // ask the consumer what it got and grants
+	workGap                 // tell it what arrived, and that more is missing
+	workProbe               // ask the peer what it got and grants
+	workWait                // nothing: the session is to be looked at in time
+	workHello               // let the consumer know where its producer is
+	workBind                // the consumer has a send half now
+	workSettle              // one half has come to its end: was it the last?
 	workEnd                 // the session ended: tell the peer, let go of the buffers
+	workDone                // it came to its normal end: let the peer know that its CLOSE arrived
+
+	workLater = workWait | workDone | workSettle // what does not wake the outbox
 )
 
 // control is what the mux leaves to the outbox: a packet of control frames, or news from a data packet's envelope.
@@ -45,9 +78,11 @@ type control struct {
 	reply   string   // the peer's subject, where the message had one
 	packet  []byte   // frames to act on, or nil
 	sender  uint16   // of a packet for a token that is not in use
+	absent  bool     // NATS says that nobody received a PING
+	oneWay  bool     // the first message was one of the fallback
 }
 
-// maxInbound bounds the control packets that wait for the outbox. A stream whose packet does not fit ends.
+// maxInbound bounds the control packets that wait for the outbox.
 const maxInbound = 1 << 16
 
 // maxControlPacket bounds one control packet: a RESET with the longest reason, and room for later frame types.
@@ -63,12 +98,28 @@ func (o *outbox) init(ep *endpoint) {
 
 // mark gives the session work. It neither blocks nor locks.
 func (s *session) mark(work uint32) {
-	if s.pending.Or(work) != 0 {
+	before := s.pending.Or(work)
+	if before&^workLater != 0 {
 		return // queued, or about to be served
 	}
 	o := &s.ep.outbox
-	o.push(s)
+	if before == 0 {
+		o.push(s)
+	}
 	o.park.wake()
+}
+
+// markLater gives the session work that can wait until the outbox is up for another reason, at the latest the next tick. A
+// stream that opens and ends at once need not wake it for that.
+func (s *session) markLater(work uint32) {
+	if s.pending.Or(work) != 0 {
+		return
+	}
+	o := &s.ep.outbox
+	o.push(s)
+	if !o.armed.Load() {
+		s.ep.ticker.start()
+	}
 }
 
 func (o *outbox) push(s *session) {
@@ -95,15 +146,11 @@ func (o *outbox) take() *session {
 	return first
 }
 
-// deliver hands a control word over. One that finds no room is counted, and its stream ends: it might have been the
-// credit, or the subject, without which the stream would wait for ever. Called by the mux alone.
+// deliver hands a control word over. One that finds no room is counted, and lost like one that NATS lost: it is said again
+// when it is asked for. Called by the mux alone.
 func (o *outbox) deliver(c control) {
-	if !o.inbound.Push(c) {
+	if c.session == nil && o.inbound.Len() > maxInbound/4 || !o.inbound.Push(c) { // strangers leave room for streams
 		o.ep.counters.overrun.Add(1)
-		if c.session != nil {
-			e := protocolError(CloseTryAgainLater, "control packets came faster than they could be acted on")
-			c.session.endFromMux(&ending{err: e, tell: *e})
-		}
 	}
 	o.park.wake()
 }
@@ -111,7 +158,16 @@ func (o *outbox) deliver(c control) {
 func (o *outbox) run() {
 	defer close(o.done)
 	for {
+		stopping := o.stopping.Load() // what was marked before is seen below
 		worked := o.receive()
+		if o.due.Load() {
+			o.due.Store(false)
+			o.tick()
+			worked = true
+		}
+		if o.aside() {
+			worked = true
+		}
 		if len(o.held) > 0 && o.up.Load() {
 			o.serveHeld()
 			worked = true
@@ -126,7 +182,7 @@ func (o *outbox) run() {
 		if worked {
 			continue
 		}
-		if o.stopping.Load() {
+		if stopping {
 			o.serveHeld() // if the connection is down, nothing waits for it any longer
 			return
 		}
@@ -140,7 +196,7 @@ func (o *outbox) run() {
 }
 
 func (o *outbox) idle() bool {
-	return o.queue.Load() == nil && o.inbound.Empty() && !o.stopping.Load() && (len(o.held) == 0 || !o.up.Load())
+	return o.queue.Load() == nil && o.inbound.Empty() && !o.due.Load() && !o.asked() && !o.stopping.Load() && (len(o.held) == 0 || !o.up.Load())
 }
 
 // stop lets the outbox finish what is marked and returns when it has.
@@ -163,28 +219,111 @@ func (o *outbox) receive() (worked bool) {
 			o.refuse(c)
 			continue
 		}
-		if c.reply != "" && s.writer == nil {
-			s.peer = c.reply
-			if s.owed {
-				s.owed = false
-				s.mark(workCredit)
-			}
-			if end := s.end.Load(); s.finished && end.tell.Code != 0 { // the mux took the packet just before the end
-				s.finished = false
-				o.finish(s, end)
-			}
+		if !c.absent {
+			o.hear(s)
+		}
+		switch {
+		case c.reply != "" && s.stream != nil:
+			o.learn(s, c.reply)
+		case c.oneWay:
+			s.oneWay = true
+			o.bind(s)
+		case c.absent:
+			o.absent(s)
 		}
 		if c.packet != nil {
-			if ce := o.frames(s, c.packet[PacketHeaderSize:]); ce != nil {
+			if ce := o.frames(s, c.packet); ce != nil {
 				s.finish(&ending{err: ce, tell: *ce})
 			}
 		}
 	}
 }
 
-// refuse tells the sender of a packet that its stream does not exist. The answer carries the sender's own number,
-// which nobody else knows. Senders ask rarely, with a first packet or a PING, and what waits to be answered is bounded
-// by the inbound ring.
+// learn notes where the producer of a consumer's stream is.
+func (o *outbox) learn(s *session, peer string) {
+	first := s.peer == ""
+	s.peer = peer
+	if first {
+		o.bind(s)
+	}
+	if s.owed {
+		s.owed = false
+		s.mark(workCredit)
+	}
+	if end := s.end.Load(); s.finished && end.tell.Code != 0 { // the mux took the packet just before the end
+		s.finished = false
+		o.finish(s, end)
+	}
+}
+
+// bind lets a consumer's send half go, now that its peer is known.
+func (o *outbox) bind(s *session) {
+	w := s.writer.Load()
+	switch {
+	case w == nil:
+	case s.oneWay:
+		w.cancel(ErrOneWay)
+	case s.peer != "":
+		w.bind(s.peer)
+		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
+	}
+}
+
+// ask hands over what is not a session's work. It neither blocks for long nor calls NATS.
+func (o *outbox) ask(a aside) {
+	o.mu.Lock()
+	full := len(o.asides) >= maxAsides
+	if !full {
+		o.asides = append(o.asides, a)
+	}
+	o.mu.Unlock()
+	if full {
+		o.ep.counters.overrun.Add(1)
+	}
+	o.park.wake()
+}
+
+// asked reports whether there is an aside that can be done now.
+func (o *outbox) asked() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.asides) > 0 && o.up.Load()
+}
+
+func (o *outbox) aside() bool {
+	if !o.asked() {
+		return false
+	}
+	o.mu.Lock()
+	list := o.asides
+	o.asides = nil
+	o.mu.Unlock()
+	for _, a := range list {
+		if a.denied != nil {
+			o.deny(a.subject, a.denied)
+		} else if a.json {
+			o.publish(a.subject, "", appendJSONClose(nil, *a.refuse))
+		} else {
+			f := Frame{Type: FrameReset, Code: uint16(a.refuse.Code), Payload: []byte(a.refuse.Text)}
+			o.publish(a.subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: newSender()}, f))
+		}
+	}
+	return true
+}
+
+// deny ends the streams that cannot go on because this end may not publish to subject.
+func (o *outbox) deny(subject string, err error) {
+	o.ep.sessions.Range(func(_ string, s *session) bool {
+		if s.peer == subject || s.peer == "" && s.stream != nil && s.subject == subject {
+			s.finish(&ending{err: err})
+		}
+		return true
+	})
+}
+
+// refuse tells the sender of a packet that no stream takes it. The answer carries the sender's own number, which nobody
+// else knows. Senders ask rarely, with a first packet or a PING, and what waits to be answered is bounded by the inbound
+// ring.
 func (o *outbox) refuse(c control) {
 	if !o.up.Load() {
 		return
@@ -193,14 +332,15 @@ func (o *outbox) refuse(c control) {
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway
 	}
-	o.publish(c.reply, "", AppendFrame(AppendPacketHeader(o.scratch[:0], PacketHeader{Sender: c.sender}), f))
+	o.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: c.sender}, f))
 }
 
 var unknownStream = []byte("no such stream")
 
 // frames acts on the frames of a control packet; docs/PROTOCOL.md section 5. What it returns ends the stream.
-func (o *outbox) frames(s *session, b []byte) *CloseError {
-	if len(b) == 0 {
+func (o *outbox) frames(s *session, packet []byte) *CloseError {
+	h, b, err := ParsePacketHeader(packet)
+	if err != nil || len(b) == 0 {
 		return protocolError(CloseProtocolError, "control packet without a frame")
 	}
 	for len(b) > 0 {
@@ -214,8 +354,8 @@ func (o *outbox) frames(s *session, b []byte) *CloseError {
 		switch b = rest; f.Type {
 		case FrameCredit:
 			c, err := ParseCredit(f.Payload)
-			if err == nil && s.writer != nil {
-				err = s.writer.credit(c)
+			if w := s.writer.Load(); err == nil && w != nil {
+				err = o.credit(w, c, f.Flags&FlagGap != 0)
 			}
 			if err != nil {
 				return protocolError(CloseProtocolError, "%v", err)
@@ -223,9 +363,33 @@ func (o *outbox) frames(s *session, b []byte) *CloseError {
 		case FramePing:
 			s.mark(workCredit)
 		case FrameReset:
-			s.finish(&ending{err: &CloseError{Code: int(f.Code), Text: string(f.Payload)}, now: true})
+			// What arrived before can still be read: a CLOSE may be among it.
+			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
+			if s.stream != nil && h.Sender == s.sender {
+				e = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
+			}
+			if w := s.writer.Load(); s.stream == nil && h.Sender == s.sender && w.settled && s.bucket.ring.Pushed() == 0 {
+				s.finish(&ending{err: io.EOF}) // it has read everything, and never wrote
+				return nil
+			}
+			s.finish(&ending{err: e})
 			return nil
 		}
+	}
+	return nil
+}
+
+// credit takes what the peer acknowledged, granted and misses.
+func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
+	if err := w.credit(c); err != nil {
+		return err
+	}
+	s := w.session
+	switch {
+	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.ack/2):
+		s.mark(workPackets)
+	case s.life.closed != 0 && w.sent.acked == w.sent.next:
+		o.sent(s)
 	}
 	return nil
 }
@@ -252,6 +416,10 @@ func (o *outbox) serveHeld() {
 
 // serve does work for s, of its packets at most one.
 func (o *outbox) serve(s *session, work uint32) {
+	if s.life.born == 0 {
+		s.life.born = o.ep.now()
+		o.schedule(s, s.life.born)
+	}
 	end := s.end.Load()
 	if gone := o.ep.gone.Load(); end == nil && gone != nil {
 		s.finish(gone)
@@ -259,31 +427,117 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	if end != nil {
 		o.finish(s, end)
+		if work&(workCredit|workDone|workSettle) != 0 && end.tell.Code == 0 && s.finished {
+			o.tellCredit(s, 0)
+		}
 		return
 	}
-	if !o.up.Load() {
+	if !o.connected() {
 		o.hold(s, work)
 		return
 	}
+	w := s.writer.Load()
 	if work&workRequest != 0 {
+		setTimeout(s.request.Header, s.parent)
 		if err := o.ep.conn.publishMsg(s.request); err != nil {
 			s.finish(&ending{err: err})
 			return
 		}
 		s.request = nil
+		s.life.asked = o.ep.now()
 	}
-	if work&workCredit != 0 && s.peer == "" {
-		s.owed = true // the reader, or the mark of the mux, was faster than the subject on the inbound ring
+	if work&workBind != 0 {
+		o.bind(s)
+	}
+	if work&workGap != 0 {
+		o.tellCredit(s, FlagGap)
 	} else if work&workCredit != 0 {
-		var payload [creditSize]byte
-		o.tell(s, "", Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], s.bucket.credit())})
+		o.tellCredit(s, 0)
 	}
-	if work&workProbe != 0 && s.writer.sent.next > 0 {
-		o.tell(s, s.reply, Frame{Type: FramePing})
+	switch {
+	case w == nil || w.json:
+	case work&workProbe != 0 && w.sent.next > 0, work&workHello != 0 && w.sent.next == 0 && s.life.pings == 0 && s.life.heard == 0:
+		if s.peer != "" {
+			o.ping(s)
+		}
 	}
-	if work&workPackets != 0 && s.writer.publishNext(o.ep.conn) {
+	if work&workPackets != 0 && s.peer != "" && w.publishNext(o) {
 		s.mark(workPackets)
 	}
+	if work&workSettle != 0 {
+		if s.readDone.Load() {
+			o.tellCredit(s, 0) // the peer waits to hear that its CLOSE arrived
+		}
+		o.settle(s)
+	}
+}
+
+// connected reports whether what is published now is sent, as far as that can be known. What nats.go keeps while it
+// reconnects can be lost, or close the connection where the next server takes less.
+func (o *outbox) connected() bool {
+	if !o.up.Load() {
+		return false
+	}
+	if isUp(o.ep.conn.status()) {
+		return true
+	}
+	o.up.Store(false)
+	if isUp(o.ep.conn.status()) { // at the same time: the watcher's news may have come before
+		o.up.Store(true)
+		return true
+	}
+	o.ep.ticker.start()
+	return false
+}
+
+// isUp reports whether a connection with status s sends what is published. One that drains does.
+func isUp(s nats.Status) bool {
+	return s == nats.CONNECTED || s == nats.DRAINING_SUBS || s == nats.DRAINING_PUBS
+}
+
+// tellCredit tells the peer what arrived and what it may send.
+func (o *outbox) tellCredit(s *session, flags FrameFlags) {
+	switch {
+	case s.oneWay || s.writer.Load() != nil && s.writer.Load().json:
+	case s.peer == "":
+		s.owed = true                                           // the reader, or the mark of the mux, was faster than the subject on the inbound ring
+		if l := &s.life; flags&FlagGap != 0 && l.suspect == 0 { // or the subject is missing as well
+			l.suspect = o.ep.now()
+			o.schedule(s, l.suspect+o.ep.times.resume)
+		}
+	default:
+		var payload [creditSize]byte
+		o.tell(s, "", Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], s.bucket.credit())})
+	}
+}
+
+// sent notes that the send half has come to its end: its CLOSE was acknowledged, or was kept for long enough.
+func (o *outbox) sent(s *session) {
+	w := s.writer.Load()
+	w.sent.release(w.sent.next)
+	w.settled = true
+	s.life.closed = 0
+	o.settle(s)
+}
+
+// settle ends the session if neither half has anything to do.
+func (o *outbox) settle(s *session) {
+	w := s.writer.Load()
+	if s.finished || w == nil || !w.settled && !s.oneWay {
+		return
+	}
+	e := &ending{err: ErrClosed}
+	switch {
+	case s.readDone.Load():
+	case !s.returned.Load():
+		if s.stream == nil && s.life.pings == 0 && o.connected() {
+			o.ping(s) // a consumer that never wrote may be gone, having read everything
+		}
+		return
+	case s.bucket.ring.Pushed() > 0: // to nobody: the consumer must not wait for it to be read
+		e.tell = w.closing
+	}
+	s.finish(e)
 }
 
 // finish does the outbox's part of ending a session, once.
@@ -293,12 +547,17 @@ func (o *outbox) finish(s *session, end *ending) {
 	}
 	s.unregister()
 	s.request = nil
-	if s.writer != nil {
-		s.writer.cancel(end.err)
-		s.writer.ended()
+	w := s.writer.Load()
+	if w != nil {
+		w.cancel(writeError(end.err))
+		w.ended()
 	}
-	if end.tell.Code != 0 && s.peer != "" {
-		if o.up.Load() {
+	if s.stream == nil {
+		s.releaseWindow()
+	}
+	closed := s.life.closed != 0 && end == o.ep.gone.Load() // everything was said
+	if end.tell.Code != 0 && s.peer != "" && !closed {
+		if o.connected() {
 			o.tellEnd(s, end.tell)
 		} else if o.ep.gone.Load() == nil {
 			o.hold(s, workEnd) // a peer that is not told would wait for ever
@@ -306,6 +565,10 @@ func (o *outbox) finish(s *session, end *ending) {
 		}
 	}
 	s.finished = true
+	o.wheel.remove(s)
+	if s.server != nil {
+		s.server.leave()
+	}
 }
 
 // tellEnd tells the peer of s that the stream ended early.
@@ -322,10 +585,10 @@ func (o *outbox) tellEnd(s *session, e CloseError) {
 // sees what it missed.
 func (o *outbox) tell(s *session, reply string, f Frame) {
 	h := PacketHeader{Sender: s.sender}
-	if s.writer != nil {
-		h.Seq = s.writer.sent.next
+	if w := s.writer.Load(); w != nil {
+		h.Seq = w.sent.next
 	}
-	o.publish(s.peer, reply, AppendFrame(AppendPacketHeader(o.scratch[:0], h), f))
+	o.publish(s.peer, reply, AppendPacket(o.scratch[:0], h, f))
 }
 
 // publish publishes what is not a stream's data. A failure is counted and not the stream's end: credit is said again
@@ -337,4 +600,7 @@ func (o *outbox) publish(subject, reply string, data []byte) {
 }
 
 // binary reports whether the peer understands packets. Called by the outbox.
-func (s *session) binary() bool { return s.writer == nil || !s.writer.json }
+func (s *session) binary() bool {
+	w := s.writer.Load()
+	return w == nil || !w.json
+}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"net"
 
 	"github.com/nats-io/nats.go"
 )
@@ -99,7 +100,7 @@ func (w *Writer) sealLocked() {
 		if !w.creditLocked() {
 			flags |= PacketAck
 		}
-		putPacketHeader(p.buf, flags, w.session.sender, seq)
+		putPacketHeader(p.buf, flags, w.session.sender, seq, len(p.buf))
 	}
 	w.ready.Push(p) // never full: credit bounds what is sealed and not acknowledged
 }
@@ -109,6 +110,16 @@ func (w *Writer) sealLocked() {
 func (w *Writer) creditLocked() bool {
 	return int32(w.sealed-w.granted.packets) < 0 && w.sealedBytes < w.granted.bytes &&
 		w.sealed-w.acked.packets < maxUnacked && w.sealedBytes-w.acked.bytes < w.session.ep.window
+}
+
+// stalled reports whether writes wait for the peer's credit.
+func (w *Writer) stalled() bool {
+	if w.json || !w.waiting.Load() {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.wake != nil && !w.creditLocked()
 }
 
 // maxUnacked bounds the packets kept for a peer that grants without end.
@@ -148,8 +159,27 @@ func (w *Writer) ended() {
 	w.sent.release(w.sent.next)
 }
 
+// bind lets a consumer's send half begin: its producer, and what that takes, is known. Called by the outbox.
+func (w *Writer) bind(subject string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.subject != "" {
+		return
+	}
+	w.subject = subject
+	w.granted = credited{initialPackets, unknownWindow}
+	if t, err := ParseToken(lastToken(subject)); err == nil {
+		w.granted = credited{1 << t.LogPackets, 1 << t.LogBytes}
+	}
+	w.wakeLocked()
+}
+
 // publishNext publishes the next packet and reports whether there may be another. Called by the outbox alone.
-func (w *Writer) publishNext(conn transport) (more bool) {
+func (w *Writer) publishNext(o *outbox) (more bool) {
+	s := w.session
+	if q := &w.sent; q.cursor != q.next {
+		return w.publishAgain(o)
+	}
 	retry := w.sent.failed != nil
 	p := w.nextReady()
 	if p == nil {
@@ -157,24 +187,16 @@ func (w *Writer) publishNext(conn transport) (more bool) {
 			return false
 		}
 	}
-	s := &w.session
-	var err error
-	if s.reply == "" {
-		err = s.ep.register(s, controlToken)
-	}
-	reply := ""
-	if w.sent.next == 0 && !w.json {
-		reply = s.reply
-	}
-	if err == nil {
-		err = conn.publish(w.subject, reply, p.buf)
-	}
-	if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did: this packet will never go
-		s.finish(&ending{err: err, tell: CloseError{CloseInternalServerErr, "packet exceeds the server's max_payload"}})
-		putPacket(p)
-		return false
+	last := p.last
+	err := w.publish(o, p, w.sent.next)
+	if err != nil && !w.json && isLoss(err) {
+		err = nil // it is missed and asked for, like any other that was under way
 	}
 	if err != nil {
+		if errors.Is(err, nats.ErrMaxPayload) {
+			putPacket(p)
+			return false
+		}
 		w.sent.failed = p
 		w.mu.Lock()
 		w.fault = err
@@ -184,11 +206,16 @@ func (w *Writer) publishNext(conn transport) (more bool) {
 		return false
 	}
 	s.ep.counters.sent(len(p.buf))
-	last := p.last
+	now := o.ep.clock.Load()
+	s.life.sent, s.life.asks = now, 0
 	if w.json {
 		w.sentJSON(p)
 	} else {
 		w.sent.push(p)
+		if s.life.slot == 0 || s.life.slot*o.wheel.tick > now+2*o.ep.times.ack { // it was idle
+			s.life.sent = o.ep.now()
+			o.schedule(s, s.life.sent+o.ep.times.ack)
+		}
 	}
 	// Whoever waits for this first says so and then looks at published: one of the two sees the other.
 	w.published.Store(w.sent.next)
@@ -201,10 +228,58 @@ func (w *Writer) publishNext(conn transport) (more bool) {
 		w.mu.Unlock()
 	}
 	if last {
-		s.done()
-		w.sent.release(w.sent.next)
+		w.cancel(ErrClosed)
+		if w.json {
+			o.sent(s)
+		} else {
+			s.life.closed = o.ep.now()
+			o.schedule(s, s.life.closed+min(o.ep.times.ack, o.ep.times.resume))
+		}
 	}
 	return !last
+}
+
+// isLoss reports whether a publish failed because the connection broke under it: nats.go writes its buffer out there. The
+// packet may have been sent or not.
+func isLoss(err error) bool {
+	_, network := errors.AsType[net.Error](err)
+	return network || errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrStaleConnection)
+}
+
+// publishAgain publishes the next of the packets that the peer misses.
+func (w *Writer) publishAgain(o *outbox) (more bool) {
+	q := &w.sent
+	p := q.packets[q.cursor&uint32(len(q.packets)-1)]
+	if err := w.publish(o, p, q.cursor); err != nil {
+		q.cursor = q.next // asked for again, if the connection comes back
+		return false
+	}
+	o.ep.counters.resent.Add(1)
+	w.session.life.sent = o.ep.clock.Load()
+	q.cursor++
+	return true
+}
+
+// publish publishes packet p, number seq.
+func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
+	s := w.session
+	if s.reply == "" {
+		if err = s.ep.register(s, controlToken); err != nil {
+			s.finish(&ending{err: err}) // the endpoint is closing
+		}
+	}
+	reply := ""
+	if seq == 0 && !w.json && s.stream == nil {
+		reply = s.reply
+	}
+	if err == nil {
+		err = o.ep.conn.publish(s.peer, reply, p.buf)
+	}
+	if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did: this packet will never go
+		s.finish(&ending{err: fmt.Errorf("stream: packet of %d bytes was written before the server's max_payload shrank: %w", len(p.buf), err),
+			tell: CloseError{CloseInternalServerErr, "packet exceeds the server's max_payload"}})
+	}
+	return err
 }
 
 // nextReady returns the packet to publish next among those sealed.
@@ -240,6 +315,7 @@ func (w *Writer) sealOpen() *packet {
 // own bound on what waits to be published.
 func (w *Writer) sentJSON(p *packet) {
 	w.sent.next++
+	w.sent.acked, w.sent.cursor = w.sent.next, w.sent.next
 	n := uint64(len(p.buf))
 	putPacket(p)
 	w.mu.Lock()
@@ -255,7 +331,24 @@ func (w *Writer) sentJSON(p *packet) {
 type sentPackets struct {
 	packets     []*packet // packets[seq & (len-1)] is number seq, for acked <= seq < next
 	acked, next uint32
+	cursor      uint32  // the next to be published again; next if none is
 	failed      *packet // could not be published; to be tried again before any other
+
+	againFrom uint32 // what was asked for last, and when
+	againAt   int64
+}
+
+// again sees to it that everything from seq on is published again, and reports whether there is anything. A peer that
+// asks for the same once more is heard only when the answer to the first time is overdue.
+func (q *sentPackets) again(seq uint32, now, patience int64) bool {
+	if seq != q.acked || seq == q.next {
+		return false // old news
+	}
+	if q.againAt != 0 && q.againFrom == seq && now-q.againAt < patience {
+		return false
+	}
+	q.cursor, q.againFrom, q.againAt = seq, seq, now
+	return true
 }
 
 func (q *sentPackets) push(p *packet) {
@@ -268,6 +361,7 @@ func (q *sentPackets) push(p *packet) {
 	}
 	q.packets[q.next&uint32(len(q.packets)-1)] = p
 	q.next++
+	q.cursor = q.next // it was there before
 }
 
 // release gives the packets before seq back to the pool and returns how many they were, and their bytes.
@@ -278,6 +372,9 @@ func (q *sentPackets) release(seq uint32) (n uint32, bytes uint64) {
 		bytes += uint64(len((*p).buf))
 		putPacket(*p)
 		*p = nil
+	}
+	if int32(q.cursor-q.acked) < 0 {
+		q.cursor = q.acked
 	}
 	return n, bytes
 }

@@ -2,7 +2,7 @@ package stream
 
 import "sync/atomic"
 
-// Stats are counters of one Client since it was made, and what it holds now. What is dropped is counted by the
+// Stats are counters of one Client or Server since it was made, and what it holds now. What is dropped is counted by the
 // reason; none of these drops loses a record of a stream without an error on that stream.
 type Stats struct {
 	Streams  int   // streams and writers that the peer can reach now
@@ -10,6 +10,10 @@ type Stats struct {
 
 	PacketsSent uint64 // packets and fallback messages published
 	BytesSent   uint64 // their bytes
+
+	PacketsResent  uint64 // packets published again, because the peer missed them
+	DroppedEarly   uint64 // packets that came while one before them was missing; they are sent again
+	DroppedRequest uint64 // requests to a Server that carried no reply subject, or another version of the protocol
 
 	DroppedUnknown   uint64 // messages for a token that is not, or no longer, in use
 	DroppedDuplicate uint64 // packets that arrived before
@@ -22,7 +26,7 @@ type Stats struct {
 type counters struct {
 	packets, bytes                                  atomic.Uint64 // stored by the outbox alone
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
-	unsent                                          atomic.Uint64
+	unsent, resent, early, requests                 atomic.Uint64
 }
 
 func (c *counters) sent(n int) {
@@ -31,13 +35,21 @@ func (c *counters) sent(n int) {
 }
 
 // Stats returns a snapshot. It may be called at any time, by any goroutine.
-func (c *Client) Stats() Stats {
-	n := &c.ep.counters
+func (c *Client) Stats() Stats { return c.ep.stats() }
+
+// Stats returns a snapshot. It may be called at any time, by any goroutine.
+func (s *Server) Stats() Stats { return s.ep.stats() }
+
+func (ep *endpoint) stats() Stats {
+	n := &ep.counters
 	return Stats{
-		Streams:          c.ep.sessions.Size(),
-		Reserved:         c.ep.reserved.Load(),
+		Streams:          ep.sessions.Size(),
+		Reserved:         ep.reserved.Load(),
 		PacketsSent:      n.packets.Load(),
 		BytesSent:        n.bytes.Load(),
+		PacketsResent:    n.resent.Load(),
+		DroppedEarly:     n.early.Load(),
+		DroppedRequest:   n.requests.Load(),
 		DroppedUnknown:   n.unknown.Load(),
 		DroppedDuplicate: n.duplicate.Load(),
 		DroppedForeign:   n.foreign.Load(),

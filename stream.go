@@ -11,67 +11,67 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Stream is the consumer's end of a stream. One goroutine at a time may read: Recv, RecvObject, All, Read and WriteTo
-// are reads. Close, CloseWithCode and Context may be called by any goroutine at any time.
+// Stream is the consumer's end of a stream.
 //
-// Read until a read returns an error, or call Close, or end the context given to Open: otherwise the stream stays open.
+// Its read side, Recv, RecvObject, All, Read, WriteTo, Header and Trailer, is for one goroutine at a time. Its write
+// side, Write, WriteObject, Flush and CloseSend, may be used by many at once, and beside the read side. Close,
+// CloseWithCode and Context may be called by any goroutine at any time.
+//
+// A stream on which nothing was written is over when the producer's end was read. Write, or call Flush, before that to keep
+// the write side open beyond it.
+//
+// Read until a read returns an error (and, once something was written, call CloseSend), or call Close, or end the
+// context given to Open: otherwise the stream stays open.
 type Stream struct {
 	session   session
-	parent    context.Context // the one given to Open
 	ctx       context.Context
 	cancel    context.CancelCauseFunc
-	stopAfter atomic.Pointer[func() bool] // takes back what watches parent
-	asked     FrameFlags                  // codec this end asked for
-	maxRecord uint64
-	reserved  atomic.Int64
-	released  atomic.Bool
-
-	// gate is 1 while a read is on its slow path, where it may wait: another read gets an error then, always. Two
-	// reads that both find their record at hand are told apart by busy, a plain flag, as Go's maps do it: an exact
-	// answer costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more than all the rest of Recv.
-	// Race builds pay for it.
-	gate atomic.Uint32
-
-	// Owned by the reader.
-	busy bool
-	data []byte // the current packet
-	off  int    // where its next frame begins
-	ack  bool   // its sender asked for credit
-	left []byte // what Read did not have room for
-	done error  // what every read returns from now on
+	stopAfter atomic.Pointer[func() bool] // takes back what watches the context given to Open
+	over      atomic.Bool
 }
 
 // open registers a stream and has its request published.
 func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream, error) {
 	window := ep.reserve(min(initialWindow, ep.window))
-	s := &Stream{parent: ctx, asked: codecFlag(codec), maxRecord: uint64(ep.maxRecord)}
-	s.reserved.Store(int64(window))
-	s.session.ep, s.session.stream = ep, s
-	s.session.sender = newSender()
-	s.session.bucket.init(initialPackets, window)
+	st := new(Stream)
+	s := &st.session
+	s.init(ep, initialPackets, window)
+	s.stream, s.parent, s.asked = st, ctx, codecFlag(codec)
+	s.window.Store(int64(window))
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
-	req := &nats.Msg{Subject: msg.Subject, Header: make(nats.Header, len(msg.Header)+1), Data: append([]byte(nil), msg.Data...)}
+	req := &nats.Msg{Subject: msg.Subject, Header: make(nats.Header, len(msg.Header)+2), Data: append([]byte(nil), msg.Data...)}
 	for key, values := range msg.Header { // published later, when the caller may have changed its own
 		req.Header[key] = slices.Clone(values)
 	}
 	req.Header[headerOpen] = []string{string(AppendOffer(nil, offer))}
-	s.session.request = req
+	s.request, s.subject = req, req.Subject
 
-	s.ctx, s.cancel = context.WithCancelCause(ctx)
-	if err := ep.register(&s.session, offer); err != nil {
+	st.ctx, st.cancel = context.WithCancelCause(ctx)
+	if err := ep.register(s, offer); err != nil {
 		s.release(err)
 		return nil, err
 	}
-	req.Reply = s.session.reply
-	s.session.mark(workRequest)
+	req.Reply = s.reply
+	s.mark(workRequest)
 	if ctx.Done() != nil {
 		stop := context.AfterFunc(ctx, s.canceled)
-		s.stopAfter.Store(&stop)
-		if s.released.Load() { // meanwhile: whoever comes second finds the other's work
+		st.stopAfter.Store(&stop)
+		if st.over.Load() { // meanwhile: whoever comes second finds the other's work
 			stop()
 		}
 	}
-	return s, nil
+	return st, nil
+}
+
+// ended ends the stream's context, once.
+func (st *Stream) ended(cause error) {
+	if !st.over.CompareAndSwap(false, true) {
+		return
+	}
+	if stop := st.stopAfter.Load(); stop != nil {
+		(*stop)()
+	}
+	st.cancel(cause)
 }
 
 // Recv returns the next record, or io.EOF after CloseNormalClosure, a *CloseError after any other close code, the
@@ -80,326 +80,94 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stre
 //
 // The record is a part of the packet it came in, never reused and safe to keep and to change; keeping a small one
 // keeps its packet, up to 32 KiB, alive.
-func (s *Stream) Recv() ([]byte, error) {
-	// Only the record at hand is taken here; next does the same and all the rest, without haste.
-	if !s.busy && !raceEnabled && len(s.left) == 0 && s.gate.Load() == 0 && s.session.end.Load() == nil && s.parent.Err() == nil {
-		s.busy = true
-		if b := s.data[s.off:]; len(b) >= FrameHeaderSize {
-			h := frameHeader(b)
-			n, rest := payloadLen(h), b[FrameHeaderSize:]
-			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.maxRecord {
-				s.off += FrameHeaderSize + int(n)
-				s.busy = false
-				return rest[:n:n], nil
-			}
-		}
-		s.busy = false
-	}
-	rec, _, err := s.next()
-	return rec, err
-}
+func (st *Stream) Recv() ([]byte, error) { return st.session.recv() }
 
 // RecvObject decodes the next record into v, by the codec it was written with; a record written as bytes is decoded
 // by the codec this stream asked for. It returns as Recv does. A record that does not decode is an error of that call
 // alone: the next one goes on with the next record.
-func (s *Stream) RecvObject(v any) error {
-	rec, flags, err := s.next()
-	if err != nil {
-		return err
-	}
-	return decodeObject(rec, flags, s.asked, v)
-}
+func (st *Stream) RecvObject(v any) error { return st.session.recvObject(v) }
 
 // All returns the records until the stream ends: without an error on normal closure, with one error as the last pair
 // otherwise. Leaving the loop early leaves the stream open.
-func (s *Stream) All() iter.Seq2[[]byte, error] {
-	return func(yield func([]byte, error) bool) {
-		for {
-			rec, err := s.Recv()
-			if err == io.EOF {
-				return
-			}
-			if !yield(rec, err) || err != nil {
-				return
-			}
-		}
-	}
-}
+func (st *Stream) All() iter.Seq2[[]byte, error] { return st.session.all() }
 
 // Read implements io.Reader: the records as one stream of bytes, without their boundaries. It returns as Recv does.
-func (s *Stream) Read(p []byte) (int, error) {
-	if len(p) == 0 {
-		return 0, nil
-	}
-	if err := s.enter(); err != nil {
-		return 0, err
-	}
-	defer s.leave()
-	if err := s.endedNow(); err != nil {
-		return 0, err
-	}
-	for len(s.left) == 0 {
-		rec, _, err := s.nextGated()
-		if err != nil {
-			return 0, err
-		}
-		s.left = rec
-	}
-	n := copy(p, s.left)
-	s.left = s.left[n:]
-	return n, nil
-}
+func (st *Stream) Read(p []byte) (int, error) { return st.session.read(p) }
 
 // WriteTo implements io.WriterTo: it writes the records to w, one Write each, until the stream ends. Normal closure is
 // no error.
-func (s *Stream) WriteTo(w io.Writer) (n int64, err error) {
-	for rec, err := range s.All() {
-		if err != nil {
-			return n, err
-		}
-		m, err := w.Write(rec)
-		n += int64(m)
-		if err != nil {
-			return n, err
-		}
-		if m < len(rec) {
-			return n, io.ErrShortWrite
-		}
+func (st *Stream) WriteTo(w io.Writer) (n int64, err error) { return st.session.writeTo(w) }
+
+// Header waits for the producer's first packet and returns the headers it set with Writer.SetHeader, nil if it set
+// none. It is a read: it returns the errors that Recv does, and takes no record. Do not change the map.
+func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader() }
+
+// Trailer returns the headers that the producer set with Writer.SetTrailer. They are there once a read has returned
+// io.EOF or the producer's *CloseError, nil before and if it set none. It belongs to the read side.
+func (st *Stream) Trailer() nats.Header { return st.session.trailer }
+
+// send returns the send half, made on first use.
+func (st *Stream) send() *Writer {
+	s := &st.session
+	if w := s.writer.Load(); w != nil {
+		return w
 	}
-	return n, nil
+	w := newConsumerWriter(s, st.ctx)
+	if !s.writer.CompareAndSwap(nil, w) {
+		w.cancel(nil)
+		return s.writer.Load()
+	}
+	// Whoever ends the stream sets end first and looks for a writer afterwards: either it sees this one, or this
+	// sees the end.
+	if e := s.end.Load(); e != nil {
+		w.cancel(writeError(e.err))
+	}
+	s.mark(workBind)
+	return w
 }
 
-// Context ends when the stream does: when its end was read, when it was closed, when the context given to Open ended.
-// context.Cause tells why.
-func (s *Stream) Context() context.Context { return s.ctx }
+// Write sends p to the producer as one record, which its handler reads from the Request. It returns len(p) once p was
+// copied: p may be reused at once. It waits until the producer is known, which is when its first packet comes, and
+// then for its credit. Errors: what ended the stream, as Recv has it; ErrClosed after CloseSend and after the end;
+// ErrOneWay from a producer that takes no records.
+func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
 
-// Close stops the stream: a read that waits returns ErrClosed, and a producer that is not done is told that the
+// WriteObject sends v to the producer as one record, in the codec that this stream asked for, and returns the length
+// of the encoding. It waits and fails as Write does, or with the error of the encoder.
+func (st *Stream) WriteObject(v any) (int, error) { return st.send().WriteObject(v) }
+
+// ReadFrom sends what r yields to the producer; see Writer.ReadFrom.
+func (st *Stream) ReadFrom(r io.Reader) (int64, error) { return st.send().ReadFrom(r) }
+
+// Flush hands everything written so far to NATS and returns when that is done. It fails as Write does.
+func (st *Stream) Flush() error { return st.send().Flush() }
+
+// Sync waits until the producer's end has received everything written so far; see Writer.Sync.
+func (st *Stream) Sync(ctx context.Context) error { return st.send().Sync(ctx) }
+
+// CloseSend says that no more records come from this end: the handler's reads return io.EOF after the last one. The
+// read side stays open. It returns when everything was handed to NATS, and fails as Write does. Closing again does
+// nothing.
+func (st *Stream) CloseSend() error { return st.send().Close() }
+
+// Context ends when the stream does: when its end was read and nothing remains to be sent, when it was closed, when
+// the context given to Open ended. context.Cause tells why.
+func (st *Stream) Context() context.Context { return st.ctx }
+
+// Close stops the stream: calls that wait return ErrClosed, and a producer that is not done is told that the
 // consumer canceled. It is always safe to call, also after the end, and never fails.
-func (s *Stream) Close() error {
-	s.stop(&ending{err: ErrClosed, now: true, tell: CloseError{Code: CloseCanceled}})
+func (st *Stream) Close() error {
+	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{Code: CloseCanceled}})
 	return nil
 }
 
 // CloseWithCode is Close with a code and a reason for the producer. The code is one from 1000 to 5999, else it fails
 // with ErrCloseCode and the stream goes on. The reason is cut to MaxReason bytes.
-func (s *Stream) CloseWithCode(code int, text ...string) error {
+func (st *Stream) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {
 		return err
 	}
-	s.stop(&ending{err: ErrClosed, now: true, tell: CloseError{code, reason}})
+	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{code, reason}})
 	return nil
-}
-
-// canceled runs when the context given to Open ends.
-func (s *Stream) canceled() {
-	e := &ending{err: contextError(s.parent), now: true, tell: CloseError{Code: CloseCanceled}}
-	if s.parent.Err() == context.DeadlineExceeded {
-		e.tell.Code = CloseDeadlineExceeded
-	}
-	s.stop(e)
-}
-
-// stop ends the stream now and lets go of what it holds.
-func (s *Stream) stop(e *ending) {
-	s.session.finish(e)
-	s.release(e.err)
-}
-
-// release gives the window back to the budget and ends the stream's context, once.
-func (s *Stream) release(cause error) {
-	if !s.released.CompareAndSwap(false, true) {
-		return
-	}
-	s.session.ep.reserved.Add(-s.reserved.Swap(0))
-	if stop := s.stopAfter.Load(); stop != nil {
-		(*stop)()
-	}
-	s.cancel(cause)
-}
-
-// grow reserves n more bytes for the stream's window.
-func (s *Stream) grow(n uint64) bool {
-	ep := s.session.ep
-	if !ep.grow(n) {
-		return false
-	}
-	s.reserved.Add(int64(n))
-	if s.released.Load() { // at the same time: whoever comes second finds the bytes
-		ep.reserved.Add(-s.reserved.Swap(0))
-	}
-	return true
-}
-
-// enter begins a read that may wait; leave ends it.
-func (s *Stream) enter() error {
-	if s.busy || !s.gate.CompareAndSwap(0, 1) {
-		return ErrConcurrentRecv
-	}
-	return nil
-}
-
-func (s *Stream) leave() { s.gate.Store(0) }
-
-// next returns the next record and its flags.
-func (s *Stream) next() ([]byte, FrameFlags, error) {
-	if err := s.enter(); err != nil {
-		return nil, 0, err
-	}
-	defer s.leave()
-	if err := s.endedNow(); err != nil {
-		return nil, 0, err
-	}
-	if rec := s.left; len(rec) != 0 { // the rest of a record that Read began
-		s.left = nil
-		return rec, FlagRaw, nil
-	}
-	return s.nextGated()
-}
-
-func (s *Stream) nextGated() ([]byte, FrameFlags, error) {
-	var record []byte // pieces of a large record so far
-	var flags FrameFlags
-	for {
-		if err := s.endedNow(); err != nil {
-			return nil, 0, err
-		}
-		if s.off == len(s.data) {
-			if err := s.nextPacket(); err != nil {
-				return nil, 0, err
-			}
-			if s.session.bucket.mode == modeJSON {
-				return s.fallbackRecord()
-			}
-			if s.off == len(s.data) { // no sender numbers such a packet: this one was cut off
-				return nil, 0, s.broken(protocolError(CloseProtocolError, "sequenced packet without a frame"))
-			}
-			continue
-		}
-		f, rest, err := ParseFrame(s.data[s.off:])
-		if err != nil {
-			return nil, 0, s.broken(protocolError(CloseUnsupportedData, "%v", err))
-		}
-		s.off = len(s.data) - len(rest)
-		switch {
-		case f.Type == FrameData:
-			if uint64(len(record)+len(f.Payload)) > s.maxRecord {
-				return nil, 0, s.broken(protocolError(CloseMessageTooBig, "record exceeds %d bytes", s.maxRecord))
-			}
-			if record == nil {
-				flags = f.Flags & FlagCodecMask
-				if f.Flags&FlagMore == 0 {
-					return f.Payload, flags, nil
-				}
-			}
-			if record != nil && f.Flags&FlagCodecMask != flags {
-				return nil, 0, s.broken(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
-			}
-			record = append(record, f.Payload...)
-			if f.Flags&FlagMore == 0 {
-				return record, flags, nil
-			}
-		case f.Type == FrameClose:
-			if record != nil && f.Code == CloseNormalClosure {
-				return nil, 0, s.broken(protocolError(CloseProtocolError, "closed within a record"))
-			}
-			return nil, 0, s.closed(int(f.Code), string(f.Payload))
-		case f.Type == FrameMeta || f.Type.Skippable():
-			if record != nil && f.Type == FrameMeta {
-				return nil, 0, s.broken(protocolError(CloseProtocolError, "META within a record"))
-			}
-		default:
-			return nil, 0, s.broken(protocolError(CloseUnsupportedData, "%v: %v", f.Type, ErrMisplaced))
-		}
-	}
-}
-
-// endedNow returns what every read returns from now on, if there is such a thing.
-func (s *Stream) endedNow() error {
-	if s.done != nil {
-		return s.done
-	}
-	if e := s.session.end.Load(); e != nil && e.now {
-		return s.finish(e)
-	}
-	if s.parent.Err() != nil || s.ctx.Err() != nil { // the parent ends first: its Done may have been seen already
-		// The context's own callback is under way and says the same to the producer.
-		s.canceled()
-		return s.finish(s.session.end.Load())
-	}
-	return nil
-}
-
-// nextPacket waits for the next packet and makes it the current one. It gives credit for the one before.
-func (s *Stream) nextPacket() error {
-	b := &s.session.bucket
-	if len(s.data) > 0 {
-		if b.consume(len(s.data), s.ack, s.session.ep.window, s.grow) {
-			s.session.mark(workCredit)
-		}
-		s.data, s.off = nil, 0
-	}
-	for {
-		// The order matters: whoever ends the stream does so after the last push, so a ring that is empty after
-		// the end was seen stays empty.
-		end := s.session.end.Load()
-		if data, ok := b.ring.Pop(); ok {
-			s.data = data
-			if b.mode == modeJSON {
-				s.off = len(data)
-				return nil
-			}
-			s.off = PacketHeaderSize
-			s.ack = data[1]&byte(PacketAck) != 0
-			return nil
-		}
-		if end != nil {
-			return s.finish(end)
-		}
-		b.dry = true
-		b.park.announce()
-		if b.ring.Empty() && s.session.end.Load() == nil && s.parent.Err() == nil {
-			b.park.wait()
-		} else {
-			b.park.retract()
-		}
-		if err := s.endedNow(); err != nil {
-			return err
-		}
-	}
-}
-
-// fallbackRecord decodes the current message of a peer that speaks the original protocol.
-func (s *Stream) fallbackRecord() ([]byte, FrameFlags, error) {
-	rec, end, broken := parseJSON(s.data)
-	switch {
-	case broken != nil:
-		return nil, 0, s.broken(broken)
-	case end != nil:
-		return nil, 0, s.closed(end.Code, end.Text)
-	case uint64(len(rec)) > s.maxRecord:
-		return nil, 0, s.broken(protocolError(CloseMessageTooBig, "record of %d bytes exceeds %d", len(rec), s.maxRecord))
-	}
-	return rec, FlagJSON, nil
-}
-
-// closed ends the stream as the producer said.
-func (s *Stream) closed(code int, text string) error {
-	if code == CloseNormalClosure {
-		return s.finish(&ending{err: io.EOF})
-	}
-	return s.finish(&ending{err: &CloseError{code, text}})
-}
-
-// broken ends the stream because of what the producer sent, and tells it.
-func (s *Stream) broken(err *CloseError) error {
-	return s.finish(&ending{err: err, now: true, tell: *err})
-}
-
-// finish makes e the result of this and every later read.
-func (s *Stream) finish(e *ending) error {
-	s.done = e.err
-	s.data, s.off, s.left = nil, 0, nil
-	s.stop(e)
-	return s.done
 }

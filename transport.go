@@ -1,6 +1,12 @@
 package stream
 
 import (
+	"errors"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -15,7 +21,10 @@ type transport interface {
 	publishMsg(m *nats.Msg) error
 	// subscribe calls f for one message after the other until unsubscribe has returned. That calls f for all that
 	// the server sent before it stopped sending, as far as the connection delivers it within unsubscribeTimeout.
-	subscribe(subject string, f nats.MsgHandler) (unsubscribe func(), err error)
+	// queue is that of a Handle, or empty.
+	subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
+	// errors calls f for each error that the server reports and no call returns, until stop.
+	errors(f func(error)) (stop func())
 	// statusChanges delivers every change of status until stop.
 	statusChanges() (changes <-chan nats.Status, stop func())
 	// status and maxPayload take the connection's lock, which is held while a peer takes no bytes. So only the
@@ -39,8 +48,8 @@ func (t natsTransport) publishMsg(m *nats.Msg) error { return t.nc.PublishMsg(m)
 // unsubscribeTimeout bounds the wait for a connection that takes no bytes.
 const unsubscribeTimeout = 2 * time.Second
 
-func (t natsTransport) subscribe(subject string, f nats.MsgHandler) (func(), error) {
-	sub, err := t.nc.Subscribe(subject, f)
+func (t natsTransport) subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+	sub, err := t.nc.QueueSubscribe(subject, queue, f)
 	if err != nil {
 		return nil, err
 	}
@@ -70,4 +79,77 @@ func (t natsTransport) maxPayload() int64   { return t.nc.MaxPayload() }
 func (t natsTransport) statusChanges() (<-chan nats.Status, func()) {
 	ch := t.nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING, nats.DISCONNECTED, nats.DRAINING_SUBS, nats.DRAINING_PUBS, nats.CLOSED)
 	return ch, func() { t.nc.RemoveStatusListener(ch) }
+}
+
+// hooks are the error handlers that endpoints have put in front of their users' own, one for each connection.
+var hooks struct {
+	sync.Mutex
+	byConn map[*nats.Conn]*hook
+}
+
+// hook hands the errors of one connection to its endpoints and to the handler that was there before.
+type hook struct {
+	before nats.ErrHandler
+	next   int
+	mu     sync.Mutex
+	calls  map[int]func(error)
+}
+
+func (h *hook) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
+	h.mu.Lock()
+	calls := slices.Collect(maps.Values(h.calls))
+	h.mu.Unlock()
+	for _, f := range calls {
+		f(err)
+	}
+	if h.before != nil {
+		h.before(nc, sub, err)
+	}
+}
+
+// errors chains a handler: NATS has room for one. It is taken out with the last endpoint of the connection, unless the
+// user has set another meanwhile.
+func (t natsTransport) errors(f func(error)) (stop func()) {
+	hooks.Lock()
+	defer hooks.Unlock()
+	h := hooks.byConn[t.nc]
+	if h == nil {
+		h = &hook{before: t.nc.ErrorHandler(), calls: make(map[int]func(error))}
+		if hooks.byConn == nil {
+			hooks.byConn = make(map[*nats.Conn]*hook)
+		}
+		hooks.byConn[t.nc] = h
+		t.nc.SetErrorHandler(h.handle)
+	}
+	h.mu.Lock()
+	id := h.next
+	h.next++
+	h.calls[id] = f
+	h.mu.Unlock()
+	return func() {
+		hooks.Lock()
+		defer hooks.Unlock()
+		h.mu.Lock()
+		delete(h.calls, id)
+		last := len(h.calls) == 0
+		h.mu.Unlock()
+		if !last {
+			return
+		}
+		delete(hooks.byConn, t.nc)
+		if reflect.ValueOf(t.nc.ErrorHandler()).Pointer() == reflect.ValueOf(nats.ErrHandler(h.handle)).Pointer() {
+			t.nc.SetErrorHandler(h.before)
+		}
+	}
+}
+
+// deniedSubject returns the subject that a permissions error says this end may not publish or subscribe to.
+func deniedSubject(err error) (subject string, subscribe, ok bool) {
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return "", false, false
+	}
+	text := err.Error()
+	_, rest, found := strings.Cut(text, `"`)
+	subject, _, found2 := strings.Cut(rest, `"`)
+	return subject, strings.Contains(strings.ToLower(text), "for subscription"), found && found2
 }

@@ -13,16 +13,17 @@ import (
 	"github.com/natsstream/stream/internal/ring"
 )
 
-// Writer is the producer's end of a stream: records go in, and leave in packets that the outbox publishes. It is safe
-// for use by many goroutines at once; records of one goroutine keep their order.
+// Writer is the producer's end of a stream: records go in, and leave in packets that the outbox publishes, which keeps
+// them until the consumer's end acknowledged them, and publishes again what was lost. It is safe for use by many
+// goroutines at once; records of one goroutine keep their order.
 //
 // A record that is written while the stream is idle leaves at once. While the outbox is busy, records gather in the
 // open packet and share a NATS message. No timer is involved.
 //
 // A Writer must be closed, by Close or CloseWithCode, or its consumer waits for ever.
 type Writer struct {
-	session session
-	subject string // of the consumer: the reply subject of its request
+	session *session
+	subject string // of the peer; a consumer's send half does not know it at first
 	json    bool   // the consumer speaks only the fallback
 	codec   FrameFlags
 	bad     error // why this writer can never write: what NewWriter could not return
@@ -39,6 +40,9 @@ type Writer struct {
 	size int // of the packet sealed last
 
 	object int // size of the object encoded last, at most an eighth of a packet
+
+	trailer []byte     // what SetTrailer was given, in META form
+	closing CloseError // what CLOSE said
 
 	encoding bool          // the turn's owner encodes into the rest of the open packet, without the lock
 	turn     bool          // one goroutine is writing something that takes several steps: others wait
@@ -58,40 +62,77 @@ type Writer struct {
 	sent      sentPackets
 	published atomic.Uint32 // sent.next, for Flush
 	waiting   atomic.Bool   // wake is not nil
+	settled   bool          // CLOSE was acknowledged, or waited for long enough. Owned by the outbox
 }
 
 // NewWriter returns the producer's end of the stream whose request carried subject as its reply. It neither blocks nor
-// sends, and may be called in a NATS callback. client may be the one that opened the stream.
+// sends, and may be called in a NATS callback. client may be the one that opened the stream. It takes no records from the
+// consumer and does not see the headers of the request: a Server does.
 func NewWriter(client *Client, subject string) *Writer { return client.NewWriter(subject) }
 
 // NewWriter is the function NewWriter.
 func (c *Client) NewWriter(subject string) *Writer {
-	w := &Writer{subject: subject}
 	if c == nil || c.ep == nil {
-		w.bad = nats.ErrInvalidConnection
+		w := &Writer{subject: subject, bad: nats.ErrInvalidConnection}
 		w.ctx, w.cancel = context.WithCancelCause(context.Background())
 		w.cancel(w.bad)
+		w.session = &session{writer: atomic.Pointer[Writer]{}}
 		return w
 	}
-	w.ctx, w.cancel = context.WithCancelCause(c.ep.ctx)
-	s := &w.session
-	s.ep, s.writer, s.peer, s.sender = c.ep, w, subject, newSender()
-	s.bucket.init(initialPackets, unknownWindow)
-	w.ready.Init(maxUnacked + 1) // one more for the packet that only closes
-	switch t, err := ParseToken(lastToken(subject)); {
+	offer, err := ParseToken(lastToken(subject))
+	switch {
 	case subject == "":
-		w.bad = fmt.Errorf("stream: the request has no reply subject, so nobody waits for a stream: %w", nats.ErrBadSubject)
-	case err == nil:
-		w.codec = codecFlag(t.Codec)
-		w.granted = credited{1 << t.LogPackets, 1 << t.LogBytes}
+		err = fmt.Errorf("stream: the request has no reply subject, so nobody waits for a stream: %w", nats.ErrBadSubject)
 	case errors.Is(err, ErrVersion):
-		w.bad = fmt.Errorf("stream: cannot write to %s: %w", subject, err)
+		err = fmt.Errorf("stream: cannot write to %s: %w", subject, err)
 	default:
-		w.json = true
+		w := c.ep.newProducer(c.ep.ctx, subject, offer, err != nil)
+		w.session.deaf = true
+		w.session.readDone.Store(true)
+		if !w.json {
+			w.session.markLater(workWait)
+		}
+		return w
+	}
+	w := c.ep.newProducer(c.ep.ctx, subject, offer, true)
+	w.bad = err
+	return w
+}
+
+// newProducer makes a producer's end toward subject. Its writes end with ctx.
+func (ep *endpoint) newProducer(ctx context.Context, subject string, offer Token, json bool) *Writer {
+	p := new(struct {
+		Writer
+		session session
+	})
+	w, s := &p.Writer, &p.session
+	s.init(ep, initialPackets, unknownWindow)
+	s.parent, s.peer, s.asked = ctx, subject, FlagMsgPack
+	w.init(s, ctx)
+	w.subject = subject
+	if w.json = json; json {
 		w.codec = FlagJSON
 		w.granted = credited{fallbackQueue, fallbackQueueBytes}
+	} else {
+		w.codec = codecFlag(offer.Codec)
+		w.granted = credited{1 << offer.LogPackets, 1 << offer.LogBytes}
 	}
+	s.writer.Store(w)
 	return w
+}
+
+// newConsumerWriter makes the send half of a consumer's end. It may send once bind said what its peer takes.
+func newConsumerWriter(s *session, ctx context.Context) *Writer {
+	w := new(Writer)
+	w.init(s, ctx)
+	w.codec = s.asked
+	return w
+}
+
+func (w *Writer) init(s *session, ctx context.Context) {
+	w.session = s
+	w.ctx, w.cancel = context.WithCancelCause(ctx)
+	w.ready.Init(maxUnacked + 1) // one more for the packet that only closes
 }
 
 // unknownWindow is what a sender may use where it cannot see what its peer offered, together with initialPackets.
@@ -103,9 +144,10 @@ const (
 	fallbackQueueBytes = 4 << 20
 )
 
-// Context ends when the stream does: when the consumer said that it left, this client's connection was lost for good,
-// or the writer was closed. context.Cause tells why. A consumer that dies without a word is not noticed yet: bound the
-// wait for it from outside, or close the client.
+// Context ends when the stream does: when the consumer left or its deadline passed, with a *CloseError that has its code;
+// when the consumer is gone without a word, with CloseAbnormalClosure, after KeepAlive and ResumeTimeout; when this
+// end's connection was lost for good; when the writer was closed. context.Cause tells why. Of a consumer that speaks only
+// the JSON fallback neither can be seen.
 func (w *Writer) Context() context.Context { return w.ctx }
 
 // Write sends p as one record. It returns len(p) once p was copied: p may be reused at once. It blocks while the
@@ -239,7 +281,7 @@ func (w *Writer) failedLocked() error {
 	case w.bad != nil:
 		return w.bad
 	case w.ctx.Err() != nil:
-		return context.Cause(w.ctx)
+		return writeError(context.Cause(w.ctx))
 	case w.fault != nil:
 		err := w.fault
 		w.fault = nil
@@ -269,7 +311,7 @@ func (w *Writer) sleepLocked(wake <-chan struct{}) error {
 	case <-wake:
 		return nil
 	case <-w.ctx.Done():
-		return context.Cause(w.ctx)
+		return writeError(context.Cause(w.ctx))
 	}
 }
 
@@ -306,7 +348,8 @@ func (w *Writer) WriteObject(v any) (int, error) {
 }
 
 // ReadFrom sends what r yields, each read as one record, until io.EOF. It makes io.Copy(w, r) read straight into
-// buffers of the packet size. It returns the bytes sent.
+// buffers of the packet size, unless r has a WriteTo of its own, as a bytes.Reader has, which may hand over everything as one
+// record: call ReadFrom then. It returns the bytes sent.
 func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 	p := getPacket(coalesceSize)
 	defer putPacket(p)
@@ -352,6 +395,110 @@ func (w *Writer) Flush() error {
 	return w.flushLocked()
 }
 
+// Sync waits until the peer's end has received everything written so far, whether or not it was read there. It returns
+// nil then, the error of ctx when that ends first, or what ended the stream. After Close it waits for the end of the
+// stream to be acknowledged. A peer that speaks only the JSON fallback acknowledges nothing: Sync is Flush then.
+func (w *Writer) Sync(ctx context.Context) error {
+	if ctx == nil {
+		return nats.ErrInvalidContext
+	}
+	stop := context.AfterFunc(ctx, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.wakeLocked()
+	})
+	defer stop()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.bad != nil {
+		return w.bad
+	}
+	for w.turn && ctx.Err() == nil {
+		wake := w.announceLocked()
+		w.mu.Unlock()
+		<-wake
+		w.mu.Lock()
+	}
+	if w.open != nil && !w.turn && w.n > PacketHeaderSize {
+		w.sealLocked()
+	}
+	s, target, asked := w.session, w.sealed, false
+	for {
+		wake := w.announceLocked()
+		if int32(w.acked.packets-target) >= 0 {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return contextError(ctx)
+		}
+		if e := s.end.Load(); e != nil {
+			return writeError(e.err)
+		}
+		if w.fault != nil {
+			return w.failedLocked()
+		}
+		w.markLocked()
+		if !asked && !w.json && int32(w.published.Load()-target) >= 0 {
+			asked = true
+			s.mark(workProbe)
+		}
+		w.mu.Unlock()
+		<-wake
+		w.mu.Lock()
+	}
+}
+
+// SetHeader sends h to the consumer, where Stream.Header returns it. It must be called before the first record, once; the
+// headers leave with that record, or with Flush or Close. h may be changed afterwards. Errors: ErrHeader where it is
+// too late, or h cannot be sent; those of Write. A consumer that speaks only the JSON fallback sees no headers.
+func (w *Writer) SetHeader(h nats.Header) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.awaitTurnLocked(); err != nil {
+		return err
+	}
+	meta, err := w.meta(h)
+	if err != nil || w.json {
+		return err
+	}
+	if w.sealed > 0 || w.open != nil {
+		return fmt.Errorf("%w: set it once, before the first record", ErrHeader)
+	}
+	b, err := w.frameLocked(FrameHeaderSize+len(meta), false)
+	if err != nil {
+		return err
+	}
+	putFrameHeader(b, FrameMeta, 0, 0, len(meta))
+	copy(b[FrameHeaderSize:], meta)
+	return nil
+}
+
+// SetTrailer sends h to the consumer with the end of the stream, where Stream.Trailer returns it. The last call before
+// Close counts. h may be changed afterwards. Errors: ErrHeader where h cannot be sent, ErrClosed, what ended the stream. A
+// consumer that speaks only the JSON fallback sees no trailers.
+func (w *Writer) SetTrailer(h nats.Header) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.awaitTurnLocked(); err != nil {
+		return err
+	}
+	meta, err := w.meta(h)
+	if err != nil {
+		return err
+	}
+	w.trailer = meta
+	return nil
+}
+
+// meta encodes h, if it fits.
+func (w *Writer) meta(h nats.Header) ([]byte, error) {
+	meta, err := appendMeta(nil, h)
+	if max := min(maxMeta, w.singleLimit()-2*FrameHeaderSize-MaxReason); err == nil && len(meta) > max {
+		err = fmt.Errorf("%w: %d bytes, at most %d can be sent", ErrHeader, len(meta), max)
+	}
+	return meta, err
+}
+
 // flushLocked seals the open packet and waits until the outbox has published it.
 func (w *Writer) flushLocked() error {
 	if !w.closed { // else the end may be that of the stream itself
@@ -378,7 +525,8 @@ func (w *Writer) flushLocked() error {
 	}
 }
 
-// Close ends the stream: the reader sees io.EOF after the last record. It returns when everything was handed to NATS.
+// Close ends the stream: the reader sees io.EOF after the last record. It returns when everything was handed to NATS;
+// what is not acknowledged then goes on being repaired for ResumeTimeout, unless the client is closed: Sync waits for it.
 // Closing again does nothing; a Close that failed can be tried again.
 func (w *Writer) Close() error { return w.CloseWithCode(CloseNormalClosure) }
 
@@ -403,6 +551,24 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 	return w.flushLocked()
 }
 
+// finish is CloseWithCode for a handler that returned: it does not wait for the packet to be published. It reports whether
+// CLOSE was written.
+func (w *Writer) finish(code int, text string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for !w.closed {
+		err := w.awaitTurnLocked()
+		if err == nil {
+			err = w.appendCloseLocked(code, cutReason(text, MaxReason))
+			w.markLocked()
+		}
+		if err != nil && w.ctx.Err() != nil {
+			return false
+		}
+	}
+	return true
+}
+
 // appendCloseLocked writes the last frame. It needs no credit: one packet beyond it is reserved for it.
 func (w *Writer) appendCloseLocked(code int, reason string) error {
 	if w.json {
@@ -410,6 +576,9 @@ func (w *Writer) appendCloseLocked(code int, reason string) error {
 	}
 	reason = cutReason(reason, w.session.ep.reasonLimit())
 	n := FrameHeaderSize + len(reason)
+	if w.trailer != nil {
+		n += FrameHeaderSize + len(w.trailer)
+	}
 	if w.open != nil && w.n+n > w.coalesceLimit() {
 		w.sealLocked()
 	}
@@ -420,10 +589,15 @@ func (w *Writer) appendCloseLocked(code int, reason string) error {
 		w.growLocked(w.n + n)
 	}
 	b := w.open.buf[w.n : w.n+n]
+	if w.trailer != nil {
+		putFrameHeader(b, FrameMeta, FlagTrailer, 0, len(w.trailer))
+		b = b[FrameHeaderSize+copy(b[FrameHeaderSize:], w.trailer):]
+	}
 	putFrameHeader(b, FrameClose, 0, uint16(code), len(reason))
 	copy(b[FrameHeaderSize:], reason)
 	w.n += n
 	w.closed = true
+	w.closing = CloseError{code, reason}
 	w.room = nil
 	return nil
 }

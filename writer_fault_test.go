@@ -33,7 +33,7 @@ func (f *faultyTransport) publishMsg(*nats.Msg) error { return f.publish("", "",
 func (f *faultyTransport) status() nats.Status        { return nats.CONNECTED }
 func (f *faultyTransport) maxPayload() int64          { return 1 << 20 }
 
-func (f *faultyTransport) subscribe(string, nats.MsgHandler) (func(), error) {
+func (f *faultyTransport) subscribe(_, _ string, _ nats.MsgHandler) (func(), error) {
 	return func() {}, nil
 }
 
@@ -60,7 +60,7 @@ func newFaulty(t *testing.T) (*faultyTransport, *Client) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ep.close()
+		ep.close(testClosed)
 		if n := ep.sessions.Size(); n != 0 {
 			t.Errorf("%d streams are left", n)
 		}
@@ -196,3 +196,5 @@ func TestFailedRequest(t *testing.T) {
 		t.Errorf("%+v", n)
 	}
 }
+
+func (f *faultyTransport) errors(func(error)) func() { return func() {} }

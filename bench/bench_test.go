@@ -48,21 +48,23 @@ func TestEndToEnd(t *testing.T) {
 	}
 }
 
-// TestPing proves the same for the latency measurement.
+// TestPing proves the same for what is measured one by one.
 func TestPing(t *testing.T) {
-	for _, impl := range e2e.PingImpls() {
-		t.Run("impl="+impl.Name, func(t *testing.T) {
-			p, err := impl.OpenPinger(env, 128)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer p.Close()
-			for range 100 {
-				if err := p.Ping(); err != nil {
+	for what, impls := range map[string][]e2e.Impl{"record": e2e.PingImpls(), "open": e2e.OpenImpls(), "echo": e2e.EchoImpls()} {
+		for _, impl := range impls {
+			t.Run(what+"/impl="+impl.Name, func(t *testing.T) {
+				p, err := impl.OpenPinger(env, 128)
+				if err != nil {
 					t.Fatal(err)
 				}
-			}
-		})
+				defer p.Close()
+				for range 100 {
+					if err := p.Ping(); err != nil {
+						t.Fatal(err)
+					}
+				}
+			})
+		}
 	}
 }
 
@@ -117,9 +119,19 @@ func benchmarkSession(b *testing.B, impl e2e.Impl, cfg e2e.Config) {
 
 // BenchmarkLatency sends one record at a time: from before Write until the
 // producer hears, through a channel of this process, that the consumer has it.
-func BenchmarkLatency(b *testing.B) {
+func BenchmarkLatency(b *testing.B) { benchmarkPings(b, e2e.PingImpls()) }
+
+// BenchmarkOpen opens a stream that carries one record and closes, beside
+// nats.Request.
+func BenchmarkOpen(b *testing.B) { benchmarkPings(b, e2e.OpenImpls()) }
+
+// BenchmarkEcho sends a record over a stream that is open in both directions
+// and waits for it to come back, beside nats.Request.
+func BenchmarkEcho(b *testing.B) { benchmarkPings(b, e2e.EchoImpls()) }
+
+func benchmarkPings(b *testing.B, impls []e2e.Impl) {
 	const size = 128
-	for _, impl := range e2e.PingImpls() {
+	for _, impl := range impls {
 		var p e2e.Pinger
 		b.Run(fmt.Sprintf("impl=%s/size=%d", impl.Name, size), func(b *testing.B) {
 			if p == nil {

@@ -26,6 +26,8 @@ func seedFrames() []stream.Frame {
 		{Type: stream.FrameCredit, Flags: stream.FlagGap, Payload: credit},
 		{Type: stream.FrameCredit, Payload: credit[:15]},
 		{Type: stream.FramePing},
+		{Type: stream.FrameMeta, Flags: stream.FlagTrailer, Payload: []byte("NATS/1.0\r\nA: b\r\n\r\n")},
+		{Type: stream.FrameMeta, Flags: 2},
 		{Type: stream.FrameMeta, Payload: []byte("NATS/1.0\r\nA: b\r\n\r\n")},
 		{Type: 0x7F},
 		{Type: 0x80, Flags: 0xFF, Code: 0xFFFF, Payload: []byte("skipped")},
@@ -95,7 +97,7 @@ func readModel(b []byte) (m model, err error) {
 	var h struct {
 		Magic, Version byte
 		Sender         uint16
-		Seq            uint32
+		Seq, Length    uint32
 	}
 	r := bytes.NewReader(b)
 	if binary.Read(r, binary.BigEndian, &h) != nil {
@@ -109,6 +111,9 @@ func readModel(b []byte) (m model, err error) {
 	}
 	if h.Version%16 >= 4 {
 		return m, stream.ErrFlags
+	}
+	if uint64(h.Length) != uint64(len(b)) {
+		return m, stream.ErrLength
 	}
 	m.flags, m.sender, m.seq = h.Version%16, h.Sender, h.Seq
 	for r.Len() > 0 {
@@ -148,7 +153,7 @@ func readModelFrame(r *bytes.Reader) (f modelFrame, err error) {
 	if h.Type == 0 || h.Type > 6 {
 		return f, stream.ErrFrameType
 	}
-	maxFlags := [...]byte{1: 5, 4: 1, 6: 0}
+	maxFlags := [...]byte{1: 5, 4: 1, 6: 1}
 	if h.Flags > maxFlags[h.Type] {
 		return f, stream.ErrFlags
 	}
@@ -178,22 +183,26 @@ func FuzzPacket(f *testing.F) {
 		{Flags: stream.PacketAck, Seq: 0xFFFFFFFF},
 		{Flags: stream.PacketEnv},
 	} {
-		all := stream.AppendPacketHeader(nil, h)
-		f.Add(all)
+		f.Add(stream.AppendPacket(nil, h))
+		var allowed []stream.Frame
 		for _, s := range seedFrames() {
-			f.Add(stream.AppendFrame(stream.AppendPacketHeader(nil, h), s))
+			b := stream.AppendPacket(nil, h, s)
+			f.Add(b)
+			f.Add(b[:len(b)-1])
 			if h.Allows(s.Type) {
-				all = stream.AppendFrame(all, s)
+				allowed = append(allowed, s)
 			}
 		}
+		all := stream.AppendPacket(nil, h, allowed...)
 		f.Add(all)
+		f.Add(append(all, 0))
 	}
 	f.Add([]byte(`{"type":1,"data":"aGk="}`))
-	f.Add([]byte{0xF5, 0x21, 0, 0, 0, 0, 0, 0})
+	f.Add([]byte{0xF5, 0x21, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, want := readModel(b)
 		h, rest, err := stream.ParsePacketHeader(b)
-		if err == nil && (byte(h.Flags) != m.flags || h.Sender != m.sender || h.Seq != m.seq) {
+		if err == nil && (byte(h.Flags) != m.flags || h.Sender != m.sender || h.Seq != m.seq || int(h.Length) != len(b)) {
 			t.Fatalf("header %+v, want %+v", h, m)
 		}
 		again := stream.AppendPacketHeader(nil, h)
@@ -242,11 +251,17 @@ func FuzzRoundTrip(f *testing.F) {
 	f.Fuzz(func(t *testing.T, pflags byte, sender uint16, seq uint32, typ, flags byte, code uint16, payload, rest []byte, limit uint64) {
 		h := stream.PacketHeader{Flags: stream.PacketFlags(pflags & 0x0F), Sender: sender, Seq: seq}
 		fr := stream.Frame{Type: stream.FrameType(typ), Flags: stream.FrameFlags(flags), Code: code, Payload: payload}
-		b := stream.AppendFrame(stream.AppendPacketHeader([]byte("dst"), h), fr)
-		if !bytes.HasPrefix(b, []byte("dst")) || len(b) != 3+stream.PacketHeaderSize+stream.FrameHeaderSize+len(payload) {
-			t.Fatalf("appended % x", b)
+		size := stream.PacketHeaderSize + stream.FrameHeaderSize + len(payload)
+		packet := stream.AppendPacket([]byte("dst"), h, fr)
+		if !bytes.HasPrefix(packet, []byte("dst")) || len(packet) != 3+size {
+			t.Fatalf("appended % x", packet)
 		}
-		b = append(b[3:], rest...)
+		packet = packet[3:]
+		h.Length = uint32(size + len(rest))
+		b := append(stream.AppendFrame(stream.AppendPacketHeader(nil, h), fr), rest...)
+		if len(rest) == 0 && !bytes.Equal(packet, b) {
+			t.Fatalf("AppendPacket: % x, header and frame: % x", packet, b)
+		}
 
 		gotH, body, err := stream.ParsePacketHeader(b)
 		if refused := pflags&0x0C != 0; refused != (err != nil) {
@@ -258,6 +273,8 @@ func FuzzRoundTrip(f *testing.F) {
 			body = b[stream.PacketHeaderSize:]
 		} else if gotH != h {
 			t.Fatalf("%+v, want %+v", gotH, h)
+		} else if _, _, err := stream.ParsePacketHeader(append(packet, rest...)); len(rest) > 0 && !errors.Is(err, stream.ErrLength) {
+			t.Fatalf("%d bytes too many: %v", len(rest), err)
 		}
 
 		_, want := readModelFrame(bytes.NewReader(body))

@@ -142,7 +142,7 @@ func (l *lab) wait(t testing.TB, c chan *nats.Msg) *nats.Msg {
 // ping returns when the client has dealt with everything that was published before: its mux passed the PING on after
 // all that, and its outbox answered it after all that.
 func (l *lab) ping(t testing.TB) {
-	ping := []byte{0xF5, 0x10, 0, 1, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0}
+	ping := frame(header(0, 1, 0), 5, 0, 0, nil)
 	if err := l.raw.PublishRequest(l.marker, "answers", ping); err != nil {
 		t.Fatal(err)
 	}
@@ -274,7 +274,7 @@ const (
 	opGap              // one behind it
 	opForeign          // of another sender
 	opControl          // out of sequence
-	opCut              // the next one, cut short
+	opCut              // the next one, cut short, mostly with the length of what is left
 	opBent             // the next one, with a byte changed
 	opLarge            // the next one, with a large record
 	opFlags            // the next one, with other flags
@@ -309,9 +309,12 @@ func (p *program) next() message {
 	case opControl:
 		return message{data: p.packet(p.byte()&2, p.sender(), seq)}
 	case opCut:
-		n := int(p.byte())
-		b := p.packet(p.byte()%4|1, p.sender(), seq)
-		return message{data: b[:min(n, len(b))]}
+		n, how := int(p.byte()), p.byte()
+		b := p.packet(how%4|1, p.sender(), seq)
+		if b = b[:min(n, len(b))]; how < 128 {
+			setLength(b)
+		}
+		return message{data: b}
 	case opBent:
 		at, with := int(p.byte()), p.byte()
 		b := p.packet(1, p.sender(), seq)
@@ -335,17 +338,32 @@ func (p *program) next() message {
 	return message{data: p.packet(1|p.byte()&2, p.sender(), seq)}
 }
 
+// headerSize is the length of a packet header.
+const headerSize = 12
+
+// header returns a packet without frames.
 func header(flags byte, sender uint16, seq uint32) []byte {
 	b := []byte{0xF5, 1<<4 | flags&15}
 	b = binary.BigEndian.AppendUint16(b, sender)
-	return binary.BigEndian.AppendUint32(b, seq)
+	b = binary.BigEndian.AppendUint32(b, seq)
+	return binary.BigEndian.AppendUint32(b, headerSize)
 }
 
+// setLength writes into the header of b, where it is there as a whole, how long b is.
+func setLength(b []byte) {
+	if len(b) >= headerSize {
+		binary.BigEndian.PutUint32(b[8:], uint32(len(b)))
+	}
+}
+
+// frame appends a frame to packet b, whose length grows.
 func frame(b []byte, typ, flags byte, code uint16, payload []byte) []byte {
 	b = append(b, typ, flags)
 	b = binary.BigEndian.AppendUint16(b, code)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(payload)))
-	return append(b, payload...)
+	b = append(b, payload...)
+	setLength(b)
+	return b
 }
 
 // packet makes a packet of up to four frames.
@@ -370,7 +388,7 @@ func (p *program) packet(flags byte, sender uint16, seq uint32) []byte {
 		case 10:
 			b = frame(b, 2, 0, 1000+uint16(kind/16)*500, payload)
 		case 11:
-			b = frame(b, 6, 0, 0, payload)
+			b = frame(b, 6, kind/16%2, 0, payload)
 		case 12:
 			b = frame(b, 128+kind, kind, uint16(kind), payload)
 		case 13: // control
@@ -474,7 +492,7 @@ func (m *receiver) feed(msg message) {
 		m.end = endCode(1003)
 	case b[0] != 0xF5:
 		m.feedJSON(b)
-	case len(b) < 8 || b[1]>>4 != 1 || b[1]&12 != 0:
+	case len(b) < headerSize || b[1]>>4 != 1 || b[1]&12 != 0 || binary.BigEndian.Uint32(b[8:]) != uint32(len(b)):
 		if m.form == formNone {
 			m.end = endCode(1003)
 		} else {
@@ -503,7 +521,7 @@ func (m *receiver) feedJSON(b []byte) {
 
 func (m *receiver) feedControl(b []byte) {
 	sender := binary.BigEndian.Uint16(b[2:])
-	m.reset = m.reset || len(b) > 8 && b[8] == 3
+	m.reset = m.reset || len(b) > headerSize && b[headerSize] == 3
 	switch {
 	case len(b) > 4096:
 		m.counts.malformed++
@@ -514,7 +532,7 @@ func (m *receiver) feedControl(b []byte) {
 		m.counts.foreign++
 		return
 	}
-	b = b[8:]
+	b = b[headerSize:]
 	if len(b) == 0 {
 		m.aside = append(m.aside, *endCode(1002))
 	}
@@ -545,12 +563,15 @@ func (m *receiver) feedPacket(b []byte) {
 	case d < 0:
 		m.counts.duplicate++
 		return
-	case d > 0:
-		m.end = endCode(1002)
+	case d > 0: // asked for, where the sender said where
+		m.form, m.sender = formPackets, sender
 		return
 	}
 	if seq >= m.packets || m.received >= m.window {
-		typ, _, _, _, rest, ok := parse(b[8:])
+		typ, flags, _, _, rest, ok := parse(b[headerSize:])
+		if ok && typ == 6 && flags == 1 { // trailers may go with it
+			typ, _, _, _, rest, ok = parse(rest)
+		}
 		if seq > m.packets || m.closing || !ok || typ != 2 || len(rest) > 0 {
 			m.end = endCode(1002)
 			return
@@ -584,7 +605,7 @@ func parse(b []byte) (typ, flags byte, code int, payload, rest []byte, ok bool) 
 	case 5:
 		ok = flags == 0 && code == 0 && n == 0
 	case 6:
-		ok = flags == 0 && code == 0
+		ok = flags < 2 && code == 0
 	default:
 		ok = typ >= 128
 	}
@@ -641,17 +662,20 @@ func closing(code int, text string) *ending {
 func (m *receiver) readPackets() (records [][]byte, end *ending) {
 	var record []byte
 	var codec byte
-	within := false
-	for _, b := range m.queue {
-		if b = b[8:]; len(b) == 0 {
+	within, trailers := false, false
+	for i, b := range m.queue {
+		if b = b[headerSize:]; len(b) == 0 {
 			return records, endCode(1002)
 		}
-		for len(b) > 0 {
+		for first := i == 0; len(b) > 0; first = false {
 			typ, flags, code, payload, rest, ok := parse(b)
 			if !ok || typ == 3 || typ == 4 || typ == 5 {
 				return records, endCode(1003)
 			}
 			b = rest
+			if trailers && typ != 2 && typ < 128 {
+				return records, endCode(1002)
+			}
 			switch typ {
 			case 1:
 				var broken []int
@@ -674,8 +698,12 @@ func (m *receiver) readPackets() (records [][]byte, end *ending) {
 				}
 				return records, closing(code, string(payload))
 			case 6:
-				if within {
+				trailers = flags == 1
+				if within || !trailers && !first {
 					return records, endCode(1002)
+				}
+				if _, err := nats.DecodeHeadersMsg(payload); err != nil || len(payload) > 16<<10 {
+					return records, endCode(1003)
 				}
 			}
 		}
@@ -765,15 +793,19 @@ func sessionSeeds() [][]byte {
 		join(ops{0}, rec, rec, reset, rec),
 		join(ops{0}, reset, rec),
 		join(ops{0}, ping, rec, ops{opControl, 0, 0, 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 20, 1, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 8, 1, 0, 0, 0}, rec),
-		join(ops{0}, ops{opCut, 7, 1, 0, 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 7, 1, 0, 0, 0}, rec),
-		join(ops{0}, rec, ops{opBent, 12, 0x80, 0, 0, 3, 'a', 'b', 'c'}, rec),
+		join(ops{0}, rec, ops{opCut, 24, 1, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, 23, 129, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec, ends), // between two frames
+		join(ops{0}, ops{opCut, 23, 129, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, 12, 1, 0, 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, 12, 129, 0, 0, 0}, rec),
+		join(ops{0}, ops{opCut, 11, 1, 0, 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, 11, 1, 0, 0, 0}, rec),
+		join(ops{0}, rec, ops{opBent, 16, 0x80, 0, 0, 3, 'a', 'b', 'c'}, rec),
+		join(ops{0}, rec, ops{opBent, 11, 0x01, 0, 0, 3, 'a', 'b', 'c'}, rec),
 		join(ops{0}, rec, ops{opFlags, 5, 0, 0, 0}, ops{opFlags, 9, 0, 0, 0}, rec),
 		join(ops{0}, rec, text, over, ops{opBytes, 3, 'x', 'y', 'z'}, rec, ends),
 		join(ops{0}, text, rec, reset, ops{opBytes, 3, 0xF5, 0x11, 'z'}, over),
-		join(ops{0}, ops{opBytes, 16, 0xF5, 0x11, 0, 7, 0, 0, 0, 0, 1, 0, 0, 0, 255, 255, 255, 255}),
+		join(ops{0}, ops{opBytes, 20, 0xF5, 0x11, 0, 7, 0, 0, 0, 0, 0, 0, 0, 20, 1, 0, 0, 0, 255, 255, 255, 255}),
 		join(ops{0}, ops{opEmpty}, rec), join(ops{0}, rec, ops{opEmpty}, rec),
 		join(ops{0}, ops{opStatus}, rec), join(ops{0}, rec, ops{opStatus}, rec), join(ops{0}, text, ops{opStatus}, text),
 		join(ops{0}, bytes.Repeat(rec, 32), rec), join(ops{0}, bytes.Repeat(rec, 32), ends, rec), join(ops{0}, bytes.Repeat(rec, 32), ends, ends),

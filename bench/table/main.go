@@ -83,7 +83,7 @@ func (t *table) run() (err error) {
 			}
 		}
 	}
-	for _, part := range []func() error{t.endToEnd, t.slowStreams, t.latency, t.idleStreams, t.micro} {
+	for _, part := range []func() error{t.endToEnd, t.slowStreams, t.latency, t.exchanges, t.idleStreams, t.micro} {
 		if err := part(); err != nil {
 			return err
 		}
@@ -241,77 +241,129 @@ func (t *table) slowStreams() error {
 	return w.Flush()
 }
 
-// latency alternates slices of pings. A ratio compares the medians of slices
-// that ran one after the other.
-func (t *table) latency() error {
+// pinged is what was measured of one implementation, one operation at a time.
+type pinged struct {
+	name   string
+	pinger e2e.Pinger
+	all    []time.Duration
+	p50    []float64 // of each slice
+	mean   []float64 // likewise
+}
+
+// pings alternates slices of single operations. A ratio compares slices that
+// ran one after the other.
+func (t *table) pings(line string, impls []e2e.Impl) (_ []*pinged, err error) {
 	const size, pings = 128, 250
-	line := fmt.Sprintf("latency/size=%d", size)
-	if !t.wants(line) {
-		return nil
-	}
-	type runner struct {
-		name   string
-		pinger e2e.Pinger
-		all    []time.Duration
-		p50    []float64 // of each slice
-	}
-	var runners []*runner
-	byName := make(map[string]*runner)
+	var all []*pinged
 	defer func() {
-		for _, r := range runners {
+		for _, r := range all {
 			r.pinger.Close()
 		}
 	}()
-	for _, impl := range e2e.PingImpls() {
+	for _, impl := range impls {
 		p, err := impl.OpenPinger(t.env, size)
 		if err != nil {
-			return fmt.Errorf("latency/impl=%s: %w", impl.Name, err)
+			return nil, fmt.Errorf("%s/impl=%s: %w", line, impl.Name, err)
 		}
-		r := &runner{name: impl.Name, pinger: p}
-		runners = append(runners, r)
-		byName[r.name] = r
+		all = append(all, &pinged{name: impl.Name, pinger: p})
 	}
 	took := make([]time.Duration, pings)
-	slice := func(r *runner) error {
+	slice := func(r *pinged) error {
 		for i := range took {
 			start := time.Now()
 			if err := r.pinger.Ping(); err != nil {
-				return fmt.Errorf("latency/impl=%s: %w", r.name, err)
+				return fmt.Errorf("%s/impl=%s: %w", line, r.name, err)
 			}
 			took[i] = time.Since(start)
 		}
 		return nil
 	}
-	for _, r := range runners {
+	for _, r := range all {
 		if err := slice(r); err != nil { // warm-up
-			return err
+			return nil, err
 		}
 	}
 	runtime.GC()
 	// As long as the end-to-end lines take, in much shorter slices: a pause of
 	// the machine then falls on all alike.
-	for end := time.Now().Add(time.Duration(t.rounds) * t.slice * time.Duration(len(runners))); time.Now().Before(end); {
-		for _, r := range runners {
+	for end := time.Now().Add(time.Duration(t.rounds) * t.slice * time.Duration(len(all))); time.Now().Before(end); {
+		for _, r := range all {
 			if err := slice(r); err != nil {
-				return err
+				return nil, err
 			}
 			r.all = append(r.all, took...)
+			var sum time.Duration
+			for _, d := range took {
+				sum += d
+			}
+			r.mean = append(r.mean, float64(sum)/pings)
 			slices.Sort(took)
 			r.p50 = append(r.p50, float64(e2e.Percentile(took, 50)))
 		}
 	}
-	fmt.Fprintf(t.out, "\nOne record at a time, µs, %d of each\n\n", len(runners[0].all))
+	for _, r := range all {
+		slices.Sort(r.all)
+	}
+	return all, nil
+}
+
+// us is a percentile in microseconds.
+func (r *pinged) us(p int) float64 { return float64(e2e.Percentile(r.all, p)) / 1e3 }
+
+func named(all []*pinged, name string) *pinged {
+	return all[slices.IndexFunc(all, func(r *pinged) bool { return r.name == name })]
+}
+
+func (t *table) latency() error {
+	const line = "latency/size=128"
+	if !t.wants(line) {
+		return nil
+	}
+	all, err := t.pings(line, e2e.PingImpls())
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(t.out, "\nOne record at a time, µs, %d of each\n\n", len(all[0].all))
 	w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "\tp50\tp90\tp99\tp50 ÷ plain NATS")
-	for _, r := range runners {
-		slices.Sort(r.all)
+	for _, r := range all {
 		target := 0.0
 		if r.name == "stream" {
 			target = 1.03
 		}
-		us := func(p int) float64 { return float64(e2e.Percentile(r.all, p)) / 1e3 }
-		fmt.Fprintf(w, "impl=%s/size=%d\t%.2f\t%.2f\t%.2f\t%s\n", r.name, size, us(50), us(90), us(99),
-			t.atMost(ratio(r.p50, byName["nats"].p50), target, "%.3f"))
+		fmt.Fprintf(w, "impl=%s/size=128\t%.2f\t%.2f\t%.2f\t%s\n", r.name, r.us(50), r.us(90), r.us(99),
+			t.atMost(ratio(r.p50, named(all, "nats").p50), target, "%.3f"))
+	}
+	return w.Flush()
+}
+
+// exchanges compares a question and its answer with nats.Request.
+func (t *table) exchanges() error {
+	w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
+	header := false
+	for _, c := range []struct {
+		line      string
+		impls     []e2e.Impl
+		rate, p50 float64 // targets, as parts of nats.Request's
+	}{
+		{"open/size=128", e2e.OpenImpls(), 0.6, 0},
+		{"echo/size=128", e2e.EchoImpls(), 0, 1.1},
+	} {
+		if !t.wants(c.line) {
+			continue
+		}
+		all, err := t.pings(c.line, c.impls)
+		if err != nil {
+			return err
+		}
+		if !header {
+			header = true
+			fmt.Fprint(w, "\nA question and its answer, µs: open, one record, close; and an echo over an open stream\n\n")
+			fmt.Fprintln(w, "\tp50\tp99\tnats.Request p50\tp99\trate ÷ nats.Request\tp50 ÷ nats.Request")
+		}
+		ours, floor := named(all, "stream"), named(all, "nats")
+		fmt.Fprintf(w, "%s\t%.2f\t%.2f\t%.2f\t%.2f\t%s\t%s\n", c.line, ours.us(50), ours.us(99), floor.us(50), floor.us(99),
+			t.atLeast(ratio(floor.mean, ours.mean), c.rate, "%.2f"), t.atMost(ratio(ours.p50, floor.p50), c.p50, "%.2f"))
 	}
 	return w.Flush()
 }

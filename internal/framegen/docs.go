@@ -187,24 +187,26 @@ func errorTable() string {
 
 // example shows one small packet byte by byte.
 func example() string {
-	var out strings.Builder
-	line := func(b []byte, note string) {
+	line := func(b []byte, note string) string {
 		h := strings.TrimSpace(strings.Join(chunk(hex.EncodeToString(b), 2), " "))
-		fmt.Fprintf(&out, "%-26s%s\n", h, note)
+		return fmt.Sprintf("%-38s%s\n", h, note)
 	}
+	var body []byte
+	var lines strings.Builder
 	frame := func(t frameType, flags flagDef, code uint16, payload, note string) {
-		line(encode(frameHeader, values{"type": uint64(t.value), "flags": uint64(flags.value), "code": uint64(code), "length": uint64(len(payload))}), note)
+		b, _ := frame(uint64(t.value), uint64(flags.value), uint64(code), payload)
+		body = append(body, b...)
+		lines.WriteString(line(b[:frameHeader.size()], note))
 		if payload != "" {
-			line([]byte(payload), fmt.Sprintf("    %q", payload))
+			lines.WriteString(line([]byte(payload), fmt.Sprintf("    %q", payload)))
 		}
 	}
-	out.WriteString("```text\n")
-	line(encode(packetHeader, values{"flags": 3, "sender": 0xBEEF, "seq": 0}), "packet: version 1, flags SEQ and ACK, sender 0xBEEF, seq 0")
 	frame(typeData, flagRaw, 0, "hello", "frame: DATA, raw, 5 bytes")
 	frame(typeData, flagJSON, 0, `{"n":1}`, "frame: DATA, JSON, 7 bytes")
 	frame(typeClose, flagRaw, 1000, "", "frame: CLOSE 1000, no reason")
-	out.WriteString("```\n")
-	return out.String()
+	b := packet(values{"flags": 3, "sender": 0xBEEF, "seq": 0}, body)
+	note := fmt.Sprintf("packet: version 1, flags SEQ and ACK, sender 0xBEEF, seq 0, %d bytes", len(b))
+	return "```text\n" + line(b[:packetHeader.size()], note) + lines.String() + "```\n"
 }
 
 func chunk(s string, n int) []string {

@@ -118,7 +118,7 @@ func TestDescription(t *testing.T) {
 		}
 	}
 	for _, l := range []layout{packetHeader, frameHeader, credit} {
-		if l.size()%8 != 0 {
+		if l.size()%4 != 0 {
 			t.Errorf("%s has %d bytes", l.name, l.size())
 		}
 	}
@@ -128,9 +128,9 @@ func TestDescription(t *testing.T) {
 }
 
 func TestEncode(t *testing.T) {
-	got := encode(packetHeader, values{"flags": 3, "sender": 0xBEEF, "seq": 0x01020304})
-	if want := []byte{0xF5, 0x13, 0xBE, 0xEF, 1, 2, 3, 4}; !bytes.Equal(got, want) {
-		t.Errorf("packet header % x, want % x", got, want)
+	got := packet(values{"flags": 3, "sender": 0xBEEF, "seq": 0x01020304}, []byte{9})
+	if want := []byte{0xF5, 0x13, 0xBE, 0xEF, 1, 2, 3, 4, 0, 0, 0, 13, 9}; !bytes.Equal(got, want) {
+		t.Errorf("packet % x, want % x", got, want)
 	}
 	if got := number62(big.NewInt(62*62+61), 4); got != "010z" {
 		t.Errorf("62*62+61 is %q in base 62", got)

@@ -115,16 +115,16 @@ func enumerations(w *writer) {
 
 	w.p("// Frame flags. Which of them a frame may carry depends on its type.")
 	w.p("const (")
-	for _, f := range []flagDef{flagMore, flagRaw, flagJSON, flagMsgPack, flagCodecMask, flagGap} {
+	for _, f := range []flagDef{flagMore, flagRaw, flagJSON, flagMsgPack, flagCodecMask, flagGap, flagTrailer} {
 		w.p("%s FrameFlags = 0x%02X // %s", f.goName, f.value, f.goDoc)
 	}
 	w.p(")")
 	w.p("")
 	w.p(`// String returns the names of the flags set, such as "JSON", unknown ones in hexadecimal, and "0" for none. A bit`)
-	w.p(`// that means different things in different frames has all its names, as in "MORE/GAP".`)
+	w.p(`// that means different things in different frames has all its names, as in "MORE/GAP/TRAILER".`)
 	w.p("func (f FrameFlags) String() string { return flagNames(uint8(f), &frameFlagNames) }")
 	w.p("")
-	w.p("var frameFlagNames = [8]string{%s}", bitNames([]flagDef{flagMore, flagJSON, flagMsgPack, flagGap}))
+	w.p("var frameFlagNames = [8]string{%s}", bitNames([]flagDef{flagMore, flagJSON, flagMsgPack, flagGap, flagTrailer}))
 	w.p("")
 
 	w.p("// Frame types that may stand in packets with and without SEQ, as bit sets.")
@@ -199,7 +199,7 @@ func unpack(l layout, f field, words ...string) string {
 	if f.bits%8 != 0 {
 		expr = fmt.Sprintf("%s & %#x", expr, 1<<f.bits-1)
 	}
-	if f.bits == 64 {
+	if f.bits == l.wordBits(at) {
 		return expr
 	}
 	return f.typ + "(" + expr + ")"
@@ -225,17 +225,18 @@ func packetHeaderCode(w *writer) {
 	mask |= (0xF &^ accepted) << flagsAt
 
 	w.p("const (")
-	w.p("// A packet header, read as one word, is one of this version if it equals packetHeaderWant under packetHeaderMask:")
+	w.p("// The first word of a packet header is one of this version if it equals packetHeaderWant under packetHeaderMask:")
 	w.p("// magic and version are right and no flag is set that this version does not know.")
 	w.p("packetHeaderMask uint64 = %#x", mask)
 	w.p("packetHeaderWant uint64 = %#x", want)
 	w.p(")")
 	w.p("")
-	w.p("// packetWord returns a packet header as one big-endian word. Flags beyond the low nibble are dropped.")
+	w.p("// packetWord returns a packet header but for its length as one big-endian word. Flags beyond the low nibble are")
+	w.p("// dropped.")
 	w.p("func packetWord(flags PacketFlags, sender uint16, seq uint32) uint64 {")
 	expr := packWord(packetHeader, 0, "")
 	for _, f := range packetHeader.fields {
-		if !f.fixed {
+		if word, _ := packetHeader.shift(f.name); word == 0 && !f.fixed {
 			expr = strings.ReplaceAll(expr, f.goVar+")", strings.ToLower(f.goVar)+")")
 			expr = strings.ReplaceAll(expr, f.goVar+"&", strings.ToLower(f.goVar)+"&")
 		}
@@ -243,28 +244,37 @@ func packetHeaderCode(w *writer) {
 	w.p("return %s", expr)
 	w.p("}")
 	w.p("")
-	w.p("// putPacketHeader writes a packet header to b[:PacketHeaderSize] with one store.")
-	w.p("func putPacketHeader(b []byte, flags PacketFlags, sender uint16, seq uint32) {")
+	lengthWord, _ := packetHeader.shift("length")
+	lengthAt := lengthWord * 8 // bytes in front of the last word, which is nothing but the length
+	w.p("// putPacketHeader writes the header of a packet of n bytes, header included, to b[:PacketHeaderSize]. n must not be")
+	w.p("// negative or exceed the largest uint32.")
+	w.p("func putPacketHeader(b []byte, flags PacketFlags, sender uint16, seq uint32, n int) {")
+	w.p("_ = b[PacketHeaderSize-1] // one bounds check for both stores")
 	w.p("binary.BigEndian.PutUint64(b, packetWord(flags, sender, seq))")
+	w.p("binary.BigEndian.PutUint32(b[%d:], uint32(n))", lengthAt)
 	w.p("}")
+	w.p("")
+	w.p("// packetLength reads the length in the packet header at b[:PacketHeaderSize].")
+	w.p("func packetLength(b []byte) uint32 { return binary.BigEndian.Uint32(b[%d:]) }", lengthAt)
 	w.p("")
 	w.p("// AppendPacketHeader appends h to dst and returns the extended slice. Flags beyond the low nibble are dropped;")
-	w.p("// otherwise h is not checked.")
+	w.p("// otherwise h is not checked, nor its Length set: AppendPacket does that.")
 	w.p("func AppendPacketHeader(dst []byte, h PacketHeader) []byte {")
-	w.p("return binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender, h.Seq))")
+	w.p("dst = binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender, h.Seq))")
+	w.p("return binary.BigEndian.AppendUint32(dst, h.Length)")
 	w.p("}")
 	w.p("")
-	w.p("// ParsePacketHeader takes a packet header off the front of b and returns it with the frames that follow, which are")
-	w.p("// not looked at. It allocates nothing. The error is ErrTruncated, ErrMagic, ErrVersion or ErrFlags; h and rest are")
-	w.p("// zero then.")
+	w.p("// ParsePacketHeader takes a packet header off the front of b, which must be a whole packet and nothing else, and")
+	w.p("// returns it with the frames that follow, which are not looked at. It allocates nothing. The error is ErrTruncated,")
+	w.p("// ErrMagic, ErrVersion, ErrFlags or ErrLength, looked for in this order; h and rest are zero then.")
 	w.p("func ParsePacketHeader(b []byte) (h PacketHeader, rest []byte, err error) {")
 	w.p("if len(b) >= PacketHeaderSize {")
-	w.p("v := binary.BigEndian.Uint64(b)")
-	w.p("if v&packetHeaderMask == packetHeaderWant {")
+	w.p("v, n := binary.BigEndian.Uint64(b), packetLength(b)")
+	w.p("if v&packetHeaderMask == packetHeaderWant && uint64(n) == uint64(len(b)) {")
 	var out []string
 	for _, f := range packetHeader.fields {
 		if !f.fixed {
-			out = append(out, unpack(packetHeader, f, "v"))
+			out = append(out, unpack(packetHeader, f, "v", "n"))
 		}
 	}
 	w.p("return PacketHeader{%s}, b[PacketHeaderSize:], nil", strings.Join(out, ", "))
@@ -290,8 +300,9 @@ func packetHeaderCode(w *writer) {
 		}
 	}
 	w.p("case v>>%d&uint64(PacketEnv) != 0: return errEnvelope", flagsAt)
+	w.p("case v&packetHeaderMask != packetHeaderWant: return errPacketFlags")
 	w.p("}")
-	w.p("return errPacketFlags")
+	w.p("return errPacketLength")
 	w.p("}")
 	w.p("")
 }

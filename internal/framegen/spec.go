@@ -14,7 +14,7 @@ type field struct {
 	doc   string
 }
 
-// layout is a fixed-size block of fields, a whole number of 64-bit words long.
+// layout is a fixed-size block of fields: 64-bit words, the last of which may be one of 32 bits.
 type layout struct {
 	name   string // in error messages of the generator
 	goName string
@@ -28,18 +28,22 @@ func (l layout) size() int {
 	for _, f := range l.fields {
 		n += f.bits
 	}
-	if n%64 != 0 {
+	if n%32 != 0 {
 		panic("framegen: " + l.name + " is not a whole number of words")
 	}
 	return n / 8
 }
+
+// wordBits returns the width of a word: 64 bits, or 32 where no more are left.
+func (l layout) wordBits(word int) int { return min(64, 8*l.size()-64*word) }
 
 // shift returns the word that f lies in and how far f is shifted left there.
 func (l layout) shift(name string) (word, left int) {
 	pos := 0
 	for _, f := range l.fields {
 		if f.name == name {
-			return pos / 64, 64 - pos%64 - f.bits
+			word = pos / 64
+			return word, l.wordBits(word) - pos%64 - f.bits
 		}
 		pos += f.bits
 	}
@@ -55,6 +59,7 @@ var packetHeader = layout{
 		{name: "flags", goVar: "Flags", typ: "PacketFlags", bits: 4, doc: "packet flags"},
 		{name: "sender", goVar: "Sender", typ: "uint16", bits: 16, doc: "random number of the send half this packet comes from"},
 		{name: "seq", goVar: "Seq", typ: "uint32", bits: 32, doc: "with SEQ the number of this packet, without it the number the sender will use next"},
+		{name: "length", goVar: "Length", typ: "uint32", bits: 32, doc: "length of the whole packet in bytes, this header included"},
 	},
 }
 
@@ -109,6 +114,7 @@ var (
 	flagMsgPack   = flagDef{name: "MSGPACK", goName: "FlagMsgPack", value: 0x04, doc: "codec: the record is one MessagePack object", goDoc: "DATA: the record is one MessagePack object"}
 	flagCodecMask = flagDef{name: "codec mask", goName: "FlagCodecMask", value: 0x06, goDoc: "DATA: the bits that name the codec; all of them set is reserved"}
 	flagGap       = flagDef{name: "GAP", goName: "FlagGap", value: 0x01, doc: "packets are missing: send again from `ack` on", goDoc: "CREDIT: packets are missing, send again from Credit.Ack on"}
+	flagTrailer   = flagDef{name: "TRAILER", goName: "FlagTrailer", value: 0x01, doc: "the headers are the stream's trailers, not its headers", goDoc: "META: the headers are the stream's trailers, not its headers"}
 )
 
 // plainCodecs are the codecs in use, lowest value first.
@@ -161,8 +167,8 @@ var (
 		payload: payloadEmpty,
 		doc:     "empty. The answer is a CREDIT", goDoc: "asks for a CREDIT; no payload"}
 	typeMeta = frameType{name: "META", goName: "FrameMeta", value: 6, seq: true,
-		payload: payloadAny,
-		doc:     "headers in NATS header form, before the first DATA or just before CLOSE", goDoc: "headers or trailers in NATS header form"}
+		flags: []flagDef{flagTrailer}, payload: payloadAny,
+		doc: "headers in NATS header form, before the first DATA, or with TRAILER immediately before CLOSE", goDoc: "headers, or with FlagTrailer trailers, in NATS header form"}
 
 	frameTypes = []frameType{typeData, typeClose, typeReset, typeCredit, typePing, typeMeta}
 )
@@ -231,7 +237,7 @@ var errorKinds = []errorKind{
 	{"version", "ErrVersion", "a packet or token of another protocol version"},
 	{"flags", "ErrFlags", "a reserved flag is set"},
 	{"type", "ErrFrameType", "a frame of unknown type that may not be skipped"},
-	{"length", "ErrLength", "a frame longer than the bytes left in its packet"},
+	{"length", "ErrLength", "a packet that is not as long as its header says, or a frame longer than the bytes left in its packet"},
 	{"code", "ErrCode", "a close code out of range, or a code where none belongs"},
 	{"payload", "ErrPayload", "a payload its frame type does not allow"},
 	{"misplaced", "ErrMisplaced", "a frame in the wrong kind of packet"},

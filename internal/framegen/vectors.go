@@ -39,6 +39,7 @@ type headerJSON struct {
 	Flags  uint64 `json:"flags"`
 	Sender uint64 `json:"sender"`
 	Seq    uint64 `json:"seq"`
+	Length uint64 `json:"length"`
 }
 
 type frameJSON struct {
@@ -112,10 +113,18 @@ func hexOf(b []byte) *string {
 	return &s
 }
 
+// packet returns the bytes of a packet with header v and the frames in body. Its length is what it is unless v has one.
+func packet(v values, body []byte) []byte {
+	if _, given := v["length"]; !given {
+		v["length"] = uint64(packetHeader.size() + len(body))
+	}
+	return append(encode(packetHeader, v), body...)
+}
+
 func (vs *vectors) header(name string, flags, sender, seq uint64, rest string) {
-	b := encode(packetHeader, values{"flags": flags, "sender": sender, "seq": seq})
-	vs.add(vector{Name: "packet_header/" + name, Kind: "packet_header", Hex: hexOf(append(b, rest...)),
-		Header: &headerJSON{flags, sender, seq}, Rest: hex.EncodeToString([]byte(rest))})
+	b := packet(values{"flags": flags, "sender": sender, "seq": seq}, []byte(rest))
+	vs.add(vector{Name: "packet_header/" + name, Kind: "packet_header", Hex: hexOf(b),
+		Header: &headerJSON{flags, sender, seq, uint64(len(b))}, Rest: hex.EncodeToString([]byte(rest))})
 }
 
 func (vs *vectors) badHeader(name, err string, b []byte) {
@@ -148,18 +157,19 @@ type frameArgs struct {
 }
 
 func (vs *vectors) packet(name, err string, flags, sender, seq uint64, frames ...frameArgs) {
-	b := encode(packetHeader, values{"flags": flags, "sender": sender, "seq": seq})
 	v := vector{Name: "packet/" + name, Kind: "packet", Error: err}
+	var body []byte
 	for _, a := range frames {
 		fb, f := frame(a.t, a.flags, a.code, a.payload)
-		b = append(b, fb...)
+		body = append(body, fb...)
 		v.Frames = append(v.Frames, f)
 	}
+	b := packet(values{"flags": flags, "sender": sender, "seq": seq}, body)
 	v.Hex = hexOf(b)
 	if err != "" {
 		v.Frames = nil
 	} else {
-		v.Header = &headerJSON{flags, sender, seq}
+		v.Header = &headerJSON{flags, sender, seq, uint64(len(b))}
 	}
 	vs.add(v)
 }
@@ -197,6 +207,7 @@ var (
 	tCredit, tPing, tMeta    = uint64(typeCredit.value), uint64(typePing.value), uint64(typeMeta.value)
 	fMore, fJSON, fMsgPack   = uint64(flagMore.value), uint64(flagJSON.value), uint64(flagMsgPack.value)
 	fCodecMask, fGap         = uint64(flagCodecMask.value), uint64(flagGap.value)
+	fTrailer                 = uint64(flagTrailer.value)
 	pSeq, pAck, pEnv, pSpare = uint64(packetFlags[0].value), uint64(packetFlags[1].value), uint64(packetFlags[2].value), uint64(8)
 )
 
@@ -207,21 +218,27 @@ func headerVectors(vs *vectors) {
 	vs.header("seq_ack", pSeq|pAck, 0xFFFF, 0xFFFFFFFF, "")
 	vs.header("with_rest", pSeq, 0xF5F5, 0xF5F5F5F5, "rest")
 
-	whole := encode(packetHeader, values{"flags": pSeq, "sender": 0x1234, "seq": 7})
+	whole := packet(values{"flags": pSeq, "sender": 0x1234, "seq": 7}, nil)
 	for n := range whole {
 		vs.badHeader(fmt.Sprintf("truncated_%d", n), "truncated", whole[:n])
 	}
 	for _, m := range []uint64{0x00, 0xF4, 0xFF} {
-		vs.badHeader(fmt.Sprintf("magic_%02x", m), "magic", encode(packetHeader, values{"magic": m, "flags": pSeq}))
+		vs.badHeader(fmt.Sprintf("magic_%02x", m), "magic", packet(values{"magic": m, "flags": pSeq}, nil))
 	}
 	vs.badHeader("json_fallback", "magic", []byte(`{"type":1,"data":"aGk="}`))
 	for _, v := range []uint64{0, 2, 15} {
-		vs.badHeader(fmt.Sprintf("version_%d", v), "version", encode(packetHeader, values{"version": v, "flags": pSeq}))
+		vs.badHeader(fmt.Sprintf("version_%d", v), "version", packet(values{"version": v, "flags": pSeq}, nil))
 	}
-	vs.badHeader("envelope", "flags", encode(packetHeader, values{"flags": pEnv}))
-	vs.badHeader("envelope_seq", "flags", encode(packetHeader, values{"flags": pEnv | pSeq}))
-	vs.badHeader("flag_8", "flags", encode(packetHeader, values{"flags": pSpare | pSeq}))
-	vs.badHeader("all_flags", "flags", encode(packetHeader, values{"flags": 15}))
+	vs.badHeader("envelope", "flags", packet(values{"flags": pEnv}, nil))
+	vs.badHeader("envelope_seq", "flags", packet(values{"flags": pEnv | pSeq}, nil))
+	vs.badHeader("flag_8", "flags", packet(values{"flags": pSpare | pSeq}, nil))
+	vs.badHeader("all_flags", "flags", packet(values{"flags": 15}, nil))
+
+	size := uint64(packetHeader.size())
+	for _, n := range []uint64{0, size - 1, size + 1, size << 8, 1<<31 | size, 1<<32 - 1} {
+		vs.badHeader(fmt.Sprintf("length_%d", n), "length", packet(values{"flags": pSeq, "length": n}, nil))
+	}
+	vs.badHeader("length_without_header", "length", packet(values{"flags": pSeq, "length": 4}, []byte("rest")))
 }
 
 func frameVectors(vs *vectors) {
@@ -247,6 +264,8 @@ func frameVectors(vs *vectors) {
 	vs.frame("ping", tPing, 0, 0, "", "")
 	vs.frame("meta", tMeta, 0, 0, "NATS/1.0\r\nA: b\r\n\r\n", "")
 	vs.frame("meta_empty", tMeta, 0, 0, "", "")
+	vs.frame("meta_trailer", tMeta, fTrailer, 0, "NATS/1.0\r\nA: b\r\n\r\n", "")
+	vs.frame("meta_trailer_empty", tMeta, fTrailer, 0, "", "")
 	vs.frame("skippable_first", skippable, 0, 0, "", "")
 	vs.frame("skippable_anything", 0xFF, 0xFF, 0xFFFF, "??", "next")
 
@@ -290,7 +309,8 @@ func frameVectors(vs *vectors) {
 	vs.badFrame("ping_payload", "payload", tPing, 0, 0, "?")
 	vs.badFrame("ping_flag", "flags", tPing, 1, 0, "")
 	vs.badFrame("ping_code", "code", tPing, 0, 1, "")
-	vs.badFrame("meta_flag", "flags", tMeta, 1, 0, "")
+	vs.badFrame("meta_flag_02", "flags", tMeta, 2, 0, "")
+	vs.badFrame("meta_trailer_flag_80", "flags", tMeta, fTrailer|0x80, 0, "")
 	vs.badFrame("meta_code", "code", tMeta, 0, 1000, "")
 }
 
@@ -313,12 +333,15 @@ func packetVectors(vs *vectors) {
 	grant := frameArgs{tCredit, 0, 0, credit16}
 	ping := frameArgs{tPing, 0, 0, ""}
 	meta := frameArgs{tMeta, 0, 0, "NATS/1.0\r\n\r\n"}
+	trailer := frameArgs{tMeta, fTrailer, 0, "NATS/1.0\r\n\r\n"}
 	skip := frameArgs{0xC0, 0, 0, "skip"}
 
 	vs.packet("one_record", "", pSeq, 0xBEEF, 0, data)
 	vs.packet("records_and_close", "", pSeq|pAck, 0xBEEF, 1, data, frameArgs{tData, fJSON, 0, `"two"`}, frameArgs{tData, 0, 0, ""}, end)
 	vs.packet("pieces", "", pSeq, 1, 5, frameArgs{tData, fMore, 0, "a"}, frameArgs{tData, 0, 0, "b"})
-	vs.packet("meta_data_meta_close", "", pSeq, 1, 0, meta, data, meta, end)
+	vs.packet("headers_data_trailers_close", "", pSeq, 1, 0, meta, data, trailer, end)
+	vs.packet("headers_close", "", pSeq, 1, 0, meta, end)
+	vs.packet("trailers_close", "", pSeq, 1, 0, trailer, end)
 	vs.packet("control", "", 0, 7, 9, grant, ping)
 	vs.packet("reset", "", 0, 7, 9, reset)
 	vs.packet("ping_ack", "", pAck, 7, 0, ping)
@@ -334,12 +357,24 @@ func packetVectors(vs *vectors) {
 	vs.packet("unknown_type_second", "type", pSeq, 7, 1, data, frameArgs{0x40, 0, 0, ""})
 
 	// A good frame, then one whose length runs past the packet, and then one whose header is cut.
-	good := encode(packetHeader, values{"flags": pSeq, "sender": 7, "seq": 1})
 	b, _ := frame(tData, 0, 0, "one")
-	good = append(good, b...)
-	vs.add(vector{Name: "packet/second_frame_cut", Kind: "packet", Hex: hexOf(append(slices.Clone(good), b[:len(b)-1]...)), Error: "length"})
-	vs.add(vector{Name: "packet/second_header_cut", Kind: "packet", Hex: hexOf(append(slices.Clone(good), b[:3]...)), Error: "truncated"})
-	vs.add(vector{Name: "packet/envelope", Kind: "packet", Hex: hexOf(append(encode(packetHeader, values{"flags": pEnv}), b...)), Error: "flags"})
+	bad := func(name, err string, v values, body ...[]byte) {
+		vs.add(vector{Name: "packet/" + name, Kind: "packet", Hex: hexOf(packet(v, slices.Concat(body...))), Error: err})
+	}
+	whole := func() values { return values{"flags": pSeq, "sender": 7, "seq": 1} }
+	bad("second_frame_cut", "length", whole(), b, b[:len(b)-1])
+	bad("second_header_cut", "truncated", whole(), b, b[:3])
+	bad("envelope", "flags", values{"flags": pEnv}, b)
+
+	// Packets that do not have the length they began with. Of the first only the length tells.
+	two := whole()
+	two["length"] = uint64(packetHeader.size() + 2*len(b))
+	bad("cut_between_frames", "length", two, b)
+	bad("cut_in_frame", "length", two, b, b[:len(b)-1])
+	bad("cut_to_header", "length", two)
+	bad("a_frame_too_many", "length", two, b, b, b)
+	bad("a_byte_too_many", "length", two, b, b, []byte{0})
+	bad("wrong_length", "length", values{"flags": pSeq, "sender": 7, "seq": 1, "length": uint64(len(b))}, b) // of the frames alone
 }
 
 func tokenVectors(vs *vectors) {

@@ -1,0 +1,224 @@
+package stream_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream"
+)
+
+// A consumer that leaves, in whichever way, ends its handler's context and calls, with the code as the cause.
+func TestCancelReachesHandler(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	type result struct{ cause, write, recv error }
+	results := make(chan result, 1)
+	s.handle(t, "endless", func(w *stream.Writer, r *stream.Request) error {
+		var res result
+		for res.write == nil { // ends where credit is used up and the consumer leaves
+			_, res.write = w.Write(make([]byte, 1000))
+		}
+		<-r.Context().Done()
+		res.cause = context.Cause(r.Context())
+		for res.recv == nil {
+			_, res.recv = r.Recv()
+		}
+		results <- res
+		return nil
+	})
+	for name, c := range map[string]struct {
+		code  int
+		leave func(s *stream.Stream, cancel func())
+	}{
+		"context":  {stream.CloseCanceled, func(_ *stream.Stream, cancel func()) { cancel() }},
+		"Close":    {stream.CloseCanceled, func(s *stream.Stream, _ func()) { _ = s.Close() }},
+		"code":     {4321, func(s *stream.Stream, _ func()) { _ = s.CloseWithCode(4321, "enough") }},
+		"deadline": {stream.CloseDeadlineExceeded, nil},
+	} {
+		ctx, cancel := context.WithCancel(testContext(t))
+		if c.leave == nil {
+			ctx, cancel = context.WithTimeout(ctx, 100*time.Millisecond)
+		}
+		st, err := p.consumer.Open(ctx, "endless", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := st.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		if c.leave != nil {
+			c.leave(st, cancel)
+		}
+		var res result
+		waitFor(t, name+" to reach the handler", func() { res = <-results })
+		want := &stream.CloseError{Code: c.code}
+		if !errors.Is(res.cause, want) || !errors.Is(res.write, want) || !errors.Is(res.recv, want) {
+			t.Errorf("%s: %+v, want code %d", name, res, c.code)
+		}
+		cancel()
+		_ = st.Close()
+	}
+	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
+}
+
+// Records go both ways, of any size, and each direction ends on its own.
+func TestBothDirections(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	s.handle(t, "echo", func(w *stream.Writer, r *stream.Request) error {
+		for rec, err := range r.All() {
+			if err != nil {
+				return err
+			}
+			if _, err := w.Write(rec); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	sizes := []int{0, 1, 100, 32 << 10, 256 << 10, 1 << 20}
+	var wg sync.WaitGroup
+	for range 8 {
+		st := open(t, p.consumer, "echo")
+		wg.Go(func() {
+			for i := range scaled(300) {
+				n := sizes[i%3]
+				if i%100 == 99 {
+					n = sizes[3+i/100%3]
+				}
+				if _, err := st.Write(testRecord(i, n)); err != nil {
+					t.Errorf("Write %d: %v", i, err)
+					return
+				}
+			}
+			if err := st.CloseSend(); err != nil {
+				t.Error(err)
+			}
+			if err := st.Sync(testContext(t)); err != nil {
+				t.Errorf("Sync: %v", err)
+			}
+			if _, err := st.Write(nil); !errors.Is(err, stream.ErrClosed) {
+				t.Errorf("Write after CloseSend: %v", err)
+			}
+		})
+		wg.Go(func() {
+			for i := 0; ; i++ {
+				rec, err := st.Recv()
+				if err == io.EOF && i == scaled(300) {
+					return
+				}
+				if err != nil || !bytes.Equal(rec, testRecord(i, len(rec))) {
+					t.Errorf("record %d: %d bytes, %v", i, len(rec), err)
+					return
+				}
+			}
+		})
+	}
+	waitFor(t, "the echoes", wg.Wait)
+	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
+}
+
+// A consumer that writes before its producer is known, or only closes, waits for it; a handler that returns without
+// reading releases a consumer that writes, with its code.
+func TestHalves(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	s.handle(t, "count", func(w *stream.Writer, r *stream.Request) error {
+		n := 0
+		for _, err := range r.All() {
+			if err != nil {
+				return err
+			}
+			n++
+		}
+		_, err := fmt.Fprint(w, n)
+		return err
+	})
+	for _, n := range []int{0, 3} {
+		st := open(t, p.consumer, "count")
+		for range n {
+			if _, err := st.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := st.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := readAll(st); err != io.EOF || len(got) != 1 || string(got[0]) != fmt.Sprint(n) {
+			t.Errorf("%d records: %q, %v", n, got, err)
+		}
+	}
+	s.handle(t, "deaf", func(*stream.Writer, *stream.Request) error { return &stream.CloseError{Code: 4242, Text: "no"} })
+	st := open(t, p.consumer, "deaf")
+	var err error
+	waitFor(t, "Write to a handler that returned", func() {
+		for err == nil {
+			_, err = st.Write(make([]byte, 1000))
+		}
+	})
+	if ce, ok := errors.AsType[*stream.CloseError](err); !ok || ce.Code != 4242 && ce.Code != stream.CloseAbnormalClosure {
+		t.Errorf("Write to a handler that returned: %v", err)
+	}
+	if _, err := st.Recv(); !errors.Is(err, &stream.CloseError{Code: 4242}) {
+		t.Errorf("Recv: %v", err)
+	}
+	st = open(t, p.consumer, "nobody")
+	if _, err := st.Write([]byte("x")); !errors.Is(err, nats.ErrNoResponders) {
+		t.Errorf("Write to nobody: %v", err)
+	}
+	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
+}
+
+// Headers come before the first record, trailers with the end.
+func TestHeaderAndTrailer(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	for _, records := range []int{0, 1, 1000} {
+		subject := fmt.Sprint("meta", records)
+		s.handle(t, subject, func(w *stream.Writer, _ *stream.Request) error {
+			for _, bad := range []nats.Header{{"": {"x"}}, {"a b": {"x"}}, {"K": {"line\nbreak"}}, {"K": {strings.Repeat("x", 20_000)}}} {
+				if err := w.SetHeader(bad); !errors.Is(err, stream.ErrHeader) {
+					t.Errorf("SetHeader(%.40v): %v", bad, err)
+				}
+			}
+			if err := w.SetHeader(nats.Header{"H": {"1", "2"}}); err != nil {
+				t.Error(err)
+			}
+			if err := w.SetHeader(nats.Header{"H": {"3"}}); !errors.Is(err, stream.ErrHeader) {
+				t.Errorf("a second SetHeader: %v", err)
+			}
+			for i := range records {
+				write(t, w, testRecord(i, 100))
+			}
+			if err := w.SetTrailer(nats.Header{"T": {"end"}}); err != nil {
+				t.Error(err)
+			}
+			return &stream.CloseError{Code: 4001 + records}
+		})
+		st := open(t, p.consumer, subject)
+		h, err := st.Header()
+		if err != nil || len(h.Values("H")) != 2 {
+			t.Errorf("%d records: headers %v, %v", records, h, err)
+		}
+		if h := st.Trailer(); h != nil {
+			t.Errorf("trailers before the end: %v", h)
+		}
+		got, err := readAll(st)
+		if len(got) != records || !errors.Is(err, &stream.CloseError{Code: 4001 + records}) {
+			t.Errorf("%d records, %v; want %d", len(got), err, records)
+		}
+		if h := st.Trailer(); h.Get("T") != "end" {
+			t.Errorf("trailers %v", h)
+		}
+	}
+	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
+}

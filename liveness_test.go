@@ -1,0 +1,344 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// TestWheel holds the wheel to a plain list: whatever is set comes off no earlier than it is due, unless it was set further
+// ahead than the wheel reaches, and no later than the tick after.
+func TestWheel(t *testing.T) {
+	const tick = 10
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 50 {
+		w := wheel{tick: tick}
+		sessions := make([]session, 20)
+		due := make(map[*session]int64)
+		now := int64(0)
+		for range 500 {
+			s := &sessions[r.IntN(len(sessions))]
+			switch r.IntN(4) {
+			case 0, 1:
+				at := now + r.Int64N(2*wheelSlots*tick)
+				if old, ok := due[s]; !ok || at < old {
+					due[s] = at
+				}
+				w.set(s, at)
+			case 2:
+				w.remove(s)
+				delete(due, s)
+			default:
+				now += r.Int64N([]int64{tick, 20 * tick, 3 * wheelSlots * tick}[r.IntN(3)])
+				w.advance(now, func(s *session) {
+					at, ok := due[s]
+					if !ok {
+						t.Fatal("a session came off that was not on the wheel")
+					}
+					if now < at {
+						w.set(s, at) // beyond the wheel's reach, as check does
+						return
+					}
+					delete(due, s)
+				})
+				for _, at := range due {
+					if at+tick < now-now%tick {
+						t.Fatalf("due at %d and still on the wheel at %d", at, now)
+					}
+				}
+			}
+			if w.count != len(due) {
+				t.Fatalf("%d on the wheel, want %d", w.count, len(due))
+			}
+		}
+	}
+}
+
+// waits is a handler that reads until the consumer is done or the stream ends, and reports why its context ended.
+func waits(ended chan<- error) Handler {
+	return func(_ *Writer, r *Request) error {
+		for _, err := range r.All() {
+			if err != nil {
+				<-r.Context().Done()
+				ended <- context.Cause(r.Context())
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// An hour in which nobody says anything: every stream lives, for a few control packets, no timer and no goroutine each.
+func TestHourOfSilence(t *testing.T) {
+	streams := 5000
+	if testing.Short() || raceEnabled {
+		streams = 500
+	}
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "wait", waits(nil))
+		before := runtime.NumGoroutine()
+		all := make([]*Stream, streams)
+		for i := range all {
+			all[i] = m.open(t, "wait")
+		}
+		time.Sleep(time.Minute)
+		if n := runtime.NumGoroutine() - before - streams; n > 10 { // one each is the handler's
+			t.Errorf("%d goroutines beside the handlers'", n)
+		}
+		m.conn.published()
+		m.back.published()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		sent, control := m.conn.published()
+		back, backControl := m.back.published()
+		if sent != control || back != backControl {
+			t.Errorf("%d and %d messages, of which %d and %d are control packets", sent, back, control, backControl)
+		}
+		// A question and an answer each time.
+		if most := 2 * streams * int(time.Hour/(defaultKeepAlive*8/10)); sent+back > most {
+			t.Errorf("%d control packets, want at most %d", sent+back, most)
+		}
+		for _, s := range all {
+			if err := s.CloseSend(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Recv(); err != io.EOF {
+				t.Fatal(err)
+			}
+		}
+		m.nothingLeft(t)
+	})
+}
+
+// A peer that is gone, whether NATS knows or packets vanish, ends the stream at the other end with 1006, in time.
+func TestPeerGone(t *testing.T) {
+	const slack = 250 * time.Millisecond
+	for name, c := range map[string]struct {
+		consumer, vanish bool // who is left, and how the other one goes
+	}{
+		"consumer's connection is gone": {consumer: false},
+		"producer's connection is gone": {consumer: true},
+		"consumer vanishes":             {consumer: false, vanish: true},
+		"producer vanishes":             {consumer: true, vanish: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				ended := make(chan error, 1)
+				m.handle(t, "wait", waits(ended))
+				s := m.open(t, "wait")
+				time.Sleep(time.Minute)
+				start := time.Now()
+				limit := m.times.KeepAlive + m.times.ResumeTimeout + slack
+				switch {
+				case c.vanish:
+					m.bus.setFilter(blackHole(nil, nil))
+					limit += suspectPings * m.times.AckTimeout
+				case c.consumer:
+					m.back.set(nats.RECONNECTING)
+				default:
+					m.conn.set(nats.RECONNECTING)
+				}
+				var err error
+				if c.consumer {
+					_, err = s.Recv()
+				} else {
+					err = <-ended
+				}
+				if !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) {
+					t.Errorf("ended with %v, want close 1006", err)
+				}
+				took(t, "noticing it", start, 0, limit)
+				m.bus.setFilter(nil)
+				m.conn.set(nats.CONNECTED)
+				m.back.set(nats.CONNECTED)
+				time.Sleep(time.Minute)
+				_ = s.Close()
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// A silence of three seconds in either direction does no harm.
+func TestBlackHoleHeals(t *testing.T) {
+	for _, toServer := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			m := memoryTest(t, ClientParams{KeepAlive: time.Second})
+			m.handle(t, "count", func(w *Writer, r *Request) error {
+				for i := range 100 {
+					time.Sleep(100 * time.Millisecond)
+					if _, err := w.Write([]byte{byte(i)}); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+			s := m.open(t, "count")
+			go func() {
+				time.Sleep(4 * time.Second)
+				if toServer {
+					m.bus.setFilter(blackHole(m.conn, m.back))
+				} else {
+					m.bus.setFilter(blackHole(m.back, m.conn))
+				}
+				time.Sleep(3 * time.Second)
+				m.bus.setFilter(nil)
+			}()
+			i := 0
+			for rec, err := range s.All() {
+				if err != nil || len(rec) != 1 || int(rec[0]) != i {
+					t.Fatalf("record %d: %v, %v", i, rec, err)
+				}
+				i++
+			}
+			if i != 100 {
+				t.Errorf("%d records", i)
+			}
+			m.nothingLeft(t)
+		})
+	}
+}
+
+// Each kind of packet may be lost once, or three times, without harm to the stream.
+func TestLostOnce(t *testing.T) {
+	for name, match := range map[string]func([]byte) bool{
+		"sequenced": isSequenced,
+		"CLOSE":     hasClose,
+		"CREDIT":    func(b []byte) bool { return isFrame(b, FrameCredit) },
+		"PING":      func(b []byte) bool { return isFrame(b, FramePing) },
+	} {
+		for _, times := range []int{1, 3} {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				m.handle(t, "sync", func(w *Writer, r *Request) error {
+					for range 3 {
+						if _, err := w.Write([]byte("x")); err != nil {
+							return err
+						}
+						if err := w.Sync(r.Context()); err != nil {
+							return err
+						}
+					}
+					return nil
+				})
+				left := times
+				m.bus.setFilter(func(_, _ *memoryConn, msg *nats.Msg) bool {
+					if left > 0 && match(msg.Data) {
+						left--
+						return false
+					}
+					return true
+				})
+				start := time.Now()
+				s := m.open(t, "sync")
+				n := 0
+				for _, err := range s.All() {
+					if err != nil {
+						t.Fatalf("%s lost %d times: %v", name, times, err)
+					}
+					n++
+				}
+				if n != 3 {
+					t.Errorf("%s lost %d times: %d records", name, times, n)
+				}
+				took(t, name, start, 0, 20*m.times.AckTimeout)
+				time.Sleep(m.times.ResumeTimeout)
+				m.nothingLeft(t)
+			})
+		}
+	}
+}
+
+// While this end's own connection is down, clocks stand still until DisconnectTimeout; short outages do not add up.
+func TestDisconnectTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "wait", waits(make(chan error, 1)))
+		s := m.open(t, "wait")
+		time.Sleep(time.Second)
+		both := func(status nats.Status) { m.conn.set(status); m.back.set(status) }
+		for range 2 {
+			both(nats.RECONNECTING)
+			time.Sleep(20 * time.Second) // more than KeepAlive, less than DisconnectTimeout
+			both(nats.CONNECTED)
+			time.Sleep(5 * time.Millisecond) // less than a tick
+		}
+		both(nats.RECONNECTING)
+		time.Sleep(15 * time.Second)
+		if s.Context().Err() != nil {
+			t.Fatalf("ended with %v", context.Cause(s.Context()))
+		}
+		start := time.Now()
+		_, err := s.Recv()
+		if !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) || !errors.Is(err, nats.ErrDisconnected) {
+			t.Errorf("ended with %v", err)
+		}
+		took(t, "giving up", start, 14*time.Second, 16*time.Second)
+		time.Sleep(100 * time.Millisecond) // the other end's ticker may come second
+		both(nats.CONNECTED)
+		m.nothingLeft(t)
+	})
+}
+
+// A half that was closed does not keep the other one from noticing that the peer is gone.
+func TestPeerGoneAfterCloseSend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "stay", func(_ *Writer, r *Request) error { <-r.Context().Done(); return nil })
+		s := m.open(t, "stay")
+		if _, err := s.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		m.back.set(nats.RECONNECTING)
+		if err := s.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		if _, err := s.Recv(); !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) {
+			t.Errorf("ended with %v", err)
+		}
+		took(t, "noticing it", start, 0, m.times.KeepAlive+m.times.ResumeTimeout+time.Second)
+		m.back.set(nats.CONNECTED)
+		time.Sleep(time.Minute)
+		m.nothingLeft(t)
+	})
+}
+
+// A producer without a Server answers when it is asked whether it lives.
+func TestWriterAnswersPing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{KeepAlive: time.Second})
+		back := &Client{ep: m.server.ep, codec: MsgPack}
+		writers := make(chan *Writer, 1)
+		stop, err := m.back.subscribe("old", "", func(msg *nats.Msg) { writers <- back.NewWriter(msg.Reply) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		s := m.open(t, "old")
+		w := <-writers
+		time.Sleep(time.Hour)
+		if _, err := w.Write([]byte("still here")); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if rec, err := s.Recv(); string(rec) != "still here" || err != nil {
+			t.Errorf("%q, %v", rec, err)
+		}
+		if _, err := s.Recv(); err != io.EOF {
+			t.Error(err)
+		}
+		m.nothingLeft(t)
+	})
+}

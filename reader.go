@@ -1,0 +1,441 @@
+package stream
+
+import (
+	"context"
+	"io"
+	"iter"
+	"sync/atomic"
+
+	"github.com/nats-io/nats.go"
+)
+
+// reader is the receive half of a session as its user sees it: where in the stream the user is. The bucket holds what
+// arrived and was not read yet. Consumers reach it through Stream, handlers through Request.
+type reader struct {
+	parent    context.Context // when it ends the stream does, for records that arrived as well
+	asked     FrameFlags      // codec of records that were written as bytes
+	maxRecord uint64
+	window    atomic.Int64 // bytes reserved for this stream out of the endpoint's budget
+	released  atomic.Bool
+	readDone  atomic.Bool // the peer's CLOSE was read, or nobody reads
+
+	// gate is 1 while a read is on its slow path, where it may wait: another read gets an error then, always. Two
+	// reads that both find their record at hand are told apart by busy, a plain flag, as Go's maps do it: an exact
+	// answer costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more than all the rest of Recv.
+	// Race builds pay for it.
+	gate atomic.Uint32
+
+	// Owned by whoever reads.
+	busy    bool
+	data    []byte // the current packet
+	off     int    // where its next frame begins; 0 in a message of the fallback that was not read yet
+	ack     bool   // its sender asked for credit
+	left    []byte // what Read did not have room for
+	done    error  // what every read returns from now on
+	header  nats.Header
+	trailer nats.Header
+}
+
+// recv is Stream.Recv and Request.Recv.
+func (s *session) recv() ([]byte, error) {
+	// Only the record at hand is taken here; nextRecord does the same and all the rest, without haste.
+	if !s.busy && !raceEnabled && len(s.left) == 0 && s.gate.Load() == 0 && s.end.Load() == nil && s.parent.Err() == nil {
+		s.busy = true
+		if b := s.data[s.off:]; len(b) >= FrameHeaderSize {
+			h := frameHeader(b)
+			n, rest := payloadLen(h), b[FrameHeaderSize:]
+			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.maxRecord {
+				s.off += FrameHeaderSize + int(n)
+				s.busy = false
+				return rest[:n:n], nil
+			}
+		}
+		s.busy = false
+	}
+	rec, _, err := s.nextRecord()
+	return rec, err
+}
+
+func (s *session) recvObject(v any) error {
+	rec, flags, err := s.nextRecord()
+	if err != nil {
+		return err
+	}
+	return decodeObject(rec, flags, s.asked, v)
+}
+
+func (s *session) all() iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		for {
+			rec, err := s.recv()
+			if err == io.EOF {
+				return
+			}
+			if !yield(rec, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+func (s *session) read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if err := s.enter(); err != nil {
+		return 0, err
+	}
+	defer s.leave()
+	if err := s.endedNow(); err != nil {
+		return 0, err
+	}
+	for len(s.left) == 0 {
+		rec, _, err := s.nextGated()
+		if err != nil {
+			return 0, err
+		}
+		s.left = rec
+	}
+	n := copy(p, s.left)
+	s.left = s.left[n:]
+	return n, nil
+}
+
+func (s *session) writeTo(w io.Writer) (n int64, err error) {
+	for rec, err := range s.all() {
+		if err != nil {
+			return n, err
+		}
+		m, err := w.Write(rec)
+		n += int64(m)
+		if err != nil {
+			return n, err
+		}
+		if m < len(rec) {
+			return n, io.ErrShortWrite
+		}
+	}
+	return n, nil
+}
+
+// enter begins a read that may wait; leave ends it.
+func (s *session) enter() error {
+	if s.busy || !s.gate.CompareAndSwap(0, 1) {
+		return ErrConcurrentRecv
+	}
+	return nil
+}
+
+func (s *session) leave() { s.gate.Store(0) }
+
+// nextRecord returns the next record and its flags.
+func (s *session) nextRecord() ([]byte, FrameFlags, error) {
+	if err := s.enter(); err != nil {
+		return nil, 0, err
+	}
+	defer s.leave()
+	if err := s.endedNow(); err != nil {
+		return nil, 0, err
+	}
+	if rec := s.left; len(rec) != 0 { // the rest of a record that Read began
+		s.left = nil
+		return rec, FlagRaw, nil
+	}
+	return s.nextGated()
+}
+
+func (s *session) nextGated() ([]byte, FrameFlags, error) {
+	f, err := s.nextData(false)
+	switch {
+	case err != nil:
+		return nil, 0, err
+	case uint64(len(f.Payload)) > s.maxRecord:
+		return nil, 0, s.tooBig()
+	case f.Flags&FlagMore != 0:
+		return s.assemble(f)
+	}
+	return f.Payload, f.Flags & FlagCodecMask, nil
+}
+
+func (s *session) tooBig() error {
+	return s.broken(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.maxRecord))
+}
+
+// assemble puts a record together whose first piece is f. What it takes is counted in the endpoint's budget.
+func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error) {
+	flags = f.Flags & FlagCodecMask
+	var taken uint64
+	defer func() { s.ep.reserved.Add(-int64(taken)) }()
+	for {
+		if uint64(len(record)+len(f.Payload)) > s.maxRecord {
+			return nil, 0, s.tooBig()
+		}
+		if n := len(record) + len(f.Payload); n > cap(record) { // as append would, but asked for first
+			size := uint64(min(max(n, 2*cap(record)), int(s.maxRecord)))
+			if !s.ep.take(size, s.ep.budget) {
+				return nil, 0, s.broken(protocolError(CloseTryAgainLater,
+					"no room to put a record of more than %d bytes together: MaxBuffered, %d bytes, is in use", n, s.ep.budget))
+			}
+			grown := make([]byte, len(record), size)
+			copy(grown, record)
+			record = grown
+			s.ep.reserved.Add(-int64(taken))
+			taken = size
+		}
+		record = append(record, f.Payload...)
+		if f.Flags&FlagMore == 0 {
+			return record, flags, nil
+		}
+		if f, err = s.nextData(true); err != nil {
+			return nil, 0, err
+		}
+		if f.Flags&FlagCodecMask != flags {
+			return nil, 0, s.broken(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
+		}
+	}
+}
+
+// nextData returns the next DATA frame, and acts on the frames before it. within says that a record was begun.
+func (s *session) nextData(within bool) (Frame, error) {
+	for {
+		if err := s.endedNow(); err != nil {
+			return Frame{}, err
+		}
+		if s.off == len(s.data) {
+			if err := s.nextPacket(); err != nil {
+				return Frame{}, err
+			}
+			if s.off == len(s.data) { // no sender numbers such a packet
+				return Frame{}, s.broken(protocolError(CloseProtocolError, "sequenced packet without a frame"))
+			}
+			continue
+		}
+		if s.bucket.mode == modeJSON {
+			return s.nextMessage()
+		}
+		f, rest, err := ParseFrame(s.data[s.off:])
+		if err != nil {
+			return Frame{}, s.broken(protocolError(CloseUnsupportedData, "%v", err))
+		}
+		first := s.off == PacketHeaderSize && s.bucket.consumed.packets == 0
+		s.off = len(s.data) - len(rest)
+		switch {
+		case s.trailer != nil && f.Type != FrameClose && !f.Type.Skippable():
+			return Frame{}, s.broken(protocolError(CloseProtocolError, "%v between the trailers and CLOSE", f.Type))
+		case f.Type == FrameData:
+			return f, nil
+		case f.Type == FrameClose && within && f.Code == CloseNormalClosure:
+			return Frame{}, s.broken(protocolError(CloseProtocolError, "closed within a record"))
+		case f.Type == FrameClose:
+			return Frame{}, s.closed(int(f.Code), string(f.Payload))
+		case f.Type == FrameMeta && within:
+			return Frame{}, s.broken(protocolError(CloseProtocolError, "META within a record"))
+		case f.Type == FrameMeta:
+			if err := s.takeMeta(f, first); err != nil {
+				return Frame{}, err
+			}
+		case f.Type.Skippable():
+		default:
+			return Frame{}, s.broken(protocolError(CloseUnsupportedData, "%v: %v", f.Type, ErrMisplaced))
+		}
+	}
+}
+
+// takeMeta takes headers or trailers; docs/PROTOCOL.md section 5.6.
+func (s *session) takeMeta(f Frame, first bool) error {
+	trailer := f.Flags&FlagTrailer != 0
+	if !trailer && !first {
+		return s.broken(protocolError(CloseProtocolError, "headers after the first frame"))
+	}
+	h, err := parseMeta(f.Payload)
+	if err != nil {
+		return s.broken(protocolError(CloseUnsupportedData, "META: %v", err))
+	}
+	if trailer {
+		s.trailer = h
+	} else {
+		s.header = h
+	}
+	return nil
+}
+
+// readHeader waits for the first packet and returns the headers it begins with.
+func (s *session) readHeader() (nats.Header, error) {
+	if err := s.enter(); err != nil {
+		return nil, err
+	}
+	defer s.leave()
+	if s.header != nil || s.done != nil || s.bucket.consumed.packets > 0 {
+		if s.done != nil && s.done != io.EOF && s.header == nil {
+			return nil, s.done
+		}
+		return s.header, nil
+	}
+	if err := s.endedNow(); err != nil {
+		return nil, err
+	}
+	if s.data == nil {
+		if err := s.nextPacket(); err != nil {
+			return nil, err
+		}
+	}
+	if s.off == PacketHeaderSize {
+		f, rest, err := ParseFrame(s.data[s.off:])
+		if err == nil && f.Type == FrameMeta && f.Flags&FlagTrailer == 0 { // all else is for the reads to judge
+			s.off = len(s.data) - len(rest)
+			if err := s.takeMeta(f, true); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return s.header, nil
+}
+
+// endedNow returns what every read returns from now on, if there is such a thing.
+func (s *session) endedNow() error {
+	if s.done != nil {
+		return s.done
+	}
+	if e := s.end.Load(); e != nil && e.now {
+		return s.finishRead(e)
+	}
+	if s.parent.Err() != nil {
+		// The context's own callback is under way and says the same to the peer.
+		s.canceled()
+		return s.finishRead(s.end.Load())
+	}
+	return nil
+}
+
+// nextPacket waits for the next packet and makes it the current one. It gives credit for the one before.
+func (s *session) nextPacket() error {
+	b := &s.bucket
+	if len(s.data) > 0 {
+		if b.consume(len(s.data), s.ack, s.ep.window, s.grow) {
+			s.mark(workCredit)
+		}
+		s.data, s.off = nil, 0
+	}
+	for {
+		// The order matters: whoever ends the stream does so after the last push, so a ring that is empty after
+		// the end was seen stays empty.
+		end := s.end.Load()
+		if data, ok := b.ring.Pop(); ok {
+			if now := s.ep.clock.Load(); s.popped.Load() != now {
+				s.popped.Store(now)
+			}
+			s.data = data
+			if b.mode == modeBinary {
+				s.off = PacketHeaderSize
+				s.ack = data[1]&byte(PacketAck) != 0
+			}
+			return nil
+		}
+		if end != nil {
+			return s.finishRead(end)
+		}
+		if s.stream == nil && !b.dry {
+			s.mark(workHello) // the consumer cannot write before it knows where to
+		}
+		b.dry = true
+		b.park.announce()
+		if b.ring.Empty() && s.end.Load() == nil && s.parent.Err() == nil {
+			b.park.wait()
+		} else {
+			b.park.retract()
+		}
+		if err := s.endedNow(); err != nil {
+			return err
+		}
+	}
+}
+
+// nextMessage takes the current message of a peer that speaks the original protocol.
+func (s *session) nextMessage() (Frame, error) {
+	data := s.data
+	s.off = len(data)
+	rec, end, broken := parseJSON(data)
+	switch {
+	case broken != nil:
+		return Frame{}, s.broken(broken)
+	case end != nil:
+		return Frame{}, s.closed(end.Code, end.Text)
+	}
+	return Frame{Type: FrameData, Flags: FlagJSON, Payload: rec}, nil
+}
+
+// closed ends this direction as the peer said, and the stream with it if that was all there was to wait for.
+func (s *session) closed(code int, text string) error {
+	switch {
+	case code != CloseNormalClosure:
+		return s.finishRead(&ending{err: &CloseError{code, text}, closed: true})
+	case s.writer.Load() == nil:
+		return s.finishRead(&ending{err: io.EOF, closed: true})
+	}
+	s.endRead(io.EOF)
+	s.releaseWindow()
+	s.readDone.Store(true)
+	s.markLater(workSettle)
+	return s.done
+}
+
+// broken ends the stream because of what the peer sent, and tells it.
+func (s *session) broken(err *CloseError) error {
+	return s.finishRead(&ending{err: err, now: true, tell: *err})
+}
+
+// finishRead ends the stream and makes e the result of this and every later read.
+func (s *session) finishRead(e *ending) error {
+	s.endRead(e.err)
+	s.stop(e)
+	return s.done
+}
+
+func (s *session) endRead(err error) {
+	s.done = err
+	s.data, s.off, s.left = nil, 0, nil
+}
+
+// canceled runs when the context that the stream lives by ended.
+func (s *session) canceled() {
+	e := &ending{err: contextError(s.parent), now: true, tell: CloseError{Code: CloseCanceled}}
+	if s.parent.Err() == context.DeadlineExceeded {
+		e.tell.Code = CloseDeadlineExceeded
+	}
+	if gone := s.ep.gone.Load(); gone != nil { // the parent of handlers' contexts ends with the endpoint
+		e = gone
+	}
+	s.stop(e)
+}
+
+// stop ends the stream now and lets go of what it holds.
+func (s *session) stop(e *ending) {
+	s.finish(e)
+	s.release(e.err)
+}
+
+// release gives the window back to the budget and, at the consumer's end, ends the stream's context, once.
+func (s *session) release(cause error) {
+	s.releaseWindow()
+	if s.stream != nil {
+		s.stream.ended(cause)
+	}
+}
+
+// releaseWindow gives the window back to the budget, once.
+func (s *session) releaseWindow() {
+	s.released.Store(true)
+	s.ep.reserved.Add(-s.window.Swap(0))
+}
+
+// grow reserves n more bytes for the stream's window.
+func (s *session) grow(n uint64) bool {
+	if !s.ep.grow(n) {
+		return false
+	}
+	s.window.Add(int64(n))
+	if s.released.Load() { // at the same time: whoever comes second finds the bytes
+		s.ep.reserved.Add(-s.window.Swap(0))
+	}
+	return true
+}

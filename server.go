@@ -1,0 +1,400 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"log/slog"
+	"maps"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// ServerParams configure a Server. The zero value of every field but Conn means the default its comment names.
+type ServerParams struct {
+	// Conn is the connection to use. The server neither closes nor drains it.
+	Conn *nats.Conn
+	// MaxStreams is how many handlers run at the same time, over all subjects: 10,000 by default. Further requests are
+	// answered with CloseTryAgainLater.
+	MaxStreams int
+	// Logger gets what handlers panic with. slog.Default() by default.
+	Logger *slog.Logger
+
+	// These are as in ClientParams.
+	Window, MaxBuffered, MaxRecordSize                      int
+	KeepAlive, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
+}
+
+const defaultMaxStreams = 10_000
+
+// Handler produces one stream: it reads the Request and writes to w, in a goroutine of its own. What it returns closes
+// the stream, unless it closed w itself: nil with CloseNormalClosure, a *CloseError with its code and text, another error
+// with CloseInternalServerErr and the error's text. A panic is logged, and closes it with CloseInternalServerErr.
+//
+// An error's text goes to the consumer: return a *CloseError where it holds what is not for others to know.
+//
+// When the consumer leaves or its deadline passes, the context of r ends and writes to w fail; the handler should return
+// then. Neither r nor w may be used after it returned.
+type Handler func(w *Writer, r *Request) error
+
+// Request is what a consumer opened a stream with, and the records that it sends on it. Its reads, Recv, RecvObject, All,
+// Read and WriteTo, are for one goroutine at a time, beside the one that writes.
+type Request struct {
+	Subject string      // that it was sent to
+	Header  nats.Header // that the consumer set; nil if none
+	Data    []byte
+
+	session *session
+	ctx     context.Context
+}
+
+// Context ends when the consumer leaves, its deadline passes, it is given up as lost, or the server ends the stream.
+// context.Cause tells which: a *CloseError where there is a code. It has the consumer's deadline.
+func (r *Request) Context() context.Context { return r.ctx }
+
+// Recv returns the next record from the consumer, io.EOF after its CloseSend, and otherwise what ended the stream. It waits
+// for the record if need be. The record is never reused; keeping a small one keeps its packet, up to 32 KiB, alive. A
+// consumer that speaks only the JSON fallback sends no records: io.EOF.
+func (r *Request) Recv() ([]byte, error) { return r.session.recv() }
+
+// RecvObject decodes the consumer's next record into v; see Stream.RecvObject.
+func (r *Request) RecvObject(v any) error { return r.session.recvObject(v) }
+
+// All returns the consumer's records until its CloseSend; any other end is the error of the last pair.
+func (r *Request) All() iter.Seq2[[]byte, error] { return r.session.all() }
+
+// Read implements io.Reader: the consumer's records as one stream of bytes, without their boundaries.
+func (r *Request) Read(p []byte) (int, error) { return r.session.read(p) }
+
+// WriteTo implements io.WriterTo: it writes the consumer's records to w, one Write each, until its CloseSend.
+func (r *Request) WriteTo(w io.Writer) (int64, error) { return r.session.writeTo(w) }
+
+// Server answers requests with streams, each from a Handler in a goroutine of its own. It is safe for use by many
+// goroutines at once. End it with Drain or Close.
+type Server struct {
+	ep         *endpoint
+	maxStreams int
+	log        *slog.Logger
+
+	mu        sync.Mutex
+	subs      []func() // unsubscribe
+	handlers  int
+	sessions  int // of handlers that run, and of those whose streams have something left to send
+	refusing  bool
+	idle      chan struct{} // not nil once Drain or Close was called; closed when there are none of both
+	closeOnce sync.Once
+}
+
+// NewServer returns a server on params.Conn, which must be open. Errors: nats.ErrInvalidConnection for a nil connection,
+// that of the subscription, or what is wrong with params.
+func NewServer(params ServerParams) (*Server, error) {
+	if params.Conn == nil {
+		return nil, nats.ErrInvalidConnection
+	}
+	return newServer(natsTransport{params.Conn}, params.Conn.Opts.InboxPrefix, params)
+}
+
+func newServer(conn transport, inbox string, params ServerParams) (*Server, error) {
+	common, err := ClientParams{
+		Window: params.Window, MaxBuffered: params.MaxBuffered, MaxRecordSize: params.MaxRecordSize,
+		KeepAlive: params.KeepAlive, AckTimeout: params.AckTimeout,
+		ResumeTimeout: params.ResumeTimeout, DisconnectTimeout: params.DisconnectTimeout,
+	}.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if params.MaxStreams < 0 {
+		return nil, fmt.Errorf("stream: parameter MaxStreams is %d: it must be at least 1, or 0 for %d", params.MaxStreams, defaultMaxStreams)
+	}
+	s := &Server{maxStreams: params.MaxStreams, log: params.Logger}
+	if s.maxStreams == 0 {
+		s.maxStreams = defaultMaxStreams
+	}
+	if s.log == nil {
+		s.log = slog.Default()
+	}
+	if s.ep, err = newEndpoint(conn, inbox, common); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// Handle serves the requests on subject, which may have wildcards, with h. Each of several servers that handle the same
+// subject gets every request, and the consumer hears the first that answers; see HandleQueue. As with any subscription of NATS, requests
+// come once the NATS server knows; Conn.Flush waits for that. Errors: those of nats.Conn.Subscribe, ErrServerClosed.
+func (s *Server) Handle(subject string, h Handler) error { return s.HandleQueue(subject, "", h) }
+
+// HandleQueue is Handle as a member of a queue group: each request goes to one member.
+func (s *Server) HandleQueue(subject, queue string, h Handler) error {
+	if h == nil {
+		return errors.New("stream: Handle needs a handler, it got nil")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.idle != nil || s.ep.gone.Load() != nil {
+		return ErrServerClosed
+	}
+	unsubscribe, err := s.ep.conn.subscribe(subject, queue, func(m *nats.Msg) { s.request(m, h) })
+	if err != nil {
+		return fmt.Errorf("stream: handle %s: %w", subject, err)
+	}
+	s.subs = append(s.subs, unsubscribe)
+	return nil
+}
+
+// request takes one request. It is called in a subscription's goroutine and waits for nothing.
+func (s *Server) request(m *nats.Msg, h Handler) {
+	offer, json, err := parseRequest(m)
+	if err != nil { // nobody waits for an answer, or nobody would understand it
+		s.ep.counters.requests.Add(1)
+		return
+	}
+	refuse := func(code int, text string) {
+		s.ep.outbox.ask(aside{subject: m.Reply, json: json, refuse: &CloseError{code, text}})
+	}
+	timeout, err := parseTimeout(m.Header)
+	if err != nil {
+		refuse(CloseBadRequest, err.Error())
+		return
+	}
+	switch s.enter() {
+	case entered:
+	case full:
+		refuse(CloseTryAgainLater, fmt.Sprintf("%d streams are open, the most this server takes", s.maxStreams))
+		return
+	case refused:
+		refuse(CloseGoingAway, "server is shutting down")
+		return
+	}
+
+	ctx, cancel := s.ep.ctx, func() {}
+	if timeout > 0 {
+		ctx, cancel = context.WithTimeoutCause(ctx, timeout, &CloseError{Code: CloseDeadlineExceeded})
+	}
+	inner, end := context.WithCancelCause(ctx)
+	w := s.ep.newProducer(inner, m.Reply, offer, json)
+	session := w.session
+	session.server, session.cancel, session.parent = s, end, ctx
+	r := &Request{Subject: m.Subject, Header: userHeader(m.Header), Data: m.Data, session: session, ctx: inner}
+	if json {
+		session.done = io.EOF
+		session.readDone.Store(true)
+	} else {
+		session.markLater(workWait)
+	}
+	go func() {
+		defer end(nil)
+		defer cancel()
+		if timeout > 0 {
+			stop := context.AfterFunc(ctx, session.canceled)
+			defer stop()
+		}
+		s.run(h, w, r)
+	}()
+}
+
+// run runs a handler and closes its stream as it says.
+func (s *Server) run(h Handler, w *Writer, r *Request) {
+	defer s.exit(w)
+	code, text := CloseInternalServerErr, "handler exited" // runtime.Goexit: t.FailNow of a test, for one
+	defer func() {
+		if !w.finish(code, text) && w.session.parent.Err() != nil { // the context's own callback may come too late
+			w.session.canceled()
+		}
+	}()
+	err := s.call(h, w, r)
+	code, text = CloseNormalClosure, ""
+	if ce, ok := errors.AsType[*CloseError](err); ok && ce != nil {
+		code, text = ce.Code, ce.Text
+		if _, bad := closeReason(code, nil); bad != nil {
+			code, text = CloseInternalServerErr, err.Error()
+		}
+	} else if err != nil && !ok {
+		code, text = CloseInternalServerErr, err.Error()
+	}
+}
+
+// call calls a handler and makes an error of a panic.
+func (s *Server) call(h Handler, w *Writer, r *Request) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.log.Error("stream: handler panicked", "subject", r.Subject, "panic", v, "stack", string(debug.Stack()))
+			err = &CloseError{CloseInternalServerErr, "handler panicked"}
+		}
+	}()
+	return h(w, r)
+}
+
+// parseRequest reads from a request how its consumer wants to be answered.
+func parseRequest(m *nats.Msg) (offer Token, json bool, err error) {
+	if m.Reply == "" {
+		return Token{}, false, nats.ErrMsgNoReply
+	}
+	if v, ok := m.Header[headerOpen]; ok && len(v) == 1 {
+		offer, err = ParseOffer(v[0])
+	} else {
+		offer, err = ParseToken(lastToken(m.Reply))
+	}
+	if errors.Is(err, ErrVersion) {
+		return Token{}, false, err
+	}
+	return offer, err != nil, nil
+}
+
+// parseTimeout reads how long the consumer waits; 0 is without end.
+func parseTimeout(h nats.Header) (time.Duration, error) {
+	v, ok := h[headerTimeout]
+	if !ok || len(v) != 1 {
+		return 0, nil
+	}
+	ms, err := strconv.ParseInt(v[0], 10, 64)
+	if err != nil || ms <= 0 {
+		return 0, fmt.Errorf("header %s is %q: it must be a number of milliseconds above 0", headerTimeout, v[0])
+	}
+	return time.Duration(min(ms, int64(1<<63-1)/int64(time.Millisecond))) * time.Millisecond, nil
+}
+
+// userHeader returns h without the library's own headers.
+func userHeader(h nats.Header) nats.Header {
+	maps.DeleteFunc(h, func(key string, _ []string) bool { return strings.HasPrefix(key, headerPrefix) })
+	if len(h) == 0 {
+		return nil
+	}
+	return h
+}
+
+type admission uint8
+
+const (
+	entered admission = iota
+	full
+	refused
+)
+
+// enter counts a request in, if there is room.
+func (s *Server) enter() admission {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.refusing || s.ep.gone.Load() != nil:
+		return refused
+	case s.handlers >= s.maxStreams:
+		return full
+	}
+	s.handlers++
+	s.sessions++
+	return entered
+}
+
+// exit counts a handler out. Its session goes on until the consumer has everything.
+func (s *Server) exit(w *Writer) {
+	w.session.returned.Store(true)
+	w.session.markLater(workSettle)
+	s.count(-1, 0)
+}
+
+// leave counts a session out. Called by the outbox.
+func (s *Server) leave() { s.count(0, -1) }
+
+func (s *Server) count(handlers, sessions int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.handlers += handlers
+	s.sessions += sessions
+	s.checkIdleLocked()
+}
+
+func (s *Server) checkIdleLocked() {
+	if s.refusing && s.idle != nil && s.handlers == 0 && s.sessions == 0 {
+		select {
+		case <-s.idle:
+		default:
+			close(s.idle)
+		}
+	}
+}
+
+// Drain ends the server gracefully: it unsubscribes, serves the requests that NATS had handed over by then, and waits
+// until all handlers have returned and everything they wrote was acknowledged. If ctx ends first, the streams that are left
+// end with CloseGoingAway, their handlers' contexts end, and Drain returns the error of ctx without waiting for handlers
+// that do not heed it. The connection stays open; drain it afterwards.
+func (s *Server) Drain(ctx context.Context) error {
+	if ctx == nil {
+		return nats.ErrInvalidContext
+	}
+	s.mu.Lock()
+	if s.idle == nil {
+		s.idle = make(chan struct{})
+	}
+	idle, subs := s.idle, s.subs
+	s.subs = nil
+	s.mu.Unlock()
+
+	quiet := make(chan struct{})
+	go func() { // ends when NATS has confirmed, or after unsubscribeTimeout each
+		defer close(quiet)
+		var wg sync.WaitGroup
+		for _, unsubscribe := range subs {
+			wg.Go(unsubscribe)
+		}
+		wg.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.refusing = true
+		s.checkIdleLocked()
+	}()
+	var err error
+	for _, done := range []chan struct{}{quiet, idle} {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			err = contextError(ctx)
+		}
+	}
+	if err == nil {
+		return s.Close()
+	}
+	closed := make(chan struct{})
+	go func() { // ends with the outbox, which a stalled connection may hold
+		defer close(closed)
+		_ = s.Close()
+	}()
+	select {
+	case <-closed:
+	case <-time.After(drainGrace):
+	}
+	return err
+}
+
+// drainGrace is how long Drain waits for streams to be told of their end when its context has ended.
+const drainGrace = 25 * time.Millisecond
+
+// Close ends the server at once: requests are no longer taken, open streams end with CloseGoingAway, handlers' contexts
+// end. It does not wait for handlers, and may be called by one; otherwise it returns as Client.Close does. The connection
+// stays open. It never fails, and closing again does nothing.
+func (s *Server) Close() error {
+	s.closeOnce.Do(func() {
+		s.mu.Lock()
+		s.refusing = true
+		if s.idle == nil {
+			s.idle = make(chan struct{})
+		}
+		subs := s.subs
+		s.subs = nil
+		s.mu.Unlock()
+		var wg sync.WaitGroup
+		for _, unsubscribe := range subs {
+			wg.Go(unsubscribe)
+		}
+		wg.Wait()
+	})
+	s.ep.close(&ending{err: ErrServerClosed, now: true, tell: CloseError{CloseGoingAway, "server closed"}})
+	return nil
+}
