@@ -1,0 +1,27 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestRun(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var out bytes.Buffer
+	if err := run(ctx, &out); err != nil {
+		t.Fatalf("%v, after this output:\n%s", err, &out)
+	}
+	const want = `one answer stopped after 3 tokens; the model heard: nats stream: close 4001 (canceled)
+50 answers came whole, 1000 tokens
+`
+	if got := out.String(); got != want {
+		t.Errorf("output is\n%s\nwant\n%s", got, want)
+	}
+}
