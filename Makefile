@@ -11,7 +11,7 @@ BENCHFLAGS ?=
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test race soak lint generate checkgenerate bench benchcmp fuzz
+.PHONY: help demo test race faults soak lint generate checkgenerate bench benchcmp fuzz
 
 help: ## Show this text
 	@echo 'Usage: make TARGET [VARIABLE=value]'
@@ -28,6 +28,9 @@ test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
 
 race: ## Run all tests under the race detector (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
+
+faults: ## Run the tests under faults of networks and servers as often as a release needs
+	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) ./faults
 
 soak: ## Open, use and close a million streams, in turn and 64 at a time (a few minutes)
 	STREAM_SOAK=1 $(GO) test -v -run '^TestSoak(Sequential|Concurrent)$$' -timeout=30m .
