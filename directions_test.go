@@ -178,6 +178,99 @@ func TestHalves(t *testing.T) {
 	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
 }
 
+// A handler may close its direction first and go on reading, whether its consumer wrote before it read io.EOF, writes its
+// first record afterwards, or has nothing to say.
+func TestHandlerClosesFirst(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	type result struct {
+		records int
+		err     error
+	}
+	results := make(chan result, 1)
+	s.handle(t, "first", func(w *stream.Writer, r *stream.Request) error {
+		var res result
+		defer func() { results <- res }()
+		write(t, w, []byte("all there is"))
+		if err := w.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		if _, err := w.Write(nil); !errors.Is(err, stream.ErrClosed) {
+			t.Errorf("Write after Close: %v", err)
+		}
+		if string(r.Data) == "return" {
+			return nil
+		}
+		for _, res.err = range r.All() {
+			if res.err != nil {
+				return nil
+			}
+			res.records++
+		}
+		return nil
+	})
+	send := func(n int) func(*stream.Stream) {
+		return func(st *stream.Stream) {
+			for i := range n {
+				if _, err := st.Write(testRecord(i, 100)); err != nil {
+					t.Fatalf("Write %d: %v", i, err)
+				}
+			}
+		}
+	}
+	closeSend := func(st *stream.Stream) {
+		if err := st.CloseSend(); err != nil {
+			t.Errorf("CloseSend: %v", err)
+		}
+	}
+	nothing := func(*stream.Stream) {}
+	leave := func(st *stream.Stream) { _ = st.Close() }
+	for _, c := range []struct {
+		name          string
+		data          string
+		before, after func(*stream.Stream)
+		end           func(*stream.Stream)
+		want          result
+	}{
+		{"writes before", "", send(3), nothing, closeSend, result{records: 3}},
+		{"writes before and after", "", send(3), send(1000), closeSend, result{records: 1003}},
+		{"writes after", "", nothing, send(1000), closeSend, result{records: 1000}},
+		{"only closes", "", nothing, nothing, closeSend, result{}},
+		{"leaves without a word", "", nothing, nothing, leave, result{}},
+		{"leaves within", "", send(3), nothing, leave, result{records: 3, err: &stream.CloseError{Code: stream.CloseCanceled}}},
+		{"has a handler that returns", "return", nothing, nothing, nothing, result{}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			st, err := p.consumer.Open(testContext(t), "first", []byte(c.data))
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.before(st)
+			if got, err := readAll(st); len(got) != 1 || err != io.EOF {
+				t.Errorf("read %d records, %v", len(got), err)
+			}
+			c.after(st)
+			if c.want.err != nil {
+				if err := st.Sync(testContext(t)); err != nil {
+					t.Errorf("Sync: %v", err)
+				}
+			}
+			c.end(st)
+			var got result
+			waitFor(t, "the handler", func() { got = <-results })
+			if c.want.err == nil && got.err != nil || !errors.Is(got.err, c.want.err) || got.records > c.want.records || got.err == nil && got.records != c.want.records {
+				t.Errorf("the handler read %d records, %v; want %d, %v", got.records, got.err, c.want.records, c.want.err)
+			}
+			waitFor(t, "the stream's context to end", func() { <-st.Context().Done() })
+			if _, err := st.Write([]byte("late")); err == nil {
+				t.Error("Write after the end")
+			}
+			verifyIdle(t, p.consumer)
+			eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
+		})
+	}
+}
+
 // Headers come before the first record, trailers with the end.
 func TestHeaderAndTrailer(t *testing.T) {
 	p := newPair(t)

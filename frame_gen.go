@@ -85,15 +85,16 @@ const (
 	FlagJSON      FrameFlags = 0x02 // DATA: the record is one JSON text
 	FlagMsgPack   FrameFlags = 0x04 // DATA: the record is one MessagePack object
 	FlagCodecMask FrameFlags = 0x06 // DATA: the bits that name the codec; all of them set is reserved
+	FlagHalf      FrameFlags = 0x01 // CLOSE: the sender goes on receiving
 	FlagGap       FrameFlags = 0x01 // CREDIT: packets are missing, send again from Credit.Ack on
 	FlagTrailer   FrameFlags = 0x01 // META: the headers are the stream's trailers, not its headers
 )
 
 // String returns the names of the flags set, such as "JSON", unknown ones in hexadecimal, and "0" for none. A bit
-// that means different things in different frames has all its names, as in "MORE/GAP/TRAILER".
+// that means different things in different frames has all its names, as in "MORE/HALF/GAP/TRAILER".
 func (f FrameFlags) String() string { return flagNames(uint8(f), &frameFlagNames) }
 
-var frameFlagNames = [8]string{0: "MORE/GAP/TRAILER", 1: "JSON", 2: "MSGPACK"}
+var frameFlagNames = [8]string{0: "MORE/HALF/GAP/TRAILER", 1: "JSON", 2: "MSGPACK"}
 
 // Frame types that may stand in packets with and without SEQ, as bit sets.
 const (
@@ -218,7 +219,7 @@ func checkFrame(f Frame) error {
 		}
 	case FrameClose:
 		switch {
-		case f.Flags != 0:
+		case f.Flags&^0x1 != 0:
 			return errFrameFlags
 		case f.Code < minCloseCode || f.Code > maxCloseCode:
 			return errCloseRange

@@ -545,7 +545,7 @@ func TestStrings(t *testing.T) {
 	}{
 		{FrameData, "DATA"}, {FrameMeta, "META"}, {FrameType(7), "FrameType(7)"}, {FrameType(200), "FrameType(200)"},
 		{PacketFlags(0), "0"}, {PacketSeq | PacketAck, "SEQ|ACK"}, {PacketEnv, "ENV"}, {PacketFlags(8), "0x8"},
-		{FlagRaw, "0"}, {FlagMore | FlagJSON, "MORE/GAP/TRAILER|JSON"}, {FlagMsgPack | 0x40, "MSGPACK|0x40"},
+		{FlagRaw, "0"}, {FlagMore | FlagJSON, "MORE/HALF/GAP/TRAILER|JSON"}, {FlagMsgPack | 0x40, "MSGPACK|0x40"},
 		{CodecDefault, "default"}, {JSON, "json"}, {MsgPack, "msgpack"}, {Codec(9), "Codec(9)"},
 	} {
 		if got := c.v.String(); got != c.want {

@@ -368,9 +368,12 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			if s.stream != nil && h.Sender == s.sender {
 				e = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
 			}
-			if w := s.writer.Load(); s.stream == nil && h.Sender == s.sender && w.settled && s.bucket.ring.Pushed() == 0 {
-				s.finish(&ending{err: io.EOF}) // it has read everything, and never wrote
-				return nil
+			if s.stream == nil && s.bucket.ring.Pushed() == 0 { // it never wrote: has it read everything?
+				knows, all := s.writer.Load().settled, s.life.closed != 0 && f.Code == CloseNormalClosure
+				if knows && (h.Sender == s.sender || f.Code == CloseNormalClosure) || all {
+					s.finish(&ending{err: io.EOF})
+					return nil
+				}
 			}
 			s.finish(&ending{err: e})
 			return nil
@@ -526,7 +529,7 @@ func (o *outbox) settle(s *session) {
 	if s.finished || w == nil || !w.settled && !s.oneWay {
 		return
 	}
-	e := &ending{err: ErrClosed}
+	e := &ending{err: io.EOF}
 	switch {
 	case s.readDone.Load():
 	case !s.returned.Load():
@@ -534,7 +537,7 @@ func (o *outbox) settle(s *session) {
 			o.ping(s) // a consumer that never wrote may be gone, having read everything
 		}
 		return
-	case s.bucket.ring.Pushed() > 0: // to nobody: the consumer must not wait for it to be read
+	case w.half || s.bucket.ring.Pushed() > 0: // nobody reads: the consumer must not wait for that
 		e.tell = w.closing
 	}
 	s.finish(e)

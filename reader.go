@@ -227,7 +227,7 @@ func (s *session) nextData(within bool) (Frame, error) {
 		case f.Type == FrameClose && within && f.Code == CloseNormalClosure:
 			return Frame{}, s.broken(protocolError(CloseProtocolError, "closed within a record"))
 		case f.Type == FrameClose:
-			return Frame{}, s.closed(int(f.Code), string(f.Payload))
+			return Frame{}, s.closed(int(f.Code), string(f.Payload), f.Flags&FlagHalf != 0)
 		case f.Type == FrameMeta && within:
 			return Frame{}, s.broken(protocolError(CloseProtocolError, "META within a record"))
 		case f.Type == FrameMeta:
@@ -359,22 +359,26 @@ func (s *session) nextMessage() (Frame, error) {
 	case broken != nil:
 		return Frame{}, s.broken(broken)
 	case end != nil:
-		return Frame{}, s.closed(end.Code, end.Text)
+		return Frame{}, s.closed(end.Code, end.Text, false)
 	}
 	return Frame{Type: FrameData, Flags: FlagJSON, Payload: rec}, nil
 }
 
-// closed ends this direction as the peer said, and the stream with it if that was all there was to wait for.
-func (s *session) closed(code int, text string) error {
+// closed ends this direction as the peer said, and the stream with it if that was all there was to wait for. half says
+// that the peer goes on reading.
+func (s *session) closed(code int, text string, half bool) error {
 	switch {
 	case code != CloseNormalClosure:
 		return s.finishRead(&ending{err: &CloseError{code, text}, closed: true})
-	case s.writer.Load() == nil:
+	case s.writer.Load() == nil && !half:
 		return s.finishRead(&ending{err: io.EOF, closed: true})
 	}
 	s.endRead(io.EOF)
 	s.releaseWindow()
 	s.readDone.Store(true)
+	if e := s.end.Load(); e != nil { // at the same time: whoever comes second finds the other's work
+		s.release(e.err)
+	}
 	s.markLater(workSettle)
 	return s.done
 }

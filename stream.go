@@ -17,8 +17,8 @@ import (
 // side, Write, WriteObject, Flush and CloseSend, may be used by many at once, and beside the read side. Close,
 // CloseWithCode and Context may be called by any goroutine at any time.
 //
-// A stream on which nothing was written is over when the producer's end was read. Write, or call Flush, before that to keep
-// the write side open beyond it.
+// A stream on which nothing was written is over when the producer's end was read, unless its handler closed it to go on
+// reading: then the write side stays open until the handler returns.
 //
 // Read until a read returns an error (and, once something was written, call CloseSend), or call Close, or end the
 // context given to Open: otherwise the stream stays open.
@@ -157,7 +157,11 @@ func (st *Stream) Context() context.Context { return st.ctx }
 // Close stops the stream: calls that wait return ErrClosed, and a producer that is not done is told that the
 // consumer canceled. It is always safe to call, also after the end, and never fails.
 func (st *Stream) Close() error {
-	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{Code: CloseCanceled}})
+	code := CloseCanceled
+	if s := &st.session; s.readDone.Load() && s.writer.Load() == nil {
+		code = CloseNormalClosure // everything was read, and there is nothing to say
+	}
+	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{Code: code}})
 	return nil
 }
 

@@ -43,6 +43,7 @@ type Writer struct {
 
 	trailer []byte     // what SetTrailer was given, in META form
 	closing CloseError // what CLOSE said
+	half    bool       // and that the handler goes on reading
 
 	encoding bool          // the turn's owner encodes into the rest of the open packet, without the lock
 	turn     bool          // one goroutine is writing something that takes several steps: others wait
@@ -525,7 +526,8 @@ func (w *Writer) flushLocked() error {
 	}
 }
 
-// Close ends the stream: the reader sees io.EOF after the last record. It returns when everything was handed to NATS;
+// Close ends the stream: the reader sees io.EOF after the last record. A handler may go on reading its Request until it
+// returns. Close returns when everything was handed to NATS;
 // what is not acknowledged then goes on being repaired for ResumeTimeout, unless the client is closed: Sync waits for it.
 // Closing again does nothing; a Close that failed can be tried again.
 func (w *Writer) Close() error { return w.CloseWithCode(CloseNormalClosure) }
@@ -544,6 +546,8 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 		if err := w.awaitTurnLocked(); err != nil {
 			return err
 		}
+		// A handler that closes before it returns may go on reading.
+		w.half = code == CloseNormalClosure && w.session.server != nil && !w.json
 		if err := w.appendCloseLocked(code, reason); err != nil {
 			return err
 		}
@@ -593,7 +597,11 @@ func (w *Writer) appendCloseLocked(code int, reason string) error {
 		putFrameHeader(b, FrameMeta, FlagTrailer, 0, len(w.trailer))
 		b = b[FrameHeaderSize+copy(b[FrameHeaderSize:], w.trailer):]
 	}
-	putFrameHeader(b, FrameClose, 0, uint16(code), len(reason))
+	var flags FrameFlags
+	if w.half {
+		flags = FlagHalf
+	}
+	putFrameHeader(b, FrameClose, flags, uint16(code), len(reason))
 	copy(b[FrameHeaderSize:], reason)
 	w.n += n
 	w.closed = true

@@ -115,16 +115,16 @@ func enumerations(w *writer) {
 
 	w.p("// Frame flags. Which of them a frame may carry depends on its type.")
 	w.p("const (")
-	for _, f := range []flagDef{flagMore, flagRaw, flagJSON, flagMsgPack, flagCodecMask, flagGap, flagTrailer} {
+	for _, f := range []flagDef{flagMore, flagRaw, flagJSON, flagMsgPack, flagCodecMask, flagHalf, flagGap, flagTrailer} {
 		w.p("%s FrameFlags = 0x%02X // %s", f.goName, f.value, f.goDoc)
 	}
 	w.p(")")
 	w.p("")
 	w.p(`// String returns the names of the flags set, such as "JSON", unknown ones in hexadecimal, and "0" for none. A bit`)
-	w.p(`// that means different things in different frames has all its names, as in "MORE/GAP/TRAILER".`)
+	w.p(`// that means different things in different frames has all its names, as in "MORE/HALF/GAP/TRAILER".`)
 	w.p("func (f FrameFlags) String() string { return flagNames(uint8(f), &frameFlagNames) }")
 	w.p("")
-	w.p("var frameFlagNames = [8]string{%s}", bitNames([]flagDef{flagMore, flagJSON, flagMsgPack, flagGap, flagTrailer}))
+	w.p("var frameFlagNames = [8]string{%s}", bitNames([]flagDef{flagMore, flagJSON, flagMsgPack, flagHalf, flagGap, flagTrailer}))
 	w.p("")
 
 	w.p("// Frame types that may stand in packets with and without SEQ, as bit sets.")

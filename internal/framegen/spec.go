@@ -113,6 +113,7 @@ var (
 	flagJSON      = flagDef{name: "JSON", goName: "FlagJSON", value: 0x02, doc: "codec: the record is one JSON text", goDoc: "DATA: the record is one JSON text"}
 	flagMsgPack   = flagDef{name: "MSGPACK", goName: "FlagMsgPack", value: 0x04, doc: "codec: the record is one MessagePack object", goDoc: "DATA: the record is one MessagePack object"}
 	flagCodecMask = flagDef{name: "codec mask", goName: "FlagCodecMask", value: 0x06, goDoc: "DATA: the bits that name the codec; all of them set is reserved"}
+	flagHalf      = flagDef{name: "HALF", goName: "FlagHalf", value: 0x01, doc: "the sender goes on receiving", goDoc: "CLOSE: the sender goes on receiving"}
 	flagGap       = flagDef{name: "GAP", goName: "FlagGap", value: 0x01, doc: "packets are missing: send again from `ack` on", goDoc: "CREDIT: packets are missing, send again from Credit.Ack on"}
 	flagTrailer   = flagDef{name: "TRAILER", goName: "FlagTrailer", value: 0x01, doc: "the headers are the stream's trailers, not its headers", goDoc: "META: the headers are the stream's trailers, not its headers"}
 )
@@ -155,7 +156,7 @@ var (
 		flags: []flagDef{flagMore, flagRaw, flagJSON, flagMsgPack}, payload: payloadRecord,
 		doc: "a record or a piece of one; not empty with MORE", goDoc: "a record, or a piece of one"}
 	typeClose = frameType{name: "CLOSE", goName: "FrameClose", value: 2, seq: true,
-		code: codeClose, payload: payloadReason,
+		flags: []flagDef{flagHalf}, code: codeClose, payload: payloadReason,
 		doc: "reason: UTF-8, at most 1024 bytes. Ends this direction, after everything before it", goDoc: "ends this direction, after everything before it; the payload is the reason"}
 	typeReset = frameType{name: "RESET", goName: "FrameReset", value: 3,
 		code: codeClose, payload: payloadReason,
