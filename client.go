@@ -132,7 +132,10 @@ func (c *Client) Close() error {
 // Open sends data to subj as the request of a new stream and returns the stream. It does not wait for the producer:
 // the first Recv does, and returns nats.ErrNoResponders at once if nobody listens on subj. data may be reused at once.
 //
-// The stream lives until its end was received, ctx ends, or it is closed; one of these must happen. Errors: that of
+// The stream lives until its end was received, ctx ends, or it is closed; one of these must happen. As with every request
+// over NATS, one that is lost between servers is not missed by anybody: until the first packet only ctx, or Close, ends
+// the wait for a producer that never heard of it. A request lost with this end's own connection ends the stream with
+// CloseAbnormalClosure after ResumeTimeout; it is never sent twice. Errors: that of
 // an ended ctx, nats.ErrInvalidContext for a nil one, nats.ErrBadSubject, nats.ErrMaxPayload,
 // nats.ErrConnectionClosed, nats.ErrConnectionDraining, ErrClientClosed. Then nothing was sent and nothing is kept.
 func (c *Client) Open(ctx context.Context, subj string, data []byte) (*Stream, error) {
