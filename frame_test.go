@@ -224,7 +224,7 @@ func naiveFrame(b []byte) (typ, flags byte, code int, payload []byte, size int, 
 		return typ, flags, code, payload, size, nil
 	}
 	allowed := map[byte][]byte{
-		1: {0, 1, 2, 3, 4, 5}, 2: {0}, 3: {0}, 4: {0, 1}, 5: {0}, 6: {0, 1},
+		1: {0, 1, 2, 3, 4, 5}, 2: {0, 1}, 3: {0}, 4: {0, 1}, 5: {0}, 6: {0, 1},
 	}[typ]
 	if allowed == nil {
 		return fail(ErrFrameType)

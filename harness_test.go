@@ -83,12 +83,7 @@ func (p *pair) newClient(t testing.TB, params stream.ClientParams, opts ...nats.
 
 // finish is the end of a test: nothing may be left open, neither before the clients are closed nor after.
 func (p *pair) finish(t testing.TB) {
-	if !t.Failed() { // else what is left is a consequence
-		waitFor(t, "handlers to return", p.handlers.Wait)
-		for _, c := range p.clients {
-			verifyIdle(t, c)
-		}
-	}
+	p.settle(t)
 	for _, c := range p.clients {
 		waitFor(t, "Client.Close", func() {
 			if err := c.Close(); err != nil {
@@ -103,6 +98,17 @@ func (p *pair) finish(t testing.TB) {
 		c.Conn.Close()
 	}
 	waitFor(t, "handlers to return after the end", p.handlers.Wait)
+}
+
+// settle waits until handlers have returned and no client holds anything.
+func (p *pair) settle(t testing.TB) {
+	if t.Failed() { // what is left is a consequence
+		return
+	}
+	waitFor(t, "handlers to return", p.handlers.Wait)
+	for _, c := range p.clients {
+		verifyIdle(t, c)
+	}
 }
 
 // verifyIdle waits until c holds no stream and no part of a window.

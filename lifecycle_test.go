@@ -1042,7 +1042,7 @@ func TestHammer(t *testing.T) {
 }
 
 // restart starts a server on the address of one that has been shut down.
-func restart(t testing.TB, old *streamtest.Server) *streamtest.Server {
+func restart(t testing.TB, p *pair, old *streamtest.Server) *streamtest.Server {
 	t.Helper()
 	u, err := url.Parse(old.URL())
 	if err != nil {
@@ -1052,7 +1052,9 @@ func restart(t testing.TB, old *streamtest.Server) *streamtest.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return streamtest.Run(t, streamtest.WithOptions(func(o *server.Options) { o.Port = port }))
+	srv := streamtest.Run(t, streamtest.WithOptions(func(o *server.Options) { o.Port = port }))
+	t.Cleanup(func() { p.settle(t) }) // before this server stops, without which the last acknowledgements do not come
+	return srv
 }
 
 // A server that goes away and comes back may lose packets. A stream then either goes on and is complete, or ends with
@@ -1111,7 +1113,7 @@ func TestServerRestart(t *testing.T) {
 	eventually(t, "the streams flow", func() bool { return reads.Load() > int64(streams*records/20) })
 	p.server.Shutdown()
 	time.Sleep(50 * time.Millisecond)
-	_ = restart(t, p.server)
+	_ = restart(t, p, p.server)
 	waitFor(t, "all streams to end", readers.Wait)
 	t.Logf("%d streams complete, %d ended by a gap, %d by their context", complete.Load(), broken.Load(), expired.Load())
 
@@ -1214,7 +1216,7 @@ func TestReconnectUnderLoad(t *testing.T) {
 				}
 			})
 		}
-		srv = restart(t, srv)
+		srv = restart(t, p, srv)
 		eventually(t, "the consumer is connected again", p.consumer.Conn.IsConnected)
 		left()
 		waitFor(t, "all streams to end", readers.Wait)

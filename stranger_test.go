@@ -222,7 +222,7 @@ func strangers() []stranger {
 	frame("DATA with both codecs", bad, 1, 6, 0, 0, 0, 0, 0, 1, 'x')
 	frame("DATA with a code", bad, 1, 0, 3, 0xE8, 0, 0, 0, 1, 'x')
 	frame("an empty piece", bad, 1, 1, 0, 0, 0, 0, 0, 0)
-	frame("CLOSE with a flag", bad, 2, 1, 3, 0xE8, 0, 0, 0, 0)
+	frame("CLOSE with a flag", bad, 2, 2, 3, 0xE8, 0, 0, 0, 0)
 	frame("CLOSE 999", bad, 2, 0, 3, 0xE7, 0, 0, 0, 0)
 	frame("CLOSE 6000", bad, 2, 0, 0x17, 0x70, 0, 0, 0, 0)
 	frame("CLOSE 0", bad, 2, 0, 0, 0, 0, 0, 0, 0)

@@ -146,10 +146,10 @@ func TestProxyDelay(t *testing.T) {
 	expect(t, server, "ping")
 	send(t, server, "pong")
 	expect(t, client, "pong")
-	if took := time.Since(start); took < 2*d || took > 6*d {
+	if took := time.Since(start); took < 2*d {
 		t.Errorf("the round trip took %v, want %v", took, 2*d)
 	}
-	// A delay of each chunk in turn would take seconds.
+	// A delay of each chunk of at most 64 KiB in turn would take 12.8 s.
 	data := bytes.Repeat([]byte("0123456789abcdef"), 1<<20)
 	start = time.Now()
 	go func() { _, _ = client.Write(data); _ = client.CloseWrite() }()
@@ -158,10 +158,9 @@ func TestProxyDelay(t *testing.T) {
 	if err != nil || !bytes.Equal(got, data) {
 		t.Fatalf("got %d of %d bytes, %v, or others", len(got), len(data), err)
 	}
-	if took < d || took > 2*time.Second {
+	if took < d || took > 10*time.Second {
 		t.Errorf("16 MiB took %v", took)
 	}
-	t.Logf("16 MiB with %v of delay took %v", d, took)
 	p.Delay(streamtest.ToClient, time.Hour)
 	send(t, server, "soon")
 	expectNothing(t, client, 20*time.Millisecond)
@@ -177,7 +176,7 @@ func TestProxyThrottle(t *testing.T) {
 	start := time.Now()
 	go func() { _, _ = io.WriteString(client, text) }()
 	expect(t, server, text)
-	if took := time.Since(start); took < 350*time.Millisecond || took > 2*time.Second {
+	if took := time.Since(start); took < 350*time.Millisecond {
 		t.Errorf("half of a second's bytes took %v", took)
 	}
 	p.Throttle(streamtest.ToServer, 1)

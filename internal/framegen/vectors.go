@@ -254,6 +254,7 @@ func frameVectors(vs *vectors) {
 	vs.frame("data_300", tData, 0, 0, strings.Repeat("x", 300), "")
 	vs.frame("data_with_rest", tData, 0, 0, "a", "\x01\x00")
 	vs.frame("close", tClose, 0, 1000, "", "")
+	vs.frame("close_half", tClose, 1, 1000, "", "")
 	vs.frame("close_reason", tClose, 0, 4000, "größer als null", "")
 	vs.frame("close_largest_code", tClose, 0, maxCloseCode, "", "")
 	vs.frame("close_longest_reason", tClose, 0, 5000, strings.Repeat("r", maxReason), "")
@@ -290,7 +291,7 @@ func frameVectors(vs *vectors) {
 	vs.badFrame("data_flag_80", "flags", tData, 0x80, 0, "a")
 	vs.badFrame("data_code", "code", tData, 0, 1000, "a")
 	vs.badFrame("data_more_empty", "payload", tData, fMore, 0, "")
-	vs.badFrame("close_flag", "flags", tClose, 1, 1000, "")
+	vs.badFrame("close_flag", "flags", tClose, 2, 1000, "")
 	vs.badFrame("reset_flag", "flags", tReset, 0x10, 1000, "")
 	for _, c := range []uint64{0, 1, minCloseCode - 1, maxCloseCode + 1, 0xFFFF} {
 		vs.badFrame(fmt.Sprintf("close_code_%d", c), "code", tClose, 0, c, "")
