@@ -138,8 +138,11 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.idle != nil || s.ep.gone.Load() != nil {
+	if s.idle != nil {
 		return ErrServerClosed
+	}
+	if e := s.ep.gone.Load(); e != nil && e.err != ErrServerClosed { // the connection is gone, or takes no inbox
+		return fmt.Errorf("%w: %w", ErrServerClosed, e.err)
 	}
 	unsubscribe, err := s.ep.conn.subscribe(subject, queue, func(m *nats.Msg) { s.request(m, h) })
 	if err != nil {

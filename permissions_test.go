@@ -1,0 +1,598 @@
+package stream_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/streamtest"
+)
+
+// recipe returns the configuration in docs/PROTOCOL.md section 15 whose first line is "# permissions: " and name.
+func recipe(t testing.TB, name string) string {
+	t.Helper()
+	doc, err := os.ReadFile("docs/PROTOCOL.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := regexp.MustCompile("(?ms)^```text\n(# permissions: " + regexp.QuoteMeta(name) + "\n.*?)^```$").FindSubmatch(doc)
+	if block == nil {
+		t.Fatalf("docs/PROTOCOL.md has no block %q", name)
+	}
+	return string(block[1])
+}
+
+// newRestricted is a pair on a server with the given configuration, without clients.
+func newRestricted(t testing.TB, config string) *pair {
+	t.Helper()
+	for _, user := range []string{"producer", "alice", "bob"} {
+		t.Setenv(strings.ToUpper(user)+"_PASSWORD", "secret-of-"+user)
+	}
+	checkLeaks(t)
+	p := &pair{server: streamtest.Run(t, streamtest.WithConfig(config))}
+	t.Cleanup(func() { p.finish(t) })
+	return p
+}
+
+// user is how the users of the recipes connect.
+func user(name string, more ...nats.Option) []nats.Option {
+	return append([]nats.Option{nats.UserInfo(name, "secret-of-"+name), nats.CustomInboxPrefix("_SINBOX." + name)}, more...)
+}
+
+// refusal is a permissions error as the connection's own error handler heard it.
+type refusal struct {
+	at  time.Time
+	err error
+}
+
+// refusals collects what NATS refuses.
+type refusals chan refusal
+
+func (r refusals) option() nats.Option {
+	return nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+		select {
+		case r <- refusal{time.Now(), err}:
+		default:
+		}
+	})
+}
+
+// within fails the test unless ended, when err was reported, is at most half a second after the first refusal, and err
+// names subject.
+func (r refusals) within(t testing.TB, ended time.Time, err error, subject string) {
+	t.Helper()
+	var first refusal
+	waitFor(t, "the refusal", func() { first = <-r })
+	if d := ended.Sub(first.at); d > 500*time.Millisecond {
+		t.Errorf("reported %v after the refusal", d)
+	}
+	wantRefused(t, err, subject)
+}
+
+// wantRefused fails the test unless err says that NATS does not permit subject.
+func wantRefused(t testing.TB, err error, subject string) {
+	t.Helper()
+	if !errors.Is(err, nats.ErrPermissionViolation) || !strings.Contains(err.Error(), subject) || !strings.Contains(err.Error(), "docs/PROTOCOL.md section 15") {
+		t.Errorf("error %v; want a permissions violation that names %s and the section that helps", err, subject)
+	}
+}
+
+// echo is a handler that sends back what it gets, with headers and trailers around it.
+func echo(w *stream.Writer, r *stream.Request) error {
+	if err := w.SetHeader(nats.Header{"Answer-To": {r.Subject}}); err != nil {
+		return err
+	}
+	for rec, err := range r.All() {
+		if err != nil {
+			return err
+		}
+		if _, err := w.Write(rec); err != nil {
+			return err
+		}
+	}
+	return w.SetTrailer(nats.Header{"Complete": {"yes"}})
+}
+
+// verifyEcho sends n records of the sizes, in turn, through an echo handler and compares what comes back.
+func verifyEcho(t testing.TB, c *stream.Client, subject string, n int, sizes ...int) {
+	t.Helper()
+	s := open(t, c, subject)
+	var sending sync.WaitGroup
+	sending.Go(func() {
+		for i := range n {
+			if _, err := s.Write(testRecord(i, sizes[i%len(sizes)])); err != nil {
+				t.Errorf("Write of record %d: %v", i, err)
+				return
+			}
+		}
+		if err := s.CloseSend(); err != nil {
+			t.Errorf("CloseSend: %v", err)
+		}
+	})
+	defer sending.Wait()
+	for i := range n {
+		rec, err := s.Recv()
+		if err != nil || !bytes.Equal(rec, testRecord(i, sizes[i%len(sizes)])) {
+			t.Errorf("record %d of %d: %d bytes, %v", i, n, len(rec), err)
+			s.Close()
+			return
+		}
+	}
+	wantEOF(t, s)
+	if h, err := s.Header(); h.Get("Answer-To") != subject || err != nil {
+		t.Errorf("headers %v, %v", h, err)
+	}
+	if h := s.Trailer(); h.Get("Complete") != "yes" {
+		t.Errorf("trailers %v", h)
+	}
+}
+
+// The two recipes for one account let streams pass both ways, and keep strangers out.
+func TestPermissionRecipes(t *testing.T) {
+	for _, name := range []string{"one account", "answers only"} {
+		t.Run(name, func(t *testing.T) {
+			p := newRestricted(t, recipe(t, name))
+			srv := newService(t, p, stream.ServerParams{KeepAlive: 20 * time.Millisecond}, user("producer")...)
+			srv.handle(t, "svc.echo", echo)
+			alice := p.newClient(t, stream.ClientParams{KeepAlive: 20 * time.Millisecond}, user("alice")...)
+			bob := p.newClient(t, stream.ClientParams{}, user("bob")...)
+
+			var group sync.WaitGroup
+			for _, c := range []*stream.Client{alice, bob} {
+				for range 4 {
+					group.Go(func() { verifyEcho(t, c, "svc.echo", 1200, 1, 100, 3000) })
+				}
+			}
+			group.Wait()
+			verifyEcho(t, alice, "svc.echo", 3, 2<<20)
+			if s := srv.Stats(); s.UnsentControl != 0 || s.DroppedControl != 0 {
+				t.Errorf("server: %+v", s)
+			}
+			verifyStrangers(t, p, srv, alice, bob)
+		})
+	}
+}
+
+// verifyStrangers lets bob try to read and to write what is alice's, or the producer's.
+func verifyStrangers(t *testing.T, p *pair, srv *service, alice, bob *stream.Client) {
+	// What an attacker must not know: where alice's stream and its handler are.
+	requests, err := srv.nc.SubscribeSync("svc.taken")
+	if err != nil || srv.nc.Flush() != nil {
+		t.Fatal(err)
+	}
+	victim := open(t, alice, "svc.taken")
+	req, err := requests.NextMsg(patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// On the connection that the request came on: allow_responses knows no other.
+	w := p.newClient(t, stream.ClientParams{Conn: srv.nc}).NewWriter(req.Reply)
+	write(t, w, []byte("before"))
+	if rec, err := victim.Recv(); string(rec) != "before" || err != nil {
+		t.Fatalf("%q, %v", rec, err)
+	}
+
+	denied := make(refusals, 64)
+	stranger, err := p.server.Dial(user("bob", denied.option())...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stranger.Close()
+	var heard sync.Map
+	forbidden := []string{">", "_SINBOX.>", "_SINBOX.alice.>", "_SINBOX.producer.>", "svc.>", req.Reply}
+	for _, subject := range forbidden {
+		if _, err := stranger.Subscribe(subject, func(m *nats.Msg) { heard.Store(m.Subject, string(m.Data)) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forged := stream.AppendPacket(nil, stream.PacketHeader{}, stream.Frame{Type: stream.FrameReset, Code: 4999})
+	for _, data := range [][]byte{forged, []byte(`{"type":2,"closeError":{"Code":1000,"Text":""}}`)} {
+		if err := stranger.Publish(req.Reply, data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := stranger.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for range len(forbidden) + 2 {
+		waitFor(t, "a refusal", func() { <-denied })
+	}
+
+	write(t, w, []byte("after"))
+	closeWriter(t, w)
+	if rec, err := victim.Recv(); string(rec) != "after" || err != nil {
+		t.Fatalf("%q, %v", rec, err)
+	}
+	wantEOF(t, victim)
+	if err := stranger.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	heard.Range(func(subject, data any) bool {
+		t.Errorf("a stranger read %q on %s", data, subject)
+		return true
+	})
+	if s := alice.Stats(); s.DroppedForeign != 0 || s.DroppedMalformed != 0 {
+		t.Errorf("a stranger reached a stream: %+v", s)
+	}
+	verifyEcho(t, bob, "svc.echo", 3, 10) // whom it did not harm either
+}
+
+// What allow_responses cannot do ends the handler's stream with an error that names the consumer's subject: more than one
+// message by default, any after its expiry, and any after the producer's connection was made anew.
+func TestPermissionAnswersOnly(t *testing.T) {
+	base := recipe(t, "answers only")
+	const grant = `allow_responses: { max: -1, expires: "24h" }`
+	if strings.Count(base, grant) != 3 {
+		t.Fatalf("the recipe does not say %s for each user", grant)
+	}
+	for name, c := range map[string]struct {
+		grant string
+		then  func(srv *service) error
+	}{
+		"by default": {"allow_responses: true", nil},
+		"expired": {`allow_responses: { max: -1, expires: "50ms" }`, func(*service) error {
+			time.Sleep(60 * time.Millisecond)
+			return nil
+		}},
+		"reconnected": {grant, func(srv *service) error { return srv.nc.ForceReconnect() }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newRestricted(t, strings.Replace(base, grant, c.grant, 1)) // the producer's
+			srv := newService(t, p, stream.ServerParams{}, user("producer")...)
+			causes := make(chan error, 1)
+			srv.handle(t, "svc.two", func(w *stream.Writer, r *stream.Request) error {
+				write(t, w, []byte("one"))
+				if err := w.Flush(); err != nil {
+					return err
+				}
+				if c.then != nil {
+					if err := c.then(srv); err != nil {
+						return err
+					}
+				}
+				_, _ = w.Write([]byte("two"))
+				<-r.Context().Done()
+				causes <- context.Cause(r.Context())
+				return nil
+			})
+			alice := p.newClient(t, stream.ClientParams{KeepAlive: time.Second, ResumeTimeout: 200 * time.Millisecond}, user("alice")...)
+			s := open(t, alice, "svc.two")
+			if rec, err := s.Recv(); string(rec) != "one" || err != nil {
+				t.Fatalf("%q, %v", rec, err)
+			}
+			var cause error
+			waitFor(t, "the handler's context to end", func() { cause = <-causes })
+			wantRefused(t, cause, "_SINBOX.alice.")
+		})
+	}
+}
+
+const restrictedUsers = `
+authorization { users: [
+	{ user: producer, password: $PRODUCER_PASSWORD, permissions: {
+		subscribe: [ "svc.>", "_SINBOX.producer.>" ], publish: %s } }
+	{ user: alice, password: $ALICE_PASSWORD, permissions: {
+		subscribe: %s, publish: %s } }
+	{ user: bob, password: $BOB_PASSWORD, permissions: {
+		subscribe: [ "svc.>", "_SINBOX.bob.>" ], publish: [ "_SINBOX.alice.>" ] } }
+] }`
+
+// A consumer that may not publish its request, or its credit, hears so on that stream. Its other streams go on.
+func TestPermissionConsumerPublish(t *testing.T) {
+	for name, c := range map[string]struct {
+		publish string // what alice may
+		open    string
+		named   string
+	}{
+		"request": {`[ "svc.echo", "_SINBOX.producer.>" ]`, "svc.none", "svc.none"},
+		"control": {`[ "svc.>", "_SINBOX.producer.>" ]`, "svc.bob", "_SINBOX.bob."},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newRestricted(t, fmt.Sprintf(restrictedUsers, `"_SINBOX.alice.>"`, `"_SINBOX.alice.>"`, c.publish))
+			params := stream.ServerParams{KeepAlive: 100 * time.Millisecond, AckTimeout: 20 * time.Millisecond, ResumeTimeout: 100 * time.Millisecond}
+			srv := newService(t, p, params, user("producer")...)
+			srv.handle(t, "svc.echo", echo)
+			other := newService(t, p, params, user("bob")...) // alice may not write to it in the second case
+			for _, subject := range []string{"svc.none", "svc.bob"} {
+				other.handle(t, subject, func(w *stream.Writer, r *stream.Request) error {
+					for i := range 1000 {
+						if _, err := w.Write(testRecord(i, 1000)); err != nil {
+							return err
+						}
+					}
+					return nil
+				})
+			}
+			denied := make(refusals, 1)
+			alice := p.newClient(t, stream.ClientParams{}, user("alice", denied.option())...)
+			goesOn := open(t, alice, "svc.echo")
+			exchange(t, goesOn, 1)
+
+			s := open(t, alice, c.open)
+			records, err := readAll(s)
+			ended := time.Now()
+			for i, rec := range records {
+				if !bytes.Equal(rec, testRecord(i, 1000)) {
+					t.Errorf("record %d is another", i)
+				}
+			}
+			denied.within(t, ended, err, c.named)
+			if _, err := s.Write(nil); !errors.Is(err, nats.ErrPermissionViolation) {
+				t.Errorf("Write: %v", err)
+			}
+			if cause := context.Cause(s.Context()); !errors.Is(cause, nats.ErrPermissionViolation) {
+				t.Errorf("cause of the context: %v", cause)
+			}
+
+			exchange(t, goesOn, 2)
+			if err := goesOn.CloseSend(); err != nil {
+				t.Error(err)
+			}
+			wantEOF(t, goesOn)
+			verifyEcho(t, alice, "svc.echo", 1200, 500)
+		})
+	}
+}
+
+// exchange sends record i through an echo handler.
+func exchange(t testing.TB, s *stream.Stream, i int) {
+	t.Helper()
+	if _, err := s.Write(testRecord(i, 100)); err != nil {
+		t.Fatal(err)
+	}
+	if rec, err := s.Recv(); err != nil || !bytes.Equal(rec, testRecord(i, 100)) {
+		t.Fatalf("%d bytes, %v", len(rec), err)
+	}
+}
+
+// A producer that may not publish to one consumer's inbox hears so on that stream. Its other streams go on.
+func TestPermissionProducerPublish(t *testing.T) {
+	p := newRestricted(t, recipe(t, "one account"))
+	denied := make(refusals, 1)
+	params := stream.ServerParams{KeepAlive: 20 * time.Millisecond}
+	srv := newService(t, p, params, user("producer", denied.option())...)
+	srv.handle(t, "svc.echo", echo)
+	type result struct {
+		at           time.Time
+		cause, write error
+	}
+	results := make(chan result, 1)
+	watch := func(write func(w *stream.Writer) error) stream.Handler {
+		return func(w *stream.Writer, r *stream.Request) error {
+			err := write(w)
+			<-r.Context().Done()
+			res := result{at: time.Now(), cause: context.Cause(r.Context()), write: err}
+			if err == nil {
+				_, res.write = w.Write(nil)
+			}
+			results <- res
+			return nil
+		}
+	}
+	srv.handle(t, "svc.writes", watch(func(w *stream.Writer) error {
+		for {
+			if _, err := w.Write(make([]byte, 1000)); err != nil {
+				return err
+			}
+		}
+	}))
+	srv.handle(t, "svc.silent", watch(func(*stream.Writer) error { return nil })) // its PING is refused
+
+	alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
+	goesOn := open(t, alice, "svc.echo")
+	exchange(t, goesOn, 1)
+
+	for _, subject := range []string{"svc.writes", "svc.silent"} {
+		// A request whose reply subject is nobody's that the producer may answer.
+		reply := "_SINBOX.carol.inbox." + string(stream.AppendToken(nil, stream.Token{LogPackets: 5, LogBytes: 18, ID: 1}))
+		if err := alice.Conn.PublishRequest(subject, reply, nil); err != nil {
+			t.Fatal(err)
+		}
+		var res result
+		waitFor(t, "the handler's context to end", func() { res = <-results })
+		denied.within(t, res.at, res.cause, reply)
+		wantRefused(t, res.write, reply)
+	}
+	exchange(t, goesOn, 2)
+	if err := goesOn.CloseSend(); err != nil {
+		t.Error(err)
+	}
+	wantEOF(t, goesOn)
+	verifyEcho(t, alice, "svc.echo", 1200, 500)
+}
+
+// Without permission to subscribe to its inbox a client or server has no streams, and says why.
+func TestPermissionSubscribe(t *testing.T) {
+	p := newRestricted(t, fmt.Sprintf(restrictedUsers, `"_SINBOX.alice.>"`, `"_SINBOX.alice.>"`, `[ "svc.>", "_SINBOX.producer.>" ]`))
+	srv := newService(t, p, stream.ServerParams{KeepAlive: time.Second, ResumeTimeout: 200 * time.Millisecond}, user("producer")...)
+	srv.handle(t, "svc.echo", echo)
+
+	elsewhere := nats.CustomInboxPrefix("_SINBOX.nowhere")
+	denied := make(refusals, 1)
+	alice := p.newClient(t, stream.ClientParams{}, user("alice", denied.option(), elsewhere)...)
+	s, err := alice.Open(testContext(t), "svc.echo", nil)
+	if err == nil {
+		_, err = s.Recv()
+	}
+	denied.within(t, time.Now(), err, "_SINBOX.nowhere.")
+	_, err = alice.Open(testContext(t), "svc.echo", nil)
+	wantRefused(t, err, "_SINBOX.nowhere.")
+	w := alice.NewWriter("_SINBOX.alice.x")
+	_, err = w.Write(nil)
+	wantRefused(t, err, "_SINBOX.nowhere.")
+
+	denied = make(refusals, 1)
+	nc, err := p.server.Dial(user("producer", denied.option(), elsewhere)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	bad, err := stream.NewServer(stream.ServerParams{Conn: nc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bad.Close()
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the server refuses handlers", func() bool { err = bad.Handle("svc.bad", echo); return err != nil })
+	denied.within(t, time.Now(), err, "_SINBOX.nowhere.")
+
+	good := p.newClient(t, stream.ClientParams{}, user("alice")...)
+	verifyEcho(t, good, "svc.echo", 10, 10)
+}
+
+// newAccounts is a server with the recipe for accounts, and what they need.
+func newAccounts(t *testing.T, server stream.ServerParams, client stream.ClientParams) (*pair, *service, *stream.Client) {
+	t.Helper()
+	p := newRestricted(t, recipe(t, "across accounts"))
+	srv := newService(t, p, server, user("producer")...)
+	return p, srv, p.newClient(t, client, user("alice")...)
+}
+
+// Streams cross accounts in both directions, with headers and trailers, credit and records of any size.
+func TestAccountStreams(t *testing.T) {
+	p, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{})
+	srv.handle(t, "svc.echo", echo)
+	bob := p.newClient(t, stream.ClientParams{}, user("bob")...)
+	var group sync.WaitGroup
+	for _, c := range []*stream.Client{alice, bob} {
+		for range 4 {
+			group.Go(func() { verifyEcho(t, c, "svc.echo", 1500, 1, 1000, 4000) }) // both first windows are much smaller
+		}
+	}
+	group.Wait()
+	verifyEcho(t, alice, "svc.echo", 6, 40_000, 1<<20, 5<<20)
+
+	if _, err := readAll(open(t, alice, "elsewhere")); !errors.Is(err, nats.ErrNoResponders) {
+		t.Errorf("nobody there: %v", err)
+	}
+	if s := alice.Stats(); s.PacketsSent == 0 || s.DroppedForeign+s.DroppedMalformed+s.DroppedUnknown != 0 {
+		t.Errorf("consumer: %+v", s)
+	}
+}
+
+// The reply subject of a request that crossed accounts is none of the consumer's. What it offers comes from a header.
+func TestAccountOffer(t *testing.T) {
+	_, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{Window: 8 << 10})
+	requests, err := srv.nc.SubscribeSync("svc.raw")
+	if err != nil || srv.nc.Flush() != nil {
+		t.Fatal(err)
+	}
+	s := open(t, alice, "svc.raw")
+	req, err := requests.NextMsg(patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.HasPrefix(req.Reply, "_SINBOX.") || !strings.HasPrefix(req.Reply, "_R_.") {
+		t.Errorf("reply subject %s was not mapped", req.Reply)
+	}
+	offer, err := stream.ParseOffer(req.Header.Get("Stream-Open"))
+	if err != nil || offer.LogBytes != 13 || offer.LogPackets != 5 || offer.Codec != stream.MsgPack {
+		t.Errorf("offer %+v, %v", offer, err)
+	}
+	s.Close()
+
+	// The handler heeds it: it writes objects as asked and, while nothing is read, no more than was offered.
+	written := make(chan int, 1)
+	srv.handle(t, "svc.fill", func(w *stream.Writer, r *stream.Request) error {
+		if _, err := w.WriteObject(map[string]int{"n": 1}); err != nil {
+			return err
+		}
+		for n := 1; ; n++ {
+			if _, err := w.Write(make([]byte, 1<<10)); err != nil {
+				written <- n
+				return nil
+			}
+		}
+	})
+	s = open(t, alice, "svc.fill")
+	var v map[string]int
+	if err := s.RecvObject(&v); err != nil || v["n"] != 1 {
+		t.Errorf("%v, %v", v, err)
+	}
+	eventually(t, "the credit is used up", func() bool { return srv.Stats().BytesSent >= 8<<10 })
+	s.Close()
+	waitFor(t, "the handler to return", func() {
+		if n := <-written; n > 8+33 { // one packet may exceed the window, and one is open
+			t.Errorf("%d KiB were written into a window of 8", n)
+		}
+	})
+}
+
+// Cancellation and deadlines reach a handler in another account, and its close code comes back.
+func TestAccountEnds(t *testing.T) {
+	_, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{})
+	causes := make(chan error, 1)
+	srv.handle(t, "svc.endless", func(w *stream.Writer, r *stream.Request) error {
+		for {
+			if _, err := w.Write(make([]byte, 1000)); err != nil {
+				<-r.Context().Done()
+				causes <- context.Cause(r.Context())
+				return err
+			}
+		}
+	})
+	srv.handle(t, "svc.fail", func(w *stream.Writer, r *stream.Request) error {
+		write(t, w, []byte("x"))
+		return &stream.CloseError{Code: 4321, Text: "mine"}
+	})
+	cause := func() (err error) {
+		t.Helper()
+		waitFor(t, "the handler to hear of it", func() { err = <-causes })
+		return err
+	}
+	ctx, cancel := context.WithCancel(testContext(t))
+	s, err := alice.Open(ctx, "svc.endless", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	wantCode(t, cause(), stream.CloseCanceled, "")
+
+	ctx, cancel = context.WithTimeout(testContext(t), 100*time.Millisecond)
+	defer cancel()
+	if s, err = alice.Open(ctx, "svc.endless", nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readAll(s); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("deadline: %v", err)
+	}
+	wantCode(t, cause(), stream.CloseDeadlineExceeded, "")
+
+	records, err := readAll(open(t, alice, "svc.fail"))
+	if len(records) != 1 {
+		t.Errorf("%d records", len(records))
+	}
+	wantCode(t, err, 4321, "mine")
+}
+
+// Questions to silent peers cross accounts, each with a reply subject mapped anew.
+func TestAccountSilence(t *testing.T) {
+	_, srv, alice := newAccounts(t, stream.ServerParams{KeepAlive: 10 * time.Millisecond, AckTimeout: 10 * time.Millisecond, ResumeTimeout: 2 * time.Second},
+		stream.ClientParams{KeepAlive: 10 * time.Millisecond, AckTimeout: 10 * time.Millisecond, ResumeTimeout: 2 * time.Second})
+	srv.handle(t, "svc.echo", echo)
+	s := open(t, alice, "svc.echo")
+	for i := range 4 {
+		before := srv.nc.Stats().InMsgs
+		exchange(t, s, i)
+		eventually(t, "questions and answers have passed", func() bool { return srv.nc.Stats().InMsgs >= before+20 })
+	}
+	if err := s.CloseSend(); err != nil {
+		t.Error(err)
+	}
+	wantEOF(t, s)
+}
