@@ -225,6 +225,8 @@ func (o *outbox) receive() (worked bool) {
 		switch {
 		case c.reply != "" && s.stream != nil:
 			o.learn(s, c.reply)
+		case c.reply != "":
+			s.peer = c.reply // where accounts meet, the subject of the request may have gone with a connection
 		case c.oneWay:
 			s.oneWay = true
 			o.bind(s)
@@ -457,12 +459,9 @@ func (o *outbox) serve(s *session, work uint32) {
 	} else if work&workCredit != 0 {
 		o.tellCredit(s, 0)
 	}
-	switch {
-	case w == nil || w.json:
-	case work&workProbe != 0 && w.sent.next > 0, work&workHello != 0 && w.sent.next == 0 && s.life.pings == 0 && s.life.heard == 0:
-		if s.peer != "" {
-			o.ping(s)
-		}
+	hello := work&workHello != 0 && w.sent.next == 0 && s.life.pings == 0 && s.life.heard == 0
+	if s.peer != "" && s.binary() && (hello || work&workProbe != 0) {
+		o.ping(s)
 	}
 	if work&workPackets != 0 && s.peer != "" && w.publishNext(o) {
 		s.mark(workPackets)

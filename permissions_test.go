@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"regexp"
 	"strings"
@@ -595,4 +596,93 @@ func TestAccountSilence(t *testing.T) {
 		t.Error(err)
 	}
 	wantEOF(t, s)
+}
+
+// The mapping of reply subjects goes with the connection of the end that they belong to. Streams outlive that.
+func TestAccountReconnect(t *testing.T) {
+	for _, name := range []string{"consumer", "producer"} {
+		t.Run(name, func(t *testing.T) {
+			_, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{})
+			nc := alice.Conn
+			if name == "producer" {
+				nc = srv.nc
+			}
+			reconnect := func() {
+				t.Helper()
+				before := nc.Stats().Reconnects
+				if err := nc.ForceReconnect(); err != nil {
+					t.Fatal(err)
+				}
+				eventually(t, "the connection is back", func() bool { return nc.Stats().Reconnects > before })
+			}
+			srv.handle(t, "svc.echo", echo)
+			n := scaled(20_000)
+			srv.handle(t, "svc.down", func(w *stream.Writer, r *stream.Request) error {
+				for i := range n {
+					if _, err := w.Write(testRecord(i, 1000)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+			up := make(chan error, 1)
+			srv.handle(t, "svc.up", func(w *stream.Writer, r *stream.Request) error { // it writes nothing
+				for i := range n {
+					if rec, err := r.Recv(); err != nil || !bytes.Equal(rec, testRecord(i, 1000)) {
+						up <- fmt.Errorf("record %d: %d bytes, %w", i, len(rec), err)
+						return err
+					}
+				}
+				_, err := r.Recv()
+				up <- err
+				return nil
+			})
+
+			silent := open(t, alice, "svc.echo")
+			exchange(t, silent, 1)
+			s := open(t, alice, "svc.down")
+			for i := range n {
+				if i == n/3 || i == 2*n/3 {
+					reconnect()
+				}
+				if rec, err := s.Recv(); err != nil || !bytes.Equal(rec, testRecord(i, 1000)) {
+					t.Fatalf("record %d: %d bytes, %v", i, len(rec), err)
+				}
+			}
+			wantEOF(t, s)
+			s = open(t, alice, "svc.up")
+			for i := range n {
+				if i == n/3 || i == 2*n/3 {
+					reconnect()
+				}
+				if _, err := s.Write(testRecord(i, 1000)); err != nil {
+					t.Fatalf("record %d: %v", i, err)
+				}
+			}
+			if err := s.CloseSend(); err != nil {
+				t.Error(err)
+			}
+			waitFor(t, "the handler to have all", func() {
+				if err := <-up; err != io.EOF {
+					t.Error(err)
+				}
+			})
+			wantEOF(t, s)
+			exchange(t, silent, 2)
+			if err := silent.CloseSend(); err != nil {
+				t.Error(err)
+			}
+			wantEOF(t, silent)
+		})
+	}
+}
+
+// The server quotes the subject that it names.
+func TestPermissionSubjectQuoted(t *testing.T) {
+	const odd = `svc.odd"\\.'é`
+	p := newRestricted(t, fmt.Sprintf(restrictedUsers, `[]`, `"_SINBOX.alice.>"`, `[ "svc.echo" ]`))
+	denied := make(refusals, 1)
+	alice := p.newClient(t, stream.ClientParams{}, user("alice", denied.option())...)
+	_, err := open(t, alice, odd).Recv()
+	denied.within(t, time.Now(), err, odd)
 }

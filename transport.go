@@ -5,6 +5,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -149,7 +150,11 @@ func deniedSubject(err error) (subject string, subscribe, ok bool) {
 		return "", false, false
 	}
 	text := err.Error()
-	_, rest, found := strings.Cut(text, `"`)
-	subject, _, found2 := strings.Cut(rest, `"`)
-	return subject, strings.Contains(strings.ToLower(text), "for subscription"), found && found2
+	start := strings.IndexByte(text, '"')
+	if start < 0 {
+		return "", false, false
+	}
+	quoted, qerr := strconv.QuotedPrefix(text[start:]) // the server writes it with %q
+	subject, uerr := strconv.Unquote(quoted)
+	return subject, strings.Contains(strings.ToLower(text[:start]), "for subscription"), qerr == nil && uerr == nil
 }
