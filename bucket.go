@@ -185,7 +185,7 @@ func (b *bucket) ask(now, patience int64) bool {
 	return true
 }
 
-// bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.
+// bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.1.
 func (b *bucket) bind(sender uint16) {
 	b.mode = modeBinary
 	var h [PacketHeaderSize]byte

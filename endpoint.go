@@ -191,7 +191,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 }
 
 // receiveUnknown takes a message for a token that is not, or no longer, in use. Where the sender can be reached, it is
-// told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 5.
+// told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 9.3.
 func (ep *endpoint) receiveUnknown(m *nats.Msg) {
 	ep.counters.unknown.Add(1)
 	ep.answer(m)
@@ -423,7 +423,7 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 func (ep *endpoint) probe() {
 	ep.outbox.resume()
 	ep.sessions.Range(func(_ string, s *session) bool {
-		s.mark(workGap | workProbe)
+		s.mark(workResume)
 		return true
 	})
 }

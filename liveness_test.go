@@ -342,3 +342,27 @@ func TestWriterAnswersPing(t *testing.T) {
 		m.nothingLeft(t)
 	})
 }
+
+// A request that waited for the connection was not lost with it: whoever answers it may take its time.
+func TestRequestAfterReconnect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		stop, err := m.back.subscribe("slow", "", func(msg *nats.Msg) {
+			time.AfterFunc(3*m.times.ResumeTimeout, func() {
+				_ = m.back.publish(msg.Reply, "", appendJSONClose(nil, CloseError{Code: CloseNormalClosure}))
+			})
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		m.conn.set(nats.RECONNECTING)
+		s := m.open(t, "slow")
+		time.Sleep(time.Second)
+		m.conn.set(nats.CONNECTED)
+		if _, err := s.Recv(); err != io.EOF {
+			t.Error(err)
+		}
+		m.nothingLeft(t)
+	})
+}

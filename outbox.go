@@ -62,6 +62,7 @@ const (
 	workCredit              // tell the peer what was consumed
 	workGap                 // tell it what arrived, and that more is missing
 	workProbe               // ask the peer what it got and grants
+	workResume              // both of these, where the peer is known: the connection was away
 	workWait                // nothing: the session is to be looked at in time
 	workHello               // let the consumer know where its producer is
 	workBind                // the consumer has a send half now
@@ -454,13 +455,14 @@ func (o *outbox) serve(s *session, work uint32) {
 	if work&workBind != 0 {
 		o.bind(s)
 	}
-	if work&workGap != 0 {
+	resume := work&workResume != 0 && s.peer != ""
+	if work&workGap != 0 || resume {
 		o.tellCredit(s, FlagGap)
 	} else if work&workCredit != 0 {
 		o.tellCredit(s, 0)
 	}
 	hello := work&workHello != 0 && w.sent.next == 0 && s.life.pings == 0 && s.life.heard == 0
-	if s.peer != "" && s.binary() && (hello || work&workProbe != 0) {
+	if s.peer != "" && s.binary() && (hello || resume || work&workProbe != 0) {
 		o.ping(s)
 	}
 	if work&workPackets != 0 && s.peer != "" && w.publishNext(o) {
