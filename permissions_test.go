@@ -475,7 +475,7 @@ func TestAccountStreams(t *testing.T) {
 	group.Wait()
 	verifyEcho(t, alice, "svc.echo", 6, 40_000, 1<<20, 5<<20)
 
-	if _, err := readAll(open(t, alice, "elsewhere")); !errors.Is(err, nats.ErrNoResponders) {
+	if _, err := readAll(open(t, alice, "svc.nobody")); !errors.Is(err, nats.ErrNoResponders) {
 		t.Errorf("nobody there: %v", err)
 	}
 	if s := alice.Stats(); s.PacketsSent == 0 || s.DroppedForeign+s.DroppedMalformed+s.DroppedUnknown != 0 {
@@ -613,7 +613,7 @@ func TestAccountReconnect(t *testing.T) {
 				if err := nc.ForceReconnect(); err != nil {
 					t.Fatal(err)
 				}
-				eventually(t, "the connection is back", func() bool { return nc.Stats().Reconnects > before })
+				eventually(t, "the connection is back, and its subscriptions", func() bool { return nc.Stats().Reconnects > before && nc.Flush() == nil })
 			}
 			srv.handle(t, "svc.echo", echo)
 			n := scaled(20_000)
