@@ -128,7 +128,8 @@ func newServer(conn transport, inbox string, params ServerParams) (*Server, erro
 
 // Handle serves the requests on subject, which may have wildcards, with h. Each of several servers that handle the same
 // subject gets every request, and the consumer hears the first that answers; see HandleQueue. As with any subscription of NATS, requests
-// come once the NATS server knows; Conn.Flush waits for that. Errors: those of nats.Conn.Subscribe, ErrServerClosed.
+// come once the NATS server knows; Conn.Flush waits for that. Errors: those of nats.Conn.Subscribe, ErrServerClosed, also with
+// what ended the server otherwise.
 func (s *Server) Handle(subject string, h Handler) error { return s.HandleQueue(subject, "", h) }
 
 // HandleQueue is Handle as a member of a queue group: each request goes to one member.
@@ -141,7 +142,7 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) error {
 	if s.idle != nil {
 		return ErrServerClosed
 	}
-	if e := s.ep.gone.Load(); e != nil && e.err != ErrServerClosed { // the connection is gone, or takes no inbox
+	if e := s.ep.gone.Load(); e != nil { // the connection is, or the inbox is not permitted
 		return fmt.Errorf("%w: %w", ErrServerClosed, e.err)
 	}
 	unsubscribe, err := s.ep.conn.subscribe(subject, queue, func(m *nats.Msg) { s.request(m, h) })
