@@ -278,6 +278,24 @@ func TestPermissionAnswersOnly(t *testing.T) {
 	}
 }
 
+// Nor does a consumer's stream survive its reconnect where it may only answer.
+func TestPermissionAnswersOnlyConsumer(t *testing.T) {
+	p := newRestricted(t, recipe(t, "answers only"))
+	times := stream.ServerParams{KeepAlive: time.Second, ResumeTimeout: 200 * time.Millisecond}
+	srv := newService(t, p, times, user("producer")...)
+	srv.handle(t, "svc.echo", echo)
+	denied := make(refusals, 1)
+	alice := p.newClient(t, stream.ClientParams{}, user("alice", denied.option())...)
+	s := open(t, alice, "svc.echo")
+	exchange(t, s, 1)
+	if err := alice.Conn.ForceReconnect(); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.Recv()
+	denied.within(t, time.Now(), err, "_SINBOX.producer.")
+	verifyEcho(t, alice, "svc.echo", 100, 10)
+}
+
 const restrictedUsers = `
 authorization { users: [
 	{ user: producer, password: $PRODUCER_PASSWORD, permissions: {
