@@ -315,3 +315,35 @@ func TestHeaderAndTrailer(t *testing.T) {
 	}
 	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
 }
+
+// A consumer that has read everything and sent nothing may leave in any way: a handler that closed first and reads on sees
+// the end of its records, not an error.
+func TestLeaveAfterEnd(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	results := make(chan error, 1)
+	s.handle(t, "closes", func(w *stream.Writer, r *stream.Request) error {
+		closeWriter(t, w)
+		_, err := r.Recv()
+		results <- err
+		return nil
+	})
+	for name, leave := range map[string]func(s *stream.Stream, cancel func()){
+		"Close":   func(s *stream.Stream, _ func()) { _ = s.Close() },
+		"context": func(_ *stream.Stream, cancel func()) { cancel() },
+	} {
+		ctx, cancel := context.WithCancel(testContext(t))
+		st, err := p.consumer.Open(ctx, "closes", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantEOF(t, st)
+		leave(st, cancel)
+		waitFor(t, name+" to reach the handler", func() {
+			if err := <-results; err != io.EOF {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+		cancel()
+	}
+}

@@ -400,9 +400,17 @@ func (s *session) endRead(err error) {
 	s.data, s.off, s.left = nil, 0, nil
 }
 
+// leaving is the code that tells the peer that this end's user leaves.
+func (s *session) leaving() int {
+	if s.stream != nil && s.readDone.Load() && s.writer.Load() == nil {
+		return CloseNormalClosure // everything was read, and there is nothing to say
+	}
+	return CloseCanceled
+}
+
 // canceled runs when the context that the stream lives by ended.
 func (s *session) canceled() {
-	e := &ending{err: contextError(s.parent), now: true, tell: CloseError{Code: CloseCanceled}}
+	e := &ending{err: contextError(s.parent), now: true, tell: CloseError{Code: s.leaving()}}
 	if s.parent.Err() == context.DeadlineExceeded {
 		e.tell.Code = CloseDeadlineExceeded
 	}

@@ -157,11 +157,7 @@ func (st *Stream) Context() context.Context { return st.ctx }
 // Close stops the stream: calls that wait return ErrClosed, and a producer that is not done is told that the
 // consumer canceled. It is always safe to call, also after the end, and never fails.
 func (st *Stream) Close() error {
-	code := CloseCanceled
-	if s := &st.session; s.readDone.Load() && s.writer.Load() == nil {
-		code = CloseNormalClosure // everything was read, and there is nothing to say
-	}
-	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{Code: code}})
+	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{Code: st.session.leaving()}})
 	return nil
 }
 
