@@ -306,7 +306,7 @@ func (s *session) finish(e *ending) bool {
 		if s.cancel != nil {
 			s.cancel(writeError(e.err))
 		}
-		if s.stream != nil && (e.now || s.readDone.Load()) { // else the reader does
+		if s.stream != nil && e.now {
 			s.release(e.err)
 		}
 		if e.closed {

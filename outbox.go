@@ -556,8 +556,11 @@ func (o *outbox) finish(s *session, end *ending) {
 		w.cancel(writeError(end.err))
 		w.ended()
 	}
-	if s.stream == nil {
+	switch {
+	case s.stream == nil:
 		s.releaseWindow()
+	case s.readDone.Load(): // else the reader does so when it comes to the end
+		s.release(end.err)
 	}
 	closed := s.life.closed != 0 && end == o.ep.gone.Load() // everything was said
 	if end.tell.Code != 0 && s.peer != "" && !closed {

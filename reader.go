@@ -376,7 +376,7 @@ func (s *session) closed(code int, text string, half bool) error {
 	s.endRead(io.EOF)
 	s.releaseWindow()
 	s.readDone.Store(true)
-	if e := s.end.Load(); e != nil { // at the same time: whoever comes second finds the other's work
+	if e := s.end.Load(); e != nil { // the outbox was done with the stream before this; else it sees readDone
 		s.release(e.err)
 	}
 	s.markLater(workSettle)
