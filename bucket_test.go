@@ -818,7 +818,8 @@ func TestMuxNothingAfterTheEnd(t *testing.T) {
 	message := func(rec string) []byte { return appendJSONData(nil, []byte(rec)) } // 24 bytes each
 	// The outbox is kept busy, so that the stream stays registered.
 	busy, idle := make(chan struct{}), make(chan struct{})
-	conn.published = func(string, string, []byte) error { close(busy); <-idle; return nil }
+	begin := sync.OnceFunc(func() { close(busy) }) // at the end it is told that the client is closed
+	conn.published = func(string, string, []byte) error { begin(); <-idle; return nil }
 	other := &session{ep: c.ep, peer: "other"}
 	other.bucket.init(1, 1)
 	other.mark(workCredit)

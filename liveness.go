@@ -221,13 +221,19 @@ func (o *outbox) abandon(now int64) {
 			l.born = now
 		}
 		if now-s.life.born >= o.ep.times.disconnect {
-			s.finish(&ending{err: connectionLost(nats.ErrDisconnected)})
+			s.finish(disconnected())
 		}
 	}
 	o.ep.sessions.Range(func(_ string, s *session) bool { end(s); return true })
 	for _, s := range o.held { // what was never published has no token
 		end(s)
 	}
+}
+
+// disconnected is how streams end that waited for the connection for too long. The peer is told when it is there again: a
+// consumer that has not heard from its producer does not know whom to ask, and would wait for ever.
+func disconnected() *ending {
+	return &ending{err: connectionLost(nats.ErrDisconnected), tell: CloseError{CloseAbnormalClosure, "connection lost"}}
 }
 
 // check looks at a session that is due, and says when to look again.
@@ -245,8 +251,11 @@ func (o *outbox) check(s *session, now int64) {
 	if !o.up.Load() { // the other clocks stand still
 		end := max(o.down, l.born) + times.disconnect
 		if o.down != 0 && now >= end {
-			s.finish(&ending{err: connectionLost(nats.ErrDisconnected)})
+			s.finish(disconnected())
 			return
+		}
+		if s.stream == nil && s.reply == "" {
+			again = now + times.ack // probe will not find it, and its consumer waits to hear from it
 		}
 		o.schedule(s, min(again, end))
 		return

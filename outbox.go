@@ -185,6 +185,7 @@ func (o *outbox) run() {
 		}
 		if stopping {
 			o.serveHeld() // if the connection is down, nothing waits for it any longer
+			o.endRest()
 			return
 		}
 		o.park.announce()
@@ -192,6 +193,23 @@ func (o *outbox) run() {
 			o.park.wait()
 		} else {
 			o.park.retract()
+		}
+	}
+}
+
+// endRest ends the producers' streams that nobody marked since the endpoint is gone: without a token of their own, the
+// endpoint does not know them, and their consumers would wait for ever.
+func (o *outbox) endRest() {
+	gone := o.ep.gone.Load()
+	if gone == nil {
+		return
+	}
+	for _, s := range o.wheel.slots {
+		for s != nil {
+			next := s.life.next
+			s.finish(gone)
+			o.finish(s, s.end.Load())
+			s = next
 		}
 	}
 }
