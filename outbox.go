@@ -580,7 +580,7 @@ func (o *outbox) finish(s *session, end *ending) {
 	case s.readDone.Load(): // else the reader does so when it comes to the end
 		s.release(end.err)
 	}
-	closed := s.life.closed != 0 && end == o.ep.gone.Load() // everything was said
+	closed := s.life.closed != 0 && s.readDone.Load() && end == o.ep.gone.Load() // everything was said, and heard
 	if end.tell.Code != 0 && s.peer != "" && !closed {
 		if o.connected() {
 			o.tellEnd(s, end.tell)
