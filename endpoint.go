@@ -83,7 +83,7 @@ type session struct {
 	peer     string    // subject of the other end; a consumer learns it from the producer's first packet
 	request  *nats.Msg // what opens the stream, until it is published
 	held     uint32    // work that waits for the connection; not zero while in outbox.held
-	owed     bool      // credit was due before the peer's subject was known
+	owed     uint32    // work for the peer that was due before its subject was known
 	oneWay   bool      // the producer speaks the fallback and takes no records
 	finished bool
 	life     life

@@ -36,7 +36,7 @@ type life struct {
 	closed                    int64 // since when everything was sent, and waits to be acknowledged
 	asked                     int64 // when the request was published
 	pings                     int   // since the peer was heard
-	asks                      int   // since something was sent
+	asks                      int   // that were answered or may be, since something was sent
 	seen                      uint32
 
 	// Links of the wheel.
@@ -328,7 +328,9 @@ func (o *outbox) check(s *session, now int64) {
 		again = min(again, silent)
 	}
 	if ask {
-		l.asks++
+		if l.pings == 0 { // what was not answered says nothing about the reader
+			l.asks++
+		}
 		o.ping(s)
 		again = min(now+times.keepAlive, now+times.ack)
 	}

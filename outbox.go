@@ -267,9 +267,9 @@ func (o *outbox) learn(s *session, peer string) {
 	if first {
 		o.bind(s)
 	}
-	if s.owed {
-		s.owed = false
-		s.mark(workCredit)
+	if s.owed != 0 {
+		s.mark(s.owed)
+		s.owed = 0
 	}
 	if end := s.end.Load(); s.finished && end.tell.Code != 0 { // the mux took the packet just before the end
 		s.finished = false
@@ -522,8 +522,12 @@ func (o *outbox) tellCredit(s *session, flags FrameFlags) {
 	switch {
 	case s.oneWay || s.writer.Load() != nil && s.writer.Load().json:
 	case s.peer == "":
-		s.owed = true                                           // the reader, or the mark of the mux, was faster than the subject on the inbound ring
-		if l := &s.life; flags&FlagGap != 0 && l.suspect == 0 { // or the subject is missing as well
+		s.owed |= workCredit // the reader, or the mark of the mux, was faster than the subject on the inbound ring
+		if flags&FlagGap == 0 {
+			break
+		}
+		s.owed |= workGap
+		if l := &s.life; l.suspect == 0 { // or the subject is missing as well
 			l.suspect = o.ep.now()
 			o.schedule(s, l.suspect+o.ep.times.resume)
 		}

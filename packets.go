@@ -255,7 +255,8 @@ func (w *Writer) publishAgain(o *outbox) (more bool) {
 		return false
 	}
 	o.ep.counters.resent.Add(1)
-	w.session.life.sent = o.ep.clock.Load()
+	l := &w.session.life
+	l.sent, l.asks = o.ep.clock.Load(), 0 // it may be lost again, and is as soon overdue as when it was new
 	q.cursor++
 	return true
 }
