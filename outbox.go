@@ -1,6 +1,8 @@
 package stream
 
 import (
+	"context"
+	"fmt"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -396,7 +398,13 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 					return nil
 				}
 			}
-			s.finish(&ending{err: e})
+			end := &ending{err: e}
+			if s.stream != nil && e.Code == CloseDeadlineExceeded {
+				if _, ok := s.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
+					end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
+				}
+			}
+			s.finish(end)
 			return nil
 		}
 	}

@@ -238,7 +238,11 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 			return err
 		}
 		if err != nil {
-			// Half a record was sent and cannot be taken back, nor can another one follow it.
+			// Half a record was sent and cannot be taken back, nor can another one follow it. Where the context ended,
+			// that is what the peer is to hear; its own callback may come second.
+			if w.session.parent.Err() != nil {
+				w.session.canceled()
+			}
 			w.session.finish(&ending{err: err, tell: CloseError{Code: CloseInternalServerErr, Text: "record cut off"}})
 			return err
 		}
