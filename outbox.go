@@ -391,12 +391,9 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			if s.stream != nil && h.Sender == s.sender {
 				e = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
 			}
-			if s.stream == nil && s.bucket.ring.Pushed() == 0 { // it never wrote: has it read everything?
-				knows, all := s.writer.Load().settled, s.life.closed != 0 && f.Code == CloseNormalClosure
-				if knows && (h.Sender == s.sender || f.Code == CloseNormalClosure) || all {
-					s.finish(&ending{err: io.EOF})
-					return nil
-				}
+			if w := s.writer.Load(); s.stream == nil && w.half && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
+				s.finish(&ending{err: io.EOF}) // it has read CLOSE, never wrote, and leaves
+				return nil
 			}
 			end := &ending{err: e}
 			if s.stream != nil && e.Code == CloseDeadlineExceeded {
