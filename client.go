@@ -26,8 +26,9 @@ type ClientParams struct {
 	// 4 MiB by default. A stream begins with at most 256 KiB and grows when it is used up. One packet may exceed it.
 	Window int
 	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Windows grow within an eighth
-	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. Fallback peers, and
-	// records that are being put together from pieces, are not in it.
+	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. Records that are being put
+	// together from pieces are in it, and where there is no room for one its stream ends with CloseTryAgainLater. Fallback
+	// peers are not in it.
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
 	MaxRecordSize int

@@ -6,7 +6,7 @@ import "sync/atomic"
 // reason; none of these drops loses a record of a stream without an error on that stream.
 type Stats struct {
 	Streams  int   // streams and writers that the peer can reach now
-	Reserved int64 // bytes of all windows granted now: the most that peers may send unread
+	Reserved int64 // bytes of all windows granted now, the most that peers may send unread, and of records being put together
 
 	PacketsSent uint64 // packets and fallback messages published
 	BytesSent   uint64 // their bytes
