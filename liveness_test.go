@@ -93,18 +93,29 @@ func TestHourOfSilence(t *testing.T) {
 		if n := runtime.NumGoroutine() - before - streams; n > 10 { // one each is the handler's
 			t.Errorf("%d goroutines beside the handlers'", n)
 		}
+		pings := 0
+		m.bus.setFilter(func(_, _ *memoryConn, msg *nats.Msg) bool {
+			if isFrame(msg.Data, FramePing) {
+				pings++
+			}
+			return true
+		})
 		m.conn.published()
 		m.back.published()
 		time.Sleep(time.Hour)
 		synctest.Wait()
+		m.bus.setFilter(nil)
 		sent, control := m.conn.published()
 		back, backControl := m.back.published()
 		if sent != control || back != backControl {
 			t.Errorf("%d and %d messages, of which %d and %d are control packets", sent, back, control, backControl)
 		}
-		// A question and an answer each time.
-		if most := 2 * streams * int(time.Hour/(defaultKeepAlive*8/10)); sent+back > most {
-			t.Errorf("%d control packets, want at most %d", sent+back, most)
+		// A question and an answer each time, and one end's question spares the other its own.
+		if most := streams * int(time.Hour/(defaultKeepAlive*9/10)); pings > most || sent+back != 2*pings {
+			t.Errorf("%d PINGs in %d control packets, want at most %d and an answer to each", pings, sent+back, most)
+		}
+		if least := streams * int(time.Hour/(defaultKeepAlive*11/10)); pings < least {
+			t.Errorf("%d PINGs: %d would have been needed", pings, least)
 		}
 		for _, s := range all {
 			if err := s.CloseSend(); err != nil {

@@ -1,0 +1,189 @@
+package stream
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"runtime"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// What a large record takes while its pieces come is in the endpoint's budget: where there is no room the stream ends, and
+// the bytes are given back in any case.
+func TestReassemblyIsBudgeted(t *testing.T) {
+	const size, budget = 3 << 20, 8 << 20
+	for _, left := range []bool{false, true} { // the consumer leaves in mid-record
+		synctest.Test(t, func(t *testing.T) {
+			m := memoryTest(t, ClientParams{MaxBuffered: budget})
+			m.handle(t, "large", func(w *Writer, _ *Request) error {
+				_, err := w.Write(bytes.Repeat([]byte("x"), size))
+				return err
+			})
+			type result struct {
+				n   int
+				err error
+			}
+			results := make(chan result, 2)
+			recv := func(s *Stream) {
+				rec, err := s.Recv()
+				results <- result{len(rec), err}
+			}
+			packets := 0 // of the first stream; most of its record arrives, the rest has to wait
+			m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+				if from == m.back && isSequenced(msg.Data) {
+					packets++
+				}
+				return packets <= 9
+			})
+			first := m.open(t, "large")
+			go recv(first)
+			synctest.Wait()
+			windows := first.session.window.Load()
+			if held := m.client.ep.reserved.Load() - windows; held < 9*initialWindow || held > budget {
+				t.Errorf("%d bytes are reserved for the record, of which %d have arrived", held, 9*initialWindow)
+			}
+			m.bus.setFilter(func(_, _ *memoryConn, msg *nats.Msg) bool {
+				return !strings.HasPrefix(msg.Subject, first.session.reply)
+			})
+			second := m.open(t, "large")
+			go recv(second)
+			synctest.Wait()
+			if r := <-results; !errors.Is(r.err, &CloseError{Code: CloseTryAgainLater}) {
+				t.Errorf("a second record: %d bytes, %v; want close 1013", r.n, r.err)
+			}
+			m.bus.setFilter(nil)
+			if left {
+				_ = first.Close()
+			}
+			switch r := <-results; {
+			case left && !errors.Is(r.err, ErrClosed):
+				t.Errorf("after Close: %v", r.err)
+			case !left && (r.n != size || r.err != nil):
+				t.Errorf("the first record: %d bytes, %v", r.n, r.err)
+			}
+			if !left {
+				if _, err := first.Recv(); err != io.EOF {
+					t.Error(err)
+				}
+			}
+			time.Sleep(time.Minute)
+			m.nothingLeft(t)
+		})
+	}
+}
+
+// A record larger than MaxRecordSize ends the stream before memory is taken for what is too much of it.
+func TestTooBigTakesNoMemory(t *testing.T) {
+	const max, slack = 100_000, 20_000
+	frame := func(n int, flags FrameFlags) Frame {
+		return Frame{Type: FrameData, Flags: flags, Payload: make([]byte, n)}
+	}
+	for name, c := range map[string]struct {
+		frames []Frame
+		most   uint64 // bytes
+	}{
+		"one frame":          {[]Frame{frame(max+1, 0)}, 0},
+		"first piece":        {[]Frame{frame(max+1, FlagMore)}, 0},
+		"second piece":       {[]Frame{frame(60_000, FlagMore), frame(60_000, FlagMore)}, 60_000},
+		"last piece":         {[]Frame{frame(60_000, FlagMore), frame(60_000, 0)}, 60_000},
+		"pieces without end": {[]Frame{frame(30_000, FlagMore), frame(30_000, FlagMore), frame(30_000, FlagMore), frame(30_000, FlagMore)}, 30_000 + 60_000 + max},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{MaxRecordSize: max})
+				stop, err := m.back.subscribe("raw", "", func(*nats.Msg) {})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer stop()
+				s := m.open(t, "raw")
+				synctest.Wait()
+				for i, f := range c.frames {
+					packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7, Seq: uint32(i)}, f)
+					if err := m.back.publish(s.session.reply, "", packet); err != nil {
+						t.Fatal(err)
+					}
+				}
+				synctest.Wait()
+				var before, after runtime.MemStats
+				runtime.ReadMemStats(&before)
+				_, err = s.Recv()
+				runtime.ReadMemStats(&after)
+				if !errors.Is(err, &CloseError{Code: CloseMessageTooBig}) {
+					t.Errorf("%v, want close 1009", err)
+				}
+				if n := after.TotalAlloc - before.TotalAlloc; n > c.most+slack {
+					t.Errorf("%d bytes were allocated, want at most %d", n, c.most+slack)
+				}
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// A large record of one stream does not hold up small ones of another: its pieces and their packets take turns.
+func TestLargeAndSmallTakeTurns(t *testing.T) {
+	const piece = 16 << 10
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		release := make(chan struct{})
+		send := func(size int) Handler {
+			return func(w *Writer, _ *Request) error {
+				if _, err := w.Write(nil); err != nil { // the consumer is bound
+					return err
+				}
+				<-release
+				for range max(1, 600_000/size) {
+					if _, err := w.Write(make([]byte, size)); err != nil {
+						return err
+					}
+				}
+				return nil
+			}
+		}
+		m.handle(t, "large", send(1<<20))
+		m.handle(t, "small", send(1000))
+		large, small := m.open(t, "large"), m.open(t, "small")
+		synctest.Wait()
+		// While the connection is down both fill their credit. All is sent when it comes back, by one goroutine: in which
+		// order depends on nothing else.
+		m.back.set(nats.RECONNECTING)
+		synctest.Wait()
+		m.server.ep.maxPayload.Store(piece) // so that many pieces fit the credit
+		close(release)
+		synctest.Wait()
+		var order strings.Builder
+		m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+			if from == m.back && isSequenced(msg.Data) {
+				order.WriteString(map[string]string{large.session.reply: "L", small.session.reply: "s"}[msg.Subject])
+			}
+			return true
+		})
+		m.back.set(nats.CONNECTED)
+		synctest.Wait()
+		m.bus.setFilter(nil)
+		got := order.String()
+		n := min(strings.Count(got, "L"), strings.Count(got, "s"))
+		if n < initialWindow/piece-1 {
+			t.Fatalf("packets went in the order %s: too few to tell", got)
+		}
+		// At the beginning a session may be queued and wait for the connection at the same time: it has two turns once.
+		turns := got[:2*(n-1)]
+		if doubles := strings.Count(turns, "LL") + strings.Count(turns, "ss"); doubles > 2 || strings.Contains(turns, "LLL") || strings.Contains(turns, "sss") {
+			t.Errorf("packets went in the order %s", got)
+		}
+		for _, s := range []*Stream{large, small} {
+			for _, err := range s.All() {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		m.nothingLeft(t)
+	})
+}
