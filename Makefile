@@ -31,6 +31,7 @@ race: ## Run all tests under the race detector (needs a C compiler)
 
 faults: ## Run the tests under faults of networks and servers as often as a release needs
 	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) ./faults
+	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) -run '^TestModel$$' .
 
 soak: ## Open, use and close a million streams, in turn and 64 at a time (a few minutes)
 	STREAM_SOAK=1 $(GO) test -v -run '^TestSoak(Sequential|Concurrent)$$' -timeout=30m .
