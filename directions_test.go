@@ -271,6 +271,46 @@ func TestHandlerClosesFirst(t *testing.T) {
 	}
 }
 
+// A handler that is still at work when both directions have ended normally is not stopped: its context ends when it returns.
+func TestHandlerAtWorkAfterTheEnd(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{KeepAlive: 100 * time.Millisecond, ResumeTimeout: 100 * time.Millisecond})
+	finished := make(chan struct{})
+	result := make(chan error, 1)
+	s.handle(t, "work", func(w *stream.Writer, r *stream.Request) error {
+		if err := w.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		<-finished
+		time.Sleep(time.Second) // long enough for the consumer to be asked, which has forgotten the stream
+		result <- r.Context().Err()
+		if rec, err := r.Recv(); string(rec) != "one" || err != nil {
+			t.Errorf("Recv: %q, %v", rec, err)
+		}
+		if _, err := r.Recv(); err != io.EOF {
+			t.Errorf("Recv: %v, want io.EOF", err)
+		}
+		result <- r.Context().Err()
+		return nil
+	})
+	st := open(t, p.consumer, "work")
+	if _, err := st.Write([]byte("one")); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	wantEOF(t, st)
+	waitFor(t, "the consumer's end", func() { <-st.Context().Done() })
+	close(finished)
+	for _, when := range []string{"before it read", "after it read"} {
+		if err := <-result; err != nil {
+			t.Errorf("the handler's context %s what came: %v", when, err)
+		}
+	}
+	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
+}
+
 // Headers come before the first record, trailers with the end.
 func TestHeaderAndTrailer(t *testing.T) {
 	p := newPair(t)

@@ -104,6 +104,7 @@ type ending struct {
 	tell CloseError // the RESET that tells the peer; code 0 where it knows
 
 	closed bool // by the peer's CLOSE, which was read
+	quiet  bool // a handler that is still at work is not to be stopped by it: what it sent was received
 }
 
 // inboxPrefix starts every reply subject unless the connection has an inbox prefix of its own.
@@ -303,7 +304,7 @@ func (s *session) finish(e *ending) bool {
 		if w := s.writer.Load(); w != nil {
 			w.cancel(writeError(e.err))
 		}
-		if s.cancel != nil {
+		if s.cancel != nil && !e.quiet {
 			s.cancel(writeError(e.err))
 		}
 		if s.stream != nil && e.now {

@@ -61,18 +61,6 @@ func TestModel(t *testing.T) {
 	})
 }
 
-// writesAfterEOF is what the model says of a consumer that wrote nothing before it read io.EOF from a handler which goes
-// on reading: whether its writes succeed, fail with ErrClosed, or may do either.
-const writesAfterEOF = either
-
-type permission int
-
-const (
-	never permission = iota
-	always
-	either
-)
-
 var modelParams = ClientParams{
 	MaxRecordSize: 1 << 20, KeepAlive: 2 * time.Second, AckTimeout: 200 * time.Millisecond,
 	ResumeTimeout: 2 * time.Second, DisconnectTimeout: 5 * time.Second,
@@ -594,7 +582,6 @@ func (e *modelEnd) write(n, size int) {
 	for range n {
 		r.mu.Lock()
 		i, closed := len(e.sent), e.shut
-		late := e.side == consumerSide && e.result == io.EOF && !e.inUse
 		e.sent = append(e.sent, size)
 		r.mu.Unlock()
 		p := e.record(i, size)
@@ -610,8 +597,6 @@ func (e *modelEnd) write(n, size int) {
 		switch {
 		case err == nil && closed:
 			r.failf("%s: Write succeeded after the direction was closed", e.name())
-		case err == nil && late && writesAfterEOF == never:
-			r.failf("%s: the first Write succeeded after Recv had returned io.EOF", e.name())
 		case err == nil && size > modelParams.MaxRecordSize:
 			r.failf("%s: Write of %d bytes succeeded", e.name(), size)
 		}
@@ -750,7 +735,7 @@ func (e *modelEnd) allowedLocked(err error, write bool) string {
 		return ""
 	case errors.Is(err, ErrClosed) && e.side == consumerSide && s.closed != 0:
 		return ""
-	case errors.Is(err, ErrClosed) && write && e.side == consumerSide && over && handler.code == CloseNormalClosure && (writesAfterEOF != always || s.returned):
+	case errors.Is(err, ErrClosed) && write && e.side == consumerSide && over && handler.code == CloseNormalClosure && s.returned:
 		return ""
 	case errors.Is(err, ErrClosed):
 		return "nobody closed it"

@@ -391,11 +391,14 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			if s.stream != nil && h.Sender == s.sender {
 				e = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
 			}
-			if w := s.writer.Load(); s.stream == nil && w.half && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
-				s.finish(&ending{err: io.EOF}) // it has read CLOSE, never wrote, and leaves
+			w := s.writer.Load()
+			closed := s.stream == nil && (w.settled || s.life.closed != 0)
+			if closed && w.half && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
+				s.finish(&ending{err: io.EOF, quiet: true}) // it has read CLOSE, never wrote, and leaves
 				return nil
 			}
-			end := &ending{err: e}
+			// A consumer that forgot the stream may have done so because it is done.
+			end := &ending{err: e, quiet: closed && h.Sender == s.sender}
 			if s.stream != nil && e.Code == CloseDeadlineExceeded {
 				if _, ok := s.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
 					end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
@@ -557,7 +560,7 @@ func (o *outbox) settle(s *session) {
 	if s.finished || w == nil || !w.settled && !s.oneWay {
 		return
 	}
-	e := &ending{err: io.EOF}
+	e := &ending{err: io.EOF, quiet: true}
 	switch {
 	case s.readDone.Load():
 	case !s.returned.Load():
