@@ -331,6 +331,9 @@ func (o *outbox) check(s *session, now int64) {
 		if l.pings == 0 { // what was not answered says nothing about the reader
 			l.asks++
 		}
+		if w != nil {
+			w.sent.unanswered()
+		}
 		o.ping(s)
 		again = min(now+times.keepAlive, now+times.ack)
 	}

@@ -413,10 +413,21 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 
 // credit takes what the peer acknowledged, granted and misses.
 func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
+	before := w.sent.acked
 	if err := w.credit(c); err != nil {
 		return err
 	}
-	s := w.session
+	s, q := w.session, &w.sent
+	if n := q.acked - before; n != 0 {
+		s.life.asks = 0
+		if s.life.closed != 0 { // a peer that gets there bit by bit is not given up
+			s.life.closed = o.ep.now()
+		}
+		if q.limit != 0 {
+			q.arrived(n)
+			s.mark(workPackets)
+		}
+	}
 	switch {
 	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.ack/2):
 		s.mark(workPackets)

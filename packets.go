@@ -177,7 +177,13 @@ func (w *Writer) bind(subject string) {
 // publishNext publishes the next packet and reports whether there may be another. Called by the outbox alone.
 func (w *Writer) publishNext(o *outbox) (more bool) {
 	s := w.session
-	if q := &w.sent; q.cursor != q.next {
+	if q := &w.sent; q.limit != 0 && q.cursor-q.acked >= q.limit {
+		if !q.pinged { // the answer lets the next ones go
+			q.pinged = true
+			o.ping(s)
+		}
+		return false
+	} else if q.cursor != q.next {
 		return w.publishAgain(o)
 	}
 	retry := w.sent.failed != nil
@@ -337,6 +343,13 @@ type sentPackets struct {
 
 	againFrom uint32 // what was asked for last, and when
 	againAt   int64
+
+	// After a loss at most limit packets are on their way at once; 0 is no limit. What is lost together was most often
+	// too much at once for a server or a connection between the ends, and would be again.
+	limit  uint32
+	lossy  uint32 // how much was on its way at the last loss
+	grown  uint32 // acknowledged since limit changed
+	pinged bool   // for what is on its way
 }
 
 // again sees to it that everything from seq on is published again, and reports whether there is anything. A peer that
@@ -348,8 +361,39 @@ func (q *sentPackets) again(seq uint32, now, patience int64) bool {
 	if q.againAt != 0 && q.againFrom == seq && now-q.againAt < patience {
 		return false
 	}
+	if seq == q.cursor {
+		return true // what was sent again has arrived, and the rest is about to be
+	}
+	q.lossy = q.cursor - q.acked
+	q.limit, q.grown, q.pinged = max(1, q.lossy/2), 0, false
 	q.cursor, q.againFrom, q.againAt = seq, seq, now
 	return true
+}
+
+// arrived lets more be on its way when n packets were acknowledged: an eighth more, at least one, each time that as many as
+// are allowed arrived, until there is no need for a limit. It takes its time where the last loss was.
+func (q *sentPackets) arrived(n uint32) {
+	q.pinged = false
+	more, enough := 1+q.limit/8, q.limit
+	if q.limit+more >= q.lossy {
+		enough *= 16
+	}
+	if q.grown += n; q.grown < enough {
+		return
+	}
+	q.grown = 0
+	if q.limit += more; q.limit >= maxPackets {
+		q.limit = 0
+	}
+}
+
+// unanswered lets a little less be on its way: the question behind it was lost, so it did not all get through.
+func (q *sentPackets) unanswered() {
+	if q.pinged && q.limit > 1 {
+		q.lossy = q.limit
+		q.limit--
+		q.grown = 0
+	}
 }
 
 func (q *sentPackets) push(p *packet) {

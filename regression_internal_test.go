@@ -610,3 +610,51 @@ func TestCreditDueBeforePeerIsKnown(t *testing.T) {
 		return false
 	})
 }
+
+// TestLimitAfterLoss: after a loss half as much may be on its way, less when that is lost too, and more again as it arrives.
+func TestLimitAfterLoss(t *testing.T) {
+	q := &sentPackets{next: 100, cursor: 100}
+	arrive := func(n uint32) {
+		q.acked += n
+		q.arrived(n)
+	}
+	now := int64(1)
+	lose := func(want uint32) {
+		t.Helper()
+		if !q.again(q.acked, now, 1) || q.limit != want {
+			t.Errorf("limit %d, want %d", q.limit, want)
+		}
+		if q.cursor != q.acked {
+			t.Errorf("goes on with %d, want %d", q.cursor, q.acked)
+		}
+		now += 10
+	}
+	lose(50)
+	q.cursor += 50
+	lose(25)
+	q.cursor++
+	lose(1)
+	if q.again(q.acked, now-10, 1) {
+		t.Log("nothing was sent since") // heard, and harmless
+	}
+	if q.limit != 1 {
+		t.Errorf("limit %d after a request for what is about to be sent, want 1", q.limit)
+	}
+	q.next, q.cursor = 1<<20, 1<<20
+	for q.limit != 0 && q.acked < 1<<19 {
+		before := q.limit
+		arrive(q.limit)
+		if q.limit != 0 && q.limit < before {
+			t.Fatalf("limit went from %d to %d", before, q.limit)
+		}
+	}
+	if q.limit != 0 {
+		t.Errorf("limit is still %d after %d packets", q.limit, q.acked)
+	}
+	q.limit, q.pinged = 2, true
+	q.unanswered()
+	q.unanswered()
+	if q.limit != 1 {
+		t.Errorf("limit %d after two questions without answer, want 1", q.limit)
+	}
+}
