@@ -1226,4 +1226,5 @@ func TestReconnectUnderLoad(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	verifyIdle(t, p.producer) // before the last server ends, or what is on its way waits for DisconnectTimeout
 }
