@@ -1,24 +1,45 @@
 package faults
 
 import (
-	"math/rand/v2"
+	"context"
+	"errors"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
 	"github.com/natsstream/stream/streamtest"
 )
 
-// TestServerKilled kills the NATS server and starts it again.
+// TestServerKilled kills the NATS server and starts it again: streams go on within a second.
 func TestServerKilled(t *testing.T) {
 	p := streamtest.RunProcess(t)
 	for range runs(5, 100) {
-		run(t, p.URL(), p.URL(), 1500, time.Millisecond, func() {
-			time.Sleep(30 * time.Millisecond)
+		trial{server: p.URL(), client: p.URL(), goesOn: time.Second, fault: func(*rig) {
 			p.Kill()
 			time.Sleep(200 * time.Millisecond)
 			if err := p.Restart(); err != nil {
 				t.Error(err)
+			}
+		}}.run(t)
+	}
+}
+
+// TestServerStopped ends the NATS server in the two orderly ways and starts it again.
+func TestServerStopped(t *testing.T) {
+	p := streamtest.RunProcess(t)
+	for name, stop := range map[string]func() error{
+		"shutdown":  func() error { p.Stop(); return nil },
+		"lame duck": func() error { err := p.LameDuck(); p.Wait(); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			for range runs(3, 50) {
+				trial{server: p.URL(), client: p.URL(), fault: func(*rig) {
+					if err := errors.Join(stop(), p.Restart()); err != nil {
+						t.Error(err)
+					}
+				}}.run(t)
 			}
 		})
 	}
@@ -28,37 +49,47 @@ func TestServerKilled(t *testing.T) {
 func TestConnectionReset(t *testing.T) {
 	srv := streamtest.Run(t)
 	a, b := streamtest.RunProxy(t, srv.URL()), streamtest.RunProxy(t, srv.URL())
-	for i := range runs(5, 100) {
-		run(t, a.URL(), b.URL(), 1500, time.Millisecond, func() {
-			time.Sleep(30 * time.Millisecond)
-			[]*streamtest.Proxy{a, b}[i%2].Reset()
+	for name, proxy := range map[string]*streamtest.Proxy{"producer": a, "consumer": b} {
+		t.Run(name, func(t *testing.T) {
+			for range runs(5, 100) {
+				trial{server: a.URL(), client: b.URL(), fault: func(*rig) {
+					time.Sleep(20 * time.Millisecond)
+					proxy.Reset()
+				}}.run(t)
+			}
 		})
 	}
 }
 
-// TestPackets drops, duplicates and reorders packets on their way to the server.
-func TestPackets(t *testing.T) {
+// hasty is for trials in which a peer goes without a word.
+var hasty = stream.ClientParams{KeepAlive: 500 * time.Millisecond, AckTimeout: 50 * time.Millisecond, ResumeTimeout: 500 * time.Millisecond}
+
+// TestConnectionEnded closes or drains the connection of one side under open streams. All of them end with an error.
+func TestConnectionEnded(t *testing.T) {
 	srv := streamtest.Run(t)
-	for name, rule := range map[string]func(*rand.Rand) streamtest.Rule{
-		"drop":      func(r *rand.Rand) streamtest.Rule { return streamtest.Drop(0.01+0.19*r.Float64(), r) },
-		"duplicate": func(r *rand.Rand) streamtest.Rule { return streamtest.Duplicate(0.01+0.19*r.Float64(), r) },
-		"reorder":   func(r *rand.Rand) streamtest.Rule { return streamtest.Reorder(0.1, 1+r.IntN(64), r) },
+	for name, end := range map[string]func(*rig) error{
+		"producer closes": func(r *rig) error { r.sc.Close(); return nil },
+		"consumer closes": func(r *rig) error { r.cc.Close(); return nil },
+		"producer drains": func(r *rig) error { return r.sc.Drain() },
+		"consumer drains": func(r *rig) error { return r.cc.Drain() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			for i := range runs(20, 1000) {
-				rng := rand.New(rand.NewPCG(uint64(i), 1))
-				only := func(m *streamtest.Message) bool {
-					return m.Dir == streamtest.ToServer && len(m.Data) > 0 && m.Data[0] == stream.PacketMagic
-				}
-				ic, err := streamtest.StartInterceptor(srv.URL(), streamtest.Only(only, rule(rng)))
-				if err != nil {
-					t.Fatal(err)
-				}
-				run(t, ic.URL(), ic.URL(), 300, 0, func() {})
-				ic.Close()
-				if t.Failed() {
-					t.Fatalf("in run %d", i)
-				}
+			for range runs(5, 100) {
+				trial{server: srv.URL(), client: srv.URL(), times: hasty, ends: hasty.KeepAlive + hasty.ResumeTimeout + slack,
+					named: func(err error) bool {
+						return isCode(stream.CloseAbnormalClosure, stream.CloseGoingAway)(err) || errors.Is(err, nats.ErrConnectionClosed)
+					},
+					fault: func(r *rig) {
+						if err := end(r); err != nil {
+							t.Error(err)
+						}
+						s, err := r.cl.Open(context.Background(), "echo", nil) // one that comes too late
+						if err == nil {
+							_, err = s.Recv()
+							s.Close()
+						}
+						r.check("a late stream", err)
+					}}.run(t)
 			}
 		})
 	}

@@ -1,13 +1,18 @@
 package faults
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
+	"runtime"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -17,11 +22,25 @@ import (
 	"github.com/natsstream/stream"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if role := os.Getenv(peerEnv); role != "" { // a process to be killed, see process_test.go
+		os.Exit(peer(role, os.Getenv(peerURL)))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const (
-	flows    = 3 // streams of each kind
+	// patience is how long a test waits for what must happen but has no time of its own.
 	patience = 20 * time.Second
+	// noise is what is added to each time that is measured. Tests of other packages share the processors: on two of them a
+	// goroutine that is ready waits in Go's queue, at 10 ms a turn, for a dozen others, and then for the processor itself.
+	noise = 250 * time.Millisecond
+	// overrun is how long a call may go on after its context ended.
+	overrun = 50*time.Millisecond + noise
+	// settled is how long it may take until everything is given back.
+	settled = time.Second + noise
+	// slack is what may be added to the library's own times.
+	slack = 250*time.Millisecond + noise
 )
 
 // runs is how often a fault is tried.
@@ -35,139 +54,457 @@ func runs(reduced, full int) int {
 	return reduced
 }
 
-// rig is a server and a client of the library, each on a connection of its own.
-type rig struct {
-	server *stream.Server
-	client *stream.Client
-}
-
 func connect(t *testing.T, url string) *nats.Conn {
 	t.Helper()
-	nc, err := nats.Connect(url, nats.DontRandomize(), nats.IgnoreDiscoveredServers(), nats.MaxReconnects(-1),
-		nats.ReconnectWait(50*time.Millisecond), nats.ReconnectJitter(0, 0))
+	nc, err := dial(url)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return nc
 }
 
-// run sends n numbered records on each stream, calls fault in mid-stream, and checks that everything arrived once and in
-// order and that nothing is left.
-func run(t *testing.T, serverURL, clientURL string, n int, pace time.Duration, fault func()) {
+func dial(url string) (*nats.Conn, error) {
+	return nats.Connect(url, nats.DontRandomize(), nats.IgnoreDiscoveredServers(), nats.MaxReconnects(-1),
+		nats.ReconnectWait(50*time.Millisecond), nats.ReconnectJitter(0, 0))
+}
+
+// A trial is one run of a fault: a server and a client of the library, each on a connection of its own, and streams
+// between them while the fault happens.
+type trial struct {
+	server, client string              // URLs
+	records        int                 // of each stream; 0: as many as it takes until the fault is over
+	large          bool                // records of up to 32 KiB instead of 1 KiB
+	streams        int                 // of each kind; 2 by default
+	times          stream.ClientParams // only the times are used
+	goesOn         time.Duration       // how long after the fault each stream must have gone on; patience by default
+	calm           bool                // no calls whose contexts end meanwhile
+
+	// ends, if set, says that the fault ends all streams: at this time after it began at the latest, with an error for
+	// which named is true. Otherwise all must come to their normal end.
+	ends  time.Duration
+	named func(error) bool
+
+	fault func(*rig)
+}
+
+// run runs the trial and checks that no goroutine is left.
+func (x trial) run(t *testing.T) {
 	t.Helper()
-	sc, cc := connect(t, serverURL), connect(t, clientURL)
-	defer sc.Close()
-	defer cc.Close()
-	const ack = 50 * time.Millisecond
-	server, err := stream.NewServer(stream.ServerParams{Conn: sc, AckTimeout: ack})
+	leakless(t, func() { x.one(t) })
+}
+
+// leakless fails the test unless there are as many goroutines as before within the time after f.
+func leakless(t *testing.T, f func()) {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	f()
+	if !within(settled, func() bool { return runtime.NumGoroutine() <= before }) {
+		buf := make([]byte, 1<<20)
+		t.Errorf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+	}
+}
+
+// within reports whether ok becomes true in time.
+func within(d time.Duration, ok func() bool) bool {
+	for end := time.Now().Add(d); ; time.Sleep(2 * time.Millisecond) {
+		if ok() {
+			return true
+		}
+		if time.Now().After(end) {
+			return false
+		}
+	}
+}
+
+// rig is what a trial runs on.
+type rig struct {
+	trial
+	t        *testing.T
+	sc, cc   *nats.Conn
+	srv      *stream.Server
+	cl       *stream.Client
+	flows    []*flow
+	stop     chan struct{} // the fault is over
+	handlers atomic.Int64  // that run
+}
+
+// flow is one stream of numbered records.
+type flow struct {
+	rig     *rig
+	i       int
+	subject string
+	pace    time.Duration
+	got     atomic.Int64 // records that arrived
+	sent    atomic.Int64 // records in all; -1 while that is open
+	done    atomic.Bool
+	began   time.Time // of the fault
+}
+
+// one runs the trial.
+func (x trial) one(t *testing.T) {
+	t.Helper()
+	if x.streams == 0 {
+		x.streams = 2
+	}
+	if x.goesOn == 0 {
+		x.goesOn = patience
+	}
+	if x.times.AckTimeout == 0 {
+		x.times.AckTimeout = 50 * time.Millisecond
+	}
+	r := &rig{trial: x, t: t, stop: make(chan struct{})}
+	var err error
+	if r.sc, err = dial(x.server); err != nil {
+		t.Error(err)
+		return
+	}
+	defer r.sc.Close()
+	if r.cc, err = dial(x.client); err != nil {
+		t.Error(err)
+		return
+	}
+	defer r.cc.Close()
+	p := x.times
+	p.Conn = r.cc
+	if r.cl, err = stream.NewClient(p); err != nil {
+		t.Error(err)
+		return
+	}
+	defer r.cl.Close()
+	r.srv, err = stream.NewServer(stream.ServerParams{Conn: r.sc, KeepAlive: p.KeepAlive, AckTimeout: p.AckTimeout,
+		ResumeTimeout: p.ResumeTimeout, DisconnectTimeout: p.DisconnectTimeout})
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
+		return
 	}
-	defer server.Close()
-	client, err := stream.NewClient(stream.ClientParams{Conn: cc, AckTimeout: ack})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	r := &rig{server, client}
-	if err := errors.Join(
-		server.Handle("down", func(w *stream.Writer, _ *stream.Request) error { return send(w, n, pace) }),
-		server.Handle("echo", func(w *stream.Writer, q *stream.Request) error {
-			for rec, err := range q.All() {
-				if err != nil {
-					return err
-				}
-				if _, err := w.Write(rec); err != nil {
-					return err
-				}
-			}
-			return nil
-		}), sc.FlushTimeout(patience)); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer r.srv.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
-	for { // interest takes its time to another node
-		err := r.flow(ctx, "echo", 1, 0)
-		if err == nil {
-			break
+	if err := r.serve(ctx); err != nil {
+		t.Error(err)
+		return
+	}
+
+	var streams, calls sync.WaitGroup
+	for i := range 2 * x.streams {
+		f := r.flows[i]
+		streams.Go(func() { f.run(ctx) })
+	}
+	within(patience, func() bool { return r.all(func(f *flow) bool { return f.done.Load() || f.got.Load() > 0 }) })
+	if !x.calm {
+		for range 2 {
+			calls.Go(func() { r.impatient(ctx) })
+		}
+	}
+	began := time.Now()
+	for _, f := range r.flows {
+		f.began = began
+	}
+	x.fault(r)
+	if x.ends == 0 {
+		r.goOn()
+	}
+	close(r.stop)
+	streams.Wait()
+	calls.Wait()
+	r.idle()
+}
+
+func (r *rig) all(ok func(*flow) bool) bool {
+	for _, f := range r.flows {
+		if !ok(f) {
+			return false
+		}
+	}
+	return true
+}
+
+// goOn fails the test unless every stream goes on in time.
+func (r *rig) goOn() {
+	before := make([]int64, len(r.flows))
+	for i, f := range r.flows {
+		before[i] = f.got.Load()
+	}
+	if !within(r.goesOn+noise, func() bool {
+		return r.all(func(f *flow) bool { return f.done.Load() || f.got.Load() > before[f.i] })
+	}) {
+		for i, f := range r.flows {
+			if !f.done.Load() && f.got.Load() == before[i] {
+				r.t.Errorf("%s stands still %v after the fault, at record %d", f.subject, r.goesOn+noise, before[i])
+			}
+		}
+	}
+}
+
+// serve starts the handlers and returns when requests reach them.
+func (r *rig) serve(ctx context.Context) error {
+	for i := range 2 * r.streams {
+		f := &flow{rig: r, i: i, subject: [...]string{"down", "echo"}[i%2]}
+		if i%4 < 2 { // the others send as fast as they can
+			f.pace = time.Millisecond
+		}
+		f.sent.Store(-1)
+		r.flows = append(r.flows, f)
+	}
+	handle := func(subject string, h stream.Handler) error {
+		return r.srv.Handle(subject, func(w *stream.Writer, q *stream.Request) error {
+			r.handlers.Add(1)
+			defer r.handlers.Add(-1)
+			return h(w, q)
+		})
+	}
+	if err := errors.Join(
+		handle("down", func(w *stream.Writer, q *stream.Request) error {
+			i, err := strconv.Atoi(string(q.Data))
+			if err != nil {
+				return err
+			}
+			return r.flows[i].send(w)
+		}),
+		handle("echo", echo),
+		handle("ready", func(w *stream.Writer, q *stream.Request) error { return nil }),
+		handle("mute", mute),
+		handle("flood", func(w *stream.Writer, q *stream.Request) error {
+			err := flood(w)
+			r.onTime(q.Context(), "a handler's Write", err)
+			return err
+		}),
+		r.sc.FlushTimeout(patience)); err != nil {
+		return err
+	}
+	for { // interest takes its time to another node, and answers theirs back
+		s, err := r.cl.Open(ctx, "ready", nil)
+		if err != nil {
+			return err
+		}
+		_, err = s.Recv()
+		s.Close()
+		if err == io.EOF {
+			return nil
 		}
 		if !errors.Is(err, nats.ErrNoResponders) {
-			t.Fatal(err)
+			return err
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	var wg sync.WaitGroup
-	for i := range 2 * flows {
-		wg.Go(func() {
-			subject := [...]string{"down", "echo"}[i%2]
-			if err := r.flow(ctx, subject, n, pace); err != nil {
-				t.Errorf("%s: %v", subject, err)
-			}
-		})
-	}
-	fault()
-	wg.Wait()
-	r.idle(t)
 }
 
-func send(w io.Writer, n int, pace time.Duration) error {
-	for i := range n {
-		if _, err := w.Write(record(i)); err != nil {
+func echo(w *stream.Writer, q *stream.Request) error {
+	for rec, err := range q.All() {
+		if err != nil {
 			return err
 		}
-		if i%16 == 0 {
-			time.Sleep(pace)
+		if _, err := w.Write(rec); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-func record(i int) []byte {
-	b := make([]byte, 64+i%997)
-	binary.BigEndian.PutUint64(b, uint64(i))
+// mute writes one record and reads nothing.
+func mute(w *stream.Writer, q *stream.Request) error {
+	if _, err := w.Write([]byte("here")); err != nil {
+		return err
+	}
+	<-q.Context().Done()
+	return context.Cause(q.Context())
+}
+
+// flood writes until that fails.
+func flood(w io.Writer) error {
+	for b := make([]byte, 1000); ; {
+		if _, err := w.Write(b); err != nil {
+			return err
+		}
+	}
+}
+
+// send sends the records of a flow, all of them or until the fault is over.
+func (f *flow) send(w io.Writer) error {
+	n := f.rig.records
+	for i := 0; n == 0 || i < n; i++ {
+		if _, err := w.Write(f.record(i)); err != nil {
+			return err
+		}
+		if i%16 == 0 {
+			if f.pace > 0 {
+				time.Sleep(f.pace)
+			}
+			select {
+			case <-f.rig.stop:
+				if n == 0 {
+					n = i + 50
+				}
+			default:
+			}
+		}
+	}
+	f.sent.Store(int64(n))
+	return nil
+}
+
+// chance is what records are cut from.
+var chance = func() []byte {
+	b := make([]byte, 128<<10)
+	r := rand.New(rand.NewPCG(1, 2))
+	for i := 0; i < len(b); i += 8 {
+		binary.LittleEndian.PutUint64(b[i:], r.Uint64())
+	}
+	return b
+}()
+
+// record returns what only record i of this flow is.
+func (f *flow) record(i int) []byte {
+	n, from := 64+(i*31+f.i)%997, (i*37+f.i*1009)%(64<<10)
+	if f.rig.large {
+		n = 64 + (i*3571+f.i)%(32<<10)
+	}
+	b := append([]byte(nil), chance[from:from+n]...)
+	binary.BigEndian.PutUint32(b, uint32(f.i))
+	binary.BigEndian.PutUint32(b[4:], uint32(i))
 	return b
 }
 
-func (r *rig) flow(ctx context.Context, subject string, n int, pace time.Duration) error {
-	s, err := r.client.Open(ctx, subject, nil)
+// run opens the stream and reads it to its end, and fails the test unless that is as it must be.
+func (f *flow) run(ctx context.Context) {
+	r := f.rig
+	defer f.done.Store(true)
+	err := f.read(ctx)
+	took := time.Since(f.began)
+	switch n := f.got.Load(); {
+	case r.ends == 0 && err != io.EOF:
+		r.t.Errorf("%s after record %d: %v", f.subject, n, err)
+	case err == io.EOF && n != f.sent.Load():
+		r.t.Errorf("%s ended after %d of %d records without an error", f.subject, n, f.sent.Load())
+	case r.ends != 0 && (err == io.EOF || !r.named(err)):
+		r.t.Errorf("%s ended with %v", f.subject, err)
+	case r.ends != 0 && took > r.ends+noise:
+		r.t.Errorf("%s ended after %v, want %v: %v", f.subject, took, r.ends, err)
+	}
+}
+
+var errWrong = errors.New("wrong record")
+
+func (f *flow) read(ctx context.Context) error {
+	s, err := f.rig.cl.Open(ctx, f.subject, strconv.AppendInt(nil, int64(f.i), 10))
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	sent := make(chan error, 1)
-	go func() {
-		if subject != "echo" {
-			sent <- nil
-			return
-		}
-		sent <- errors.Join(send(s, n, pace), s.CloseSend())
-	}()
+	sender := make(chan error, 1)
+	if f.subject == "echo" {
+		go func() { sender <- errors.Join(f.send(s), s.CloseSend()) }()
+	} else {
+		sender <- nil
+	}
 	for i := 0; ; i++ {
 		rec, err := s.Recv()
-		switch {
-		case err == io.EOF && i == n:
-			return <-sent
-		case err != nil:
+		if err != nil {
 			_ = s.Close() // or the sender might wait
-			return fmt.Errorf("after record %d of %d: %w; sender: %w", i, n, err, <-sent)
-		case len(rec) != len(record(i)) || binary.BigEndian.Uint64(rec) != uint64(i):
-			return fmt.Errorf("record %d is number %d, %d bytes", i, binary.BigEndian.Uint64(rec), len(rec))
+			sendErr := <-sender
+			if err == io.EOF && sendErr != nil && !errors.Is(sendErr, stream.ErrClosed) {
+				return fmt.Errorf("the stream ended, but the sender: %w", sendErr)
+			}
+			return err
 		}
+		if want := f.record(i); !bytes.Equal(rec, want) {
+			_ = s.Close()
+			<-sender
+			return fmt.Errorf("%w: got number %d of %d, %d bytes, want number %d, %d bytes", errWrong,
+				binary.BigEndian.Uint32(rec[4:]), binary.BigEndian.Uint32(rec), len(rec), i, len(want))
+		}
+		f.got.Store(int64(i + 1))
 	}
 }
 
-// idle fails the test unless everything is given back within a second.
-func (r *rig) idle(t *testing.T) {
-	t.Helper()
-	for end := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
-		a, b := r.server.Stats(), r.client.Stats()
-		if a.Streams == 0 && b.Streams == 0 && a.Reserved == 0 && b.Reserved == 0 {
-			return
+// impatient makes calls that wait and whose contexts end, most likely during the fault.
+func (r *rig) impatient(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Millisecond+rand.N(300*time.Millisecond))
+	defer cancel()
+	var calls sync.WaitGroup
+	defer calls.Wait()
+	open := func(subject string) *stream.Stream {
+		s, err := r.cl.Open(ctx, subject, nil)
+		if err != nil {
+			r.check("Open", err)
+			return nil
 		}
-		if time.Now().After(end) {
-			t.Errorf("not given back: server %d streams, %d bytes; client %d streams, %d bytes", a.Streams, a.Reserved, b.Streams, b.Reserved)
-			return
+		return s
+	}
+	if s := open("mute"); s != nil {
+		calls.Go(func() {
+			defer s.Close()
+			var err error
+			for err == nil {
+				_, err = s.Recv()
+			}
+			r.onTime(ctx, "Recv", err)
+		})
+		calls.Go(func() { r.onTime(ctx, "Write", flood(s)) })
+		calls.Go(func() {
+			short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+			defer cancel()
+			if err := s.Sync(short); err != nil {
+				r.onTime(short, "Sync", err)
+			}
+		})
+	}
+	if s := open("flood"); s != nil {
+		<-ctx.Done()
+		_, err := s.Recv()
+		r.onTime(ctx, "Recv", err)
+		s.Close()
+	}
+}
+
+// onTime checks the error of a call that returned just now, and that it did not outlive ctx.
+func (r *rig) onTime(ctx context.Context, call string, err error) {
+	if end, ok := ctx.Deadline(); ok && time.Since(end) > overrun {
+		r.t.Errorf("%s returned %v after its context ended: %v", call, time.Since(end), err)
+	}
+	r.check(call, err)
+}
+
+func (r *rig) check(call string, err error) {
+	if !isNamed(err) {
+		r.t.Errorf("%s: %v", call, err)
+	}
+}
+
+// isNamed reports whether a caller can tell what err is.
+func isNamed(err error) bool {
+	if _, ok := errors.AsType[*stream.CloseError](err); ok {
+		return true
+	}
+	for _, target := range []error{context.DeadlineExceeded, context.Canceled, stream.ErrClosed, stream.ErrClientClosed, stream.ErrServerClosed,
+		nats.ErrNoResponders, nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrDisconnected} {
+		if errors.Is(err, target) {
+			return true
 		}
+	}
+	return false
+}
+
+// isCode returns a function that reports whether an error has the close code.
+func isCode(codes ...int) func(error) bool {
+	return func(err error) bool {
+		for _, code := range codes {
+			if errors.Is(err, &stream.CloseError{Code: code}) {
+				return true
+			}
+		}
+		return false
+	}
+}
+
+// idle fails the test unless everything is given back in time.
+func (r *rig) idle() {
+	var a, b stream.Stats
+	if !within(settled, func() bool {
+		a, b = r.srv.Stats(), r.cl.Stats()
+		return a.Streams == 0 && b.Streams == 0 && a.Reserved == 0 && b.Reserved == 0 && r.handlers.Load() == 0
+	}) {
+		r.t.Errorf("not given back: server %d streams, %d bytes, %d handlers; client %d streams, %d bytes",
+			a.Streams, a.Reserved, r.handlers.Load(), b.Streams, b.Reserved)
 	}
 }

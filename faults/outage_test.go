@@ -1,47 +1,60 @@
 package faults
 
 import (
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/natsstream/stream"
 	"github.com/natsstream/stream/streamtest"
 )
 
-// TestServerStopped ends the NATS server in the two orderly ways and starts it again.
-func TestServerStopped(t *testing.T) {
-	p := streamtest.RunProcess(t)
-	for name, stop := range map[string]func() error{
-		"shutdown":  func() error { p.Stop(); return nil },
-		"lame duck": func() error { err := p.LameDuck(); p.Wait(); return err },
-	} {
-		t.Run(name, func(t *testing.T) {
-			for range runs(3, 50) {
-				run(t, p.URL(), p.URL(), 1500, time.Millisecond, func() {
-					time.Sleep(30 * time.Millisecond)
-					if err := stop(); err != nil {
-						t.Error(err)
-					}
-					if err := p.Restart(); err != nil {
-						t.Error(err)
-					}
-				})
-			}
+// holes calls f for each direction of each side, at the same time, with proxies of its own: nearly all of these tests is
+// waiting.
+func holes(t *testing.T, f func(t *testing.T, a, b, bad *streamtest.Proxy, dir streamtest.Direction)) {
+	srv := streamtest.Run(t)
+	type hole struct{ a, b, bad *streamtest.Proxy }
+	var all []hole
+	for i := range 2 {
+		for range 2 {
+			h := hole{a: streamtest.RunProxy(t, srv.URL()), b: streamtest.RunProxy(t, srv.URL())}
+			h.bad = []*streamtest.Proxy{h.a, h.b}[i]
+			all = append(all, h)
+		}
+	}
+	leakless(t, func() {
+		var wg sync.WaitGroup
+		for i, h := range all {
+			wg.Go(func() { f(t, h.a, h.b, h.bad, []streamtest.Direction{streamtest.ToServer, streamtest.ToClient}[i%2]) })
+		}
+		wg.Wait()
+	})
+}
+
+// TestBlackHoleHeals lets nothing through in one direction of one side for three seconds.
+func TestBlackHoleHeals(t *testing.T) {
+	for range runs(3, 20) {
+		holes(t, func(t *testing.T, a, b, bad *streamtest.Proxy, dir streamtest.Direction) {
+			trial{server: a.URL(), client: b.URL(), streams: 1, calm: true, fault: func(*rig) {
+				bad.BlackHole(dir)
+				time.Sleep(3 * time.Second)
+				bad.Heal()
+			}}.one(t)
 		})
 	}
 }
 
-// TestBlackHoleHeals lets nothing through in one direction of one side for a while.
-func TestBlackHoleHeals(t *testing.T) {
-	srv := streamtest.Run(t)
-	a, b := streamtest.RunProxy(t, srv.URL()), streamtest.RunProxy(t, srv.URL())
-	for i := range runs(4, 20) {
-		proxy := []*streamtest.Proxy{a, b}[i/2%2]
-		dir := []streamtest.Direction{streamtest.ToServer, streamtest.ToClient}[i%2]
-		run(t, a.URL(), b.URL(), 1500, time.Millisecond, func() {
-			time.Sleep(30 * time.Millisecond)
-			proxy.BlackHole(dir)
-			time.Sleep(time.Second)
-			proxy.Heal()
+// TestBlackHole lets nothing through any more in one direction of one side. The three questions that make a silent peer
+// suspect come after KeepAlive.
+func TestBlackHole(t *testing.T) {
+	for range runs(3, 20) {
+		holes(t, func(t *testing.T, a, b, bad *streamtest.Proxy, dir streamtest.Direction) {
+			trial{server: a.URL(), client: b.URL(), times: hasty, ends: hasty.KeepAlive + 3*hasty.AckTimeout + hasty.ResumeTimeout + slack,
+				named: isCode(stream.CloseAbnormalClosure),
+				fault: func(r *rig) {
+					time.Sleep(20 * time.Millisecond)
+					bad.BlackHole(dir)
+				}}.one(t)
 		})
 	}
 }
