@@ -62,7 +62,7 @@ func TestConnectionReset(t *testing.T) {
 }
 
 // hasty is for trials in which a peer goes without a word.
-var hasty = stream.ClientParams{KeepAlive: 500 * time.Millisecond, AckTimeout: 50 * time.Millisecond, ResumeTimeout: 500 * time.Millisecond}
+var hasty = stream.ClientParams{KeepAlive: 300 * time.Millisecond, AckTimeout: 50 * time.Millisecond, ResumeTimeout: 300 * time.Millisecond}
 
 // TestConnectionEnded closes or drains the connection of one side under open streams. All of them end with an error.
 func TestConnectionEnded(t *testing.T) {
@@ -83,12 +83,15 @@ func TestConnectionEnded(t *testing.T) {
 						if err := end(r); err != nil {
 							t.Error(err)
 						}
-						s, err := r.cl.Open(context.Background(), "echo", nil) // one that comes too late
+						// One that comes too late. Its request may be lost; then only its context ends it.
+						ctx, cancel := context.WithTimeout(context.Background(), hasty.KeepAlive)
+						defer cancel()
+						s, err := r.cl.Open(ctx, "echo", nil)
 						if err == nil {
 							_, err = s.Recv()
 							s.Close()
 						}
-						r.check("a late stream", err)
+						r.onTime(ctx, "a late stream", err)
 					}}.run(t)
 			}
 		})

@@ -85,6 +85,7 @@ type trial struct {
 	named func(error) bool
 
 	fault func(*rig)
+	heal  func() // before the ends are closed, which would wait for the network
 }
 
 // run runs the trial and checks that no goroutine is left.
@@ -203,11 +204,14 @@ func (x trial) one(t *testing.T) {
 	x.fault(r)
 	if x.ends == 0 {
 		r.goOn()
+		close(r.stop)
 	}
-	close(r.stop)
 	streams.Wait()
 	calls.Wait()
 	r.idle()
+	if x.heal != nil {
+		x.heal()
+	}
 }
 
 func (r *rig) all(ok func(*flow) bool) bool {
@@ -476,7 +480,7 @@ func isNamed(err error) bool {
 	if _, ok := errors.AsType[*stream.CloseError](err); ok {
 		return true
 	}
-	for _, target := range []error{context.DeadlineExceeded, context.Canceled, stream.ErrClosed, stream.ErrClientClosed, stream.ErrServerClosed,
+	for _, target := range []error{context.DeadlineExceeded, context.Canceled, stream.ErrClosed, stream.ErrClientClosed, stream.ErrServerClosed, stream.ErrOneWay,
 		nats.ErrNoResponders, nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrDisconnected} {
 		if errors.Is(err, target) {
 			return true

@@ -9,52 +9,55 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// holes calls f for each direction of each side, at the same time, with proxies of its own: nearly all of these tests is
-// waiting.
-func holes(t *testing.T, f func(t *testing.T, a, b, bad *streamtest.Proxy, dir streamtest.Direction)) {
-	srv := streamtest.Run(t)
-	type hole struct{ a, b, bad *streamtest.Proxy }
+// holes calls f for each direction of each side, at the same time: nearly all of these tests is waiting.
+func holes(t *testing.T, f func(a, b, bad *streamtest.Proxy, dir streamtest.Direction)) {
+	type hole struct {
+		a, b, bad *streamtest.Proxy
+		dir       streamtest.Direction
+	}
 	var all []hole
-	for i := range 2 {
-		for range 2 {
-			h := hole{a: streamtest.RunProxy(t, srv.URL()), b: streamtest.RunProxy(t, srv.URL())}
+	for _, dir := range []streamtest.Direction{streamtest.ToServer, streamtest.ToClient} {
+		for i := range 2 {
+			srv := streamtest.Run(t)
+			h := hole{a: streamtest.RunProxy(t, srv.URL()), b: streamtest.RunProxy(t, srv.URL()), dir: dir}
 			h.bad = []*streamtest.Proxy{h.a, h.b}[i]
 			all = append(all, h)
 		}
 	}
-	leakless(t, func() {
-		var wg sync.WaitGroup
-		for i, h := range all {
-			wg.Go(func() { f(t, h.a, h.b, h.bad, []streamtest.Direction{streamtest.ToServer, streamtest.ToClient}[i%2]) })
-		}
-		wg.Wait()
-	})
+	for range runs(3, 20) {
+		leakless(t, func() {
+			var wg sync.WaitGroup
+			for _, h := range all {
+				wg.Go(func() {
+					f(h.a, h.b, h.bad, h.dir)
+				})
+			}
+			wg.Wait()
+		})
+	}
 }
 
 // TestBlackHoleHeals lets nothing through in one direction of one side for three seconds.
 func TestBlackHoleHeals(t *testing.T) {
-	for range runs(3, 20) {
-		holes(t, func(t *testing.T, a, b, bad *streamtest.Proxy, dir streamtest.Direction) {
-			trial{server: a.URL(), client: b.URL(), streams: 1, calm: true, fault: func(*rig) {
-				bad.BlackHole(dir)
-				time.Sleep(3 * time.Second)
-				bad.Heal()
-			}}.one(t)
-		})
-	}
+	holes(t, func(a, b, bad *streamtest.Proxy, dir streamtest.Direction) {
+		trial{server: a.URL(), client: b.URL(), streams: 1, calm: true, fault: func(*rig) {
+			bad.BlackHole(dir)
+			time.Sleep(3 * time.Second)
+			bad.Heal()
+		}}.one(t)
+	})
 }
 
 // TestBlackHole lets nothing through any more in one direction of one side. The three questions that make a silent peer
 // suspect come after KeepAlive.
 func TestBlackHole(t *testing.T) {
-	for range runs(3, 20) {
-		holes(t, func(t *testing.T, a, b, bad *streamtest.Proxy, dir streamtest.Direction) {
-			trial{server: a.URL(), client: b.URL(), times: hasty, ends: hasty.KeepAlive + 3*hasty.AckTimeout + hasty.ResumeTimeout + slack,
-				named: isCode(stream.CloseAbnormalClosure),
-				fault: func(r *rig) {
-					time.Sleep(20 * time.Millisecond)
-					bad.BlackHole(dir)
-				}}.one(t)
-		})
-	}
+	holes(t, func(a, b, bad *streamtest.Proxy, dir streamtest.Direction) {
+		trial{server: a.URL(), client: b.URL(), times: hasty, ends: hasty.KeepAlive + 3*hasty.AckTimeout + hasty.ResumeTimeout + slack,
+			named: isCode(stream.CloseAbnormalClosure),
+			fault: func(r *rig) {
+				time.Sleep(20 * time.Millisecond)
+				bad.BlackHole(dir)
+			},
+			heal: bad.Heal}.one(t)
+	})
 }
