@@ -91,8 +91,8 @@ type session struct {
 	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
 }
 
-func (s *session) init(ep *endpoint, packets uint32, bytes uint64) {
-	s.ep, s.sender = ep, newSender()
+func (s *session) init(ep *endpoint, consumer bool, packets uint32, bytes uint64) {
+	s.ep, s.sender = ep, newSender(consumer)
 	s.maxRecord = uint64(ep.maxRecord)
 	s.bucket.init(packets, bytes)
 }
@@ -353,8 +353,16 @@ func (s *session) unregister() {
 	}
 }
 
-// newSender returns a random number for a send half. It tells two answers to one request apart; it is no secret.
-func newSender() uint16 { return uint16(randv2.Uint32()) }
+// newSender returns a random number for a send half. It tells two answers to one request apart; it is no secret. Those of
+// consumers are odd and those of producers even: a RESET that carries this end's own number is an answer to it, and is not
+// mistaken for what the peer says because both have drawn the same.
+func newSender(odd bool) uint16 {
+	n := uint16(randv2.Uint32()) &^ 1
+	if odd {
+		n |= 1
+	}
+	return n
+}
 
 // The more streams there are, the smaller their windows: what all of them hold in flight passes through the processor's
 // caches, or does not fit and passes through memory. 100 streams of 256 KiB ran at little more than half the speed of

@@ -92,7 +92,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 	ep, conn := newFlakyEndpoint(t)
 	all := make([]*session, sessions)
 	for i := range all {
-		s := &session{ep: ep, sender: newSender()}
+		s := &session{ep: ep, sender: newSender(false)}
 		s.bucket.init(initialPackets, initialWindow)
 		if err := ep.register(s, controlToken); err != nil {
 			t.Fatal(err)
@@ -152,7 +152,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 	conn.set(nats.RECONNECTING)
 	var all []*session
 	for range 20 {
-		s := &session{ep: ep, sender: newSender()}
+		s := &session{ep: ep, sender: newSender(false)}
 		s.bucket.init(initialPackets, initialWindow)
 		if err := ep.register(s, controlToken); err != nil {
 			t.Fatal(err)

@@ -328,7 +328,7 @@ func (o *outbox) aside() bool {
 			o.publish(a.subject, "", appendJSONClose(nil, *a.refuse))
 		} else {
 			f := Frame{Type: FrameReset, Code: uint16(a.refuse.Code), Payload: []byte(a.refuse.Text)}
-			o.publish(a.subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: newSender()}, f))
+			o.publish(a.subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: newSender(false)}, f))
 		}
 	}
 	return true

@@ -35,7 +35,7 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stre
 	window := ep.reserve(min(initialWindow, ep.window))
 	st := new(Stream)
 	s := &st.session
-	s.init(ep, initialPackets, window)
+	s.init(ep, true, initialPackets, window)
 	s.stream, s.parent, s.asked = st, ctx, codecFlag(codec)
 	s.window.Store(int64(window))
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}

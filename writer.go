@@ -107,7 +107,7 @@ func (ep *endpoint) newProducer(ctx context.Context, subject string, offer Token
 		session session
 	})
 	w, s := &p.Writer, &p.session
-	s.init(ep, initialPackets, unknownWindow)
+	s.init(ep, false, initialPackets, unknownWindow)
 	s.parent, s.peer, s.asked = ctx, subject, FlagMsgPack
 	w.init(s, ctx)
 	w.subject = subject
