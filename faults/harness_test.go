@@ -127,6 +127,7 @@ type rig struct {
 	flows    []*flow
 	stop     chan struct{} // the fault is over
 	handlers atomic.Int64  // that run
+	began    atomic.Pointer[time.Time]
 }
 
 // flow is one stream of numbered records.
@@ -138,7 +139,6 @@ type flow struct {
 	got     atomic.Int64 // records that arrived
 	sent    atomic.Int64 // records in all; -1 while that is open
 	done    atomic.Bool
-	began   time.Time // of the fault
 }
 
 // one runs the trial.
@@ -197,10 +197,8 @@ func (x trial) one(t *testing.T) {
 			calls.Go(func() { r.impatient(ctx) })
 		}
 	}
-	began := time.Now()
-	for _, f := range r.flows {
-		f.began = began
-	}
+	now := time.Now()
+	r.began.Store(&now)
 	x.fault(r)
 	if x.ends == 0 {
 		r.goOn()
@@ -374,7 +372,10 @@ func (f *flow) run(ctx context.Context) {
 	r := f.rig
 	defer f.done.Store(true)
 	err := f.read(ctx)
-	took := time.Since(f.began)
+	var took time.Duration
+	if began := r.began.Load(); began != nil {
+		took = time.Since(*began)
+	}
 	switch n := f.got.Load(); {
 	case r.ends == 0 && err != io.EOF:
 		r.t.Errorf("%s after record %d: %v", f.subject, n, err)

@@ -349,9 +349,17 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
+// fewer is n, or a tenth of it with -short.
+func fewer(n int) int {
+	if testing.Short() {
+		return n / 10
+	}
+	return n
+}
+
 // TestGuessedTokens sends packets to a million tokens at random beside a stream that is in use.
 func TestGuessedTokens(t *testing.T) {
-	const guesses = 1_000_000
+	guesses := fewer(1_000_000)
 	srv := streamtest.Run(t)
 	trial{server: srv.URL(), client: srv.URL(), streams: 1, calm: true, fault: func(r *rig) {
 		spy := newSpy(t, srv.URL())
@@ -386,7 +394,7 @@ func TestGuessedTokens(t *testing.T) {
 				}
 			}
 		}
-		if !within(patience, func() bool { return unknown()-known >= guesses }) {
+		if !within(patience, func() bool { return unknown()-known >= uint64(guesses) }) {
 			t.Errorf("%d of %d guesses hit nothing", unknown()-known, guesses)
 		}
 		if n := r.cl.Stats().Streams + r.srv.Stats().Streams; n != streams {
@@ -401,7 +409,8 @@ func TestGuessedTokens(t *testing.T) {
 // TestManyOpens opens 100,000 streams, most of them more than the server takes, and another 100,000 whose contexts end at
 // once.
 func TestManyOpens(t *testing.T) {
-	const opens, workers, maxStreams = 100_000, 256, 64
+	opens := fewer(100_000)
+	const workers, maxStreams = 256, 64
 	srv := streamtest.Run(t)
 	leakless(t, func() {
 		sc, cc := connect(t, srv.URL()), connect(t, srv.URL())
@@ -436,7 +445,7 @@ func TestManyOpens(t *testing.T) {
 			t.Helper()
 			var wg sync.WaitGroup
 			var left atomic.Int64
-			left.Store(opens)
+			left.Store(int64(opens))
 			for range workers {
 				wg.Go(func() {
 					for left.Add(-1) >= 0 {
@@ -478,9 +487,10 @@ func TestManyOpens(t *testing.T) {
 			}
 			return nil
 		})
-		if served.Load()+refused.Load() != opens {
+		if served.Load()+refused.Load() != int64(opens) {
 			t.Errorf("%d served and %d refused of %d", served.Load(), refused.Load(), opens)
 		}
+		t.Logf("%d served, %d refused; at most %d handlers", served.Load(), refused.Load(), most.Load())
 		many(func() error {
 			ctx, cancel := context.WithCancel(ctx)
 			s, err := client.Open(ctx, "one", []byte("record"))
@@ -493,7 +503,6 @@ func TestManyOpens(t *testing.T) {
 			}
 			return nil
 		})
-		t.Logf("%d served, %d refused; at most %d handlers", served.Load(), refused.Load(), most.Load())
 		if !within(settled, func() bool { return heap()-before < 8<<20 }) {
 			t.Errorf("%d more bytes in use", heap()-before)
 		}
