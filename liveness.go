@@ -132,6 +132,7 @@ func (t *ticker) run() {
 	defer close(t.ended)
 	clock := time.NewTicker(t.tick)
 	defer clock.Stop()
+	missed := int64(0) // ticks in a row that the outbox did not look at. They stand still with the process, as clocks do not
 	for {
 		select {
 		case <-clock.C:
@@ -141,7 +142,11 @@ func (t *ticker) run() {
 		ep := t.ep
 		ep.clock.Store(ep.now())
 		if ep.outbox.armed.Load() {
-			ep.outbox.due.Store(true)
+			if !ep.outbox.due.Swap(true) {
+				missed = 0
+			} else if missed++; missed*int64(t.tick) >= ep.times.keepAlive+ep.times.resume {
+				ep.stuck()
+			}
 			ep.outbox.park.wake()
 			continue
 		}
@@ -153,6 +158,18 @@ func (t *ticker) run() {
 		}
 		clock.Reset(t.tick)
 	}
+}
+
+// stuck ends all streams for the outbox, which waits in a publish: the connection has taken no bytes for longer than a
+// peer may be silent. NATS notices only after its FlusherTimeout.
+func (ep *endpoint) stuck() {
+	e := CloseError{CloseAbnormalClosure, "the connection takes no bytes"}
+	ep.sessions.Range(func(_ string, s *session) bool {
+		s.finish(&ending{err: &e, tell: e})
+		s.unregister()
+		s.releaseWindow()
+		return true
+	})
 }
 
 // start makes a ticker that sleeps tick again. It never blocks.

@@ -86,12 +86,13 @@ func TestConnectionEnded(t *testing.T) {
 						// One that comes too late. Its request may be lost; then only its context ends it.
 						ctx, cancel := context.WithTimeout(context.Background(), hasty.KeepAlive)
 						defer cancel()
+						end := watch(ctx)
 						s, err := r.cl.Open(ctx, "echo", nil)
 						if err == nil {
 							_, err = s.Recv()
 							s.Close()
 						}
-						r.onTime(ctx, "a late stream", err)
+						r.onTime(end, "a late stream", err)
 					}}.run(t)
 			}
 		})
