@@ -377,3 +377,96 @@ func TestRequestAfterReconnect(t *testing.T) {
 		m.nothingLeft(t)
 	})
 }
+
+// recorded makes an endpoint in a bubble whose messages conn takes.
+func recorded(t *testing.T, conn *recorder) *endpoint {
+	t.Helper()
+	p, err := ClientParams{}.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ep, err := newEndpoint(conn, "", p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ep
+}
+
+// A stream that has come to its end is given up when nothing is acknowledged any longer, not while what was sent arrives bit
+// by bit.
+func TestEndIsKeptWhileItArrives(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := newRecorder(nil)
+		ep := recorded(t, conn)
+		defer ep.close(testClosed)
+		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(5))
+		for range 3 {
+			if _, err := w.Write(make([]byte, coalesceSize)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		s := w.session
+		for ack := range w.published.Load() + 1 {
+			if s.end.Load() != nil {
+				t.Fatalf("given up after packet %d was acknowledged: %v", ack, s.end.Load().err)
+			}
+			credit := Credit{Ack: ack, Packets: 32, Bytes: 1 << 30}
+			ep.receive(&nats.Msg{Subject: s.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FrameCredit, Payload: AppendCredit(nil, credit)})})
+			time.Sleep(defaultResumeTimeout * 4 / 5)
+			synctest.Wait()
+		}
+		if n := ep.sessions.Size(); n != 0 {
+			t.Errorf("%d streams are left", n)
+		}
+	})
+}
+
+// A connection that takes no bytes holds up the outbox. Streams end in time all the same.
+func TestConnectionTakesNoBytes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		conn := newRecorder(func(n int, _ []byte) error {
+			if n > 0 {
+				<-release
+			}
+			return nil
+		})
+		ep := recorded(t, conn)
+		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(5))
+		if _, err := w.Write([]byte("a")); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write([]byte("b")); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		err := w.Flush()
+		if !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) {
+			t.Errorf("Flush: %v", err)
+		}
+		if took, most := time.Since(start), defaultKeepAlive+defaultResumeTimeout; took < most/2 || took > most+2*maxTick {
+			t.Errorf("after %v, want %v", took, most)
+		}
+		if n := ep.sessions.Size(); n != 0 {
+			t.Errorf("%d streams are left", n)
+		}
+		close(release)
+		ep.close(testClosed)
+	})
+}
+
+// An end draws its number from another set than its peer: a RESET with its own number is an answer to it.
+func TestSenderNumbers(t *testing.T) {
+	for range 100 {
+		if newSender(true)%2 != 1 || newSender(false)%2 != 0 {
+			t.Fatal("a consumer's number is even, or a producer's odd")
+		}
+	}
+}
