@@ -493,6 +493,9 @@ func (o *outbox) serve(s *session, work uint32) {
 		o.bind(s)
 	}
 	resume := work&workResume != 0 && s.peer != ""
+	if work&workResume != 0 && !resume { // the request, or its answer, may be lost
+		o.schedule(s, o.resumed.Load()+o.ep.times.resume)
+	}
 	if work&workGap != 0 || resume {
 		o.tellCredit(s, FlagGap)
 	} else if work&workCredit != 0 {
