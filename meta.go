@@ -46,3 +46,54 @@ func parseMeta(b []byte) (nats.Header, error) {
 	}
 	return nats.DecodeHeadersMsg(b)
 }
+
+// SetHeader sends h to the consumer, where Stream.Header returns it. It must be called before the first record, once; the
+// headers leave with that record, or with Flush or Close. h may be changed afterwards. Errors: ErrHeader where it is
+// too late, or h cannot be sent; those of Write. A consumer that speaks only the JSON fallback sees no headers.
+func (w *Writer) SetHeader(h nats.Header) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.awaitTurnLocked(); err != nil {
+		return err
+	}
+	meta, err := w.meta(h)
+	if err != nil || w.json {
+		return err
+	}
+	if w.sealed > 0 || w.open != nil {
+		return fmt.Errorf("%w: set it once, before the first record", ErrHeader)
+	}
+	b, err := w.frameLocked(FrameHeaderSize+len(meta), false)
+	if err != nil {
+		return err
+	}
+	putFrameHeader(b, FrameMeta, 0, 0, len(meta))
+	copy(b[FrameHeaderSize:], meta)
+	return nil
+}
+
+// SetTrailer sends h to the consumer with the end of the stream, where Stream.Trailer returns it. The last call before
+// Close counts. h may be changed afterwards. Errors: ErrHeader where h cannot be sent, ErrClosed, what ended the stream. A
+// consumer that speaks only the JSON fallback sees no trailers.
+func (w *Writer) SetTrailer(h nats.Header) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.awaitTurnLocked(); err != nil {
+		return err
+	}
+	meta, err := w.meta(h)
+	if err != nil {
+		return err
+	}
+	w.trailer = meta
+	return nil
+}
+
+// meta encodes h, if it fits.
+func (w *Writer) meta(h nats.Header) ([]byte, error) {
+	meta, err := appendMeta(nil, h)
+	if max := min(maxMeta, w.singleLimit()-2*FrameHeaderSize-MaxReason); err == nil && len(meta) > max {
+		err = fmt.Errorf("%w: %d bytes, at most %d can be sent", ErrHeader, len(meta), max)
+	}
+	return meta, err
+}

@@ -54,6 +54,43 @@ func (w *Writer) waitCreditLocked(mine bool) error {
 	return w.awaitTurnLocked()
 }
 
+// appendCloseLocked writes the last frame. It needs no credit: one packet beyond it is reserved for it.
+func (w *Writer) appendCloseLocked(code int, reason string) error {
+	if w.json {
+		return w.appendCloseJSONLocked(code, reason)
+	}
+	reason = cutReason(reason, w.session.ep.reasonLimit())
+	n := FrameHeaderSize + len(reason)
+	if w.trailer != nil {
+		n += FrameHeaderSize + len(w.trailer)
+	}
+	if w.open != nil && w.n+n > w.coalesceLimit() {
+		w.sealLocked()
+	}
+	if w.open == nil {
+		w.openLocked(PacketHeaderSize + n)
+	}
+	if w.n+n > len(w.open.buf) {
+		w.growLocked(w.n + n)
+	}
+	b := w.open.buf[w.n : w.n+n]
+	if w.trailer != nil {
+		putFrameHeader(b, FrameMeta, FlagTrailer, 0, len(w.trailer))
+		b = b[FrameHeaderSize+copy(b[FrameHeaderSize:], w.trailer):]
+	}
+	var flags FrameFlags
+	if w.half {
+		flags = FlagHalf
+	}
+	putFrameHeader(b, FrameClose, flags, uint16(code), len(reason))
+	copy(b[FrameHeaderSize:], reason)
+	w.n += n
+	w.closed = true
+	w.closing = CloseError{code, reason}
+	w.room = nil
+	return nil
+}
+
 // coalesceLimit is the size up to which a packet gathers records.
 func (w *Writer) coalesceLimit() int {
 	return min(coalesceSize, int(w.session.ep.maxPayload.Load()))

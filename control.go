@@ -1,0 +1,239 @@
+package stream
+
+import (
+	"context"
+	"fmt"
+	"io"
+)
+
+// This file is what the two ends say to each other beside records: the control packets that the mux leaves to the outbox,
+// and those that the outbox sends; docs/PROTOCOL.md sections 5, 7 and 9.3.
+
+// control is what the mux leaves to the outbox: a packet of control frames, or news from a data packet's envelope.
+type control struct {
+	session *session // nil for a token that is not in use
+	reply   string   // the peer's subject, where the message had one
+	packet  []byte   // frames to act on, or nil
+	sender  uint16   // of a packet for a token that is not in use
+	absent  bool     // NATS says that nobody received a PING
+	oneWay  bool     // the first message was one of the fallback
+}
+
+// maxInbound bounds the control packets that wait for the outbox.
+const maxInbound = 1 << 16
+
+// maxControlPacket bounds one control packet: a RESET with the longest reason, and room for later frame types.
+const maxControlPacket = 4 << 10
+
+// deliver hands a control word over. One that finds no room is counted, and lost like one that NATS lost: it is said again
+// when it is asked for. Called by the mux alone.
+func (o *outbox) deliver(c control) {
+	if c.session == nil && o.inbound.Len() > maxInbound/4 || !o.inbound.Push(c) { // strangers leave room for streams
+		o.ep.counters.overrun.Add(1)
+	}
+	o.park.wake()
+}
+
+// receive acts on the control packets that arrived.
+func (o *outbox) receive() (worked bool) {
+	for {
+		c, ok := o.inbound.Pop()
+		if !ok {
+			return worked
+		}
+		worked = true
+		s := c.session
+		if s == nil {
+			o.refuse(c)
+			continue
+		}
+		if !c.absent {
+			o.hear(s)
+		}
+		switch {
+		case c.reply != "" && s.stream != nil:
+			o.learn(s, c.reply)
+		case c.reply != "":
+			s.peer = c.reply // where accounts meet, the subject of the request may have gone with a connection
+		case c.oneWay:
+			s.oneWay = true
+			o.bind(s)
+		case c.absent:
+			o.absent(s)
+		}
+		if c.packet != nil {
+			if ce := o.frames(s, c.packet); ce != nil {
+				s.finish(&ending{err: ce, tell: *ce})
+			}
+		}
+	}
+}
+
+// learn notes where the producer of a consumer's stream is.
+func (o *outbox) learn(s *session, peer string) {
+	first := s.peer == ""
+	s.peer = peer
+	if first {
+		o.bind(s)
+	}
+	if s.owed != 0 {
+		s.mark(s.owed)
+		s.owed = 0
+	}
+	if end := s.end.Load(); s.finished && end.tell.Code != 0 { // the mux took the packet just before the end
+		s.finished = false
+		o.finish(s, end)
+	}
+}
+
+// bind lets a consumer's send half go, now that its peer is known.
+func (o *outbox) bind(s *session) {
+	w := s.writer.Load()
+	switch {
+	case w == nil:
+	case s.oneWay:
+		w.cancel(ErrOneWay)
+	case s.peer != "":
+		w.bind(s.peer)
+		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
+	}
+}
+
+// refuse tells the sender of a packet that no stream takes it. The answer carries the sender's own number, which nobody
+// else knows. Senders ask rarely, with a first packet or a PING, and what waits to be answered is bounded by the inbound
+// ring.
+func (o *outbox) refuse(c control) {
+	if !o.up.Load() {
+		return
+	}
+	f := Frame{Type: FrameReset, Code: CloseCanceled, Payload: unknownStream}
+	if o.ep.gone.Load() != nil {
+		f.Code = CloseGoingAway
+	}
+	o.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: c.sender}, f))
+}
+
+var unknownStream = []byte("no such stream")
+
+// frames acts on the frames of a control packet; docs/PROTOCOL.md section 5. What it returns ends the stream.
+func (o *outbox) frames(s *session, packet []byte) *CloseError {
+	h, b, err := ParsePacketHeader(packet)
+	if err != nil || len(b) == 0 {
+		return protocolError(CloseProtocolError, "control packet without a frame")
+	}
+	for len(b) > 0 {
+		f, rest, err := ParseFrame(b)
+		if err == nil && !(PacketHeader{}).Allows(f.Type) {
+			err = ErrMisplaced
+		}
+		if err != nil {
+			return protocolError(CloseUnsupportedData, "control packet: %v", err)
+		}
+		switch b = rest; f.Type {
+		case FrameCredit:
+			c, err := ParseCredit(f.Payload)
+			if w := s.writer.Load(); err == nil && w != nil {
+				err = o.credit(w, c, f.Flags&FlagGap != 0)
+			}
+			if err != nil {
+				return protocolError(CloseProtocolError, "%v", err)
+			}
+		case FramePing:
+			s.mark(workCredit)
+		case FrameReset:
+			// What arrived before can still be read: a CLOSE may be among it.
+			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
+			if s.stream != nil && h.Sender == s.sender {
+				e = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
+			}
+			w := s.writer.Load()
+			closed := s.stream == nil && (w.settled || s.life.closed != 0)
+			if closed && w.half && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
+				s.finish(&ending{err: io.EOF, quiet: true}) // it has read CLOSE, never wrote, and leaves
+				return nil
+			}
+			// A consumer that forgot the stream may have done so because it is done.
+			end := &ending{err: e, quiet: closed && h.Sender == s.sender}
+			if s.stream != nil && e.Code == CloseDeadlineExceeded {
+				if _, ok := s.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
+					end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
+				}
+			}
+			s.finish(end)
+			return nil
+		}
+	}
+	return nil
+}
+
+// credit takes what the peer acknowledged, granted and misses.
+func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
+	before := w.sent.acked
+	if err := w.credit(c); err != nil {
+		return err
+	}
+	s, q := w.session, &w.sent
+	if n := q.acked - before; n != 0 {
+		s.life.asks = 0
+		if s.life.closed != 0 { // a peer that gets there bit by bit is not given up
+			s.life.closed = o.ep.now()
+		}
+		if q.limit != 0 {
+			q.arrived(n)
+			s.mark(workPackets)
+		}
+	}
+	switch {
+	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.ack/2):
+		s.mark(workPackets)
+	case s.life.closed != 0 && w.sent.acked == w.sent.next:
+		o.sent(s)
+	}
+	return nil
+}
+
+// tellCredit tells the peer what arrived and what it may send.
+func (o *outbox) tellCredit(s *session, flags FrameFlags) {
+	switch {
+	case s.oneWay || s.writer.Load() != nil && s.writer.Load().json:
+	case s.peer == "":
+		s.owed |= workCredit // the reader, or the mark of the mux, was faster than the subject on the inbound ring
+		if flags&FlagGap == 0 {
+			break
+		}
+		s.owed |= workGap
+		if l := &s.life; l.suspect == 0 { // or the subject is missing as well
+			l.suspect = o.ep.now()
+			o.schedule(s, l.suspect+o.ep.times.resume)
+		}
+	default:
+		var payload [creditSize]byte
+		o.tell(s, "", Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], s.bucket.credit())})
+	}
+}
+
+// tellEnd tells the peer of s that the stream ended early.
+func (o *outbox) tellEnd(s *session, e CloseError) {
+	e.Text = cutReason(e.Text, o.ep.reasonLimit())
+	if s.binary() {
+		o.tell(s, "", Frame{Type: FrameReset, Code: uint16(e.Code), Payload: []byte(e.Text)})
+	} else {
+		o.publish(s.peer, "", appendJSONClose(nil, e))
+	}
+}
+
+// tell publishes one control frame to the peer of s. Its sequence number is that of the next packet, so that the peer
+// sees what it missed.
+func (o *outbox) tell(s *session, reply string, f Frame) {
+	h := PacketHeader{Sender: s.sender}
+	if w := s.writer.Load(); w != nil {
+		h.Seq = w.sent.next
+	}
+	o.publish(s.peer, reply, AppendPacket(o.scratch[:0], h, f))
+}
+
+// binary reports whether the peer understands packets. Called by the outbox.
+func (s *session) binary() bool {
+	w := s.writer.Load()
+	return w == nil || !w.json
+}
