@@ -20,6 +20,7 @@ func seedFrames() []stream.Frame {
 		{Type: stream.FrameData, Flags: stream.FlagMore},
 		{Type: stream.FrameData, Flags: stream.FlagCodecMask, Payload: []byte("x")},
 		{Type: stream.FrameClose, Code: 1000},
+		{Type: stream.FrameClose, Flags: stream.FlagHalf, Code: 1000},
 		{Type: stream.FrameClose, Code: 999},
 		{Type: stream.FrameReset, Code: 4001, Payload: []byte("größer")},
 		{Type: stream.FrameReset, Code: 5999, Payload: []byte{0xFF}},
@@ -153,7 +154,7 @@ func readModelFrame(r *bytes.Reader) (f modelFrame, err error) {
 	if h.Type == 0 || h.Type > 6 {
 		return f, stream.ErrFrameType
 	}
-	maxFlags := [...]byte{1: 5, 4: 1, 6: 1}
+	maxFlags := [...]byte{1: 5, 2: 1, 4: 1, 6: 1}
 	if h.Flags > maxFlags[h.Type] {
 		return f, stream.ErrFlags
 	}
