@@ -39,8 +39,8 @@ type bucket struct {
 	// Owned by the reader.
 	consumed      credited // of the packets read to their end
 	granted       credited // as of the last grant
-	windowPackets uint32
 	windowBytes   uint64
+	windowPackets uint32
 	limited       bool // the sender asked for credit since the last grant
 	dry           bool // the reader ran out of packets since the last grant
 }

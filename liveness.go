@@ -32,12 +32,12 @@ const (
 type life struct {
 	born, heard, sent, pinged int64
 	suspect                   int64 // since when the peer may be gone
-	absent                    bool  // because NATS said that nobody received a question
 	closed                    int64 // since when everything was sent, and waits to be acknowledged
 	asked                     int64 // when the request was published
-	pings                     int   // since the peer was heard
-	asks                      int   // that were answered or may be, since something was sent
+	pings                     int32 // since the peer was heard
+	asks                      int32 // that were answered or may be, since something was sent
 	seen                      uint32
+	absent                    bool // suspect because NATS said that nobody received a question
 
 	// Links of the wheel.
 	slot       int64 // number of the tick it is due in, 0 if it is not on the wheel

@@ -13,7 +13,6 @@ import (
 // arrived and was not read yet. Consumers reach it through Stream, handlers through Request.
 type reader struct {
 	parent    context.Context // when it ends the stream does, for records that arrived as well
-	asked     FrameFlags      // codec of records that were written as bytes
 	maxRecord uint64
 	window    atomic.Int64 // bytes reserved for this stream out of the endpoint's budget
 	released  atomic.Bool
@@ -25,11 +24,13 @@ type reader struct {
 	// Race builds pay for it.
 	gate atomic.Uint32
 
+	asked FrameFlags // codec of records that were written as bytes
+
 	// Owned by whoever reads.
 	busy    bool
+	ack     bool   // the sender of the current packet asked for credit
 	data    []byte // the current packet
 	off     int    // where its next frame begins; 0 in a message of the fallback that was not read yet
-	ack     bool   // its sender asked for credit
 	left    []byte // what Read did not have room for
 	done    error  // what every read returns from now on
 	header  nats.Header
