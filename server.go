@@ -56,7 +56,9 @@ type Request struct {
 }
 
 // Context ends when the consumer leaves, its deadline passes, it is given up as lost, or the server ends the stream.
-// context.Cause tells which: a *CloseError where there is a code. It has the consumer's deadline.
+// context.Cause tells which: a *CloseError where there is a code. It has the consumer's deadline. A normal end of both
+// directions does not end it: a handler that closed its Writer and has read io.EOF, or whose consumer has read everything
+// and has nothing to say, may finish its work.
 func (r *Request) Context() context.Context { return r.ctx }
 
 // Recv returns the next record from the consumer, io.EOF after its CloseSend, and otherwise what ended the stream. It waits
