@@ -50,13 +50,17 @@ func TestCluster(t *testing.T) {
 	const d = 20 * time.Millisecond
 	c.DelayRoutes(d)
 	for i := range 3 {
-		if took := roundTrip(t, conns[i], conns[(i+1)%3]); took < 2*d || took > 8*d {
-			t.Errorf("a request from node %d took %v, want %v", i, took, 2*d)
+		if took := roundTrip(t, conns[i], conns[(i+1)%3]); took < 2*d {
+			t.Errorf("a request from node %d took %v, want at least %v", i, took, 2*d)
 		}
 	}
 	c.DelayRoutes(0)
-	if took := roundTrip(t, conns[0], conns[1]); took >= 2*d {
-		t.Errorf("a request without delay took %v", took)
+	fastest := time.Hour // of several: a busy machine delays some
+	for range 20 {
+		fastest = min(fastest, roundTrip(t, conns[0], conns[1]))
+	}
+	if fastest >= 2*d {
+		t.Errorf("a request without delay took %v", fastest)
 	}
 
 	c.Node(0).Kill()
