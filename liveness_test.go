@@ -454,6 +454,7 @@ func TestConnectionTakesNoBytes(t *testing.T) {
 		if took, most := time.Since(start), defaultKeepAlive+defaultResumeTimeout; took < most/2 || took > most+2*maxTick {
 			t.Errorf("after %v, want %v", took, most)
 		}
+		synctest.Wait() // Flush returns while the ticker is still at it
 		if n := ep.sessions.Size(); n != 0 {
 			t.Errorf("%d streams are left", n)
 		}
