@@ -18,23 +18,21 @@ import (
 //   - the reader (whoever holds Stream's gate) pops, decodes and decides about credit.
 //   - the outbox sends the credit the reader decided on.
 type bucket struct {
-	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
-	park parker            // the reader waits here; the mux, and whoever ends the stream, wakes it
-
 	// Owned by the mux. mode is stored once, before the first push, and so published to the reader by it.
 	mode     bucketMode
-	want     uint32 // upper half of the header of a packet that is accepted at once: magic, version, SEQ, sender
-	expect   uint32 // sequence number of the next packet
-	received uint64 // bytes of all packets pushed
 	last     bool   // the packet that closes came beyond the credit: none may follow
 	asked    bool   // for packet askedSeq to be sent again, at askedAt by the endpoint's clock
+	want     uint32 // upper half of the header of a packet that is accepted at once: magic, version, SEQ, sender
+	expect   uint32 // sequence number of the next packet
 	askedSeq uint32
-	askedAt  int64
+	received uint64 // bytes of all packets pushed
 
 	// What the peer was granted: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
-	grantedPackets atomic.Uint32
 	grantedBytes   atomic.Uint64
-	consumedBytes  atomic.Uint64 // fallback only: stored by the reader so that the mux can bound what is queued
+	grantedPackets atomic.Uint32
+
+	park parker            // the reader waits here; the mux, and whoever ends the stream, wakes it
+	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
 
 	// Owned by the reader.
 	consumed      credited // of the packets read to their end
@@ -43,6 +41,9 @@ type bucket struct {
 	windowPackets uint32
 	limited       bool // the sender asked for credit since the last grant
 	dry           bool // the reader ran out of packets since the last grant
+
+	askedAt       int64         // the mux's, and seldom looked at
+	consumedBytes atomic.Uint64 // fallback only: stored by the reader so that the mux can bound what is queued
 }
 
 // credited is a position in the stream in both units of credit.

@@ -60,13 +60,13 @@ type endpoint struct {
 // session is one stream at one end: what the mux finds under the stream's token. It has two halves, one to receive and
 // one to send, which are the same at both ends.
 type session struct {
-	// What the mux looks at comes first, to lie on few cache lines: with thousands of streams none of them is at hand.
+	// What the mux looks at comes first, on two cache lines: with thousands of streams none of them is at hand.
 	end    atomic.Pointer[ending] // set once, by whoever ends the stream first
 	deaf   bool                   // takes no records: a Writer without a Request
 	sender uint16                 // this end's sender number
 	bucket bucket                 // the receive half: what arrived
-	reader                        // and its user
 
+	// Set once. These lie apart from what changes with each packet.
 	ep     *endpoint
 	reply  string                  // this end's subject: prefix and token. Empty until the session is registered
 	writer atomic.Pointer[Writer]  // the send half; a consumer's is made when it first writes
@@ -74,6 +74,7 @@ type session struct {
 	server *Server                 // at a handler's end
 	cancel context.CancelCauseFunc // of the handler's context
 
+	reader               // of what arrived
 	returned atomic.Bool // the handler returned: nobody reads what still comes
 
 	// The outbox's queue. pending holds what is to be done; a session is queued exactly while it is not zero.
@@ -81,7 +82,7 @@ type session struct {
 	next    *session
 
 	// Owned by the outbox once the session is marked.
-	subject  string    // that the request goes to; consumers only
+	subject  string    // where the request went
 	peer     string    // subject of the other end; a consumer learns it from the producer's first packet
 	request  *nats.Msg // what opens the stream, until it is published
 	held     uint32    // work that waits for the connection; not zero while in outbox.held

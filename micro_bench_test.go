@@ -78,7 +78,7 @@ func (t *benchTransport) statusChanges() (<-chan nats.Status, func()) {
 	return changes, func() { close(changes) }
 }
 
-func benchEndpoint(b *testing.B, t *benchTransport) *endpoint {
+func benchEndpoint(b *testing.B, t transport) *endpoint {
 	b.Helper()
 	params, err := ClientParams{}.withDefaults()
 	if err != nil {
@@ -222,9 +222,8 @@ func BenchmarkRecv(b *testing.B) {
 }
 
 // benchWriter returns a writer to a consumer that reads as fast as it is written to.
-func benchWriter(b *testing.B, codec Codec) *Writer {
+func benchWriter(b *testing.B, t transport, codec Codec) *Writer {
 	b.Helper()
-	t := &benchTransport{acks: true}
 	ep := benchEndpoint(b, t)
 	token := AppendToken(nil, Token{Codec: codec, LogPackets: 8, LogBytes: 40, ID: 1})
 	w := (&Client{ep: ep, codec: codec}).NewWriter("_SINBOX.bench." + string(token))
@@ -236,7 +235,7 @@ func benchWriter(b *testing.B, codec Codec) *Writer {
 func BenchmarkWrite(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
-			w := benchWriter(b, MsgPack)
+			w := benchWriter(b, &benchTransport{acks: true}, MsgPack)
 			rec := make([]byte, size)
 			write := func(n int) {
 				for range n {
@@ -247,6 +246,70 @@ func BenchmarkWrite(b *testing.B) {
 			}
 			write(4 << 20 / size)
 			benchRecords(b, write)
+		})
+	}
+}
+
+// gatedTransport is a connection that takes its time: a publish hands over to the benchmark and waits until it is handed
+// back.
+type gatedTransport struct {
+	benchTransport
+	turn chan struct{}
+}
+
+func (t *gatedTransport) publish(subject, reply string, data []byte) error {
+	t.turn <- struct{}{}
+	<-t.turn
+	return t.benchTransport.publish(subject, reply, data)
+}
+
+// during runs f and lets everything through meanwhile.
+func (t *gatedTransport) during(f func()) {
+	done := make(chan struct{})
+	go func() { defer close(done); f() }()
+	for {
+		select {
+		case <-done:
+			return
+		case <-t.turn:
+			t.turn <- struct{}{}
+		}
+	}
+}
+
+// BenchmarkWriteAhead is Write while the outbox waits in a publish, packets that fill included. Unlike BenchmarkWrite it does
+// not depend on when the outbox comes for a packet, which is another at each run.
+func BenchmarkWriteAhead(b *testing.B) {
+	for _, size := range benchSizes {
+		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
+			t := &gatedTransport{benchTransport: benchTransport{acks: true}, turn: make(chan struct{})}
+			w := benchWriter(b, t, MsgPack)
+			rec := make([]byte, size)
+			write := func(n int) {
+				for range n {
+					if _, err := w.Write(rec); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			batch := (1 << 20) / (FrameHeaderSize + size) // far from where it would wait for credit
+			var took time.Duration
+			ahead := func(n int) {
+				for ; n > 0; n -= batch {
+					write(1)
+					<-t.turn // the outbox publishes this one
+					start := time.Now()
+					write(min(n, batch))
+					took += time.Since(start)
+					t.turn <- struct{}{}
+					t.during(func() { _ = w.Flush() })
+				}
+			}
+			ahead(4 * batch)
+			took = 0
+			benchRecords(b, ahead)
+			b.ReportMetric(float64(took)/float64(b.N), "ns/op")
+			t.during(func() { _ = w.Close() })
 		})
 	}
 }
@@ -262,7 +325,7 @@ func BenchmarkWriteObject(b *testing.B) {
 	for _, codec := range []Codec{JSON, MsgPack} {
 		for _, size := range []int{128, 1024} {
 			b.Run(fmt.Sprintf("codec=%v/size=%d", codec, size), func(b *testing.B) {
-				w := benchWriter(b, codec)
+				w := benchWriter(b, &benchTransport{acks: true}, codec)
 				v := &benchObject{ID: 12345, Rate: 0.25, Text: strings.Repeat("x", size-32)}
 				write := func(n int) {
 					for range n {

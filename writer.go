@@ -22,48 +22,48 @@ import (
 //
 // A Writer must be closed, by Close or CloseWithCode, or its consumer waits for ever.
 type Writer struct {
-	session *session
-	subject string // of the peer; a consumer's send half does not know it at first
-	json    bool   // the consumer speaks only the fallback
-	codec   FrameFlags
-	bad     error // why this writer can never write: what NewWriter could not return
-
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-
-	mu sync.Mutex
-	// The open packet and how much of it is written. room is the part of its buffer that Write may fill, and empty
-	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
-	n    int
-	room []byte
-	open *packet
-	size int // of the packet sealed last
-
-	object int // size of the object encoded last, at most an eighth of a packet
-
-	trailer []byte     // what SetTrailer was given, in META form
-	closing CloseError // what CLOSE said
-	half    bool       // and that the handler goes on reading
-
-	encoding bool          // the turn's owner encodes into the rest of the open packet, without the lock
-	turn     bool          // one goroutine is writing something that takes several steps: others wait
-	closed   bool          // CLOSE was written: no records after it
-	fault    error         // the last publish failed; its packet is kept and published again by the next call
-	queued   bool          // the session is marked: the outbox will look for packets
-	wake     chan struct{} // closed when any of the above, or the credit, changes; nil while nobody waits
-
-	sealed      uint32   // sequence number of the open packet, or of the next to be opened
-	sealedBytes uint64   // of all packets before it
-	acked       credited // what the consumer acknowledged
-	granted     credited // what it granted
-
-	// Packets pass from the writers, who push them with the lock held, to the outbox, which takes no lock as long as
-	// there is one. The outbox keeps them until they are acknowledged, and nobody else looks at sent.
-	ready     ring.Ring[*packet]
+	// Owned by the outbox. Nobody else looks at sent. A word that one processor writes takes its cache line from all
+	// others, so what writers and the outbox use for each packet lies apart, with what is seldom used between.
 	sent      sentPackets
 	published atomic.Uint32 // sent.next, for Flush
 	waiting   atomic.Bool   // wake is not nil
-	settled   bool          // CLOSE was acknowledged, or waited for long enough. Owned by the outbox
+	settled   bool          // CLOSE was acknowledged, or waited for long enough
+
+	trailer []byte        // what SetTrailer was given, in META form
+	closing CloseError    // what CLOSE said
+	wake    chan struct{} // closed when anything under the lock, or the credit, changes; nil while nobody waits
+
+	// Set once.
+	session *session
+	bad     error // why this writer can never write: what NewWriter could not return
+	ctx     context.Context
+	json    bool // the consumer speaks only the fallback
+	codec   FrameFlags
+
+	subject string // of the peer; a consumer's send half does not know it at first
+	cancel  context.CancelCauseFunc
+	fault   error    // the last publish failed; its packet is kept and published again by the next call
+	acked   credited // what the consumer acknowledged
+	granted credited // what it granted
+
+	sealed      uint32 // sequence number of the open packet, or of the next to be opened
+	sealedBytes uint64 // of all packets before it
+	object      int    // size of the object encoded last, at most an eighth of a packet
+
+	mu sync.Mutex // guards what is not the outbox's
+	// The open packet and how much of it is written. room is the part of its buffer that Write may fill, and empty
+	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
+	n        int
+	room     []byte
+	open     *packet
+	queued   bool // the session is marked: the outbox will look for packets
+	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
+	turn     bool // one goroutine is writing something that takes several steps: others wait
+	closed   bool // CLOSE was written: no records after it
+	half     bool // and that the handler goes on reading
+
+	size  int                // of the packet sealed last
+	ready ring.Ring[*packet] // from the writers, who push with the lock held, to the outbox, which takes no lock to pop
 }
 
 // NewWriter returns the producer's end of the stream whose request carried subject as its reply. It neither blocks nor
@@ -103,8 +103,8 @@ func (c *Client) NewWriter(subject string) *Writer {
 // newProducer makes a producer's end toward subject. Its writes end with ctx.
 func (ep *endpoint) newProducer(ctx context.Context, subject string, offer Token, json bool) *Writer {
 	p := new(struct {
-		Writer
 		session session
+		Writer
 	})
 	w, s := &p.Writer, &p.session
 	s.init(ep, false, initialPackets, unknownWindow)
@@ -162,7 +162,7 @@ func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 	if end > len(room) {
 		return w.writeSlow(p, flags)
 	}
-	b := room[n:end]
+	b := room[n:end:end] // its capacity known, the compiler need not guard slices of it
 	putFrameHeader(b, FrameData, flags, 0, len(p))
 	copy(b[FrameHeaderSize:], p)
 	w.n = end
