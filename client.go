@@ -88,9 +88,13 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 		if *f.field < time.Millisecond {
 			return p, fmt.Errorf("stream: parameter %s is %v: it must be at least 1ms, or 0 for %v", f.name, *f.field, f.value)
 		}
+		*f.field = min(*f.field, never)
 	}
 	return p, nil
 }
+
+// never is the longest time that a parameter may be, 36 years. A few of them and a date add up without overflow.
+const never time.Duration = 1 << 60
 
 // Client opens streams over one NATS connection, and makes writers for requests that arrived on it. All its streams
 // share one wildcard subscription. It is safe for use by many goroutines at once. Close it when it is no longer used;

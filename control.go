@@ -34,9 +34,9 @@ func (o *outbox) deliver(c control) {
 	o.park.wake()
 }
 
-// receive acts on the control packets that arrived.
+// receive acts on the control packets that arrived before it was called: more may come as fast as it is.
 func (o *outbox) receive() (worked bool) {
-	for {
+	for range o.inbound.Len() {
 		c, ok := o.inbound.Pop()
 		if !ok {
 			return worked
@@ -67,6 +67,7 @@ func (o *outbox) receive() (worked bool) {
 			}
 		}
 	}
+	return worked
 }
 
 // learn notes where the producer of a consumer's stream is.
@@ -148,8 +149,10 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			}
 			w := s.writer.Load()
 			closed := s.stream == nil && (w.settled || s.life.closed != 0)
-			if closed && w.half && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
-				s.finish(&ending{err: io.EOF, quiet: true}) // it has read CLOSE, never wrote, and leaves
+			if closed && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
+				// It has read CLOSE, never wrote, and leaves: an acknowledgement of everything.
+				_ = w.credit(Credit{Ack: w.sent.next, Packets: w.granted.packets})
+				s.finish(&ending{err: io.EOF, quiet: true})
 				return nil
 			}
 			// A consumer that forgot the stream may have done so because it is done.
@@ -222,12 +225,12 @@ func (o *outbox) tellEnd(s *session, e CloseError) {
 	}
 }
 
-// tell publishes one control frame to the peer of s. Its sequence number is that of the next packet, so that the peer
-// sees what it missed.
+// tell publishes one control frame to the peer of s. Its sequence number is that of the packet to come next, new or again,
+// so that the peer sees what it missed of those before.
 func (o *outbox) tell(s *session, reply string, f Frame) {
 	h := PacketHeader{Sender: s.sender}
 	if w := s.writer.Load(); w != nil {
-		h.Seq = w.sent.next
+		h.Seq = w.sent.cursor
 	}
 	o.publish(s.peer, reply, AppendPacket(o.scratch[:0], h, f))
 }

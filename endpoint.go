@@ -158,8 +158,8 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		return
 	}
 	if end := s.end.Load(); end != nil { // on its way out of the map
-		if end.closed && m.Reply != "" {
-			s.mark(workCredit) // it has everything, and says so
+		if m.Reply != "" && (end.closed || s.readDone.Load()) {
+			s.mark(workCredit) // it has everything, and says so, or that it leaves after that
 			return
 		}
 		ep.receiveUnknown(m)
@@ -299,7 +299,9 @@ func (s *session) endFromMux(e *ending) {
 // Called by anyone but the mux, which must not wait for the map's lock.
 func (s *session) finish(e *ending) bool {
 	first := s.end.CompareAndSwap(nil, e)
-	if s.stream != nil && !e.closed { // a producer gets its token from the outbox, which takes it back too
+	// A producer gets its token from the outbox, which takes it back too. So does a consumer that has read CLOSE: a question
+	// whether it arrived must not be answered with that there is no such stream.
+	if s.stream != nil && !e.closed && !s.readDone.Load() {
 		s.unregister()
 	}
 	if first {
@@ -412,6 +414,9 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 		switch ep.conn.status() {
 		case nats.CONNECTED:
 			ep.maxPayload.Store(ep.conn.maxPayload())
+			if before {
+				ep.outbox.resume() // before anything is published and its clocks start
+			}
 			ep.outbox.up.Store(true) // also where the outbox saw the connection go first
 			if before {              // it may have been away too shortly to be seen so
 				ep.probe()
@@ -433,7 +438,6 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 // probe says again what may have been lost with a connection: every reader its credit, every writer how far it is. The
 // answers set going what waits, and ask for what is missing.
 func (ep *endpoint) probe() {
-	ep.outbox.resume()
 	ep.sessions.Range(func(_ string, s *session) bool {
 		s.mark(workResume)
 		return true

@@ -3,6 +3,7 @@ package stream
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -211,6 +212,16 @@ func (o *outbox) hear(s *session) {
 // resume says that the connection is there again: clocks stood still meanwhile.
 func (o *outbox) resume() { o.resumed.Store(o.ep.now()) }
 
+// tickIfDue ticks if the ticker did. With many streams and a slow connection the outbox is long under way with its queue.
+func (o *outbox) tickIfDue() bool {
+	if !o.due.Load() {
+		return false
+	}
+	o.due.Store(false)
+	o.tick()
+	return true
+}
+
 // tick looks at what is due. Called by the outbox.
 func (o *outbox) tick() {
 	now := o.ep.now()
@@ -221,6 +232,14 @@ func (o *outbox) tick() {
 		o.down = now
 	} else if now-o.down >= o.ep.times.disconnect {
 		o.abandon(now)
+	}
+	if !o.up.Load() { // opens that give up meanwhile leave nothing behind
+		o.held = slices.DeleteFunc(o.held, func(s *session) bool {
+			if s.finished {
+				s.held = 0
+			}
+			return s.finished
+		})
 	}
 	o.wheel.advance(now, func(s *session) { o.check(s, now) })
 	if o.wheel.count == 0 && o.up.Load() {
@@ -348,7 +367,7 @@ func (o *outbox) check(s *session, now int64) {
 		if l.pings == 0 { // what was not answered says nothing about the reader
 			l.asks++
 		}
-		if w != nil {
+		if w != nil && l.pings > 1 {
 			w.sent.unanswered()
 		}
 		o.ping(s)

@@ -21,7 +21,8 @@ import (
 type memoryBus struct {
 	mu     sync.Mutex
 	subs   []*memorySub
-	turn   int // of queue groups' members
+	turn   int           // of queue groups' members
+	delay  time.Duration // of every message, set before there is any
 	filter memoryFilter
 }
 
@@ -52,6 +53,7 @@ type memorySub struct {
 	mu             sync.Mutex
 	filled         sync.Cond
 	pending        []*nats.Msg
+	at             []time.Time // when they arrive
 	closed         bool
 	ended          chan struct{}
 }
@@ -143,6 +145,7 @@ func (b *memoryBus) deliverLocked(from *memoryConn, sub *memorySub, m *nats.Msg)
 	sub.mu.Lock()
 	defer sub.mu.Unlock()
 	sub.pending = append(sub.pending, &nats.Msg{Subject: m.Subject, Reply: m.Reply, Header: header, Data: bytes.Clone(m.Data)})
+	sub.at = append(sub.at, time.Now().Add(b.delay))
 	sub.filled.Signal()
 }
 
@@ -176,13 +179,14 @@ func (sub *memorySub) run() {
 		for len(sub.pending) == 0 && !sub.closed {
 			sub.filled.Wait()
 		}
-		list := sub.pending
-		sub.pending = nil
+		list, at := sub.pending, sub.at
+		sub.pending, sub.at = nil, nil
 		sub.mu.Unlock()
 		if len(list) == 0 {
 			return
 		}
-		for _, m := range list {
+		for i, m := range list {
+			time.Sleep(time.Until(at[i]))
 			sub.f(m)
 		}
 	}

@@ -136,9 +136,7 @@ func (o *outbox) run() {
 	for {
 		stopping := o.stopping.Load() // what was marked before is seen below
 		worked := o.receive()
-		if o.due.Load() {
-			o.due.Store(false)
-			o.tick()
+		if o.tickIfDue() {
 			worked = true
 		}
 		if o.aside() {
@@ -154,6 +152,7 @@ func (o *outbox) run() {
 			o.serve(s, s.pending.Swap(0))
 			s = next
 			o.receive() // an acknowledgement frees what the next packet needs
+			o.tickIfDue()
 		}
 		if worked {
 			continue

@@ -408,11 +408,12 @@ func (q *sentPackets) again(seq uint32, now, patience int64) bool {
 }
 
 // arrived lets more be on its way when n packets were acknowledged: an eighth more, at least one, each time that as many as
-// are allowed arrived, until there is no need for a limit. It takes its time where the last loss was.
+// are allowed arrived, until there is no need for a limit. It takes its time near the last loss, up to twice of what was
+// lost.
 func (q *sentPackets) arrived(n uint32) {
 	q.pinged = false
 	more, enough := 1+q.limit/8, q.limit
-	if q.limit+more >= q.lossy {
+	if q.limit+more >= q.lossy && q.limit <= 2*q.lossy {
 		enough *= 16
 	}
 	if q.grown += n; q.grown < enough {
@@ -448,7 +449,10 @@ func (q *sentPackets) push(p *packet) {
 
 // release gives the packets before seq back to the pool and returns how many they were, and their bytes.
 func (q *sentPackets) release(seq uint32) (n uint32, bytes uint64) {
-	for ; int32(q.acked-seq) < 0 && len(q.packets) > 0; q.acked++ {
+	if seq-q.acked > q.next-q.acked {
+		seq = q.acked // old, or half the number space away
+	}
+	for ; q.acked != seq; q.acked++ {
 		p := &q.packets[q.acked&uint32(len(q.packets)-1)]
 		n++
 		bytes += uint64(len((*p).buf))

@@ -192,9 +192,8 @@ func (s *Server) request(m *nats.Msg, h Handler) {
 	if json {
 		session.done = io.EOF
 		session.readDone.Store(true)
-	} else {
-		session.markLater(workWait)
 	}
+	session.markLater(workWait)
 	go func() {
 		defer end(nil)
 		defer cancel()

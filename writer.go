@@ -90,9 +90,7 @@ func (c *Client) NewWriter(subject string) *Writer {
 		w := c.ep.newProducer(c.ep.ctx, subject, offer, err != nil)
 		w.session.deaf = true
 		w.session.readDone.Store(true)
-		if !w.json {
-			w.session.markLater(workWait)
-		}
+		w.session.markLater(workWait)
 		return w
 	}
 	w := c.ep.newProducer(c.ep.ctx, subject, offer, true)

@@ -441,15 +441,17 @@ func TestManyOpens(t *testing.T) {
 		if err := sc.Flush(); err != nil {
 			t.Fatal(err)
 		}
-		many := func(opens int, open func() error) {
+		many := func(opens int, open func(context.Context) error) {
 			t.Helper()
+			ctx, cancel := context.WithTimeout(context.Background(), 3*patience) // each rush has its own
+			defer cancel()
 			var wg sync.WaitGroup
 			var left atomic.Int64
 			left.Store(int64(opens))
 			for range workers {
 				wg.Go(func() {
 					for left.Add(-1) >= 0 {
-						if err := open(); err != nil {
+						if err := open(ctx); err != nil {
 							t.Error(err)
 							return
 						}
@@ -465,10 +467,8 @@ func TestManyOpens(t *testing.T) {
 				t.Errorf("%d handlers at once, at most %d are allowed", n, maxStreams)
 			}
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
-		defer cancel()
 		var refused atomic.Int64
-		use := func() error {
+		use := func(ctx context.Context) error {
 			s, err := client.Open(ctx, "one", []byte("record"))
 			if err != nil {
 				return err
@@ -491,7 +491,7 @@ func TestManyOpens(t *testing.T) {
 			t.Errorf("%d served and %d refused of %d", served.Load(), refused.Load(), opens)
 		}
 		t.Logf("%d served, %d refused; at most %d handlers", served.Load(), refused.Load(), most.Load())
-		cancelAtOnce := func() error {
+		cancelAtOnce := func(ctx context.Context) error {
 			ctx, cancel := context.WithCancel(ctx)
 			s, err := client.Open(ctx, "one", []byte("record"))
 			cancel()

@@ -1,0 +1,294 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Cases at the edges of numbers and times: each of them went wrong once.
+
+func creditFrom(sender uint16, ack uint32, flags FrameFlags) []byte {
+	credit := AppendCredit(nil, Credit{Ack: ack, Packets: 200, Bytes: 1 << 40})
+	return AppendPacket(nil, PacketHeader{Sender: sender}, Frame{Type: FrameCredit, Flags: flags, Payload: credit})
+}
+
+// An acknowledgement half the number space away is neither of the past nor of the future.
+func TestAcknowledgementFromAfar(t *testing.T) {
+	conn := newRecorder(nil)
+	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	w := c.NewWriter(consumerSubject(5))
+	write := func() {
+		t.Helper()
+		if _, err := w.Write([]byte("a")); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write()
+	for _, ack := range []uint32{1, 1 + 1<<31, 2 + 1<<31, math.MaxUint32, 0} {
+		conn.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, ack, 0)})
+	}
+	conn.receive(&nats.Msg{Subject: w.session.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FramePing})})
+	for len(conn.sent()) < 2 { // the answer: all of them were looked at
+		time.Sleep(time.Millisecond)
+	}
+	write()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.acked.packets != 1 {
+		t.Errorf("%d packets count as acknowledged, 1 was", w.acked.packets)
+	}
+}
+
+// A PING behind what is sent again must not make the peer miss what is not on its way yet.
+func TestPingSaysWhatIsOnItsWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := newRecorder(nil)
+		ep := recorded(t, conn)
+		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(8))
+		for range 100 {
+			if _, err := w.Write([]byte("a")); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ep.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, 0, FlagGap)})
+		synctest.Wait()
+		if q := &w.sent; q.limit != 50 || q.cursor != 50 {
+			t.Errorf("limit %d, %d sent again after a loss of 100 packets, want 50 of each", q.limit, q.cursor)
+		}
+		var ping *PacketHeader
+		for _, m := range conn.sent() {
+			if isFrame(m.Data, FramePing) {
+				h, _, err := ParsePacketHeader(m.Data)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ping = &h
+			}
+		}
+		if ping == nil || ping.Seq != 50 {
+			t.Errorf("PING %v, want one of sequence number 50", ping)
+		}
+		ep.close(testClosed)
+	})
+}
+
+// The limit after a loss grows slowly where the loss was, and nowhere else.
+func TestLimitGrowsAgain(t *testing.T) {
+	for lossy := uint32(1); lossy <= maxPackets; lossy *= 2 {
+		q := sentPackets{next: lossy, cursor: lossy}
+		q.again(0, 1, 0)
+		rounds := 0
+		for ; q.limit != 0; rounds++ {
+			q.arrived(q.limit)
+		}
+		if rounds > 200 {
+			t.Errorf("after a loss of %d packets it takes %d round trips until there is no limit", lossy, rounds)
+		}
+	}
+}
+
+// With round trips longer than AckTimeout every acknowledgement is asked for once in vain. That is no loss.
+func TestLossOnASlowRoundTrip(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.bus.delay = 150 * time.Millisecond
+		var lost atomic.Bool
+		m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+			return from != m.back || !isSequenced(msg.Data) || lost.Swap(true)
+		})
+		const records = 2000
+		m.handle(t, "x", func(w *Writer, _ *Request) error {
+			for range records {
+				if _, err := w.Write(make([]byte, 30000)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		start := time.Now()
+		s := m.open(t, "x")
+		n := 0
+		for ; ; n++ {
+			if _, err := s.Recv(); err == io.EOF {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if took := time.Since(start); n != records || took > time.Minute {
+			t.Errorf("%d of %d records in %v, want all in a minute", n, records, took)
+		}
+	})
+}
+
+// A server that closes tells also the consumers that speak only the fallback and never heard from their handler.
+func TestSilentHandlerOfAFallbackConsumer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		release := make(chan struct{})
+		m.handle(t, "x", func(*Writer, *Request) error { <-release; return nil })
+		user := m.bus.connect("user")
+		var told atomic.Int32
+		stop, err := user.subscribe("inbox.old", "", func(*nats.Msg) { told.Add(1) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		if err := user.publish("x", "inbox.old", nil); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		m.server.Close()
+		synctest.Wait()
+		close(release)
+		time.Sleep(time.Minute)
+		if n := told.Load(); n != 1 {
+			t.Errorf("the consumer was told %d times, want once", n)
+		}
+		m.server.mu.Lock()
+		defer m.server.mu.Unlock()
+		if n := m.server.sessions; n != 0 {
+			t.Errorf("%d sessions are left", n)
+		}
+	})
+}
+
+// A time of "never" must not add up to one in the past.
+func TestNeverIsNotSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var slow atomic.Bool
+		conn := newRecorder(func(int, []byte) error {
+			if slow.Swap(false) {
+				time.Sleep(time.Second)
+			}
+			return nil
+		})
+		p, err := ClientParams{KeepAlive: math.MaxInt64, ResumeTimeout: math.MaxInt64, DisconnectTimeout: math.MaxInt64}.withDefaults()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ep, err := newEndpoint(conn, "", p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ep.close(testClosed)
+		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(5))
+		for range 3 {
+			if _, err := w.Write([]byte("a")); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Flush(); err != nil {
+				t.Fatal(err, context.Cause(w.Context()))
+			}
+			time.Sleep(time.Second)
+			slow.Store(true)
+		}
+	})
+}
+
+// Streams that are opened and given up while the connection is down leave nothing behind.
+func TestOpensWithoutConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.conn.set(nats.RECONNECTING)
+		synctest.Wait()
+		for range 1000 {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+			s, err := m.client.Open(ctx, "x", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Recv(); !errors.Is(err, context.DeadlineExceeded) {
+				t.Fatal(err)
+			}
+			cancel()
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if n := len(m.client.ep.outbox.held); n != 0 {
+			t.Errorf("%d streams that ended are held", n)
+		}
+	})
+}
+
+// Sync succeeds whether the consumer acknowledges the end or leaves after it.
+func TestSyncAndAConsumerThatLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		synced := make(chan error, 1)
+		m.handle(t, "x", func(w *Writer, _ *Request) error {
+			if _, err := w.Write([]byte("a")); err != nil {
+				return err
+			}
+			if err := w.Close(); err != nil {
+				return err
+			}
+			synced <- w.Sync(context.Background())
+			return nil
+		})
+		for range 1000 {
+			s := m.open(t, "x")
+			for {
+				if _, err := s.Recv(); err == io.EOF {
+					break
+				} else if err != nil {
+					t.Fatal(err)
+				}
+			}
+			_ = s.Close()
+			if err := <-synced; err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
+// A connection that is slow takes bytes: no stream ends for it while packets of others go out.
+func TestManyOverASlowConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := newRecorder(func(int, []byte) error {
+			time.Sleep(26 * time.Millisecond) // 32 KiB at 10 Mbit/s
+			return nil
+		})
+		p, err := ClientParams{KeepAlive: time.Minute}.withDefaults() // by default the peers would have given up at the end
+		if err != nil {
+			t.Fatal(err)
+		}
+		ep, err := newEndpoint(conn, "", p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &Client{ep: ep, codec: MsgPack}
+		var writers []*Writer
+		for i := range 5000 {
+			w := c.NewWriter(fmt.Sprint("y", i) + consumerSubject(5))
+			if _, err := w.Write(make([]byte, 32000)); err != nil {
+				t.Fatal(err)
+			}
+			writers = append(writers, w)
+		}
+		time.Sleep(5000 * 26 * time.Millisecond)
+		stuck := &CloseError{CloseAbnormalClosure, "the connection takes no bytes"}
+		for i, w := range writers {
+			if err := context.Cause(w.Context()); errors.Is(err, stuck) {
+				t.Fatalf("writer %d: %v", i, err)
+			}
+		}
+		ep.close(testClosed)
+	})
+}
