@@ -65,14 +65,19 @@ func (s *spy) stranger() uint16 {
 	}
 }
 
-// find waits until the spy knows the consumer's end and, unless alone, the producer's.
+// find waits until the spy knows the consumer's end and, unless alone, the producer's. It forgets them then: the spy may see
+// late what it sends itself, and the request of the next stream.
 func (s *spy) find(t *testing.T, alone bool) (consumer, producer string) {
 	t.Helper()
 	if !within(patience, func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		consumer, producer = s.consumer, s.producer
-		return consumer != "" && (alone || producer != "")
+		found := consumer != "" && (alone || producer != "")
+		if found {
+			s.consumer, s.producer = "", ""
+		}
+		return found
 	}) {
 		t.Fatalf("the ends are %q and %q", consumer, producer)
 	}
