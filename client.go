@@ -93,8 +93,9 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 	return p, nil
 }
 
-// never is the longest time that a parameter may be, 36 years. A few of them and a date add up without overflow.
-const never time.Duration = 1 << 60
+// never is the longest time that a parameter may be, two years. What is made of it, up to 64 times as long, added to a time
+// since the start does not overflow.
+const never time.Duration = 1 << 56
 
 // Client opens streams over one NATS connection, and makes writers for requests that arrived on it. All its streams
 // share one wildcard subscription. It is safe for use by many goroutines at once. Close it when it is no longer used;

@@ -150,9 +150,7 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			w := s.writer.Load()
 			closed := s.stream == nil && (w.settled || s.life.closed != 0)
 			if closed && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
-				// It has read CLOSE, never wrote, and leaves: an acknowledgement of everything.
-				_ = w.credit(Credit{Ack: w.sent.next, Packets: w.granted.packets})
-				s.finish(&ending{err: io.EOF, quiet: true})
+				s.finish(&ending{err: io.EOF, quiet: true}) // it never wrote, and leaves
 				return nil
 			}
 			// A consumer that forgot the stream may have done so because it is done.

@@ -178,16 +178,10 @@ func TestNeverIsNotSoon(t *testing.T) {
 			}
 			return nil
 		})
-		p, err := ClientParams{KeepAlive: math.MaxInt64, ResumeTimeout: math.MaxInt64, DisconnectTimeout: math.MaxInt64}.withDefaults()
-		if err != nil {
-			t.Fatal(err)
-		}
-		ep, err := newEndpoint(conn, "", p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ep.close(testClosed)
-		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(5))
+		c := fakeClient(t, conn.fakeTransport, ClientParams{
+			KeepAlive: math.MaxInt64, AckTimeout: math.MaxInt64, ResumeTimeout: math.MaxInt64, DisconnectTimeout: math.MaxInt64,
+		})
+		w := c.NewWriter(consumerSubject(5))
 		for range 3 {
 			if _, err := w.Write([]byte("a")); err != nil {
 				t.Fatal(err)
@@ -265,15 +259,8 @@ func TestManyOverASlowConnection(t *testing.T) {
 			time.Sleep(26 * time.Millisecond) // 32 KiB at 10 Mbit/s
 			return nil
 		})
-		p, err := ClientParams{KeepAlive: time.Minute}.withDefaults() // by default the peers would have given up at the end
-		if err != nil {
-			t.Fatal(err)
-		}
-		ep, err := newEndpoint(conn, "", p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := &Client{ep: ep, codec: MsgPack}
+		// By default the peers would have given up at the end.
+		c := fakeClient(t, conn.fakeTransport, ClientParams{KeepAlive: time.Minute})
 		var writers []*Writer
 		for i := range 5000 {
 			w := c.NewWriter(fmt.Sprint("y", i) + consumerSubject(5))
@@ -289,6 +276,26 @@ func TestManyOverASlowConnection(t *testing.T) {
 				t.Fatalf("writer %d: %v", i, err)
 			}
 		}
-		ep.close(testClosed)
+	})
+}
+
+// A consumer may leave with code 1000 before everything arrived. That is no acknowledgement.
+func TestLeavingAcknowledgesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := newRecorder(nil)
+		ep := recorded(t, conn)
+		defer ep.close(testClosed)
+		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(8))
+		if _, err := w.Write([]byte("lost")); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		reset := AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FrameReset, Code: CloseNormalClosure})
+		ep.receive(&nats.Msg{Subject: w.session.reply, Data: reset})
+		if err := w.Sync(t.Context()); err == nil {
+			t.Error("Sync says that everything arrived")
+		}
 	})
 }

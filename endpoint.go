@@ -158,7 +158,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		return
 	}
 	if end := s.end.Load(); end != nil { // on its way out of the map
-		if m.Reply != "" && (end.closed || s.readDone.Load()) {
+		if m.Reply != "" && (end.closed || s.stream != nil && s.readDone.Load()) {
 			s.mark(workCredit) // it has everything, and says so, or that it leaves after that
 			return
 		}

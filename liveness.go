@@ -367,7 +367,7 @@ func (o *outbox) check(s *session, now int64) {
 		if l.pings == 0 { // what was not answered says nothing about the reader
 			l.asks++
 		}
-		if w != nil && l.pings > 1 {
+		if w != nil && l.pings > 1 { // one may only be slower than AckTimeout
 			w.sent.unanswered()
 		}
 		o.ping(s)

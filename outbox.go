@@ -403,6 +403,9 @@ func (o *outbox) finish(s *session, end *ending) {
 	closed := s.life.closed != 0 && s.readDone.Load() && end == o.ep.gone.Load() // everything was said, and heard
 	if end.tell.Code != 0 && s.peer != "" && !closed {
 		if o.connected() {
+			if s.stream != nil && s.readDone.Load() {
+				o.tellCredit(s, 0) // that its CLOSE arrived: what this end's leaving alone does not say
+			}
 			o.tellEnd(s, end.tell)
 		} else if o.ep.gone.Load() == nil {
 			o.hold(s, workEnd) // a peer that is not told would wait for ever
