@@ -66,9 +66,12 @@ const (
 	initialPackets     = 32
 	maxPackets         = 256
 	initialWindow      = 256 << 10
+	handlerWindow      = 64 << 10 // the same for records to a handler: most of them get none
 	defaultWindow      = 4 << 20
-	minWindow          = 4 << 10
+	minWindow          = 4 << 10 // no stream begins with less
 	defaultMaxBuffered = 64 << 20
+	fallbackOverhead   = 64       // bytes that a queued message may take beside its own, so that many small ones are bounded
+	fallbackMessages   = 1024     // that may be queued in any case
 	fallbackLimit      = 64 << 20 // bytes queued for a reader whose peer knows no credit
 )
 
@@ -213,8 +216,9 @@ func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 		b.mode = modeJSON
 		b.ring.SetLimit(math.MaxInt32)
 	}
-	if queued := b.received - b.consumedBytes.Load(); queued+uint64(len(data)) > limit {
-		return violation, &CloseError{Code: CloseTooSlow, Text: fmt.Sprintf("reader is %d bytes behind a peer that knows no credit", queued)}
+	queued, n := b.received-b.consumedBytes.Load(), b.ring.Len()
+	if queued+uint64(len(data)) > limit || uint64(n) >= max(limit/fallbackOverhead, fallbackMessages) {
+		return violation, &CloseError{Code: CloseTooSlow, Text: fmt.Sprintf("reader is %d messages, %d bytes behind a peer that knows no credit", n, queued)}
 	}
 	b.push(data)
 	return accepted, nil

@@ -33,7 +33,8 @@ type ClientParams struct {
 	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
 	MaxRecordSize int
 	// FallbackBuffer is the most bytes of messages that a producer which speaks only the JSON fallback, and so cannot be told to
-	// wait, may be ahead of its reader: 64 MiB by default. Beyond it that stream ends with CloseTooSlow.
+	// wait, may be ahead of its reader: 64 MiB by default. Of messages below 64 bytes it is as many as if they had 64, because of
+	// what each takes in memory, but at least 1,024. Beyond it that stream ends with CloseTooSlow.
 	FallbackBuffer int
 
 	// KeepAlive is how long nothing may be heard from a stream's peer before it is asked whether it lives: 15 s by default.
@@ -166,8 +167,12 @@ const (
 // setTimeout says in h how much is left of ctx. Clocks of two machines differ, so what travels is a duration.
 func setTimeout(h nats.Header, ctx context.Context) {
 	if deadline, ok := ctx.Deadline(); ok {
-		left := max(1, (time.Until(deadline)+time.Millisecond-1)/time.Millisecond)
-		h[headerTimeout] = []string{strconv.FormatInt(int64(left), 10)}
+		left := time.Until(deadline)
+		ms := left / time.Millisecond
+		if left%time.Millisecond > 0 {
+			ms++
+		}
+		h[headerTimeout] = []string{strconv.FormatInt(max(1, int64(ms)), 10)}
 	}
 }
 
@@ -184,6 +189,9 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream,
 		return nil, nats.ErrConnectionDraining
 	case !validSubject(msg.Subject):
 		return nil, fmt.Errorf("stream: cannot open %q: %w", msg.Subject, nats.ErrBadSubject)
+	}
+	if err := checkSubjects(len(msg.Subject) + len(ep.prefix) + TokenSize); err != nil {
+		return nil, fmt.Errorf("stream: cannot open: %w", err)
 	}
 	if size, max := requestSize(msg), ep.maxPayload.Load(); size > max {
 		return nil, fmt.Errorf("stream: request of %d bytes, the server takes %d: %w", size, max, nats.ErrMaxPayload)

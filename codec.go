@@ -156,6 +156,9 @@ func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
 	if codec == FlagJSON {
 		err = json.Unmarshal(p, v)
 	} else {
+		if v, ok := v.(*any); ok && v != nil {
+			*v = nil // else the decoder tries to fill the value of the record before
+		}
 		err = decodeMsgPack(p, v)
 	}
 	if err != nil {

@@ -16,7 +16,6 @@ type control struct {
 	packet  []byte   // frames to act on, or nil
 	sender  uint16   // of a packet for a token that is not in use
 	absent  bool     // NATS says that nobody received a PING
-	oneWay  bool     // the first message was one of the fallback
 }
 
 // maxInbound bounds the control packets that wait for the outbox.
@@ -55,9 +54,6 @@ func (o *outbox) receive() (worked bool) {
 			o.learn(s, c.reply)
 		case c.reply != "":
 			s.peer = c.reply // where accounts meet, the subject of the request may have gone with a connection
-		case c.oneWay:
-			s.oneWay = true
-			o.bind(s)
 		case c.absent:
 			o.absent(s)
 		}
@@ -92,7 +88,7 @@ func (o *outbox) bind(s *session) {
 	w := s.writer.Load()
 	switch {
 	case w == nil:
-	case s.oneWay:
+	case s.oneWay.Load():
 		w.cancel(ErrOneWay)
 	case s.peer != "":
 		w.bind(s.peer)
@@ -135,6 +131,8 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			c, err := ParseCredit(f.Payload)
 			if w := s.writer.Load(); err == nil && w != nil {
 				err = o.credit(w, c, f.Flags&FlagGap != 0)
+			} else if err == nil && c.Ack != 0 {
+				err = fmt.Errorf("packet %d acknowledged, none sent", c.Ack)
 			}
 			if err != nil {
 				return protocolError(CloseProtocolError, "%v", err)
@@ -196,7 +194,7 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 // tellCredit tells the peer what arrived and what it may send.
 func (o *outbox) tellCredit(s *session, flags FrameFlags) {
 	switch {
-	case s.oneWay || s.writer.Load() != nil && s.writer.Load().json:
+	case s.oneWay.Load() || s.writer.Load() != nil && s.writer.Load().json:
 	case s.peer == "":
 		s.owed |= workCredit // the reader, or the mark of the mux, was faster than the subject on the inbound ring
 		if flags&FlagGap == 0 {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/vmihailenco/msgpack/v5"
 )
 
 // Cases at the edges of numbers and times: each of them went wrong once.
@@ -298,4 +299,184 @@ func TestLeavingAcknowledgesNothing(t *testing.T) {
 			t.Error("Sync says that everything arrived")
 		}
 	})
+}
+
+// A consumer that has read everything and closed its own direction may leave: what was lost of its records is repaired, and
+// the handler, which works on, is not stopped.
+func TestClosingAfterBothEnds(t *testing.T) {
+	for _, leave := range []struct {
+		name string
+		how  func(s *Stream, cancel func())
+	}{
+		{"Close", func(s *Stream, _ func()) { _ = s.Close() }},
+		{"CloseWithCode", func(s *Stream, _ func()) { _ = s.CloseWithCode(CloseNormalClosure) }},
+		{"context", func(_ *Stream, cancel func()) { cancel() }},
+	} {
+		t.Run(leave.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				const records = 10
+				got := make(chan error, 1)
+				m.handle(t, "up", func(w *Writer, r *Request) error {
+					if err := w.Close(); err != nil {
+						return err
+					}
+					n := 0
+					for _, err := range r.All() {
+						if err != nil {
+							got <- err
+							return err
+						}
+						n++
+					}
+					time.Sleep(time.Second)
+					err := context.Cause(r.Context())
+					if n != records {
+						err = fmt.Errorf("%d records of %d", n, records)
+					}
+					got <- err
+					return nil
+				})
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				s, err := m.client.Open(ctx, "up", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Recv(); err != io.EOF { // and now it knows where to write to
+					t.Fatal(err)
+				}
+				m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool { return from != m.conn || !isSequenced(msg.Data) })
+				for i := range records {
+					if _, err := s.Write([]byte{byte(i)}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := s.CloseSend(); err != nil {
+					t.Fatal(err)
+				}
+				leave.how(s, cancel)
+				if s.Context().Err() == nil {
+					t.Error("the stream's context goes on")
+				}
+				if _, err := s.Recv(); err != io.EOF {
+					t.Errorf("a read after the end returned %v", err)
+				}
+				synctest.Wait()
+				m.bus.setFilter(nil)
+				if err := <-got; err != nil {
+					t.Errorf("the handler: %v", err)
+				}
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// A peer that is not there any longer is not waited for for ever, though nobody looks at the stream.
+func TestClosingAfterBothEndsWithoutPeer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "up", func(w *Writer, r *Request) error {
+			defer func() { _, _ = r.Recv() }()
+			return w.Close()
+		})
+		s := m.open(t, "up")
+		if _, err := s.Recv(); err != io.EOF {
+			t.Fatal(err)
+		}
+		m.bus.setFilter(blackHole(nil, nil))
+		if _, err := s.Write([]byte("a")); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		_ = s.Close()
+		time.Sleep(m.times.KeepAlive + 4*m.times.AckTimeout + m.times.ResumeTimeout)
+		m.nothingLeft(t)
+	})
+}
+
+// What consumers send to handlers that do not read is bounded as well.
+func TestHandlersWindows(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		p       ClientParams
+		streams int
+		most    int
+	}{
+		{"Window", ClientParams{Window: minWindow}, 1, minWindow},
+		{"MaxBuffered", ClientParams{MaxBuffered: 256 << 10}, 100, 256<<10 + 100*minWindow},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, c.p)
+				m.handle(t, "deaf", func(_ *Writer, r *Request) error {
+					<-r.Context().Done()
+					return nil
+				})
+				var sent atomic.Int64
+				const record = 1000
+				for range c.streams {
+					s := m.open(t, "deaf")
+					go func() {
+						for {
+							if _, err := s.Write(make([]byte, record)); err != nil {
+								return
+							}
+							if s.Flush() == nil {
+								sent.Add(record)
+							}
+						}
+					}()
+				}
+				time.Sleep(time.Second)
+				reserved := int(m.server.Stats().Reserved)
+				if reserved == 0 || reserved > c.most {
+					t.Errorf("%d bytes are reserved, should be 1 to %d", reserved, c.most)
+				}
+				if n, most := int(sent.Load()), reserved+2*c.streams*record; n == 0 || n > most { // a packet beyond the window, and one not sent
+					t.Errorf("%d bytes were sent to handlers that do not read, with %d reserved", n, reserved)
+				}
+				m.close()
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// A consumer that never wrote has nothing to be acknowledged.
+func TestAcknowledgementOfNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := newRecorder(nil)
+		ep := recorded(t, conn)
+		defer ep.close(testClosed)
+		s, err := ep.open(t.Context(), &nats.Msg{Subject: "x"}, MsgPack)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ep.receive(&nats.Msg{Subject: s.session.reply, Reply: "peer", Data: creditFrom(8, 9, 0)})
+		_, err = s.Recv()
+		if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != CloseProtocolError {
+			t.Errorf("got %v, want %d", err, CloseProtocolError)
+		}
+	})
+}
+
+// What one record was decoded into is no template for the next.
+func TestDecodeIntoTheSameInterface(t *testing.T) {
+	var v any
+	for i := range 3 {
+		p, err := msgpack.Marshal(map[string]any{"i": int8(i)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := decodeObject(p, FlagMsgPack, FlagMsgPack, &v); err != nil {
+			t.Fatal(err)
+		}
+		if m, ok := v.(map[string]any); !ok || m["i"] != int8(i) {
+			t.Errorf("record %d: %v", i, v)
+		}
+	}
 }

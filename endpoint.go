@@ -51,7 +51,8 @@ type endpoint struct {
 	stopWatch   func()
 	stopErrors  func()
 	watched     chan struct{} // closed when the watcher has ended
-	closeOnce   sync.Once
+	closing     atomic.Bool
+	closed      chan struct{}          // closed when close has done its work
 	gone        atomic.Pointer[ending] // why there are no new streams: closed, or the connection is
 	ctx         context.Context        // parent of every writer's; ends with gone
 	cancel      context.CancelCauseFunc
@@ -75,7 +76,8 @@ type session struct {
 	cancel context.CancelCauseFunc // of the handler's context
 
 	reader               // of what arrived
-	returned atomic.Bool // the handler returned: nobody reads what still comes
+	oneWay   atomic.Bool // the producer speaks the fallback and takes no records
+	returned atomic.Bool // the handler returned, or the consumer parted: nobody reads what still comes
 
 	// The outbox's queue. pending holds what is to be done; a session is queued exactly while it is not zero.
 	pending atomic.Uint32
@@ -87,7 +89,6 @@ type session struct {
 	request  *nats.Msg // what opens the stream, until it is published
 	held     uint32    // work that waits for the connection; not zero while in outbox.held
 	owed     uint32    // work for the peer that was due before its subject was known
-	oneWay   bool      // the producer speaks the fallback and takes no records
 	finished bool
 	life     life
 
@@ -126,6 +127,7 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 		budget:    int64(p.MaxBuffered),
 		sessions:  xsync.NewMapOf[string, *session](),
 		watched:   make(chan struct{}),
+		closed:    make(chan struct{}),
 		times:     intervals{int64(p.KeepAlive), int64(p.AckTimeout), int64(p.ResumeTimeout), int64(p.DisconnectTimeout)},
 		started:   time.Now(),
 	}
@@ -143,7 +145,7 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	ep.stopErrors = conn.errors(ep.denied)
 	ep.ticker.init(ep)
 	go ep.outbox.run()
-	go ep.watch(changes)
+	go ep.watch(changes, ep.outbox.up.Load())
 	go ep.ticker.run()
 	return ep, nil
 }
@@ -211,8 +213,17 @@ func (ep *endpoint) answer(m *nats.Msg) {
 	}
 }
 
-// receiveBack takes a sequenced packet for a producer that reads nothing: it must not gather unread.
+// receiveBack takes a sequenced packet for a producer that reads nothing: records must not gather unread. A consumer may say
+// that it sends none.
 func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
+	if _, body, err := ParsePacketHeader(m.Data); err == nil && onlyClose(body) {
+		if v, err := s.bucket.accept(m.Data); v != accepted {
+			ep.refuse(s, m, v, err)
+		} else {
+			s.mark(workCredit)
+		}
+		return
+	}
 	v, err := s.bucket.acceptControl(m.Data, s.sender)
 	if v == accepted || v == gap {
 		v, err = violation, protocolError(CloseProtocolError, "this producer takes no records")
@@ -255,7 +266,8 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	if v != accepted {
 		ep.refuse(s, m, v, err)
 	} else if first {
-		ep.outbox.deliver(control{session: s, oneWay: true})
+		s.oneWay.Store(true)
+		s.mark(workBind | workSettle) // its reader may have come to the end before this
 	}
 }
 
@@ -332,7 +344,8 @@ func writeError(err error) error {
 	return err
 }
 
-// register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer.
+// register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer. It fails if the
+// endpoint is gone.
 func (ep *endpoint) register(s *session, offer Token) error {
 	buf := make([]byte, 0, len(ep.prefix)+TokenSize)
 	buf = append(buf, ep.prefix...)
@@ -405,20 +418,21 @@ func (ep *endpoint) take(n uint64, limit int64) bool {
 }
 
 // watch follows the connection's status until the endpoint is closed or the connection is. A connection that drains
-// still takes what is published, until its subscriptions are gone.
-func (ep *endpoint) watch(changes <-chan nats.Status) {
+// still takes what is published, until its subscriptions are gone. before says whether the connection has been up.
+func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 	defer close(ep.watched)
 	defer ep.stopWatch()
-	for ok, before := true, false; ok; _, ok = <-changes {
+	news := false // the first look is for what came before changes
+	for ok := true; ok; _, ok = <-changes {
 		// What the channel says may be old: it drops news while it is full. That there was news is enough.
 		switch ep.conn.status() {
 		case nats.CONNECTED:
 			ep.maxPayload.Store(ep.conn.maxPayload())
-			if before {
+			if before && news {
 				ep.outbox.resume() // before anything is published and its clocks start
 			}
 			ep.outbox.up.Store(true) // also where the outbox saw the connection go first
-			if before {              // it may have been away too shortly to be seen so
+			if before && news {      // it may have been away too shortly to be seen so
 				ep.probe()
 			}
 			before = true
@@ -432,6 +446,7 @@ func (ep *endpoint) watch(changes <-chan nats.Status) {
 			ep.outbox.up.Store(false)
 			ep.ticker.start() // DisconnectTimeout runs
 		}
+		news = true
 	}
 }
 
@@ -478,15 +493,18 @@ func (ep *endpoint) endAll(e *ending) {
 
 // close ends every stream with e, tells their peers, and returns when the endpoint's goroutines have ended.
 func (ep *endpoint) close(e *ending) {
-	ep.closeOnce.Do(func() {
-		ep.endAll(e)
-		ep.unsubscribe() // first: whoever sends a first packet meanwhile is told that its stream is gone
-		ep.outbox.stop()
-		ep.ticker.stop()
-		ep.stopErrors()
-		ep.stopWatch()
-		<-ep.watched
-	})
+	if ep.closing.Swap(true) {
+		<-ep.closed
+		return
+	}
+	ep.endAll(e)
+	ep.unsubscribe() // first: whoever sends a first packet meanwhile is told that its stream is gone
+	ep.outbox.stop()
+	ep.ticker.stop()
+	ep.stopErrors()
+	ep.stopWatch()
+	<-ep.watched
+	close(ep.closed)
 }
 
 // reasonLimit is the longest reason that a message has room for.

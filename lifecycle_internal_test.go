@@ -94,7 +94,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 	for i := range all {
 		s := &session{ep: ep, sender: newSender(false)}
 		s.bucket.init(initialPackets, initialWindow)
-		if err := ep.register(s, controlToken); err != nil {
+		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}
 		s.peer = s.reply // before the first mark, so the outbox does not own it yet
@@ -154,7 +154,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 	for range 20 {
 		s := &session{ep: ep, sender: newSender(false)}
 		s.bucket.init(initialPackets, initialWindow)
-		if err := ep.register(s, controlToken); err != nil {
+		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}
 		s.peer = s.reply

@@ -253,10 +253,7 @@ func (o *outbox) tick() {
 // abandon ends the streams that have waited for the connection for DisconnectTimeout.
 func (o *outbox) abandon(now int64) {
 	end := func(s *session) {
-		if l := &s.life; l.born == 0 {
-			l.born = now
-		}
-		if now-s.life.born >= o.ep.times.disconnect {
+		if born := s.life.born; born != 0 && now-born >= o.ep.times.disconnect { // else it is about to be served
 			s.finish(disconnected())
 		}
 	}
@@ -391,8 +388,8 @@ func (o *outbox) ping(s *session) {
 	l.pings++
 	l.pinged = o.ep.now()
 	if s.reply == "" {
-		if err := o.ep.register(s, controlToken); err != nil {
-			s.finish(&ending{err: err}) // the endpoint is closing
+		if o.ep.register(s, s.controlToken()) != nil {
+			s.finish(o.ep.gone.Load())
 			return
 		}
 	}

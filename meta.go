@@ -60,7 +60,7 @@ func (w *Writer) SetHeader(h nats.Header) error {
 	if err != nil || w.json {
 		return err
 	}
-	if w.sealed > 0 || w.open != nil {
+	if w.sealed > 0 || w.open != nil && w.n > PacketHeaderSize {
 		return fmt.Errorf("%w: set it once, before the first record", ErrHeader)
 	}
 	b, err := w.frameLocked(FrameHeaderSize+len(meta), false)

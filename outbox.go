@@ -284,7 +284,8 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	if end != nil {
 		o.finish(s, end)
-		if work&(workCredit|workDone|workSettle) != 0 && end.tell.Code == 0 && s.finished {
+		owed := work&(workCredit|workDone) != 0 || work&workSettle != 0 && s.readDone.Load()
+		if owed && end.tell.Code == 0 && s.finished {
 			o.tellCredit(s, 0)
 		}
 		return
@@ -296,12 +297,12 @@ func (o *outbox) serve(s *session, work uint32) {
 	w := s.writer.Load()
 	if work&workRequest != 0 {
 		setTimeout(s.request.Header, s.parent)
+		s.life.asked = o.ep.now() // before it may be lost with the connection
 		if err := o.ep.conn.publishMsg(s.request); err != nil {
 			s.finish(&ending{err: err})
 			return
 		}
 		s.request = nil
-		s.life.asked = o.ep.now()
 	}
 	if work&workBind != 0 {
 		o.bind(s)
@@ -365,7 +366,7 @@ func (o *outbox) sent(s *session) {
 // settle ends the session if neither half has anything to do.
 func (o *outbox) settle(s *session) {
 	w := s.writer.Load()
-	if s.finished || w == nil || !w.settled && !s.oneWay {
+	if s.finished || w == nil || !w.settled && !s.oneWay.Load() {
 		return
 	}
 	e := &ending{err: io.EOF, quiet: true}

@@ -204,7 +204,7 @@ func (w *Writer) bind(subject string) {
 		return
 	}
 	w.subject = subject
-	w.granted = credited{initialPackets, unknownWindow}
+	w.granted = credited{initialPackets, minWindow} // where the subject does not say: nobody offers less
 	if t, err := ParseToken(lastToken(subject)); err == nil {
 		w.granted = credited{1 << t.LogPackets, 1 << t.LogBytes}
 	}
@@ -236,7 +236,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		err = nil // it is missed and asked for, like any other that was under way
 	}
 	if err != nil {
-		if errors.Is(err, nats.ErrMaxPayload) {
+		if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadSubject) {
 			putPacket(p)
 			return false
 		}
@@ -295,7 +295,7 @@ func (w *Writer) publishAgain(o *outbox) (more bool) {
 	p := q.packets[q.cursor&uint32(len(q.packets)-1)]
 	if err := w.publish(o, p, q.cursor); err != nil {
 		q.cursor = q.next // asked for again, if the connection comes back
-		return false
+		return true       // records may have been written meanwhile
 	}
 	o.ep.counters.resent.Add(1)
 	l := &w.session.life
@@ -308,8 +308,8 @@ func (w *Writer) publishAgain(o *outbox) (more bool) {
 func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 	s := w.session
 	if s.reply == "" {
-		if err = s.ep.register(s, controlToken); err != nil {
-			s.finish(&ending{err: err}) // the endpoint is closing
+		if err = s.ep.register(s, s.controlToken()); err != nil {
+			s.finish(s.ep.gone.Load())
 		}
 	}
 	reply := ""
@@ -319,9 +319,12 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 	if err == nil {
 		err = o.ep.conn.publish(s.peer, reply, p.buf)
 	}
-	if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did: this packet will never go
+	switch { // these never go
+	case errors.Is(err, nats.ErrMaxPayload): // the server takes less than it did
 		s.finish(&ending{err: fmt.Errorf("stream: packet of %d bytes was written before the server's max_payload shrank: %w", len(p.buf), err),
 			tell: CloseError{CloseInternalServerErr, "packet exceeds the server's max_payload"}})
+	case errors.Is(err, nats.ErrBadSubject):
+		s.finish(&ending{err: fmt.Errorf("stream: the peer cannot be written to: %w", err)})
 	}
 	return err
 }
@@ -465,6 +468,8 @@ func (q *sentPackets) release(seq uint32) (n uint32, bytes uint64) {
 	return n, bytes
 }
 
-// controlToken is what the token in a writer's control subject says: nobody streams objects to it, and the window is
-// the one a peer has that sees no offer.
-var controlToken = Token{Codec: MsgPack, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros(unknownWindow))}
+// controlToken is what the token in a producer's control subject says: the window for what its consumer sends. Objects that
+// come are in the codec that the request asked for.
+func (s *session) controlToken() Token {
+	return Token{Codec: MsgPack, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(s.bucket.grantedBytes.Load()))}
+}

@@ -42,7 +42,7 @@ func (s *session) recv() ([]byte, error) {
 	// Only the record at hand is taken here; nextRecord does the same and all the rest, without haste.
 	if !s.busy && !raceEnabled && len(s.left) == 0 && s.gate.Load() == 0 && s.end.Load() == nil && s.parent.Err() == nil {
 		s.busy = true
-		if b := s.data[s.off:]; len(b) >= FrameHeaderSize {
+		if b := s.data[s.off:]; len(b) >= FrameHeaderSize && s.off != 0 {
 			h := frameHeader(b)
 			n, rest := payloadLen(h), b[FrameHeaderSize:]
 			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.maxRecord {
@@ -413,8 +413,34 @@ func (s *session) leaving() int {
 	return CloseCanceled
 }
 
+// part lets a consumer go that has read everything and closed its own direction. Its peer is told nothing: what it has not
+// acknowledged yet goes on being repaired. It reports false where the stream is not that far.
+func (s *session) part(cause error) bool {
+	w := s.writer.Load()
+	if s.stream == nil || !s.readDone.Load() || w == nil || !w.saidAll() {
+		return false
+	}
+	s.returned.Store(true)
+	s.mark(workPackets) // the last publish may have failed, and nobody else will try again
+	s.release(cause)
+	return true
+}
+
+// leaveNow ends the stream because the consumer's user wants it so. No write succeeds from then on.
+func (s *session) leaveNow(tell CloseError) {
+	s.stop(&ending{err: ErrClosed, now: true, tell: tell})
+	if w := s.writer.Load(); w != nil {
+		w.mu.Lock()
+		w.room = nil // the slow path sees the end
+		w.mu.Unlock()
+	}
+}
+
 // canceled runs when the context that the stream lives by ended.
 func (s *session) canceled() {
+	if s.part(contextError(s.parent)) {
+		return
+	}
 	e := &ending{err: contextError(s.parent), now: true, tell: CloseError{Code: s.leaving()}}
 	if s.parent.Err() == context.DeadlineExceeded {
 		e.tell.Code = CloseDeadlineExceeded

@@ -8,6 +8,7 @@ import (
 	"iter"
 	"log/slog"
 	"maps"
+	"math"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -22,7 +23,8 @@ type ServerParams struct {
 	// Conn is the connection to use. The server neither closes nor drains it.
 	Conn *nats.Conn
 	// MaxStreams is how many handlers run at the same time, over all subjects: 10,000 by default. Further requests are
-	// answered with CloseTryAgainLater.
+	// answered with CloseTryAgainLater, and so they are while 1,024 and twice as many streams are open, those included whose
+	// handlers returned and whose consumers have not acknowledged everything yet.
 	MaxStreams int
 	// Logger gets what handlers panic with. slog.Default() by default.
 	Logger *slog.Logger
@@ -33,6 +35,10 @@ type ServerParams struct {
 }
 
 const defaultMaxStreams = 10_000
+
+// lingering is how many streams beside twice MaxStreams may wait for the acknowledgement of their end: enough for handlers that
+// return at once, on a slow network, and a bound for consumers that never acknowledge.
+const lingering = 1024
 
 // Handler produces one stream: it reads the Request and writes to w, in a goroutine of its own. What it returns closes
 // the stream, unless it closed w itself: nil with CloseNormalClosure, a *CloseError with its code and text, another error
@@ -85,13 +91,16 @@ type Server struct {
 	maxStreams int
 	log        *slog.Logger
 
-	mu        sync.Mutex
-	subs      []func() // unsubscribe
-	handlers  int
-	sessions  int // of handlers that run, and of those whose streams have something left to send
-	refusing  bool
-	idle      chan struct{} // not nil once Drain or Close was called; closed when there are none of both
-	closeOnce sync.Once
+	// Held while NATS is asked to subscribe, for as long as the connection takes no bytes: mu never is.
+	handling sync.Mutex
+	subs     []func() // unsubscribe
+
+	mu       sync.Mutex
+	handlers int
+	sessions int // of handlers that run, and of those whose streams have something left to send
+	refusing bool
+	idle     chan struct{} // not nil once Drain or Close was called; closed when there are none of both
+	quiet    chan struct{} // made with idle; closed when no more requests come
 }
 
 // NewServer returns a server on params.Conn, which must be open. Errors: nats.ErrInvalidConnection for a nil connection,
@@ -139,9 +148,12 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) error {
 	if h == nil {
 		return errors.New("stream: Handle needs a handler, it got nil")
 	}
+	s.handling.Lock()
+	defer s.handling.Unlock()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.idle != nil {
+	ending := s.idle != nil // then whoever ends the server looks at subs later
+	s.mu.Unlock()
+	if ending {
 		return ErrServerClosed
 	}
 	if e := s.ep.gone.Load(); e != nil { // the connection is, or the inbox is not permitted
@@ -173,7 +185,7 @@ func (s *Server) request(m *nats.Msg, h Handler) {
 	switch s.enter() {
 	case entered:
 	case full:
-		refuse(CloseTryAgainLater, fmt.Sprintf("%d streams are open, the most this server takes", s.maxStreams))
+		refuse(CloseTryAgainLater, fmt.Sprintf("%d handlers run, or as many streams as this server takes wait for their consumers", s.maxStreams))
 		return
 	case refused:
 		refuse(CloseGoingAway, "server is shutting down")
@@ -185,7 +197,11 @@ func (s *Server) request(m *nats.Msg, h Handler) {
 		ctx, cancel = context.WithTimeoutCause(ctx, timeout, &CloseError{Code: CloseDeadlineExceeded})
 	}
 	inner, end := context.WithCancelCause(ctx)
-	w := s.ep.newProducer(inner, m.Reply, offer, json)
+	window := uint64(0)
+	if !json {
+		window = s.ep.reserve(min(handlerWindow, s.ep.window))
+	}
+	w := s.ep.newProducer(inner, m.Reply, offer, json, window)
 	session := w.session
 	session.server, session.cancel, session.parent = s, end, ctx
 	r := &Request{Subject: m.Subject, Header: userHeader(m.Header), Data: m.Data, session: session, ctx: inner}
@@ -259,11 +275,11 @@ func parseTimeout(h nats.Header) (time.Duration, error) {
 	if !ok || len(v) != 1 {
 		return 0, nil
 	}
-	ms, err := strconv.ParseInt(v[0], 10, 64)
-	if err != nil || ms <= 0 {
+	ms, err := strconv.ParseUint(v[0], 10, 63) // takes no sign
+	if err != nil || ms == 0 {
 		return 0, fmt.Errorf("header %s is %q: it must be a number of milliseconds above 0", headerTimeout, v[0])
 	}
-	return time.Duration(min(ms, int64(1<<63-1)/int64(time.Millisecond))) * time.Millisecond, nil
+	return time.Duration(min(ms, math.MaxInt64/uint64(time.Millisecond))) * time.Millisecond, nil
 }
 
 // userHeader returns h without the library's own headers.
@@ -290,7 +306,7 @@ func (s *Server) enter() admission {
 	switch {
 	case s.refusing || s.ep.gone.Load() != nil:
 		return refused
-	case s.handlers >= s.maxStreams:
+	case s.handlers >= s.maxStreams, s.sessions >= 2*s.maxStreams+lingering:
 		return full
 	}
 	s.handlers++
@@ -303,6 +319,13 @@ func (s *Server) exit(w *Writer) {
 	w.session.returned.Store(true)
 	w.session.markLater(workSettle)
 	s.count(-1, 0)
+	if s.ep.gone.Load() == nil { // else the outbox may have ended before it saw the session
+		return
+	}
+	<-s.ep.outbox.done
+	if !w.session.finished {
+		s.leave()
+	}
 }
 
 // leave counts a session out. Called by the outbox.
@@ -334,27 +357,7 @@ func (s *Server) Drain(ctx context.Context) error {
 	if ctx == nil {
 		return nats.ErrInvalidContext
 	}
-	s.mu.Lock()
-	if s.idle == nil {
-		s.idle = make(chan struct{})
-	}
-	idle, subs := s.idle, s.subs
-	s.subs = nil
-	s.mu.Unlock()
-
-	quiet := make(chan struct{})
-	go func() { // ends when NATS has confirmed, or after unsubscribeTimeout each
-		defer close(quiet)
-		var wg sync.WaitGroup
-		for _, unsubscribe := range subs {
-			wg.Go(unsubscribe)
-		}
-		wg.Wait()
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.refusing = true
-		s.checkIdleLocked()
-	}()
+	quiet, idle := s.retire()
 	var err error
 	for _, done := range []chan struct{}{quiet, idle} {
 		select {
@@ -381,25 +384,46 @@ func (s *Server) Drain(ctx context.Context) error {
 // drainGrace is how long Drain waits for streams to be told of their end when its context has ended.
 const drainGrace = 25 * time.Millisecond
 
+// retire begins to unsubscribe, once. From then on Handle fails.
+func (s *Server) retire() (quiet, idle chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.idle == nil {
+		s.idle, s.quiet = make(chan struct{}), make(chan struct{})
+		go s.unsubscribe()
+	}
+	return s.quiet, s.idle
+}
+
+// unsubscribe ends when NATS has confirmed and what it had handed over was taken, or after unsubscribeTimeout.
+func (s *Server) unsubscribe() {
+	defer close(s.quiet)
+	s.handling.Lock()
+	subs := s.subs
+	s.subs = nil
+	s.handling.Unlock()
+	var wg sync.WaitGroup
+	for _, unsubscribe := range subs {
+		wg.Go(unsubscribe)
+	}
+	wg.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refusing = true
+	s.checkIdleLocked()
+}
+
 // Close ends the server at once: requests are no longer taken, open streams end with CloseGoingAway, handlers' contexts
 // end. It does not wait for handlers, and may be called by one; otherwise it returns as Client.Close does. The connection
 // stays open. It never fails, and closing again does nothing.
 func (s *Server) Close() error {
-	s.closeOnce.Do(func() {
-		s.mu.Lock()
-		s.refusing = true
-		if s.idle == nil {
-			s.idle = make(chan struct{})
-		}
-		subs := s.subs
-		s.subs = nil
-		s.mu.Unlock()
-		var wg sync.WaitGroup
-		for _, unsubscribe := range subs {
-			wg.Go(unsubscribe)
-		}
-		wg.Wait()
-	})
-	s.ep.close(&ending{err: ErrServerClosed, now: true, tell: CloseError{CloseGoingAway, "server closed"}})
+	quiet, _ := s.retire()
+	s.mu.Lock()
+	s.refusing = true
+	s.mu.Unlock()
+	e := &ending{err: ErrServerClosed, now: true, tell: CloseError{CloseGoingAway, "server closed"}}
+	s.ep.endAll(e)
+	<-quiet // requests that still come are refused, which takes the outbox
+	s.ep.close(e)
 	return nil
 }

@@ -377,7 +377,7 @@ func TestMalformedTimeout(t *testing.T) {
 		t.Error("the handler was called")
 		return nil
 	})
-	for _, v := range []string{"", "x", "0", "-1", "1.5", "1s", "99999999999999999999"} {
+	for _, v := range []string{"", "x", "0", "-1", "+1", "1.5", "1s", "99999999999999999999"} {
 		ctx, cancel := context.WithCancel(context.Background())
 		s, err := p.consumer.OpenMsg(ctx, &nats.Msg{Subject: "svc", Header: nats.Header{"Stream-Timeout": {v}}})
 		if err != nil {
@@ -681,4 +681,42 @@ func TestServerStorm(t *testing.T) {
 	if n := most.Load(); n > maxStreams || n == 0 {
 		t.Errorf("%d handlers ran at once, MaxStreams is %d", n, maxStreams)
 	}
+}
+
+// Subjects so long that a NATS server would close the connection over them harm nobody but who named them.
+func TestLongSubjects(t *testing.T) {
+	left := make(chan error, 1)
+	p, _ := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
+		if len(r.Data) == 0 {
+			if _, err := r.Recv(); err != io.EOF { // other streams of the connection live on
+				return err
+			}
+			return nil
+		}
+		if _, err := w.Write([]byte("a")); err != nil {
+			return err
+		}
+		<-r.Context().Done()
+		left <- context.Cause(r.Context())
+		return nil
+	})
+	other := open(t, p.consumer, "svc")
+	if _, err := p.consumer.Open(testContext(t), strings.Repeat("x", 5000), nil); !errors.Is(err, nats.ErrBadSubject) {
+		t.Errorf("Open: %v", err)
+	}
+	offer := string(stream.AppendOffer(nil, stream.Token{Codec: stream.MsgPack, LogPackets: 5, LogBytes: 16}))
+	raw := p.consumer.Conn
+	request := &nats.Msg{Subject: "svc", Reply: strings.Repeat("x", 4070), Data: []byte("long"), Header: nats.Header{"Stream-Open": {offer}}}
+	if err := raw.PublishMsg(request); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the handler to be told", func() {
+		if err := <-left; !errors.Is(err, nats.ErrBadSubject) {
+			t.Errorf("the handler's context ended with %v", err)
+		}
+	})
+	if err := other.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	wantEOF(t, other)
 }

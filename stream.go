@@ -155,19 +155,27 @@ func (st *Stream) CloseSend() error { return st.send().Close() }
 func (st *Stream) Context() context.Context { return st.ctx }
 
 // Close stops the stream: calls that wait return ErrClosed, and a producer that is not done is told that the
-// consumer canceled. It is always safe to call, also after the end, and never fails.
+// consumer canceled. After io.EOF and CloseSend there is nothing to stop: what the producer has not acknowledged yet goes on
+// being resent for ResumeTimeout, unless the client is closed. Without CloseSend it is given up: Sync waits for it. Close is
+// always safe to call, also after the end, and never fails.
 func (st *Stream) Close() error {
-	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{Code: st.session.leaving()}})
+	if s := &st.session; !s.part(ErrClosed) {
+		s.leaveNow(CloseError{Code: s.leaving()})
+	}
 	return nil
 }
 
-// CloseWithCode is Close with a code and a reason for the producer. The code is one from 1000 to 5999, else it fails
-// with ErrCloseCode and the stream goes on. The reason is cut to MaxReason bytes.
+// CloseWithCode is Close with a code and a reason for the producer, whose handler finds them in the cause of its context, or
+// CloseCanceled if it has not answered yet: before its first packet nobody knows where to tell it. The code is one from 1000
+// to 5999, else it fails with ErrCloseCode and the stream goes on. The reason is cut to MaxReason bytes.
 func (st *Stream) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {
 		return err
 	}
-	st.session.stop(&ending{err: ErrClosed, now: true, tell: CloseError{code, reason}})
+	if code == CloseNormalClosure && st.session.part(ErrClosed) {
+		return nil
+	}
+	st.session.leaveNow(CloseError{code, reason})
 	return nil
 }

@@ -2,6 +2,7 @@ package stream
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"reflect"
 	"slices"
@@ -37,7 +38,22 @@ type transport interface {
 // natsTransport is the real one.
 type natsTransport struct{ nc *nats.Conn }
 
+// maxSubjects is how long the subject of a message and its reply subject may be together. A NATS server closes the
+// connection, and so ends all its streams, over a longer control line: 4,096 bytes unless it is configured otherwise, some
+// of them for sizes. The subjects that peers name are as long as they like.
+const maxSubjects = 4096 - 32
+
+func checkSubjects(n int) error {
+	if n > maxSubjects {
+		return fmt.Errorf("subject and reply subject of %d bytes, a server takes %d: %w", n, maxSubjects, nats.ErrBadSubject)
+	}
+	return nil
+}
+
 func (t natsTransport) publish(subject, reply string, data []byte) error {
+	if err := checkSubjects(len(subject) + len(reply)); err != nil {
+		return err
+	}
 	if reply == "" {
 		return t.nc.Publish(subject, data)
 	}

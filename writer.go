@@ -87,25 +87,28 @@ func (c *Client) NewWriter(subject string) *Writer {
 	case errors.Is(err, ErrVersion):
 		err = fmt.Errorf("stream: cannot write to %s: %w", subject, err)
 	default:
-		w := c.ep.newProducer(c.ep.ctx, subject, offer, err != nil)
+		w := c.ep.newProducer(c.ep.ctx, subject, offer, err != nil, 0)
 		w.session.deaf = true
 		w.session.readDone.Store(true)
 		w.session.markLater(workWait)
 		return w
 	}
-	w := c.ep.newProducer(c.ep.ctx, subject, offer, true)
+	w := c.ep.newProducer(c.ep.ctx, subject, offer, true, 0)
 	w.bad = err
+	w.cancel(err)
 	return w
 }
 
-// newProducer makes a producer's end toward subject. Its writes end with ctx.
-func (ep *endpoint) newProducer(ctx context.Context, subject string, offer Token, json bool) *Writer {
+// newProducer makes a producer's end toward subject. Its writes end with ctx. window is what was reserved for the records
+// that the consumer may send.
+func (ep *endpoint) newProducer(ctx context.Context, subject string, offer Token, json bool, window uint64) *Writer {
 	p := new(struct {
 		session session
 		Writer
 	})
 	w, s := &p.Writer, &p.session
-	s.init(ep, false, initialPackets, unknownWindow)
+	s.init(ep, false, initialPackets, max(window, minWindow))
+	s.window.Store(int64(window))
 	s.parent, s.peer, s.asked = ctx, subject, FlagMsgPack
 	w.init(s, ctx)
 	w.subject = subject
@@ -133,9 +136,6 @@ func (w *Writer) init(s *session, ctx context.Context) {
 	w.ctx, w.cancel = context.WithCancelCause(ctx)
 	w.ready.Init(maxUnacked + 1) // one more for the packet that only closes
 }
-
-// unknownWindow is what a sender may use where it cannot see what its peer offered, together with initialPackets.
-const unknownWindow = 64 << 10
 
 // A fallback peer grants nothing, so the credit toward it is this end's own bound on what waits to be published.
 const (
@@ -405,22 +405,15 @@ func (w *Writer) Sync(ctx context.Context) error {
 	if ctx == nil {
 		return nats.ErrInvalidContext
 	}
-	stop := context.AfterFunc(ctx, func() {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		w.wakeLocked()
-	})
-	defer stop()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.bad != nil {
 		return w.bad
 	}
-	for w.turn && ctx.Err() == nil {
-		wake := w.announceLocked()
-		w.mu.Unlock()
-		<-wake
-		w.mu.Lock()
+	for w.turn {
+		if err := w.sleepSyncLocked(ctx, w.announceLocked()); err != nil {
+			return err
+		}
 	}
 	if w.open != nil && !w.turn && w.n > PacketHeaderSize {
 		w.sealLocked()
@@ -430,9 +423,6 @@ func (w *Writer) Sync(ctx context.Context) error {
 		wake := w.announceLocked()
 		if int32(w.acked.packets-target) >= 0 {
 			return nil
-		}
-		if ctx.Err() != nil {
-			return contextError(ctx)
 		}
 		if e := s.end.Load(); e != nil {
 			return writeError(e.err)
@@ -445,10 +435,30 @@ func (w *Writer) Sync(ctx context.Context) error {
 			asked = true
 			s.mark(workProbe)
 		}
-		w.mu.Unlock()
-		<-wake
-		w.mu.Lock()
+		if err := w.sleepSyncLocked(ctx, wake); err != nil {
+			return err
+		}
 	}
+}
+
+// sleepSyncLocked is sleepLocked for Sync, which waits on when the writer's own context ended because all was published.
+func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) error {
+	over := w.ctx.Done()
+	if w.closed && context.Cause(w.ctx) == ErrClosed {
+		over = nil
+	}
+	w.mu.Unlock()
+	defer w.mu.Lock()
+	select {
+	case <-wake:
+	case <-ctx.Done():
+		return contextError(ctx)
+	case <-over:
+		if cause := context.Cause(w.ctx); cause != ErrClosed { // else the last packet was published just now
+			return writeError(cause)
+		}
+	}
+	return nil
 }
 
 // flushLocked seals the open packet and waits until the outbox has published it.
@@ -504,6 +514,13 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 		}
 	}
 	return w.flushLocked()
+}
+
+// saidAll reports whether CLOSE was written.
+func (w *Writer) saidAll() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.closed
 }
 
 // finish is CloseWithCode for a handler that returned: it does not wait for the packet to be published. It reports whether
