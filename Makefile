@@ -1,4 +1,5 @@
-# Every target needs Go and nothing else. `make help` explains them.
+# demo, test, faults, soak and bench need Go and nothing else; race needs a C compiler, fuzz and benchcmp bash, benchcmp git.
+# `make help` explains them.
 
 GO        ?= go
 TESTFLAGS ?=

@@ -17,13 +17,15 @@ const RequestChanLen = 16
 
 // ClientParams configure a Client. The zero value of every field but Conn means the default its comment names.
 type ClientParams struct {
-	// Conn is the connection to use. The client neither closes nor drains it.
+	// Conn is the connection to use. The client neither closes nor drains it. To hear of subjects that are not allowed, it puts
+	// a handler in front of the connection's error handler: set your own before, not after.
 	Conn *nats.Conn
 	// Codec is how Open and OpenMsg ask producers to encode objects: MsgPack by default. OpenStream always asks for
 	// JSON.
 	Codec Codec
 	// Window is the most bytes one stream's producer may be ahead of its reader, rounded down to a power of two;
-	// 4 MiB by default. A stream begins with at most 256 KiB and grows when it is used up. One packet may exceed it.
+	// 4 MiB by default, 4 KiB at least. A stream begins with at most 256 KiB and grows when it is used up. One packet may
+	// exceed it.
 	Window int
 	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Windows grow within an eighth
 	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. Records that are being put
@@ -36,6 +38,8 @@ type ClientParams struct {
 	// wait, may be ahead of its reader: 64 MiB by default. Of messages below 64 bytes it is as many as if they had 64, because of
 	// what each takes in memory, but at least 1,024. Beyond it that stream ends with CloseTooSlow.
 	FallbackBuffer int
+
+	// The times are at least a millisecond.
 
 	// KeepAlive is how long nothing may be heard from a stream's peer before it is asked whether it lives: 15 s by default.
 	KeepAlive time.Duration
@@ -129,8 +133,9 @@ func NewClient(params ClientParams) (*Client, error) {
 }
 
 // Close ends all streams of the client with ErrClientClosed, tells their producers, and returns when the client's
-// goroutines have ended: at once, unless the connection takes no bytes, for as long as that lasts (nats.FlusherTimeout, a
-// minute by default, and a little more). The connection stays open. It never fails, and closing again does nothing.
+// goroutines have ended: at once, unless the connection is down, for two seconds, or takes no bytes, for as long as that
+// lasts (nats.FlusherTimeout, a minute by default, and a little more). A producer that has not answered yet finds out within
+// ResumeTimeout. The connection stays open. It never fails, and closing again does nothing.
 func (c *Client) Close() error {
 	c.ep.close(&ending{err: ErrClientClosed, now: true, tell: CloseError{CloseGoingAway, "client closed"}})
 	return nil
@@ -143,13 +148,15 @@ func (c *Client) Close() error {
 // over NATS, one that is lost between servers is not missed by anybody: until the first packet only ctx, or Close, ends
 // the wait for a producer that never heard of it. A request lost with this end's own connection ends the stream with
 // CloseAbnormalClosure after ResumeTimeout; it is never sent twice. Errors: that of
-// an ended ctx, nats.ErrInvalidContext for a nil one, nats.ErrBadSubject, nats.ErrMaxPayload,
+// an ended ctx, nats.ErrInvalidContext for a nil one, nats.ErrBadSubject, also for a subject of about 4,000 bytes, over
+// which a NATS server would close the connection, nats.ErrMaxPayload,
 // nats.ErrConnectionClosed, nats.ErrConnectionDraining, ErrClientClosed. Then nothing was sent and nothing is kept.
 func (c *Client) Open(ctx context.Context, subj string, data []byte) (*Stream, error) {
 	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, c.codec)
 }
 
-// OpenMsg is Open with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not changed.
+// OpenMsg is Open with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not changed. Names of
+// headers that begin with Stream- are the library's: leave them out.
 func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 	if msg == nil {
 		return nil, nats.ErrInvalidMsg

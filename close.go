@@ -18,7 +18,7 @@ const (
 	CloseUnsupportedData   = 1003 // bytes that are no packet, frame or message of this protocol
 	CloseAbnormalClosure   = 1006 // the connection or the peer was lost before the stream ended
 	CloseMessageTooBig     = 1009 // a record larger than MaxRecordSize
-	CloseTryAgainLater     = 1013 // the server has as many streams as it takes
+	CloseTryAgainLater     = 1013 // the peer has no room: for another stream, or for a record in pieces
 	CloseBadRequest        = 4000 // the request made no sense to the producer
 	CloseCanceled          = 4001 // the consumer stopped before the end
 	CloseDeadlineExceeded  = 4008 // the consumer's deadline passed

@@ -480,3 +480,22 @@ func TestDecodeIntoTheSameInterface(t *testing.T) {
 		}
 	}
 }
+
+// META is what it says it is from its first byte to its last.
+func TestMetaForm(t *testing.T) {
+	for in, good := range map[string]bool{
+		"NATS/1.0\r\n\r\n":                  true,
+		"NATS/1.0\r\nA: b\r\n\r\n":          true,
+		"NATS/1.0\r\nA:  b \r\nA:c\r\n\r\n": true,
+		"":                                  false,
+		"NATS/1.0 503\r\n\r\n":              false,
+		"NATS/1.0\r\nA: b\r\n":              false,
+		"NATS/1.0\r\n":                      false,
+		"NATS/1.0\r\nA\r\n\r\n":             false,
+		"HTTP/1.1\r\nA: b\r\n\r\n":          false,
+	} {
+		if h, err := parseMeta([]byte(in)); (err == nil) != good {
+			t.Errorf("%q: %v, %v", in, h, err)
+		}
+	}
+}

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"strings"
@@ -44,11 +45,15 @@ func parseMeta(b []byte) (nats.Header, error) {
 	if len(b) > maxMeta {
 		return nil, fmt.Errorf("%d bytes of headers, at most %d are taken", len(b), maxMeta)
 	}
+	if !bytes.HasPrefix(b, []byte(metaHead)) || !bytes.HasSuffix(b, []byte(metaEOL+metaEOL)) && len(b) > len(metaHead+metaEOL) {
+		return nil, errors.New("headers that do not begin with NATS/1.0 or do not end with an empty line")
+	}
 	return nats.DecodeHeadersMsg(b)
 }
 
 // SetHeader sends h to the consumer, where Stream.Header returns it. It must be called before the first record, once; the
-// headers leave with that record, or with Flush or Close. h may be changed afterwards. Errors: ErrHeader where it is
+// headers leave with that record, or with Flush or Close. h may be changed afterwards. As in NATS's own headers, white space
+// around a value is not kept, and a name without values is not sent. Errors: ErrHeader where it is
 // too late, or h cannot be sent; those of Write. A consumer that speaks only the JSON fallback sees no headers.
 func (w *Writer) SetHeader(h nats.Header) error {
 	w.mu.Lock()

@@ -20,7 +20,8 @@ import (
 
 // ServerParams configure a Server. The zero value of every field but Conn means the default its comment names.
 type ServerParams struct {
-	// Conn is the connection to use. The server neither closes nor drains it.
+	// Conn is the connection to use. The server neither closes nor drains it. As a client does, it puts a handler in front of
+	// the connection's error handler: set your own before, not after.
 	Conn *nats.Conn
 	// MaxStreams is how many handlers run at the same time, over all subjects: 10,000 by default. Further requests are
 	// answered with CloseTryAgainLater, and so they are while 1,024 and twice as many streams are open, those included whose
@@ -29,7 +30,7 @@ type ServerParams struct {
 	// Logger gets what handlers panic with. slog.Default() by default.
 	Logger *slog.Logger
 
-	// These are as in ClientParams.
+	// These are as in ClientParams, for what consumers send. Streams begin with at most 64 KiB here.
 	Window, MaxBuffered, MaxRecordSize                      int
 	KeepAlive, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
 }
@@ -140,7 +141,7 @@ func newServer(conn transport, inbox string, params ServerParams) (*Server, erro
 // Handle serves the requests on subject, which may have wildcards, with h. Each of several servers that handle the same
 // subject gets every request, and the consumer hears the first that answers; see HandleQueue. As with any subscription of NATS, requests
 // come once the NATS server knows; Conn.Flush waits for that. Errors: those of nats.Conn.Subscribe, ErrServerClosed, also with
-// what ended the server otherwise.
+// what ended the server otherwise, and one for a handler that is nil.
 func (s *Server) Handle(subject string, h Handler) error { return s.HandleQueue(subject, "", h) }
 
 // HandleQueue is Handle as a member of a queue group: each request goes to one member.

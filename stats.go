@@ -8,7 +8,7 @@ type Stats struct {
 	Streams  int   // streams and writers that the peer can reach now
 	Reserved int64 // bytes of all windows granted now, the most that peers may send unread, and of records being put together
 
-	PacketsSent uint64 // packets and fallback messages published
+	PacketsSent uint64 // packets of records and fallback messages published, each once: requests and control packets are not counted
 	BytesSent   uint64 // their bytes
 
 	PacketsResent  uint64 // packets published again, because the peer missed them

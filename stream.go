@@ -14,7 +14,7 @@ import (
 // Stream is the consumer's end of a stream.
 //
 // Its read side, Recv, RecvObject, All, Read, WriteTo, Header and Trailer, is for one goroutine at a time. Its write
-// side, Write, WriteObject, Flush and CloseSend, may be used by many at once, and beside the read side. Close,
+// side, Write, WriteObject, ReadFrom, Flush, Sync and CloseSend, may be used by many at once, and beside the read side. Close,
 // CloseWithCode and Context may be called by any goroutine at any time.
 //
 // A stream on which nothing was written is over when the producer's end was read, unless its handler closed it to go on
@@ -91,7 +91,8 @@ func (st *Stream) RecvObject(v any) error { return st.session.recvObject(v) }
 // otherwise. Leaving the loop early leaves the stream open.
 func (st *Stream) All() iter.Seq2[[]byte, error] { return st.session.all() }
 
-// Read implements io.Reader: the records as one stream of bytes, without their boundaries. It returns as Recv does.
+// Read implements io.Reader: the records as one stream of bytes, without their boundaries. It returns as Recv does. A Recv after
+// it begins with the rest of the record that Read had begun.
 func (st *Stream) Read(p []byte) (int, error) { return st.session.read(p) }
 
 // WriteTo implements io.WriterTo: it writes the records to w, one Write each, until the stream ends. Normal closure is
@@ -129,7 +130,8 @@ func (st *Stream) send() *Writer {
 // Write sends p to the producer as one record, which its handler reads from the Request. It returns len(p) once p was
 // copied: p may be reused at once. It waits until the producer is known, which is when its first packet comes, and
 // then for its credit. Errors: what ended the stream, as Recv has it; ErrClosed after CloseSend and after the end;
-// ErrOneWay from a producer that takes no records.
+// ErrOneWay from a producer that speaks only the JSON fallback. A producer made by NewWriter takes no records: the first one
+// ends the stream with CloseProtocolError.
 func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
 
 // WriteObject sends v to the producer as one record, in the codec that this stream asked for, and returns the length

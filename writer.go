@@ -144,7 +144,8 @@ const (
 )
 
 // Context ends when the stream does: when the consumer left or its deadline passed, with a *CloseError that has its code;
-// when the consumer is gone without a word, with CloseAbnormalClosure, after KeepAlive and ResumeTimeout; when this
+// when the consumer is gone without a word, with CloseAbnormalClosure, after KeepAlive and ResumeTimeout, and four times
+// AckTimeout where NATS does not say that nobody listens; when this
 // end's connection was lost for good; when the writer was closed. context.Cause tells why. Of a consumer that speaks only
 // the JSON fallback neither can be seen.
 func (w *Writer) Context() context.Context { return w.ctx }
@@ -399,7 +400,8 @@ func (w *Writer) Flush() error {
 }
 
 // Sync waits until the peer's end has received everything written so far, whether or not it was read there. It returns
-// nil then, the error of ctx when that ends first, or what ended the stream. After Close it waits for the end of the
+// nil then, the error of ctx when that ends first, or what ended the stream; an error does not mean that it was not received,
+// since the last acknowledgement may be what was lost. After Close it waits for the end of the
 // stream to be acknowledged. A peer that speaks only the JSON fallback acknowledges nothing: Sync is Flush then.
 func (w *Writer) Sync(ctx context.Context) error {
 	if ctx == nil {

@@ -19,9 +19,12 @@ type Cluster struct {
 // clusterTimeout is how long Await waits for the routes. A route that failed is tried again after about a second.
 const clusterTimeout = 20 * time.Second
 
-// StartCluster starts n nodes with the same options and returns when all routes between them are up. The caller ends it
-// with Close. Options are those of StartProcess; the cluster's own must be left alone.
+// StartCluster starts n nodes, at least one, with the same options and returns when all routes between them are up. The
+// caller ends it with Close. Options are those of StartProcess; the cluster's own must be left alone.
 func StartCluster(n int, opts ...Option) (*Cluster, error) {
+	if n < 1 {
+		return nil, fmt.Errorf("streamtest: a cluster of %d nodes: it takes at least one", n)
+	}
 	c := &Cluster{}
 	ports := make([]int, n)
 	urls := make([]string, n)

@@ -82,3 +82,12 @@ func TestCluster(t *testing.T) {
 		t.Errorf("Await with a paused node: %v, want ErrDeadlineExceeded", err)
 	}
 }
+
+func TestClusterOfNothing(t *testing.T) {
+	for _, n := range []int{-1, 0} {
+		if c, err := streamtest.StartCluster(n); err == nil {
+			c.Close()
+			t.Errorf("a cluster of %d nodes was started", n)
+		}
+	}
+}
