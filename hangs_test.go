@@ -631,3 +631,40 @@ func TestFallbackFloodOfSmallMessages(t *testing.T) {
 	}
 	_ = s.Close()
 }
+
+// A consumer that has read the end may give up in the middle of a large record.
+func TestGivingUpALargeRecordAfterTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		left := make(chan error, 1)
+		m.handle(t, "x", func(w *Writer, r *Request) error {
+			if err := w.Close(); err != nil {
+				return err
+			}
+			<-r.Context().Done()
+			left <- context.Cause(r.Context())
+			return nil
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		s, err := m.client.Open(ctx, "x", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Recv(); err != io.EOF {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := s.Write(make([]byte, 1<<20)) // nobody reads it
+			done <- err
+		}()
+		time.Sleep(time.Second)
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Write: %v", err)
+		}
+		if err := <-left; !errors.Is(err, &CloseError{Code: CloseCanceled}) {
+			t.Errorf("the handler was left with %v", err)
+		}
+	})
+}

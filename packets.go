@@ -86,6 +86,7 @@ func (w *Writer) appendCloseLocked(code int, reason string) error {
 	copy(b[FrameHeaderSize:], reason)
 	w.n += n
 	w.closed = true
+	w.saidAll.Store(true)
 	w.closing = CloseError{code, reason}
 	w.room = nil
 	return nil

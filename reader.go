@@ -417,7 +417,7 @@ func (s *session) leaving() int {
 // acknowledged yet goes on being repaired. It reports false where the stream is not that far.
 func (s *session) part(cause error) bool {
 	w := s.writer.Load()
-	if s.stream == nil || !s.readDone.Load() || w == nil || !w.saidAll() {
+	if s.stream == nil || !s.readDone.Load() || w == nil || !w.saidAll.Load() {
 		return false
 	}
 	s.returned.Store(true)

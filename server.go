@@ -320,12 +320,11 @@ func (s *Server) exit(w *Writer) {
 	w.session.returned.Store(true)
 	w.session.markLater(workSettle)
 	s.count(-1, 0)
-	if s.ep.gone.Load() == nil { // else the outbox may have ended before it saw the session
-		return
-	}
-	<-s.ep.outbox.done
-	if !w.session.finished {
-		s.leave()
+	if o := &s.ep.outbox; o.stopping.Load() { // else it sees the session, which is on its queue
+		<-o.done
+		if !w.session.finished {
+			s.leave()
+		}
 	}
 }
 

@@ -62,6 +62,8 @@ type Writer struct {
 	closed   bool // CLOSE was written: no records after it
 	half     bool // and that the handler goes on reading
 
+	saidAll atomic.Bool // closed, for those who cannot take the lock
+
 	size  int                // of the packet sealed last
 	ready ring.Ring[*packet] // from the writers, who push with the lock held, to the outbox, which takes no lock to pop
 }
@@ -516,13 +518,6 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 		}
 	}
 	return w.flushLocked()
-}
-
-// saidAll reports whether CLOSE was written.
-func (w *Writer) saidAll() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.closed
 }
 
 // finish is CloseWithCode for a handler that returned: it does not wait for the packet to be published. It reports whether
