@@ -414,15 +414,14 @@ func (s *session) leaving() int {
 }
 
 // part lets a consumer go that has read everything and closed its own direction. Its peer is told nothing: what it has not
-// acknowledged yet goes on being repaired. It reports false where the stream is not that far.
-func (s *session) part(cause error) bool {
+// acknowledged yet goes on being repaired. It reports false where the stream is not that far; otherwise release is to follow.
+func (s *session) part() bool {
 	w := s.writer.Load()
 	if s.stream == nil || !s.readDone.Load() || w == nil || !w.saidAll.Load() {
 		return false
 	}
 	s.returned.Store(true)
 	s.mark(workPackets) // the last publish may have failed, and nobody else will try again
-	s.release(cause)
 	return true
 }
 
@@ -438,7 +437,8 @@ func (s *session) leaveNow(tell CloseError) {
 
 // canceled runs when the context that the stream lives by ended.
 func (s *session) canceled() {
-	if s.part(contextError(s.parent)) {
+	if s.part() {
+		s.release(contextError(s.parent))
 		return
 	}
 	e := &ending{err: contextError(s.parent), now: true, tell: CloseError{Code: s.leaving()}}

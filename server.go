@@ -24,7 +24,7 @@ type ServerParams struct {
 	// the connection's error handler: set your own before, not after.
 	Conn *nats.Conn
 	// MaxStreams is how many handlers run at the same time, over all subjects: 10,000 by default. Further requests are
-	// answered with CloseTryAgainLater, and so they are while 1,024 and twice as many streams are open, those included whose
+	// answered with CloseTryAgainLater, and so they are while 16,384 and twice as many streams are open, those included whose
 	// handlers returned and whose consumers have not acknowledged everything yet.
 	MaxStreams int
 	// Logger gets what handlers panic with. slog.Default() by default.
@@ -38,8 +38,8 @@ type ServerParams struct {
 const defaultMaxStreams = 10_000
 
 // lingering is how many streams beside twice MaxStreams may wait for the acknowledgement of their end: enough for handlers that
-// return at once, on a slow network, and a bound for consumers that never acknowledge.
-const lingering = 1024
+// return at once, tens of thousands in a second, on a slow network, and a bound for consumers that never acknowledge.
+const lingering = 1 << 14
 
 // Handler produces one stream: it reads the Request and writes to w, in a goroutine of its own. What it returns closes
 // the stream, unless it closed w itself: nil with CloseNormalClosure, a *CloseError with its code and text, another error

@@ -161,7 +161,10 @@ func (st *Stream) Context() context.Context { return st.ctx }
 // being resent for ResumeTimeout, unless the client is closed. Without CloseSend it is given up: Sync waits for it. Close is
 // always safe to call, also after the end, and never fails.
 func (st *Stream) Close() error {
-	if s := &st.session; !s.part(ErrClosed) {
+	s := &st.session
+	if s.part() {
+		s.release(ErrClosed)
+	} else {
 		s.leaveNow(CloseError{Code: s.leaving()})
 	}
 	return nil
@@ -175,9 +178,11 @@ func (st *Stream) CloseWithCode(code int, text ...string) error {
 	if err != nil {
 		return err
 	}
-	if code == CloseNormalClosure && st.session.part(ErrClosed) {
-		return nil
+	s := &st.session
+	if code == CloseNormalClosure && s.part() {
+		s.release(ErrClosed)
+	} else {
+		s.leaveNow(CloseError{code, reason})
 	}
-	st.session.leaveNow(CloseError{code, reason})
 	return nil
 }
