@@ -134,7 +134,7 @@ func (w *Writer) appendCloseJSONLocked(code int, reason string) error {
 	m := appendJSONClose(nil, CloseError{code, cutReason(reason, w.session.ep.reasonLimit())})
 	w.open = getPacket(len(m))
 	w.n = copy(w.open.buf, m)
-	w.closed = true
+	w.closed.Store(true)
 	w.closing = CloseError{code, reason}
 	w.sealLocked()
 	return nil

@@ -45,7 +45,7 @@ func parseMeta(b []byte) (nats.Header, error) {
 	if len(b) > maxMeta {
 		return nil, fmt.Errorf("%d bytes of headers, at most %d are taken", len(b), maxMeta)
 	}
-	if !bytes.HasPrefix(b, []byte(metaHead)) || !bytes.HasSuffix(b, []byte(metaEOL+metaEOL)) && len(b) > len(metaHead+metaEOL) {
+	if !bytes.HasPrefix(b, []byte(metaHead)) || !bytes.HasSuffix(b, []byte(metaEOL+metaEOL)) {
 		return nil, errors.New("headers that do not begin with NATS/1.0 or do not end with an empty line")
 	}
 	return nats.DecodeHeadersMsg(b)

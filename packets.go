@@ -85,8 +85,7 @@ func (w *Writer) appendCloseLocked(code int, reason string) error {
 	putFrameHeader(b, FrameClose, flags, uint16(code), len(reason))
 	copy(b[FrameHeaderSize:], reason)
 	w.n += n
-	w.closed = true
-	w.saidAll.Store(true)
+	w.closed.Store(true)
 	w.closing = CloseError{code, reason}
 	w.room = nil
 	return nil
@@ -117,7 +116,7 @@ func (w *Writer) growLocked(n int) {
 // roomLocked lets Write use the open packet, unless somebody has the turn.
 func (w *Writer) roomLocked() {
 	w.room = nil
-	if w.open != nil && !w.turn && !w.closed && w.session.ep.maxRecord >= coalesceSize { // else Write must look
+	if w.open != nil && !w.turn && !w.closed.Load() && w.session.ep.maxRecord >= coalesceSize { // else Write must look
 		w.room = w.open.buf[:min(len(w.open.buf), w.coalesceLimit())]
 	}
 }
@@ -127,7 +126,7 @@ func (w *Writer) roomLocked() {
 func (w *Writer) sealLocked() {
 	p := w.open
 	p.buf = p.buf[:w.n]
-	p.last = w.closed
+	p.last = w.closed.Load()
 	seq := w.sealed
 	w.sealed++
 	w.sealedBytes += uint64(w.n)

@@ -417,7 +417,7 @@ func (s *session) leaving() int {
 // acknowledged yet goes on being repaired. It reports false where the stream is not that far; otherwise release is to follow.
 func (s *session) part() bool {
 	w := s.writer.Load()
-	if s.stream == nil || !s.readDone.Load() || w == nil || !w.saidAll.Load() {
+	if s.stream == nil || !s.readDone.Load() || w == nil || !w.closed.Load() {
 		return false
 	}
 	s.returned.Store(true)

@@ -59,10 +59,9 @@ type Writer struct {
 	queued   bool // the session is marked: the outbox will look for packets
 	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
 	turn     bool // one goroutine is writing something that takes several steps: others wait
-	closed   bool // CLOSE was written: no records after it
-	half     bool // and that the handler goes on reading
+	half     bool // CLOSE says that the handler goes on reading
 
-	saidAll atomic.Bool // closed, for those who cannot take the lock
+	closed atomic.Bool // CLOSE was written: no records after it. Stored with the lock held; part looks without
 
 	size  int                // of the packet sealed last
 	ready ring.Ring[*packet] // from the writers, who push with the lock held, to the outbox, which takes no lock to pop
@@ -265,7 +264,7 @@ func (w *Writer) markLocked() {
 // awaitTurnLocked waits until no other goroutine has the turn, and returns why nothing can be written, if so.
 func (w *Writer) awaitTurnLocked() error {
 	for {
-		if w.closed {
+		if w.closed.Load() {
 			return ErrClosed
 		}
 		if err := w.failedLocked(); err != nil {
@@ -419,7 +418,7 @@ func (w *Writer) Sync(ctx context.Context) error {
 			return err
 		}
 	}
-	if w.open != nil && !w.turn && w.n > PacketHeaderSize {
+	if w.open != nil && w.n > PacketHeaderSize {
 		w.sealLocked()
 	}
 	s, target, asked := w.session, w.sealed, false
@@ -448,7 +447,7 @@ func (w *Writer) Sync(ctx context.Context) error {
 // sleepSyncLocked is sleepLocked for Sync, which waits on when the writer's own context ended because all was published.
 func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) error {
 	over := w.ctx.Done()
-	if w.closed && context.Cause(w.ctx) == ErrClosed {
+	if w.closed.Load() && context.Cause(w.ctx) == ErrClosed {
 		over = nil
 	}
 	w.mu.Unlock()
@@ -467,7 +466,7 @@ func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) erro
 
 // flushLocked seals the open packet and waits until the outbox has published it.
 func (w *Writer) flushLocked() error {
-	if !w.closed { // else the end may be that of the stream itself
+	if !w.closed.Load() { // else the end may be that of the stream itself
 		if err := w.failedLocked(); err != nil {
 			return err // also for records that the end threw away
 		}
@@ -507,7 +506,7 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.closed {
+	if !w.closed.Load() {
 		if err := w.awaitTurnLocked(); err != nil {
 			return err
 		}
@@ -525,7 +524,7 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 func (w *Writer) finish(code int, text string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for !w.closed {
+	for !w.closed.Load() {
 		err := w.awaitTurnLocked()
 		if err == nil {
 			err = w.appendCloseLocked(code, cutReason(text, MaxReason))
