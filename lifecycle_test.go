@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -375,6 +376,154 @@ func TestSoakCancel(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Who opens and cancels in a loop never waits for anything but what the context's end makes run, in goroutines: they do not
+// pile up.
+func TestCanceledOpens(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		end  func(s *stream.Stream) error
+	}{
+		{"read", func(s *stream.Stream) error {
+			if _, err := s.Recv(); !errors.Is(err, context.Canceled) {
+				return fmt.Errorf("Recv after cancel: %w", err)
+			}
+			return nil
+		}},
+		{"close", (*stream.Stream).Close},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := newPair(t)
+			if _, err := p.producer.Conn.Subscribe("records", func(*nats.Msg) {}); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.producer.Conn.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			before, most := runtime.NumGoroutine(), atomic.Int64{}
+			inParallel(t, scaled(20_000), func(int, *rand.Rand) {
+				ctx, cancel := context.WithCancel(context.Background())
+				s, err := p.consumer.Open(ctx, "records", nil)
+				cancel()
+				if err == nil {
+					err = tc.end(s)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				n := int64(runtime.NumGoroutine() - before)
+				for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+				}
+			})
+			if n := most.Load(); n > 100 {
+				t.Errorf("%d goroutines more at once, 16 opened and canceled", n)
+			}
+		})
+	}
+}
+
+// userContext is a context of the user's own, with a lock of its own.
+type userContext struct {
+	context.Context
+	mu    sync.Mutex
+	done  chan struct{}
+	err   error
+	after []func() // called one after the other
+}
+
+func (c *userContext) Done() <-chan struct{} { return c.done }
+
+func (c *userContext) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// AfterFunc is what context.AfterFunc calls where a context has it.
+func (c *userContext) AfterFunc(f func()) (stop func() bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.after = append(c.after, f)
+	return func() bool { return false }
+}
+
+func (c *userContext) cancel() {
+	c.mu.Lock()
+	c.err = context.Canceled
+	close(c.done)
+	after := c.after
+	c.mu.Unlock()
+	for _, f := range after {
+		f()
+	}
+}
+
+// No call waits for what the user's context does, or for who holds its lock.
+func TestUserContext(t *testing.T) {
+	p := newPair(t)
+	serve(t, p, "records", func(*stream.Writer, *nats.Msg) {})
+	open := func(ctx context.Context) *stream.Stream {
+		s, err := p.consumer.Open(ctx, "records", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	newContext := func() *userContext {
+		return &userContext{Context: context.Background(), done: make(chan struct{})}
+	}
+	wantCanceled := func(s *stream.Stream) {
+		if _, err := s.Recv(); !errors.Is(err, context.Canceled) {
+			t.Errorf("Recv: %v", err)
+		}
+	}
+
+	t.Run("err before done", func(t *testing.T) {
+		c := newContext()
+		s := open(struct{ context.Context }{c})
+		c.mu.Lock()
+		c.err = context.Canceled
+		c.mu.Unlock()
+		waitFor(t, "Recv", func() { wantCanceled(s) })
+		c.cancel()
+	})
+	t.Run("callbacks in turn", func(t *testing.T) {
+		c, read := newContext(), make(chan struct{})
+		c.AfterFunc(func() { <-read })
+		s := open(c)
+		canceled := make(chan struct{})
+		go func() { c.cancel(); close(canceled) }()
+		<-c.Done()
+		waitFor(t, "Recv", func() { wantCanceled(s); close(read) })
+		<-canceled
+	})
+	for _, own := range []bool{true, false} {
+		t.Run(fmt.Sprintf("lock held, its own AfterFunc %v", own), func(t *testing.T) {
+			for i := range 300 {
+				c := newContext()
+				ctx := context.Context(c)
+				if !own {
+					ctx = struct{ context.Context }{c}
+				}
+				s := open(ctx)
+				c.cancel()
+				time.Sleep(time.Duration(i%40) * time.Microsecond)
+				c.mu.Lock()
+				waitFor(t, "Close", func() { _ = s.Close() })
+				c.mu.Unlock()
+			}
+		})
+	}
+	t.Run("bubbles", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		s := open(ctx)
+		synctest.Test(t, func(*testing.T) { _ = s.Close() })
+		synctest.Test(t, func(*testing.T) { s = open(ctx) })
+		cancel()
+		wantCanceled(s)
+	})
 }
 
 // A consumer that left before the first packet cannot tell the producer where to stop, since it does not know it yet:

@@ -303,6 +303,9 @@ func (s *session) endedNow() error {
 	if s.parent.Err() != nil {
 		// The context's own callback is under way and says the same to the peer.
 		s.canceled()
+		if s.stream != nil {
+			s.stream.watch.Load().wait()
+		}
 		e := s.end.Load()
 		if s.stream != nil && !e.now { // the peer's end came first, but nobody reads up to it any longer
 			e = &ending{err: contextError(s.parent)}

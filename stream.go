@@ -6,6 +6,7 @@ import (
 	"iter"
 	"math/bits"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
@@ -23,11 +24,11 @@ import (
 // Read until a read returns an error (and, once something was written, call CloseSend), or call Close, or end the
 // context given to Open: otherwise the stream stays open.
 type Stream struct {
-	session   session
-	ctx       context.Context
-	cancel    context.CancelCauseFunc
-	stopAfter atomic.Pointer[func() bool] // takes back what watches the context given to Open
-	over      atomic.Bool
+	session session
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	watch   atomic.Pointer[watch]
+	over    atomic.Bool
 }
 
 // open registers a stream and has its request published.
@@ -54,10 +55,12 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stre
 	req.Reply = s.reply
 	s.mark(workRequest)
 	if ctx.Done() != nil {
-		stop := context.AfterFunc(ctx, s.canceled)
-		st.stopAfter.Store(&stop)
+		w := &watch{session: s}
+		w.pending.Lock()
+		w.stop = context.AfterFunc(ctx, w.run)
+		st.watch.Store(w)
 		if st.over.Load() { // meanwhile: whoever comes second finds the other's work
-			stop()
+			w.takeBack()
 		}
 	}
 	return st, nil
@@ -68,10 +71,39 @@ func (st *Stream) ended(cause error) {
 	if !st.over.CompareAndSwap(false, true) {
 		return
 	}
-	if stop := st.stopAfter.Load(); stop != nil {
-		(*stop)()
+	if w := st.watch.Load(); w != nil {
+		w.takeBack()
 	}
 	st.cancel(cause)
+}
+
+// watch ends a stream when the context given to Open ends, in a goroutine of its own.
+type watch struct {
+	session *session
+	stop    func() bool
+	pending sync.Mutex // held until it has begun or was taken back
+}
+
+func (w *watch) run() {
+	w.pending.Unlock() // before anything that asks the context, which is the user's
+	if !w.session.stream.over.Load() {
+		w.session.canceled()
+	}
+}
+
+func (w *watch) takeBack() {
+	if w.stop() {
+		w.pending.Unlock()
+	}
+}
+
+// wait waits, after the stream's end, for the goroutine that does the same. Who opens, cancels and reads or closes in a loop
+// would wait for nothing else, and pile those up.
+func (w *watch) wait() {
+	if w != nil {
+		w.pending.Lock()
+		defer w.pending.Unlock()
+	}
 }
 
 // Recv returns the next record, or io.EOF after CloseNormalClosure, a *CloseError after any other close code, the
@@ -161,12 +193,7 @@ func (st *Stream) Context() context.Context { return st.ctx }
 // being resent for ResumeTimeout, unless the client is closed. Without CloseSend it is given up: Sync waits for it. Close is
 // always safe to call, also after the end, and never fails.
 func (st *Stream) Close() error {
-	s := &st.session
-	if s.part() {
-		s.release(ErrClosed)
-	} else {
-		s.leaveNow(CloseError{Code: s.leaving()})
-	}
+	st.leave(true, CloseError{Code: st.session.leaving()})
 	return nil
 }
 
@@ -178,11 +205,23 @@ func (st *Stream) CloseWithCode(code int, text ...string) error {
 	if err != nil {
 		return err
 	}
+	st.leave(code == CloseNormalClosure, CloseError{code, reason})
+	return nil
+}
+
+// leave ends the stream because its user wants it so, as part does where that may and can be, else at once. No write
+// succeeds from then on.
+func (st *Stream) leave(part bool, tell CloseError) {
 	s := &st.session
-	if code == CloseNormalClosure && s.part() {
+	if part && s.part() {
 		s.release(ErrClosed)
 	} else {
-		s.leaveNow(CloseError{code, reason})
+		s.stop(&ending{err: ErrClosed, now: true, tell: tell})
+		if w := s.writer.Load(); w != nil {
+			w.mu.Lock()
+			w.room = nil // the slow path sees the end
+			w.mu.Unlock()
+		}
 	}
-	return nil
+	st.watch.Load().wait()
 }
