@@ -504,6 +504,15 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 	if err != nil {
 		return err
 	}
+	if err := w.closeNow(code, reason); err != nil {
+		return err
+	}
+	<-w.ctx.Done() // the outbox ends it once the last packet is out
+	return nil
+}
+
+// closeNow writes CLOSE, if that was not done, and waits until it is published.
+func (w *Writer) closeNow(code int, reason string) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.closed.Load() {

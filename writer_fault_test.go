@@ -181,6 +181,25 @@ func TestFailedPublishOfRecords(t *testing.T) {
 	}
 }
 
+// Once Close has returned, the writer's context is over.
+func TestCloseEndsContext(t *testing.T) {
+	_, c := newFaulty(t)
+	for i := range 2000 {
+		for _, token := range []string{string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 5, LogBytes: 16, ID: uint64(i)})), "old"} {
+			w := c.NewWriter("x." + token)
+			if _, err := w.Write([]byte("a")); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if cause := context.Cause(w.Context()); cause != ErrClosed {
+				t.Fatalf("close %d: the cause is %v", i, cause)
+			}
+		}
+	}
+}
+
 // A request that cannot be published ends its stream, and nothing is kept of it.
 func TestFailedRequest(t *testing.T) {
 	f, c := newFaulty(t)
