@@ -309,10 +309,9 @@ func TestMixedLoad(t *testing.T) {
 	if stream.RaceEnabled {
 		streams, n = 16, min(n, 300)
 	}
-	p, slow := newWatchedPair(t, pairOptions{
-		producer: stream.ClientParams{MaxBuffered: 4 << 20},
-		consumer: stream.ClientParams{MaxBuffered: 8 << 20}, // too little for all to grow
-	})
+	// Too little for all windows to grow, and enough for the largest record of each of 14 streams at once, twice.
+	few := stream.ClientParams{MaxBuffered: 24 << 20}
+	p, slow := newWatchedPair(t, pairOptions{producer: few, consumer: few})
 	producers := []*stream.Client{p.producer, p.newClient(t, stream.ClientParams{}), p.newClient(t, stream.ClientParams{Conn: p.producer.Conn})}
 	consumers := []*stream.Client{p.consumer, p.newClient(t, stream.ClientParams{Window: 8 << 10}), producers[0]}
 	var wrote sync.Map // request -> *[writers]mixedSum

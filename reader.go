@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"iter"
@@ -162,38 +163,45 @@ func (s *session) tooBig() error {
 	return s.broken(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.maxRecord))
 }
 
-// assemble puts a record together whose first piece is f. What it takes is counted in the endpoint's budget.
+// pieceSize is what a piece takes besides its packet: a slice, and as much again that append may leave free.
+const pieceSize = 48
+
+// assemble puts a record together whose first piece is f. It keeps the packets until the last piece is there and copies
+// once, into what the record needs and no more. Packets and record are counted in the endpoint's budget.
 func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error) {
 	flags = f.Flags & FlagCodecMask
-	var taken uint64
+	var pieces [][]byte
+	var kept []byte // the last packet that is kept
+	var size, taken uint64
 	defer func() { s.ep.reserved.Add(-int64(taken)) }()
-	for {
-		if uint64(len(record)+len(f.Payload)) > s.maxRecord {
+	for more := true; more; {
+		if size += uint64(len(f.Payload)); size > s.maxRecord {
 			return nil, 0, s.tooBig()
 		}
-		if n := len(record) + len(f.Payload); n > cap(record) { // as append would, but asked for first
-			size := uint64(min(max(n, 2*cap(record)), int(s.maxRecord)))
-			if !s.ep.take(size, s.ep.budget) {
-				return nil, 0, s.broken(protocolError(CloseTryAgainLater,
-					"no room to put a record of more than %d bytes together: MaxBuffered, %d bytes, is in use", n, s.ep.budget))
+		pieces = append(pieces, f.Payload)
+		need := uint64(pieceSize)
+		if kept == nil || &kept[0] != &s.data[0] {
+			kept = s.data
+			need += uint64(len(kept))
+		}
+		if more = f.Flags&FlagMore != 0; !more {
+			need += size
+		}
+		if !s.ep.take(need, s.ep.budget) {
+			return nil, 0, s.broken(protocolError(CloseTryAgainLater,
+				"no room to put a record of %d bytes or more together: MaxBuffered, %d bytes, is in use", size, s.ep.budget))
+		}
+		taken += need
+		if more {
+			if f, err = s.nextData(true); err != nil {
+				return nil, 0, err
 			}
-			grown := make([]byte, len(record), size)
-			copy(grown, record)
-			record = grown
-			s.ep.reserved.Add(-int64(taken))
-			taken = size
-		}
-		record = append(record, f.Payload...)
-		if f.Flags&FlagMore == 0 {
-			return record, flags, nil
-		}
-		if f, err = s.nextData(true); err != nil {
-			return nil, 0, err
-		}
-		if f.Flags&FlagCodecMask != flags {
-			return nil, 0, s.broken(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
+			if f.Flags&FlagCodecMask != flags {
+				return nil, 0, s.broken(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
+			}
 		}
 	}
+	return bytes.Join(pieces, nil), flags, nil
 }
 
 // nextData returns the next DATA frame, and acts on the frames before it. within says that a record was begun.
@@ -426,16 +434,6 @@ func (s *session) part() bool {
 	s.returned.Store(true)
 	s.mark(workPackets) // the last publish may have failed, and nobody else will try again
 	return true
-}
-
-// leaveNow ends the stream because the consumer's user wants it so. No write succeeds from then on.
-func (s *session) leaveNow(tell CloseError) {
-	s.stop(&ending{err: ErrClosed, now: true, tell: tell})
-	if w := s.writer.Load(); w != nil {
-		w.mu.Lock()
-		w.room = nil // the slow path sees the end
-		w.mu.Unlock()
-	}
 }
 
 // canceled runs when the context that the stream lives by ended.
