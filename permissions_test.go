@@ -481,9 +481,10 @@ func newAccounts(t *testing.T, server stream.ServerParams, client stream.ClientP
 
 // Streams cross accounts in both directions, with headers and trailers, credit and records of any size.
 func TestAccountStreams(t *testing.T) {
-	p, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{})
+	// No end asks whether the other has something: a question that crosses the answer is to a stream that is over.
+	p, srv, alice := newAccounts(t, stream.ServerParams{AckTimeout: patience}, stream.ClientParams{AckTimeout: patience})
 	srv.handle(t, "svc.echo", echo)
-	bob := p.newClient(t, stream.ClientParams{}, user("bob")...)
+	bob := p.newClient(t, stream.ClientParams{AckTimeout: patience}, user("bob")...)
 	var group sync.WaitGroup
 	for _, c := range []*stream.Client{alice, bob} {
 		for range 4 {
