@@ -16,7 +16,7 @@ import (
 // What a large record takes while its pieces come is in the endpoint's budget: where there is no room the stream ends, and
 // the bytes are given back in any case.
 func TestReassemblyIsBudgeted(t *testing.T) {
-	const size, budget = 3 << 20, 8 << 20
+	const size, budget = 3 << 20, 5 << 20
 	for _, left := range []bool{false, true} { // the consumer leaves in mid-record
 		synctest.Test(t, func(t *testing.T) {
 			m := memoryTest(t, ClientParams{MaxBuffered: budget})
@@ -77,33 +77,35 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 	}
 }
 
-// While a record is put together it takes what has arrived of it, and the same again at the end; then its reader has no more
-// than the record. Pieces of a byte count as what they take.
-func TestReassemblyTakesTwice(t *testing.T) {
-	const size, budget = 4200 << 10, 10 << 20
-	pieces := func(n, each int) (packets [][]byte) {
-		for len(packets) < n {
-			f := Frame{Type: FrameData, Flags: FlagMore, Payload: make([]byte, each)}
-			if len(packets) == n-1 {
+// While a record is put together it takes what has arrived of it; then its reader has no more than the record. Small pieces,
+// and packets padded with what is skipped, take a few times what they bring, whatever else the budget allows.
+func TestReassemblyTakesWhatArrived(t *testing.T) {
+	const size, each = 4200 << 10, 100 << 10
+	pieces := func(n, each int, pad ...Frame) (packets [][]byte) {
+		for i := range n {
+			f := Frame{Type: FrameData, Flags: FlagMore, Payload: bytes.Repeat([]byte{byte(i)}, each)}
+			if i == n-1 {
 				f.Flags = 0
 			}
-			packets = append(packets, AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7, Seq: uint32(len(packets))}, f))
+			packets = append(packets, AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7, Seq: uint32(i)}, append(pad, f)...))
 		}
 		return packets
 	}
-	small := 0
-	for _, p := range pieces(20_000, 1) {
-		small += len(p) + pieceSize + 1
-	}
+	padding := Frame{Type: frameSkippable, Payload: make([]byte, 30_000)}
+	noRoom := &CloseError{Code: CloseTryAgainLater}
 	for name, c := range map[string]struct {
 		budget  int
 		packets [][]byte
+		most    int64 // bytes reserved at any time, the window's among them
 		err     error
 	}{
-		"large":       {budget, pieces(size/(100<<10), 100<<10), nil},
-		"no room":     {2 * size, pieces(size/(100<<10), 100<<10), &CloseError{Code: CloseTryAgainLater}},
-		"small":       {initialWindow + small, pieces(20_000, 1), nil},
-		"small, more": {small / 2, pieces(20_000, 1), &CloseError{Code: CloseTryAgainLater}},
+		"large":         {8 << 20, pieces(size/each, each), size + 2*initialWindow, nil},
+		"tight":         {size + 2*initialWindow, pieces(size/each, each), size + 2*initialWindow, nil},
+		"no room":       {size, pieces(size/each, each), size, noRoom},
+		"small":         {8 << 20, pieces(20_000, 1), 3 * initialWindow, nil},
+		"small, tight":  {initialWindow, pieces(20_000, 1), initialWindow, noRoom},
+		"padded":        {8 << 20, pieces(1000, 1, padding), 3 * initialWindow, nil},
+		"padded, tight": {initialWindow, pieces(1000, 1, padding), initialWindow, noRoom},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -122,18 +124,36 @@ func TestReassemblyTakesTwice(t *testing.T) {
 					rec, err = s.Recv()
 					read <- err
 				}()
+				most := int64(0)
 				for _, p := range c.packets {
 					if err := m.back.publish(s.session.reply, "", p); err != nil {
 						t.Fatal(err)
 					}
 					synctest.Wait() // until it is taken
+					most = max(most, m.client.ep.reserved.Load())
 				}
 				err = <-read
 				if c.err == nil && err != nil || c.err != nil && !errors.Is(err, c.err) {
 					t.Errorf("%v, want %v", err, c.err)
 				}
-				if cap(rec) != len(rec) {
-					t.Errorf("a record of %d bytes takes %d", len(rec), cap(rec))
+				if most > c.most {
+					t.Errorf("%d bytes were reserved, want at most %d", most, c.most)
+				}
+				var want []byte
+				for _, p := range c.packets {
+					_, body, _ := ParsePacketHeader(p)
+					for len(body) > 0 && c.err == nil {
+						var f Frame
+						if f, body, err = ParseFrame(body); err != nil {
+							t.Fatal(err)
+						}
+						if f.Type == FrameData {
+							want = append(want, f.Payload...)
+						}
+					}
+				}
+				if !bytes.Equal(rec, want) || cap(rec) != len(rec) {
+					t.Errorf("a record of %d bytes, capacity %d; want %d", len(rec), cap(rec), len(want))
 				}
 				_ = s.Close()
 				m.nothingLeft(t)

@@ -28,9 +28,9 @@ type ClientParams struct {
 	// exceed it.
 	Window int
 	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Windows grow within an eighth
-	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. A record that comes in pieces
-	// takes what has arrived of it, and its size once more when the last is there; where there is no room its stream ends with
-	// CloseTryAgainLater. Fallback peers are not in it.
+	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. What has arrived of records
+	// that come in pieces is in it, and where there is no room for more of one its stream ends with CloseTryAgainLater.
+	// Fallback peers are not in it.
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
 	MaxRecordSize int

@@ -167,41 +167,50 @@ func (s *session) tooBig() error {
 const pieceSize = 48
 
 // assemble puts a record together whose first piece is f. It keeps the packets until the last piece is there and copies
-// once, into what the record needs and no more. Packets and record are counted in the endpoint's budget.
+// once, into what the record needs and no more. The packets are counted in the endpoint's budget; the record is the reader's.
 func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error) {
 	flags = f.Flags & FlagCodecMask
 	var pieces [][]byte
-	var kept []byte // the last packet that is kept
+	var last []byte // of the packets that are kept
 	var size, taken uint64
 	defer func() { s.ep.reserved.Add(-int64(taken)) }()
-	for more := true; more; {
+	take := func(n uint64) bool {
+		if !s.ep.take(n, s.ep.budget) {
+			return false
+		}
+		taken += n
+		return true
+	}
+	for {
 		if size += uint64(len(f.Payload)); size > s.maxRecord {
 			return nil, 0, s.tooBig()
 		}
 		pieces = append(pieces, f.Payload)
+		if f.Flags&FlagMore == 0 {
+			return bytes.Join(pieces, nil), flags, nil
+		}
 		need := uint64(pieceSize)
-		if kept == nil || &kept[0] != &s.data[0] {
-			kept = s.data
-			need += uint64(len(kept))
+		if last == nil || &last[0] != &s.data[0] {
+			last = s.data
+			need += uint64(len(last))
 		}
-		if more = f.Flags&FlagMore != 0; !more {
-			need += size
-		}
-		if !s.ep.take(need, s.ep.budget) {
+		if !take(need) {
 			return nil, 0, s.broken(protocolError(CloseTryAgainLater,
-				"no room to put a record of %d bytes or more together: MaxBuffered, %d bytes, is in use", size, s.ep.budget))
+				"no room to put a record of more than %d bytes together: MaxBuffered, %d bytes, is in use", size, s.ep.budget))
 		}
-		taken += need
-		if more {
-			if f, err = s.nextData(true); err != nil {
-				return nil, 0, err
-			}
-			if f.Flags&FlagCodecMask != flags {
-				return nil, 0, s.broken(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
-			}
+		// Small pieces, and packets that hold little else, take more than a copy of what has arrived.
+		if before := taken; before > 2*size+initialWindow && take(size+pieceSize) {
+			pieces, last = [][]byte{bytes.Join(pieces, nil)}, nil
+			s.ep.reserved.Add(-int64(before))
+			taken -= before
+		}
+		if f, err = s.nextData(true); err != nil {
+			return nil, 0, err
+		}
+		if f.Flags&FlagCodecMask != flags {
+			return nil, 0, s.broken(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
 		}
 	}
-	return bytes.Join(pieces, nil), flags, nil
 }
 
 // nextData returns the next DATA frame, and acts on the frames before it. within says that a record was begun.
@@ -311,9 +320,6 @@ func (s *session) endedNow() error {
 	if s.parent.Err() != nil {
 		// The context's own callback is under way and says the same to the peer.
 		s.canceled()
-		if s.stream != nil {
-			s.stream.watch.Load().wait()
-		}
 		e := s.end.Load()
 		if s.stream != nil && !e.now { // the peer's end came first, but nobody reads up to it any longer
 			e = &ending{err: contextError(s.parent)}

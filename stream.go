@@ -91,19 +91,13 @@ func (w *watch) run() {
 	}
 }
 
+// takeBack sees to it that the goroutine need not begin any more, or waits until it has. Who opens, cancels and reads or
+// closes in a loop would wait for nothing else, and pile those goroutines up.
 func (w *watch) takeBack() {
-	if w.stop() {
-		w.pending.Unlock()
-	}
-}
-
-// wait waits, after the stream's end, for the goroutine that does the same. Who opens, cancels and reads or closes in a loop
-// would wait for nothing else, and pile those up.
-func (w *watch) wait() {
-	if w != nil {
+	if !w.stop() {
 		w.pending.Lock()
-		defer w.pending.Unlock()
 	}
+	w.pending.Unlock()
 }
 
 // Recv returns the next record, or io.EOF after CloseNormalClosure, a *CloseError after any other close code, the
@@ -223,5 +217,4 @@ func (st *Stream) leave(part bool, tell CloseError) {
 			w.mu.Unlock()
 		}
 	}
-	st.watch.Load().wait()
 }
