@@ -588,6 +588,12 @@ func TestConsumerLeavesDuringFirstPacket(t *testing.T) {
 		}
 		s.Close()
 	})
+	last := open(t, p.consumer, "records") // requests arrive one after the other: with its first record all have
+	if _, err := last.Recv(); err != nil {
+		t.Error(err)
+	}
+	last.Close()
+	waitFor(t, "all producers to return", p.handlers.Wait)
 	if !poll(func() bool { return p.producer.Stats().Streams == 0 }) {
 		t.Errorf("%d producers are held back for ever, for consumers that left", p.producer.Stats().Streams)
 	}
