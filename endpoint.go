@@ -133,8 +133,11 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	}
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
+	ep.ticker.init(ep)
+	ep.stopErrors = conn.errors(ep.denied) // before the subscription, which may be refused at once
 	unsubscribe, err := conn.subscribe(ep.prefix+"*", "", ep.receive)
 	if err != nil {
+		ep.stopErrors()
 		return nil, fmt.Errorf("stream: subscribe to %s*: %w", ep.prefix, err)
 	}
 	ep.unsubscribe = unsubscribe
@@ -142,8 +145,6 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	ep.stopWatch = sync.OnceFunc(stop)
 	ep.maxPayload.Store(conn.maxPayload())
 	ep.outbox.up.Store(conn.status() == nats.CONNECTED)
-	ep.stopErrors = conn.errors(ep.denied)
-	ep.ticker.init(ep)
 	go ep.outbox.run()
 	go ep.watch(changes, ep.outbox.up.Load())
 	go ep.ticker.run()

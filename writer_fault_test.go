@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"testing"
 
@@ -66,6 +67,41 @@ func newFaulty(t *testing.T) (*faultyTransport, *Client) {
 		}
 	})
 	return f, &Client{ep: ep, codec: MsgPack}
+}
+
+// hastyTransport refuses each subscription before subscribe returns.
+type hastyTransport struct {
+	faultyTransport
+	report func(error)
+}
+
+func (h *hastyTransport) errors(f func(error)) (stop func()) {
+	h.report = f
+	return func() { h.report = nil }
+}
+
+func (h *hastyTransport) subscribe(subject, _ string, _ nats.MsgHandler) (func(), error) {
+	if h.report != nil {
+		h.report(fmt.Errorf("%w: Permissions Violation for Subscription to %q", nats.ErrPermissionViolation, subject))
+	}
+	return func() {}, nil
+}
+
+// The server may refuse a client's subscription before anything else is done.
+func TestSubscriptionRefusedAtOnce(t *testing.T) {
+	params, err := ClientParams{}.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ep, err := newEndpoint(new(hastyTransport), "", params)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ep.close(testClosed)
+	c := &Client{ep: ep, codec: MsgPack}
+	if _, err := c.Open(t.Context(), "x", nil); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("Open: %v", err)
+	}
 }
 
 // A publish that fails is reported once, by the call that waits for it or the next one, and tried again by the call
