@@ -611,7 +611,7 @@ func (t *fakeTransport) statusChanges() (<-chan nats.Status, func()) {
 	return t.changes, func() { close(t.changes) }
 }
 
-func fakeClient(t *testing.T, conn *fakeTransport, p ClientParams) *Client {
+func fakeClient(t *testing.T, conn transport, p ClientParams) *Client {
 	t.Helper()
 	p, err := p.withDefaults()
 	if err != nil {

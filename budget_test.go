@@ -77,6 +77,20 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 	}
 }
 
+// openRaw opens a stream whose packets the test publishes itself, from m.back.
+func openRaw(t *testing.T, params ClientParams) (m *memoryPair, s *Stream) {
+	t.Helper()
+	m = memoryTest(t, params)
+	stop, err := m.back.subscribe("raw", "", func(*nats.Msg) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	s = m.open(t, "raw")
+	synctest.Wait()
+	return m, s
+}
+
 // While a record is put together it takes what has arrived of it; then its reader has no more than the record. Small pieces,
 // and packets padded with what is skipped, take a few times what they bring, whatever else the budget allows.
 func TestReassemblyTakesWhatArrived(t *testing.T) {
@@ -109,14 +123,7 @@ func TestReassemblyTakesWhatArrived(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				m := memoryTest(t, ClientParams{MaxBuffered: c.budget})
-				stop, err := m.back.subscribe("raw", "", func(*nats.Msg) {})
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer stop()
-				s := m.open(t, "raw")
-				synctest.Wait()
+				m, s := openRaw(t, ClientParams{MaxBuffered: c.budget})
 				var rec []byte
 				read := make(chan error, 1)
 				go func() {
@@ -132,7 +139,7 @@ func TestReassemblyTakesWhatArrived(t *testing.T) {
 					synctest.Wait() // until it is taken
 					most = max(most, m.client.ep.reserved.Load())
 				}
-				err = <-read
+				err := <-read
 				if c.err == nil && err != nil || c.err != nil && !errors.Is(err, c.err) {
 					t.Errorf("%v, want %v", err, c.err)
 				}
@@ -177,14 +184,7 @@ func TestTooBigTakesNoMemory(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				m := memoryTest(t, ClientParams{MaxRecordSize: max})
-				stop, err := m.back.subscribe("raw", "", func(*nats.Msg) {})
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer stop()
-				s := m.open(t, "raw")
-				synctest.Wait()
+				m, s := openRaw(t, ClientParams{MaxRecordSize: max})
 				for i, f := range frames {
 					packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7, Seq: uint32(i)}, f)
 					if err := m.back.publish(s.session.reply, "", packet); err != nil {
@@ -194,7 +194,7 @@ func TestTooBigTakesNoMemory(t *testing.T) {
 				synctest.Wait()
 				var before, after runtime.MemStats
 				runtime.ReadMemStats(&before)
-				_, err = s.Recv()
+				_, err := s.Recv()
 				runtime.ReadMemStats(&after)
 				if !errors.Is(err, &CloseError{Code: CloseMessageTooBig}) {
 					t.Errorf("%v, want close 1009", err)

@@ -464,7 +464,7 @@ func (c *userContext) cancel() {
 	}
 }
 
-// No call waits for what the user's context does, or for who holds its lock.
+// No call waits for what the user's context runs when it ends, or for who holds the lock that its Err takes.
 func TestUserContext(t *testing.T) {
 	p := newPair(t)
 	serve(t, p, "records", func(*stream.Writer, *nats.Msg) {})

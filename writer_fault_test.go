@@ -52,21 +52,14 @@ func (f *faultyTransport) fail(n int) {
 func newFaulty(t *testing.T) (*faultyTransport, *Client) {
 	t.Helper()
 	f := new(faultyTransport)
-	params, err := ClientParams{}.withDefaults()
-	if err != nil {
-		t.Fatal(err)
-	}
-	ep, err := newEndpoint(f, "", params)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ep.close(testClosed)
-		if n := ep.sessions.Size(); n != 0 {
+	var c *Client
+	t.Cleanup(func() { // after it is closed
+		if n := c.ep.sessions.Size(); n != 0 {
 			t.Errorf("%d streams are left", n)
 		}
 	})
-	return f, &Client{ep: ep, codec: MsgPack}
+	c = fakeClient(t, f, ClientParams{})
+	return f, c
 }
 
 // hastyTransport refuses each subscription before subscribe returns.
@@ -89,16 +82,7 @@ func (h *hastyTransport) subscribe(subject, _ string, _ nats.MsgHandler) (func()
 
 // The server may refuse a client's subscription before anything else is done.
 func TestSubscriptionRefusedAtOnce(t *testing.T) {
-	params, err := ClientParams{}.withDefaults()
-	if err != nil {
-		t.Fatal(err)
-	}
-	ep, err := newEndpoint(new(hastyTransport), "", params)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ep.close(testClosed)
-	c := &Client{ep: ep, codec: MsgPack}
+	c := fakeClient(t, new(hastyTransport), ClientParams{})
 	if _, err := c.Open(t.Context(), "x", nil); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("Open: %v", err)
 	}
