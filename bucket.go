@@ -31,7 +31,7 @@ type bucket struct {
 	grantedBytes   atomic.Uint64
 	grantedPackets atomic.Uint32
 
-	park parker            // the reader waits here; the mux, and whoever ends the stream, wakes it
+	park ring.Parker       // the reader waits here; the mux, and whoever ends the stream, wakes it
 	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
 
 	// Owned by the reader.
@@ -78,7 +78,7 @@ const (
 // init prepares the bucket for a peer that was offered the given window.
 func (b *bucket) init(packets uint32, bytes uint64) {
 	b.ring.Init(maxPackets + 1) // one more for the packet that only closes
-	b.park.init()
+	b.park.Init()
 	b.windowPackets, b.windowBytes = packets, bytes
 	b.granted = credited{packets, bytes}
 	b.grantedPackets.Store(packets)
@@ -114,7 +114,7 @@ func (b *bucket) push(data []byte) {
 	b.expect++
 	b.received += uint64(len(data))
 	b.ring.Push(data) // within the limit: the grant is below it
-	b.park.wake()
+	b.park.Wake()
 }
 
 // acceptSlow takes the first packet, those with rare flags, and everything that is wrong.
@@ -260,33 +260,4 @@ func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bo
 // credit is the CREDIT to send now. Called by the outbox.
 func (b *bucket) credit() Credit {
 	return Credit{Ack: b.ring.Pushed(), Packets: b.grantedPackets.Load(), Bytes: b.grantedBytes.Load()}
-}
-
-// parker puts one goroutine to sleep until another wakes it, without a lock and without a lost wake-up: the sleeper
-// announces itself, looks once more whether there is work, and only then sleeps; the waker makes its work visible
-// first and looks for a sleeper afterwards. Go's atomics are sequentially consistent, so one of the two sees the other.
-type parker struct {
-	asleep atomic.Uint32
-	signal chan struct{} // capacity 1: holds the wake-up of whoever set asleep back to 0
-}
-
-func (p *parker) init() { p.signal = make(chan struct{}, 1) }
-
-// announce says that the caller is about to sleep. Follow it by a last look, then by either wait or retract.
-func (p *parker) announce() { p.asleep.Store(1) }
-
-// retract takes an announcement back. A waker that was faster has sent, or is about to: its signal is taken.
-func (p *parker) retract() {
-	if !p.asleep.CompareAndSwap(1, 0) {
-		<-p.signal
-	}
-}
-
-func (p *parker) wait() { <-p.signal }
-
-// wake wakes the sleeper, if there is one. It never blocks.
-func (p *parker) wake() {
-	if p.asleep.Load() == 1 && p.asleep.CompareAndSwap(1, 0) {
-		p.signal <- struct{}{}
-	}
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -511,62 +510,6 @@ func TestBucketCreditInvariants(t *testing.T) {
 				}
 			}
 		}
-	}
-}
-
-// TestParkerHammer: one goroutine sleeps whenever there is nothing to do, others give it work. A wake-up that is lost
-// shows as a test that hangs.
-func TestParkerHammer(t *testing.T) {
-	const wakers = 4
-	rounds := 200_000
-	if testing.Short() {
-		rounds /= 10
-	}
-	var p parker
-	p.init()
-	var work, stop atomic.Int64
-	var wg sync.WaitGroup
-	for i := range wakers {
-		wg.Go(func() {
-			for n := range rounds {
-				work.Add(1)
-				p.wake()
-				if n%(100+i) == 0 { // now and then the sleeper gets to sleep
-					runtime.Gosched()
-				}
-			}
-		})
-	}
-	done := make(chan int64)
-	go func() {
-		var got int64
-		for {
-			got += work.Swap(0)
-			if stop.Load() != 0 && work.Load() == 0 {
-				done <- got
-				return
-			}
-			p.announce()
-			if work.Load() == 0 && stop.Load() == 0 {
-				p.wait()
-			} else {
-				p.retract()
-			}
-			if len(p.signal) != 0 {
-				t.Error("a signal is left behind: the next wait would return for nothing")
-			}
-		}
-	}()
-	wg.Wait()
-	stop.Store(1)
-	p.wake()
-	select {
-	case got := <-done:
-		if want := int64(wakers * rounds); got != want {
-			t.Errorf("%d pieces of work, want %d", got, want)
-		}
-	case <-time.After(time.Minute):
-		t.Fatal("the sleeper was not woken")
 	}
 }
 

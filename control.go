@@ -30,7 +30,7 @@ func (o *outbox) deliver(c control) {
 	if c.session == nil && o.inbound.Len() > maxInbound/4 || !o.inbound.Push(c) { // strangers leave room for streams
 		o.ep.counters.overrun.Add(1)
 	}
-	o.park.wake()
+	o.park.Wake()
 }
 
 // receive acts on the control packets that arrived before it was called: more may come as fast as it is.

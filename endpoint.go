@@ -303,7 +303,7 @@ func (ep *endpoint) missing(s *session) {
 // endFromMux ends the stream for its reader after what has arrived. The outbox does the rest.
 func (s *session) endFromMux(e *ending) {
 	if s.end.CompareAndSwap(nil, e) {
-		s.bucket.park.wake()
+		s.bucket.park.Wake()
 		s.mark(workEnd)
 	}
 }
@@ -318,7 +318,7 @@ func (s *session) finish(e *ending) bool {
 		s.unregister()
 	}
 	if first {
-		s.bucket.park.wake()
+		s.bucket.park.Wake()
 		if w := s.writer.Load(); w != nil {
 			w.cancel(writeError(e.err))
 		}
@@ -437,7 +437,7 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 				ep.probe()
 			}
 			before = true
-			ep.outbox.park.wake()
+			ep.outbox.park.Wake()
 		case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
 			ep.draining.Store(true)
 		case nats.CLOSED:

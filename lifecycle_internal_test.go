@@ -167,7 +167,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 		ep.outbox.push(s)
 	}
 	conn.set(nats.CONNECTED)
-	ep.outbox.park.wake()
+	ep.outbox.park.Wake()
 	end := time.Now().Add(5 * time.Second)
 	for _, s := range all {
 		for conn.count(s.peer) == 0 {

@@ -148,7 +148,7 @@ func (t *ticker) run() {
 			} else if missed++; missed*int64(t.tick) >= ep.times.keepAlive+ep.times.resume {
 				ep.stuck()
 			}
-			ep.outbox.park.wake()
+			ep.outbox.park.Wake()
 			continue
 		}
 		clock.Stop()

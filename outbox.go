@@ -21,7 +21,7 @@ import (
 type outbox struct {
 	ep    *endpoint
 	queue atomic.Pointer[session] // a stack; the outbox takes all of it and turns it round
-	park  parker
+	park  ring.Parker
 	up    atomic.Bool // the connection is CONNECTED
 
 	inbound ring.Ring[control] // mux pushes, outbox pops
@@ -75,7 +75,7 @@ const (
 
 func (o *outbox) init(ep *endpoint) {
 	o.ep = ep
-	o.park.init()
+	o.park.Init()
 	o.inbound.Init(maxInbound)
 	o.done = make(chan struct{})
 	o.scratch = make([]byte, 0, PacketHeaderSize+FrameHeaderSize+MaxReason)
@@ -91,7 +91,7 @@ func (s *session) mark(work uint32) {
 	if before == 0 {
 		o.push(s)
 	}
-	o.park.wake()
+	o.park.Wake()
 }
 
 // markLater gives the session work that can wait until the outbox is up for another reason, at the latest the next tick. A
@@ -162,11 +162,11 @@ func (o *outbox) run() {
 			o.endRest()
 			return
 		}
-		o.park.announce()
+		o.park.Announce()
 		if o.idle() {
-			o.park.wait()
+			o.park.Wait()
 		} else {
-			o.park.retract()
+			o.park.Retract()
 		}
 	}
 }
@@ -195,7 +195,7 @@ func (o *outbox) idle() bool {
 // stop lets the outbox finish what is marked and returns when it has.
 func (o *outbox) stop() {
 	o.stopping.Store(true)
-	o.park.wake()
+	o.park.Wake()
 	<-o.done
 }
 
@@ -210,7 +210,7 @@ func (o *outbox) ask(a aside) {
 	if full {
 		o.ep.counters.overrun.Add(1)
 	}
-	o.park.wake()
+	o.park.Wake()
 }
 
 // asked reports whether there is an aside that can be done now.

@@ -360,11 +360,11 @@ func (s *session) nextPacket() error {
 			s.mark(workHello) // the consumer cannot write before it knows where to
 		}
 		b.dry = true
-		b.park.announce()
+		b.park.Announce()
 		if b.ring.Empty() && s.end.Load() == nil && s.parent.Err() == nil {
-			b.park.wait()
+			b.park.Wait()
 		} else {
-			b.park.retract()
+			b.park.Retract()
 		}
 		if err := s.endedNow(); err != nil {
 			return err

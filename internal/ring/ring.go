@@ -1,5 +1,6 @@
 // Package ring holds the queue between the goroutine that receives packets and
 // the one that reads them: single producer, single consumer, lock-free, bounded.
+// It also holds the [Parker] on which a consumer sleeps.
 //
 // A buffered channel would do but for three things: it takes a lock on both
 // sides, it allocates its whole capacity at once, and its capacity is fixed. A
@@ -20,26 +21,27 @@
 //
 // # Parking
 //
-// A Ring never blocks. A consumer that sleeps on an empty ring needs this
-// protocol, with an atomic.Bool and a channel of capacity 1:
+// A Ring never blocks. A consumer that sleeps on an empty ring does so on a
+// [Parker], in this order:
 //
 //	consumer                               producer
 //	v, ok := r.Pop()                       r.Push(v)
-//	for !ok {                              if parked.Load() && parked.Swap(false) {
-//		parked.Store(true) // publish          select {
-//		if r.Empty() {     // then look        case wake <- struct{}{}:
-//			<-wake                             default: // one token is enough
-//		}                                      }
-//		parked.Store(false)                }
+//	for !ok {                              p.Wake()
+//		p.Announce()   // publish
+//		if r.Empty() { // then look
+//			p.Wait()
+//		} else {
+//			p.Retract()
+//		}
 //		v, ok = r.Pop()
 //	}
 //
-// Each side first writes its own word (parked; the count of pushed elements)
-// and then reads the other's. Go's atomics are sequentially consistent: all of
-// them form one order, in which one of the two writes is first, and the side
-// that writes second sees it. So either the consumer finds the element or the
-// producer finds it parked, or both, and no wake-up is lost. Both is harmless:
-// a token left behind costs one more turn of the loop.
+// Each side first writes its own word (the announcement; the count of pushed
+// elements) and then reads the other's. Go's atomics are sequentially
+// consistent: all of them form one order, in which one of the two writes is
+// first, and the side that writes second sees it. So either the consumer finds
+// the element or the producer finds the announcement, or both, and no wake-up
+// is lost. Both is harmless: Retract takes the signal that is left over.
 package ring
 
 import (

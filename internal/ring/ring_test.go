@@ -285,44 +285,44 @@ func TestParking(t *testing.T) {
 		count /= 10
 	}
 	r := newRing(64)
-	var parked atomic.Bool
-	wake := make(chan struct{}, 1)
+	var p ring.Parker
+	p.Init()
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for i := range count {
 			for !r.Push(&item{n: i}) {
 				runtime.Gosched()
 			}
-			if parked.Load() && parked.Swap(false) {
-				select {
-				case wake <- struct{}{}:
-				default:
-				}
-			}
+			p.Wake()
 			if i%7 == 0 { // let the consumer run dry
 				runtime.Gosched()
 			}
 		}
 	})
-	timeout := time.NewTimer(time.Minute)
-	defer timeout.Stop()
-	for i := range count {
-		v, ok := r.Pop()
-		for !ok {
-			parked.Store(true)
-			if r.Empty() {
-				select {
-				case <-wake:
-				case <-timeout.C:
-					t.Fatalf("lost wake-up: parked with %d queued after %d", r.Len(), i)
+	done := make(chan struct{})
+	wg.Go(func() {
+		defer close(done)
+		for i := range count {
+			v, ok := r.Pop()
+			for !ok {
+				p.Announce()
+				if r.Empty() {
+					p.Wait()
+				} else {
+					p.Retract()
 				}
+				v, ok = r.Pop()
 			}
-			parked.Store(false)
-			v, ok = r.Pop()
+			if v.n != i {
+				t.Errorf("Pop %d = %d", i, v.n)
+				return
+			}
 		}
-		if v.n != i {
-			t.Fatalf("Pop %d = %d", i, v.n)
-		}
+	})
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		t.Fatalf("lost wake-up: parked with %d queued after %d", r.Len(), r.Pushed())
 	}
 	wg.Wait()
 }

@@ -1,0 +1,40 @@
+package ring
+
+import "sync/atomic"
+
+// Parker puts one goroutine, the sleeper, to sleep until another goroutine wakes it. It takes no lock and loses no
+// wake-up. The sleeper announces that it is about to sleep, looks once more for work, and only then waits. A waker first
+// makes its work visible and then calls Wake. Go's atomics are sequentially consistent, so at least one side sees the
+// other: either the sleeper finds the work, or the waker finds the announcement.
+//
+// One goroutine at a time may be the sleeper, and call Announce, Retract and Wait. Any number may call Wake at the same
+// time. Init must come first.
+type Parker struct {
+	asleep atomic.Uint32 // 1 from Announce until the sleeper retracts or a waker takes it back
+	signal chan struct{} // capacity 1: the wake-up of the waker that set asleep back to 0
+}
+
+// Init prepares p. It makes the channel that the sleeper waits on.
+func (p *Parker) Init() { p.signal = make(chan struct{}, 1) }
+
+// Announce says that the caller is about to sleep. The caller then looks for work a last time, and calls Wait if there is
+// none or Retract if there is.
+func (p *Parker) Announce() { p.asleep.Store(1) }
+
+// Retract takes an announcement back. If a waker was faster, it has sent its signal or is about to: Retract takes that
+// signal, so that no later Wait returns because of it.
+func (p *Parker) Retract() {
+	if !p.asleep.CompareAndSwap(1, 0) {
+		<-p.signal
+	}
+}
+
+// Wait sleeps until the Wake that answers the announcement.
+func (p *Parker) Wait() { <-p.signal }
+
+// Wake wakes the sleeper if one has announced itself. It never blocks, and costs one atomic load if there is none.
+func (p *Parker) Wake() {
+	if p.asleep.Load() == 1 && p.asleep.CompareAndSwap(1, 0) {
+		p.signal <- struct{}{}
+	}
+}
