@@ -15,7 +15,7 @@ import (
 // Three goroutines touch it. Their fields lie apart:
 //
 //   - the mux (the subscription's callback) checks and pushes. It never waits and takes no lock.
-//   - the reader (whoever holds Stream's gate) pops, decodes and decides about credit.
+//   - the reader (the goroutine in a read of the stream) pops, decodes and decides about credit.
 //   - the outbox sends the credit the reader decided on.
 type bucket struct {
 	// Owned by the mux. mode is stored once, before the first push, and so published to the reader by it.

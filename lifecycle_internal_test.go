@@ -9,6 +9,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"go.uber.org/goleak"
+
+	"github.com/natsstream/stream/internal/race"
 )
 
 // flakyTransport is a connection that is lost and found as often as a test likes. It counts what is published to each
@@ -86,7 +88,7 @@ func newFlakyEndpoint(t *testing.T) (*endpoint, *flakyTransport) {
 func TestOutboxServesAllAfterReconnects(t *testing.T) {
 	const sessions = 50
 	rounds := 3000
-	if testing.Short() || raceEnabled {
+	if testing.Short() || race.Enabled {
 		rounds = 300
 	}
 	ep, conn := newFlakyEndpoint(t)

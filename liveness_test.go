@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/race"
 )
 
 // TestWheel holds the wheel to a plain list: whatever is set comes off no earlier than it is due, unless it was set further
@@ -78,7 +80,7 @@ func waits(ended chan<- error) Handler {
 // An hour in which nobody says anything: every stream lives, for a few control packets, no timer and no goroutine each.
 func TestHourOfSilence(t *testing.T) {
 	streams := 5000
-	if testing.Short() || raceEnabled {
+	if testing.Short() || race.Enabled {
 		streams = 500
 	}
 	synctest.Test(t, func(t *testing.T) {

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/vmihailenco/msgpack/v5"
+
+	"github.com/natsstream/stream/internal/race"
 )
 
 // msgPackValues are objects that between them make the encoder use every form it has.
@@ -150,7 +152,7 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 	seed := rand.Uint64()
 	r := rand.New(rand.NewPCG(seed, 0))
 	rounds := 200_000
-	if testing.Short() || raceEnabled {
+	if testing.Short() || race.Enabled {
 		rounds /= 10
 	}
 	accepted := 0

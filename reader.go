@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/race"
 )
 
 // reader is the receive half of a session as its user sees it: where in the stream the user is. The bucket holds what
@@ -41,7 +43,7 @@ type reader struct {
 // recv is Stream.Recv and Request.Recv.
 func (s *session) recv() ([]byte, error) {
 	// Only the record at hand is taken here; nextRecord does the same and all the rest, without haste.
-	if !s.busy && !raceEnabled && len(s.left) == 0 && s.gate.Load() == 0 && s.end.Load() == nil && s.parent.Err() == nil {
+	if !s.busy && !race.Enabled && len(s.left) == 0 && s.gate.Load() == 0 && s.end.Load() == nil && s.parent.Err() == nil {
 		s.busy = true
 		if b := s.data[s.off:]; len(b) >= FrameHeaderSize && s.off != 0 {
 			h := frameHeader(b)

@@ -1,0 +1,7 @@
+//go:build !race
+
+package race
+
+// Enabled reports whether the program was built with -race. It is a constant, so the compiler drops the branches that
+// it rules out.
+const Enabled = false
