@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/vmihailenco/msgpack/v5"
 )
 
 // Cases at the edges of numbers and times: each of them went wrong once.
@@ -472,23 +471,6 @@ func TestAcknowledgementOfNothing(t *testing.T) {
 			t.Errorf("got %v, want %d", err, CloseProtocolError)
 		}
 	})
-}
-
-// What one record was decoded into is no template for the next.
-func TestDecodeIntoTheSameInterface(t *testing.T) {
-	var v any
-	for i := range 3 {
-		p, err := msgpack.Marshal(map[string]any{"i": int8(i)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := decodeObject(p, FlagMsgPack, FlagMsgPack, &v); err != nil {
-			t.Fatal(err)
-		}
-		if m, ok := v.(map[string]any); !ok || m["i"] != int8(i) {
-			t.Errorf("record %d: %v", i, v)
-		}
-	}
 }
 
 // META is what it says it is from its first byte to its last.

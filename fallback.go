@@ -5,6 +5,8 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+
+	"github.com/natsstream/stream/internal/object"
 )
 
 // The JSON fallback is the original wire format, byte for byte: one message a record, no sequence numbers, no credit.
@@ -110,8 +112,8 @@ func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
 }
 
 func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
-	e := encoders.Get().(*encoder)
-	defer e.free()
+	e := object.NewEncoder()
+	defer e.Free()
 	w.turn = true
 	defer w.endTurnLocked()
 	record, err := w.encodeUnlocked(e, v, nil)

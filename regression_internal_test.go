@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/vmihailenco/msgpack/v5"
 )
 
 // until fails the test at once if ok does not become true in time.
@@ -488,41 +487,6 @@ func TestNoRestAfterEnd(t *testing.T) {
 				cancel()
 				_ = s.Close()
 			}
-		}
-	}
-}
-
-// arrayOptions is an object whose encoding changes the encoder's options.
-type arrayOptions struct{}
-
-func (arrayOptions) EncodeMsgpack(e *msgpack.Encoder) error {
-	e.UseArrayEncodedStructs(true)
-	e.UseCompactInts(true)
-	e.UseCompactFloats(true)
-	e.SetSortMapKeys(true)
-	e.SetOmitEmpty(true)
-	e.SetCustomStructTag("other")
-	return e.EncodeInt(1)
-}
-
-// An encoder serves one object after the other. What one sets is not the next one's.
-func TestEncoderOptionsEndWithObject(t *testing.T) {
-	object := struct {
-		X     int `other:"Y"`
-		Empty string
-		Float float64
-	}{X: 1, Float: 2}
-	want, err := msgpack.Marshal(object)
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := encoders.New().(*encoder)
-	for round := range 2 {
-		if got, err := e.encode(object, FlagMsgPack, nil); err != nil || !bytes.Equal(got, want) {
-			t.Errorf("round %d: %x, %v; want %x", round, got, err, want)
-		}
-		if _, err := e.encode(arrayOptions{}, FlagMsgPack, nil); err != nil {
-			t.Error(err)
 		}
 	}
 }

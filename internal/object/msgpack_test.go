@@ -1,4 +1,4 @@
-package stream
+package object
 
 import (
 	"bytes"
@@ -103,7 +103,7 @@ func TestCheckMsgPackDepth(t *testing.T) {
 	}
 	for depth := range 2 { // without an end
 		var v any
-		if decodeObject(bytes.Repeat([]byte{0x91 - byte(16*depth)}, 15<<20), FlagMsgPack, 0, &v) == nil {
+		if Decode(bytes.Repeat([]byte{0x91 - byte(16*depth)}, 15<<20), MsgPack, &v) == nil {
 			t.Error("a run of opening bytes is decoded")
 		}
 	}
@@ -122,7 +122,7 @@ func TestCheckMsgPackLengths(t *testing.T) {
 				var list []struct{ A [20]int64 }
 				var object struct{ X int }
 				for _, v := range []any{&v, &list, &object} {
-					if decodeObject(p, FlagMsgPack, 0, v) == nil {
+					if Decode(p, MsgPack, v) == nil {
 						t.Errorf("%x: decoded into %T", p[:min(len(p), 20)], v)
 					}
 				}
@@ -166,7 +166,7 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 		}
 		if scanMsgPack(p) != nil {
 			var v any
-			if decodeObject(p, FlagMsgPack, 0, &v) == nil {
+			if Decode(p, MsgPack, &v) == nil {
 				t.Fatalf("seed %d: %x is refused by the check and not by RecvObject", seed, p)
 			}
 			continue

@@ -1,0 +1,92 @@
+package stream
+
+import (
+	"fmt"
+
+	"github.com/natsstream/stream/internal/object"
+)
+
+// codecFlag is the DATA flag of a codec. The default is the caller's to resolve.
+func codecFlag(c Codec) FrameFlags {
+	if c == JSON {
+		return FlagJSON
+	}
+	return FlagMsgPack
+}
+
+// objectCodec is the codec that a DATA flag names.
+func objectCodec(flag FrameFlags) object.Codec {
+	if flag == FlagJSON {
+		return object.JSON
+	}
+	return object.MsgPack
+}
+
+// encodeUnlocked encodes v. It gives the lock up meanwhile: v's own methods may take their time, and the outbox, which
+// serves all streams, must never wait for them. The caller has the turn.
+func (w *Writer) encodeUnlocked(e *object.Encoder, v any, dst []byte) ([]byte, error) {
+	w.mu.Unlock()
+	defer func() { // also where the encoder panics
+		w.mu.Lock()
+		w.encoding = false
+	}()
+	b, err := e.Encode(v, objectCodec(w.codec), dst)
+	if err != nil {
+		err = fmt.Errorf("stream: encode %T: %w", v, err)
+	}
+	return b, err
+}
+
+// writeObjectLocked encodes straight into the open packet. What does not fit there is moved to a packet that it fits.
+func (w *Writer) writeObjectLocked(v any) (int, error) {
+	// The last object's size is the best guess at this one's.
+	guess := FrameHeaderSize + w.object // kept: another object may change it while this one waits for credit
+	if _, err := w.frameLocked(guess, false); err != nil {
+		return 0, err
+	}
+	w.n -= guess // room, not written yet
+	w.turn, w.room = true, nil
+	defer w.endTurnLocked()
+
+	start, limit := w.n+FrameHeaderSize, min(len(w.open.buf), w.coalesceLimit())
+	packet, p := w.open, w.open.buf
+	w.encoding = true
+	e := object.NewEncoder()
+	defer e.Free()
+	record, err := w.encodeUnlocked(e, v, p[start:start:max(start, limit)])
+	if err != nil {
+		return 0, err
+	}
+	if err := w.failedLocked(); err != nil {
+		return 0, err
+	}
+	n := len(record)
+	w.object = min(n, coalesceSize/8)
+	switch max := w.session.ep.maxRecord; {
+	case n > max:
+		return 0, fmt.Errorf("%w: %T of %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, v, n, max)
+	case !e.Spilled() && w.open == packet:
+		putFrameHeader(p[w.n:], FrameData, w.codec, 0, n)
+		w.n = start + n
+	case n <= w.singleLimit():
+		err = w.appendLocked(record, w.codec, true)
+	default:
+		err = w.appendPiecesLocked(record, w.codec)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// decodeObject decodes a record by its frame's codec; a raw one by what the stream asked for.
+func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
+	codec := flags & FlagCodecMask
+	if codec == FlagRaw {
+		codec = asked
+	}
+	if err := object.Decode(p, objectCodec(codec), v); err != nil {
+		return fmt.Errorf("stream: decode record of %d bytes into %T: %w", len(p), v, err)
+	}
+	return nil
+}
