@@ -17,10 +17,12 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
 	"github.com/puzpuzpuz/xsync/v3"
+
+	"github.com/natsstream/stream/internal/wheel"
 )
 
 // endpoint is what all streams of one Client or Server share: the mux (one wildcard subscription that hands each packet
-// to its stream), the outbox (one goroutine that does all publishing; outbox.go), the ticker (liveness.go) and one
+// to its stream), the outbox (one goroutine that does all publishing; outbox.go), the ticker (internal/wheel) and one
 // goroutine that watches the connection. Its goroutines are started by newEndpoint and have ended when close returns.
 type endpoint struct {
 	conn   transport
@@ -37,7 +39,7 @@ type endpoint struct {
 	// packet. Stored by the ticker and the outbox.
 	clock   atomic.Int64
 	started time.Time
-	ticker  ticker
+	ticker  wheel.Ticker
 
 	sessions *xsync.MapOf[string, *session] // by token
 	outbox   outbox
@@ -133,7 +135,7 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	}
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
-	ep.ticker.init(ep)
+	ep.initTime()
 	ep.stopErrors = conn.errors(ep.denied) // before the subscription, which may be refused at once
 	unsubscribe, err := conn.subscribe(ep.prefix+"*", "", ep.receive)
 	if err != nil {
@@ -147,7 +149,7 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	ep.outbox.up.Store(conn.status() == nats.CONNECTED)
 	go ep.outbox.run()
 	go ep.watch(changes, ep.outbox.up.Load())
-	go ep.ticker.run()
+	go ep.runTicker()
 	return ep, nil
 }
 
@@ -445,7 +447,7 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 			return
 		default:
 			ep.outbox.up.Store(false)
-			ep.ticker.start() // DisconnectTimeout runs
+			ep.ticker.Arm() // DisconnectTimeout runs
 		}
 		news = true
 	}
@@ -501,7 +503,7 @@ func (ep *endpoint) close(e *ending) {
 	ep.endAll(e)
 	ep.unsubscribe() // first: whoever sends a first packet meanwhile is told that its stream is gone
 	ep.outbox.stop()
-	ep.ticker.stop()
+	ep.ticker.Stop()
 	ep.stopErrors()
 	ep.stopWatch()
 	<-ep.watched

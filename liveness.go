@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/wheel"
 )
 
 // This file is about time: when a peer is asked whether it lives, when it is given up, how long what was sent is kept
@@ -24,6 +26,7 @@ const (
 	defaultResumeTimeout     = 5 * time.Second
 	defaultDisconnectTimeout = 30 * time.Second
 
+	minTick = time.Millisecond
 	maxTick = 50 * time.Millisecond
 
 	suspectPings = 3 // unanswered ones that make a peer suspect
@@ -40,125 +43,31 @@ type life struct {
 	seen                      uint32
 	absent                    bool // suspect because NATS said that nobody received a question
 
-	// Links of the wheel.
-	slot       int64 // number of the tick it is due in, 0 if it is not on the wheel
-	prev, next *session
+	node wheel.Node[session]
 }
 
-// wheel keeps sessions by the tick in which they are due (Varghese and Lauck, "Hashed and hierarchical timing wheels",
-// SOSP 1987). One that is due later than the wheel reaches is looked at early, and put on it again.
-type wheel struct {
-	tick  int64 // length of one, nanoseconds
-	done  int64 // number of the last tick that was looked at
-	count int
-	slots [wheelSlots]*session
+// tickLength returns the length of a tick: a quarter of the shortest timeout, so that none is noticed much later than it
+// ends. It is at most maxTick, because most ticks find nothing to do and one every 50 ms costs nothing that shows, and at
+// least minTick, which is as exact as timers are.
+func (t *intervals) tickLength() time.Duration {
+	shortest := min(t.keepAlive, t.ack, t.resume, t.disconnect)
+	return min(max(time.Duration(shortest)/4, minTick), maxTick)
 }
 
-const wheelSlots = 256
-
-// set sees to it that s is looked at when at is over, or earlier.
-func (w *wheel) set(s *session, at int64) {
-	slot := min(max(at/w.tick+1, w.done+1), w.done+wheelSlots-1)
-	if l := &s.life; l.slot != 0 {
-		if l.slot <= slot {
-			return
-		}
-		w.remove(s)
-	}
-	head := &w.slots[slot%wheelSlots]
-	s.life.slot, s.life.prev, s.life.next = slot, nil, *head
-	if *head != nil {
-		(*head).life.prev = s
-	}
-	*head = s
-	w.count++
+// initTime prepares the wheel and the ticker.
+func (ep *endpoint) initTime() {
+	tick := ep.times.tickLength()
+	ep.ticker.Init(tick, time.Duration(ep.times.keepAlive+ep.times.resume))
+	ep.outbox.wheel.Init(tick, func(s *session) *wheel.Node[session] { return &s.life.node })
 }
 
-func (w *wheel) remove(s *session) {
-	l := &s.life
-	if l.slot == 0 {
-		return
-	}
-	if l.prev != nil {
-		l.prev.life.next = l.next
-	} else {
-		w.slots[l.slot%wheelSlots] = l.next
-	}
-	if l.next != nil {
-		l.next.life.prev = l.prev
-	}
-	l.slot, l.prev, l.next = 0, nil, nil
-	w.count--
-}
-
-// advance takes off the wheel what is due at now and calls f for each, which may set it again.
-func (w *wheel) advance(now int64, f func(*session)) {
-	until := now / w.tick
-	if until-w.done > wheelSlots { // slept through a round: everything is due
-		w.done = until - wheelSlots
-	}
-	for w.done < until {
-		w.done++
-		for {
-			s := w.slots[w.done%wheelSlots]
-			if s == nil {
-				break
-			}
-			w.remove(s)
-			f(s)
-		}
-	}
-}
-
-// ticker wakes the outbox every tick, as long as there is a session on its wheel.
-type ticker struct {
-	ep    *endpoint
-	tick  time.Duration
-	wake  chan struct{} // capacity 1
-	quit  chan struct{}
-	ended chan struct{}
-}
-
-func (t *ticker) init(ep *endpoint) {
-	shortest := min(ep.times.keepAlive, ep.times.ack, ep.times.resume, ep.times.disconnect)
-	t.ep = ep
-	t.tick = min(max(time.Duration(shortest)/4, time.Millisecond), maxTick)
-	t.wake = make(chan struct{}, 1)
-	t.quit = make(chan struct{})
-	t.ended = make(chan struct{})
-	ep.outbox.wheel.tick = int64(t.tick)
-}
-
-func (t *ticker) run() {
-	defer close(t.ended)
-	clock := time.NewTicker(t.tick)
-	defer clock.Stop()
-	missed := int64(0) // ticks in a row that the outbox did not look at. They stand still with the process, as clocks do not
-	for {
-		select {
-		case <-clock.C:
-		case <-t.quit:
-			return
-		}
-		ep := t.ep
-		ep.clock.Store(ep.now())
-		if ep.outbox.armed.Load() {
-			if !ep.outbox.due.Swap(true) {
-				missed = 0
-			} else if missed++; missed*int64(t.tick) >= ep.times.keepAlive+ep.times.resume {
-				ep.stuck()
-			}
-			ep.outbox.park.Wake()
-			continue
-		}
-		clock.Stop()
-		select {
-		case <-t.wake:
-		case <-t.quit:
-			return
-		}
-		clock.Reset(t.tick)
-	}
+// runTicker is the ticker's goroutine. It wakes the outbox at every tick, for as long as there is a session on its wheel.
+func (ep *endpoint) runTicker() {
+	ep.ticker.Run(wheel.Hooks{
+		Tick:  func() { ep.clock.Store(ep.now()) },
+		Wake:  ep.outbox.park.Wake,
+		Stuck: ep.stuck,
+	})
 }
 
 // stuck ends all streams for the outbox, which waits in a publish: the connection has taken no bytes for longer than a
@@ -173,20 +82,6 @@ func (ep *endpoint) stuck() {
 	})
 }
 
-// start makes a ticker that sleeps tick again. It never blocks.
-func (t *ticker) start() {
-	t.ep.outbox.armed.Store(true)
-	select {
-	case t.wake <- struct{}{}:
-	default:
-	}
-}
-
-func (t *ticker) stop() {
-	close(t.quit)
-	<-t.ended
-}
-
 // now is the time since the endpoint was made, never 0.
 func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
 
@@ -195,10 +90,10 @@ func (o *outbox) schedule(s *session, at int64) {
 	if s.finished {
 		return
 	}
-	o.wheel.set(s, at)
-	if o.wheel.count == 1 && !o.armed.Load() {
+	o.wheel.Set(s, at)
+	if o.wheel.Len() == 1 && !o.ep.ticker.Armed() {
 		o.ep.clock.Store(o.ep.now())
-		o.ep.ticker.start()
+		o.ep.ticker.Arm()
 	}
 }
 
@@ -214,10 +109,9 @@ func (o *outbox) resume() { o.resumed.Store(o.ep.now()) }
 
 // tickIfDue ticks if the ticker did. With many streams and a slow connection the outbox is long under way with its queue.
 func (o *outbox) tickIfDue() bool {
-	if !o.due.Load() {
+	if !o.ep.ticker.TakeDue() {
 		return false
 	}
-	o.due.Store(false)
 	o.tick()
 	return true
 }
@@ -241,11 +135,11 @@ func (o *outbox) tick() {
 			return s.finished
 		})
 	}
-	o.wheel.advance(now, func(s *session) { o.check(s, now) })
-	if o.wheel.count == 0 && o.up.Load() {
-		o.armed.Store(false)
-		if !o.up.Load() { // down at the same time: whoever comes second sees the other
-			o.armed.Store(true)
+	o.wheel.Advance(now, func(s *session) { o.check(s, now) })
+	if o.wheel.Len() == 0 && o.up.Load() {
+		o.ep.ticker.Disarm()
+		if !o.up.Load() { // the watcher arms the ticker after it stores up: the second of the two sees the first
+			o.ep.ticker.Arm()
 		}
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math/rand/v2"
 	"runtime"
 	"testing"
 	"testing/synctest"
@@ -14,54 +13,6 @@ import (
 
 	"github.com/natsstream/stream/internal/race"
 )
-
-// TestWheel holds the wheel to a plain list: whatever is set comes off no earlier than it is due, unless it was set further
-// ahead than the wheel reaches, and no later than the tick after.
-func TestWheel(t *testing.T) {
-	const tick = 10
-	r := rand.New(rand.NewPCG(1, 2))
-	for range 50 {
-		w := wheel{tick: tick}
-		sessions := make([]session, 20)
-		due := make(map[*session]int64)
-		now := int64(0)
-		for range 500 {
-			s := &sessions[r.IntN(len(sessions))]
-			switch r.IntN(4) {
-			case 0, 1:
-				at := now + r.Int64N(2*wheelSlots*tick)
-				if old, ok := due[s]; !ok || at < old {
-					due[s] = at
-				}
-				w.set(s, at)
-			case 2:
-				w.remove(s)
-				delete(due, s)
-			default:
-				now += r.Int64N([]int64{tick, 20 * tick, 3 * wheelSlots * tick}[r.IntN(3)])
-				w.advance(now, func(s *session) {
-					at, ok := due[s]
-					if !ok {
-						t.Fatal("a session came off that was not on the wheel")
-					}
-					if now < at {
-						w.set(s, at) // beyond the wheel's reach, as check does
-						return
-					}
-					delete(due, s)
-				})
-				for _, at := range due {
-					if at+tick < now-now%tick {
-						t.Fatalf("due at %d and still on the wheel at %d", at, now)
-					}
-				}
-			}
-			if w.count != len(due) {
-				t.Fatalf("%d on the wheel, want %d", w.count, len(due))
-			}
-		}
-	}
-}
 
 // waits is a handler that reads until the consumer is done or the stream ends, and reports why its context ended.
 func waits(ended chan<- error) Handler {

@@ -8,6 +8,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/ring"
+	"github.com/natsstream/stream/internal/wheel"
 )
 
 // outbox is the one goroutine of an endpoint that publishes: requests, packets, credits, resets. Writers, readers and
@@ -30,17 +31,15 @@ type outbox struct {
 	mu     sync.Mutex
 	asides []aside
 
-	armed   atomic.Bool  // the ticker ticks
-	due     atomic.Bool  // it did
 	resumed atomic.Int64 // when the connection came back last
 
 	stopping atomic.Bool
 	done     chan struct{}
 
 	// Owned by the goroutine.
-	held    []*session // have something to publish, and the connection is down
-	wheel   wheel
-	down    int64 // since when the connection is down
+	held    []*session           // have something to publish, and the connection is down
+	wheel   wheel.Wheel[session] // sessions by the time at which to look at them
+	down    int64                // since when the connection is down
 	scratch []byte
 }
 
@@ -102,8 +101,8 @@ func (s *session) markLater(work uint32) {
 	}
 	o := &s.ep.outbox
 	o.push(s)
-	if !o.armed.Load() {
-		s.ep.ticker.start()
+	if !s.ep.ticker.Armed() {
+		s.ep.ticker.Arm()
 	}
 }
 
@@ -178,18 +177,14 @@ func (o *outbox) endRest() {
 	if gone == nil {
 		return
 	}
-	for _, s := range o.wheel.slots {
-		for s != nil {
-			next := s.life.next
-			s.finish(gone)
-			o.finish(s, s.end.Load())
-			s = next
-		}
+	for s := range o.wheel.All() {
+		s.finish(gone)
+		o.finish(s, s.end.Load())
 	}
 }
 
 func (o *outbox) idle() bool {
-	return o.queue.Load() == nil && o.inbound.Empty() && !o.due.Load() && !o.asked() && !o.stopping.Load() && (len(o.held) == 0 || !o.up.Load())
+	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.asked() && !o.stopping.Load() && (len(o.held) == 0 || !o.up.Load())
 }
 
 // stop lets the outbox finish what is marked and returns when it has.
@@ -345,7 +340,7 @@ func (o *outbox) connected() bool {
 		o.up.Store(true)
 		return true
 	}
-	o.ep.ticker.start()
+	o.ep.ticker.Arm()
 	return false
 }
 
@@ -414,7 +409,7 @@ func (o *outbox) finish(s *session, end *ending) {
 		}
 	}
 	s.finished = true
-	o.wheel.remove(s)
+	o.wheel.Remove(s)
 	if s.server != nil {
 		s.server.leave()
 	}

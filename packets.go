@@ -255,7 +255,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		w.sentJSON(p)
 	} else {
 		w.sent.push(p)
-		if s.life.slot == 0 || s.life.slot*o.wheel.tick > now+2*o.ep.times.ack { // it was idle
+		if due := s.life.node.Due(); due == 0 || due > now+2*o.ep.times.ack { // it was idle
 			s.life.sent = o.ep.now()
 			o.schedule(s, s.life.sent+o.ep.times.ack)
 		}
