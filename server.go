@@ -307,7 +307,7 @@ func (s *Server) enter() admission {
 	switch {
 	case s.refusing || s.ep.gone.Load() != nil:
 		return refused
-	case s.handlers >= s.maxStreams, s.sessions >= 2*s.maxStreams+lingering:
+	case s.handlers >= s.maxStreams, (s.sessions-lingering)/2 >= s.maxStreams:
 		return full
 	}
 	s.handlers++

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"runtime"
 	"strings"
 	"sync"
@@ -632,6 +633,34 @@ func TestServerParams(t *testing.T) {
 			t.Errorf("Handle(%q): %v", subject, err)
 		}
 	}
+}
+
+// Parameters may be as large as an int can be: no sum of them overflows.
+func TestLargestParams(t *testing.T) {
+	most := math.MaxInt
+	p := newPair(t, pairOptions{consumer: stream.ClientParams{
+		Window: most, MaxBuffered: most, MaxRecordSize: most, FallbackBuffer: most, KeepAlive: math.MaxInt64,
+		AckTimeout: math.MaxInt64, ResumeTimeout: math.MaxInt64, DisconnectTimeout: math.MaxInt64,
+	}})
+	s := newService(t, p, stream.ServerParams{MaxStreams: most/2 + 1, Window: most, MaxBuffered: most, MaxRecordSize: most})
+	s.handle(t, "echo", func(w *stream.Writer, r *stream.Request) error {
+		_, err := r.WriteTo(w)
+		return err
+	})
+	st := open(t, p.consumer, "echo")
+	for i := range 20 {
+		want := testRecord(i, 300<<10) // in pieces
+		if _, err := st.Write(want); err != nil {
+			t.Fatal(err)
+		}
+		if rec, err := st.Recv(); err != nil || !bytes.Equal(rec, want) {
+			t.Fatalf("record %d: %d bytes, %v", i, len(rec), err)
+		}
+	}
+	if err := st.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	wantEOF(t, st)
 }
 
 // Streams that are opened and canceled at once, as many as there can be: no more handlers run than may, and nothing is

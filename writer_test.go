@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"runtime"
 	"strings"
@@ -73,7 +74,7 @@ func TestCloseFromManyGoroutines(t *testing.T) {
 func TestInvalidCloseCode(t *testing.T) {
 	p := newPair(t)
 	w, s := newWriterStream(t, p)
-	for _, code := range []int{-1, 0, 1, 999, 6000, 65536 + 1000, 1 << 31} {
+	for _, code := range []int{-1, 0, 1, 999, 6000, 65536 + 1000, math.MaxInt, math.MinInt} {
 		if err := w.CloseWithCode(code); !errors.Is(err, stream.ErrCloseCode) {
 			t.Errorf("code %d: %v", code, err)
 		}

@@ -32,7 +32,7 @@ func msgPackValues() []any {
 		long[fmt.Sprint(i)] = i
 	}
 	values := []any{
-		nil, true, false, 1, -1, 127, 128, -32, -33, 1 << 40, int8(-100), int16(-1000), int32(-100_000), int64(-1 << 40),
+		nil, true, false, 1, -1, 127, 128, -32, -33, int64(1) << 40, int8(-100), int16(-1000), int32(-100_000), int64(-1 << 40),
 		uint8(200), uint16(60_000), uint32(1 << 31), uint64(1 << 63), float32(2), 1.5,
 		time.Unix(1, 0), time.Unix(1, 1), time.Unix(-1, 1), time.Unix(1<<40, 5),
 		map[string]any{"a": []int{1, 2}, "b": nil, "c": true}, map[int]string{1: "a"}, map[string]int{}, []int{}, long,
