@@ -14,6 +14,9 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
 // testPacket returns a sequenced packet with the given frames.
@@ -513,48 +516,7 @@ func TestBucketCreditInvariants(t *testing.T) {
 	}
 }
 
-// fakeTransport is a connection without a network: what is published goes to a function, and messages are put into
-// the mux by hand.
-type fakeTransport struct {
-	published func(subject, reply string, data []byte) error // nil swallows everything
-	requested func(*nats.Msg)
-	receive   nats.MsgHandler
-	changes   chan nats.Status
-	state     atomic.Int64
-}
-
-func newFakeTransport() *fakeTransport {
-	t := &fakeTransport{changes: make(chan nats.Status)}
-	t.state.Store(int64(nats.CONNECTED))
-	return t
-}
-
-func (t *fakeTransport) publish(subject, reply string, data []byte) error {
-	if t.published == nil {
-		return nil
-	}
-	return t.published(subject, reply, data)
-}
-
-func (t *fakeTransport) publishMsg(m *nats.Msg) error {
-	if t.requested != nil {
-		t.requested(m)
-	}
-	return nil
-}
-
-func (t *fakeTransport) subscribe(_, _ string, f nats.MsgHandler) (func(), error) {
-	t.receive = f
-	return func() {}, nil
-}
-
-func (t *fakeTransport) status() nats.Status { return nats.Status(t.state.Load()) }
-func (t *fakeTransport) maxPayload() int64   { return 1 << 20 }
-func (t *fakeTransport) statusChanges() (<-chan nats.Status, func()) {
-	return t.changes, func() { close(t.changes) }
-}
-
-func fakeClient(t *testing.T, conn transport, p ClientParams) *Client {
+func fakeClient(t *testing.T, conn natsconn.Conn, p ClientParams) *Client {
 	t.Helper()
 	p, err := p.withDefaults()
 	if err != nil {
@@ -578,8 +540,8 @@ func TestOutboxQueueHammer(t *testing.T) {
 		rounds /= 10
 	}
 	var marks, seen [sessions]atomic.Int64
-	conn := newFakeTransport()
-	conn.published = func(subject, _ string, _ []byte) error {
+	conn := fake.New()
+	conn.Published = func(subject, _ string, _ []byte) error {
 		i := binary.BigEndian.Uint16([]byte(subject))
 		seen[i].Store(marks[i].Load())
 		return nil
@@ -609,9 +571,10 @@ func TestOutboxQueueHammer(t *testing.T) {
 		for n := 0; ; n++ {
 			select {
 			case <-flapping:
-				conn.changes <- nats.CONNECTED
+				conn.Set(nats.CONNECTED)
 				return
-			case conn.changes <- []nats.Status{nats.RECONNECTING, nats.CONNECTED}[n%2]:
+			default:
+				conn.Set([]nats.Status{nats.RECONNECTING, nats.CONNECTED}[n%2])
 				time.Sleep(100 * time.Microsecond)
 			}
 		}
@@ -633,18 +596,21 @@ func TestOutboxQueueHammer(t *testing.T) {
 
 // TestOutboxHeldWorkSurvives: two streams wait for the connection; it comes back for as long as serving one takes.
 func TestOutboxHeldWorkSurvives(t *testing.T) {
-	conn := newFakeTransport()
+	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{})
 	requested := make(chan string, 10)
 	var first atomic.Bool
-	conn.requested = func(m *nats.Msg) {
+	conn.Requested = func(m *nats.Msg) error {
 		requested <- m.Subject
 		if first.CompareAndSwap(false, true) {
 			c.ep.outbox.up.Store(false)
 		}
+		return nil
 	}
-	conn.changes <- nats.RECONNECTING
-	conn.changes <- nats.RECONNECTING // the first was acted on
+	conn.Set(nats.RECONNECTING)
+	for c.ep.outbox.up.Load() {
+		time.Sleep(time.Millisecond)
+	}
 	var streams []*Stream
 	for _, subject := range []string{"one", "two"} {
 		s, err := c.Open(t.Context(), subject, nil)
@@ -660,10 +626,10 @@ func TestOutboxHeldWorkSurvives(t *testing.T) {
 		}
 	}
 	time.Sleep(10 * time.Millisecond)
-	conn.changes <- nats.CONNECTED
+	conn.Set(nats.CONNECTED)
 	<-requested
 	time.Sleep(10 * time.Millisecond)
-	conn.changes <- nats.CONNECTED
+	conn.Set(nats.CONNECTED)
 	select {
 	case <-requested:
 	case <-time.After(5 * time.Second):
@@ -697,19 +663,19 @@ func TestOutboxTakeKeepsOrder(t *testing.T) {
 }
 
 // muxStream opens a stream on a fake connection and returns it with a function that puts a message for it into the mux.
-func muxStream(t *testing.T, conn *fakeTransport, c *Client) (*Stream, func(data []byte)) {
+func muxStream(t *testing.T, conn *fake.Conn, c *Client) (*Stream, func(data []byte)) {
 	t.Helper()
 	s, err := c.Open(t.Context(), "subject", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	return s, func(data []byte) { conn.receive(&nats.Msg{Subject: s.session.reply, Data: data}) }
+	return s, func(data []byte) { conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: data}) }
 }
 
 // TestMuxCounts: each kind of message that is dropped is counted where it belongs, and no other stream is touched.
 func TestMuxCounts(t *testing.T) {
-	conn := newFakeTransport()
+	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{})
 	s, deliver := muxStream(t, conn, c)
 	deliver(testPacket(7, 0, testData("a")))
@@ -737,7 +703,7 @@ func TestMuxCounts(t *testing.T) {
 	}
 	want := c.Stats()
 	want.DroppedUnknown++
-	conn.receive(&nats.Msg{Subject: c.ep.prefix + "~1m5I00000000000", Data: testPacket(7, 0, testData("x"))})
+	conn.Deliver(&nats.Msg{Subject: c.ep.prefix + "~1m5I00000000000", Data: testPacket(7, 0, testData("x"))})
 	if got := c.Stats(); got != want {
 		t.Errorf("an unknown token: counters\n%+v, want\n%+v", got, want)
 	}
@@ -755,14 +721,14 @@ func TestMuxCounts(t *testing.T) {
 // TestMuxNothingAfterTheEnd: a fallback peer overran the limit; the reader frees room before the stream is taken out
 // of the mux. It must not see a record from behind the one that was dropped.
 func TestMuxNothingAfterTheEnd(t *testing.T) {
-	conn := newFakeTransport()
+	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{FallbackBuffer: 60})
 	s, deliver := muxStream(t, conn, c)
 	message := func(rec string) []byte { return appendJSONData(nil, []byte(rec)) } // 24 bytes each
 	// The outbox is kept busy, so that the stream stays registered.
 	busy, idle := make(chan struct{}), make(chan struct{})
 	begin := sync.OnceFunc(func() { close(busy) }) // at the end it is told that the client is closed
-	conn.published = func(string, string, []byte) error { begin(); <-idle; return nil }
+	conn.Published = func(string, string, []byte) error { begin(); <-idle; return nil }
 	other := &session{ep: c.ep, peer: "other"}
 	other.bucket.init(1, 1)
 	other.mark(workCredit)
@@ -785,5 +751,3 @@ func TestMuxNothingAfterTheEnd(t *testing.T) {
 		t.Fatalf("%q, %v; want close %d", rec, err, CloseTooSlow)
 	}
 }
-
-func (t *fakeTransport) errors(func(error)) func() { return func() {} }

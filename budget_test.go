@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
 // What a large record takes while its pieces come is in the endpoint's budget: where there is no room the stream ends, and
@@ -34,7 +36,7 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 				results <- result{len(rec), err}
 			}
 			packets := 0 // of the first stream; most of its record arrives, the rest has to wait
-			m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+			m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
 				if from == m.back && isSequenced(msg.Data) {
 					packets++
 				}
@@ -47,7 +49,7 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 			if held := m.client.ep.reserved.Load() - windows; held < 9*initialWindow || held > budget {
 				t.Errorf("%d bytes are reserved for the record, of which %d have arrived", held, 9*initialWindow)
 			}
-			m.bus.setFilter(func(_, _ *memoryConn, msg *nats.Msg) bool {
+			m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool {
 				return !strings.HasPrefix(msg.Subject, first.session.reply)
 			})
 			second := m.open(t, "large")
@@ -56,7 +58,7 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 			if r := <-results; !errors.Is(r.err, &CloseError{Code: CloseTryAgainLater}) {
 				t.Errorf("a second record: %d bytes, %v; want close 1013", r.n, r.err)
 			}
-			m.bus.setFilter(nil)
+			m.bus.SetFilter(nil)
 			if left {
 				_ = first.Close()
 			}
@@ -81,7 +83,7 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 func openRaw(t *testing.T, params ClientParams) (m *memoryPair, s *Stream) {
 	t.Helper()
 	m = memoryTest(t, params)
-	stop, err := m.back.subscribe("raw", "", func(*nats.Msg) {})
+	stop, err := m.back.Subscribe("raw", "", func(*nats.Msg) {})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +135,7 @@ func TestReassemblyTakesWhatArrived(t *testing.T) {
 				}()
 				most := int64(0)
 				for _, p := range c.packets {
-					if err := m.back.publish(s.session.reply, "", p); err != nil {
+					if err := m.back.Publish(s.session.reply, "", p); err != nil {
 						t.Fatal(err)
 					}
 					synctest.Wait() // until it is taken
@@ -187,7 +189,7 @@ func TestTooBigTakesNoMemory(t *testing.T) {
 				m, s := openRaw(t, ClientParams{MaxRecordSize: max})
 				for i, f := range frames {
 					packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7, Seq: uint32(i)}, f)
-					if err := m.back.publish(s.session.reply, "", packet); err != nil {
+					if err := m.back.Publish(s.session.reply, "", packet); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -234,21 +236,21 @@ func TestLargeAndSmallTakeTurns(t *testing.T) {
 		synctest.Wait()
 		// While the connection is down both fill their credit. All is sent when it comes back, by one goroutine: in which
 		// order depends on nothing else.
-		m.back.set(nats.RECONNECTING)
+		m.back.Set(nats.RECONNECTING)
 		synctest.Wait()
 		m.server.ep.maxPayload.Store(piece) // so that many pieces fit the credit
 		close(release)
 		synctest.Wait()
 		var order strings.Builder
-		m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+		m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
 			if from == m.back && isSequenced(msg.Data) {
 				order.WriteString(map[string]string{large.session.reply: "L", small.session.reply: "s"}[msg.Subject])
 			}
 			return true
 		})
-		m.back.set(nats.CONNECTED)
+		m.back.Set(nats.CONNECTED)
 		synctest.Wait()
-		m.bus.setFilter(nil)
+		m.bus.SetFilter(nil)
 		got := order.String()
 		n := min(strings.Count(got, "L"), strings.Count(got, "s"))
 		if n < initialWindow/piece-1 {

@@ -9,7 +9,9 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
 	"github.com/natsstream/stream/concurrency"
+	"github.com/natsstream/stream/internal/natsconn"
 )
 
 // RequestChanLen is the buffer of the channel that OpenStream returns.
@@ -122,7 +124,7 @@ func NewClient(params ClientParams) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	ep, err := newEndpoint(natsTransport{params.Conn}, params.Conn.Opts.InboxPrefix, params)
+	ep, err := newEndpoint(natsconn.New(params.Conn), params.Conn.Opts.InboxPrefix, params)
 	if err != nil {
 		return nil, err
 	}
@@ -197,7 +199,7 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream,
 	case !validSubject(msg.Subject):
 		return nil, fmt.Errorf("stream: cannot open %q: %w", msg.Subject, nats.ErrBadSubject)
 	}
-	if err := checkSubjects(len(msg.Subject) + len(ep.prefix) + TokenSize); err != nil {
+	if err := natsconn.CheckSubjects(len(msg.Subject) + len(ep.prefix) + TokenSize); err != nil {
 		return nil, fmt.Errorf("stream: cannot open: %w", err)
 	}
 	if size, max := requestSize(msg), ep.maxPayload.Load(); size > max {

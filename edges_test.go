@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
 // Cases at the edges of numbers and times: each of them went wrong once.
@@ -24,7 +26,7 @@ func creditFrom(sender uint16, ack uint32, flags FrameFlags) []byte {
 // An acknowledgement half the number space away is neither of the past nor of the future.
 func TestAcknowledgementFromAfar(t *testing.T) {
 	conn := newRecorder(nil)
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	c := fakeClient(t, conn.Conn, ClientParams{})
 	w := c.NewWriter(consumerSubject(5))
 	write := func() {
 		t.Helper()
@@ -37,9 +39,9 @@ func TestAcknowledgementFromAfar(t *testing.T) {
 	}
 	write()
 	for _, ack := range []uint32{1, 1 + 1<<31, 2 + 1<<31, math.MaxUint32, 0} {
-		conn.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, ack, 0)})
+		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, ack, 0)})
 	}
-	conn.receive(&nats.Msg{Subject: w.session.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FramePing})})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FramePing})})
 	for len(conn.sent()) < 2 { // the answer: all of them were looked at
 		time.Sleep(time.Millisecond)
 	}
@@ -106,9 +108,9 @@ func TestLimitGrowsAgain(t *testing.T) {
 func TestLossOnASlowRoundTrip(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
-		m.bus.delay = 150 * time.Millisecond
+		m.bus.Delay = 150 * time.Millisecond
 		var lost atomic.Bool
-		m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+		m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
 			return from != m.back || !isSequenced(msg.Data) || lost.Swap(true)
 		})
 		const records = 2000
@@ -142,14 +144,14 @@ func TestSilentHandlerOfAFallbackConsumer(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
 		release := make(chan struct{})
 		m.handle(t, "x", func(*Writer, *Request) error { <-release; return nil })
-		user := m.bus.connect("user")
+		user := m.bus.Connect("user")
 		var told atomic.Int32
-		stop, err := user.subscribe("inbox.old", "", func(*nats.Msg) { told.Add(1) })
+		stop, err := user.Subscribe("inbox.old", "", func(*nats.Msg) { told.Add(1) })
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer stop()
-		if err := user.publish("x", "inbox.old", nil); err != nil {
+		if err := user.Publish("x", "inbox.old", nil); err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait()
@@ -178,7 +180,7 @@ func TestNeverIsNotSoon(t *testing.T) {
 			}
 			return nil
 		})
-		c := fakeClient(t, conn.fakeTransport, ClientParams{
+		c := fakeClient(t, conn.Conn, ClientParams{
 			KeepAlive: math.MaxInt64, AckTimeout: math.MaxInt64, ResumeTimeout: math.MaxInt64, DisconnectTimeout: math.MaxInt64,
 		})
 		w := c.NewWriter(consumerSubject(5))
@@ -199,7 +201,7 @@ func TestNeverIsNotSoon(t *testing.T) {
 func TestOpensWithoutConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
-		m.conn.set(nats.RECONNECTING)
+		m.conn.Set(nats.RECONNECTING)
 		synctest.Wait()
 		for range 1000 {
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
@@ -260,7 +262,7 @@ func TestManyOverASlowConnection(t *testing.T) {
 			return nil
 		})
 		// By default the peers would have given up at the end.
-		c := fakeClient(t, conn.fakeTransport, ClientParams{KeepAlive: time.Minute})
+		c := fakeClient(t, conn.Conn, ClientParams{KeepAlive: time.Minute})
 		var writers []*Writer
 		for i := range 5000 {
 			w := c.NewWriter(fmt.Sprint("y", i) + consumerSubject(5))
@@ -346,7 +348,7 @@ func TestClosingAfterBothEnds(t *testing.T) {
 					t.Fatal(err)
 				}
 				lost := make(map[uint32]bool) // each packet once: CloseSend may have to wait for one before it can send the next
-				m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+				m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
 					if from != m.conn || !isSequenced(msg.Data) {
 						return true
 					}
@@ -394,7 +396,7 @@ func TestClosingAfterBothEndsWithoutPeer(t *testing.T) {
 		if _, err := s.Recv(); err != io.EOF {
 			t.Fatal(err)
 		}
-		m.bus.setFilter(blackHole(nil, nil))
+		m.bus.SetFilter(fake.BlackHole(nil, nil))
 		if _, err := s.Write([]byte("a")); err != nil {
 			t.Fatal(err)
 		}

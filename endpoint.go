@@ -18,6 +18,7 @@ import (
 	"github.com/nats-io/nuid"
 	"github.com/puzpuzpuz/xsync/v3"
 
+	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/wheel"
 )
 
@@ -25,7 +26,7 @@ import (
 // to its stream), the outbox (one goroutine that does all publishing; outbox.go), the ticker (internal/wheel) and one
 // goroutine that watches the connection. Its goroutines are started by newEndpoint and have ended when close returns.
 type endpoint struct {
-	conn   transport
+	conn   natsconn.Conn
 	prefix string // of every reply subject, up to and including the dot before the token
 
 	window    uint64 // upper bound of one stream's window, bytes, a power of two
@@ -116,7 +117,7 @@ type ending struct {
 // inboxPrefix starts every reply subject unless the connection has an inbox prefix of its own.
 const inboxPrefix = "_SINBOX"
 
-func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error) {
+func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, error) {
 	if inbox == "" {
 		inbox = inboxPrefix
 	}
@@ -136,17 +137,17 @@ func newEndpoint(conn transport, inbox string, p ClientParams) (*endpoint, error
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
 	ep.initTime()
-	ep.stopErrors = conn.errors(ep.denied) // before the subscription, which may be refused at once
-	unsubscribe, err := conn.subscribe(ep.prefix+"*", "", ep.receive)
+	ep.stopErrors = conn.OnError(ep.denied) // before the subscription, which may be refused at once
+	unsubscribe, err := conn.Subscribe(ep.prefix+"*", "", ep.receive)
 	if err != nil {
 		ep.stopErrors()
 		return nil, fmt.Errorf("stream: subscribe to %s*: %w", ep.prefix, err)
 	}
 	ep.unsubscribe = unsubscribe
-	changes, stop := conn.statusChanges()
+	changes, stop := conn.StatusChanges()
 	ep.stopWatch = sync.OnceFunc(stop)
-	ep.maxPayload.Store(conn.maxPayload())
-	ep.outbox.up.Store(conn.status() == nats.CONNECTED)
+	ep.maxPayload.Store(conn.MaxPayload())
+	ep.outbox.up.Store(conn.Status() == nats.CONNECTED)
 	go ep.outbox.run()
 	go ep.watch(changes, ep.outbox.up.Load())
 	go ep.runTicker()
@@ -428,9 +429,9 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 	news := false // the first look is for what came before changes
 	for ok := true; ok; _, ok = <-changes {
 		// What the channel says may be old: it drops news while it is full. That there was news is enough.
-		switch ep.conn.status() {
+		switch ep.conn.Status() {
 		case nats.CONNECTED:
-			ep.maxPayload.Store(ep.conn.maxPayload())
+			ep.maxPayload.Store(ep.conn.MaxPayload())
 			if before && news {
 				ep.outbox.resume() // before anything is published and its clocks start
 			}
@@ -473,7 +474,7 @@ func (ep *endpoint) lost() {
 // denied takes an error that NATS reported: a stream whose subject this end may not publish to ends, and all of them
 // where it may not receive.
 func (ep *endpoint) denied(err error) {
-	subject, subscribe, ok := deniedSubject(err)
+	subject, subscribe, ok := natsconn.Denied(err)
 	switch {
 	case !ok:
 	case !subscribe:

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
 // Cases in which a call, or a stream, once waited for what could not come.
@@ -48,7 +50,7 @@ func TestEndingAServerAnswers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				m := memoryTest(t, ClientParams{})
-				m.bus.delay = 100 * time.Millisecond
+				m.bus.Delay = 100 * time.Millisecond
 				m.handle(t, "x", func(*Writer, *Request) error { return nil })
 				s := m.open(t, "x")
 				synctest.Wait() // NATS has the request, the server does not
@@ -92,8 +94,7 @@ func TestSilentHandlersOfAServerThatCloses(t *testing.T) {
 func TestDrainAfterTheConnectionIsLost(t *testing.T) {
 	for range 10 {
 		conn := newRecorder(nil)
-		conn.changes = make(chan nats.Status, 1)
-		server, err := newServer(conn.fakeTransport, "", ServerParams{})
+		server, err := newServer(conn.Conn, "", ServerParams{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -109,8 +110,7 @@ func TestDrainAfterTheConnectionIsLost(t *testing.T) {
 		}()
 		<-began
 		time.Sleep(50 * time.Microsecond)
-		conn.state.Store(int64(nats.CLOSED))
-		conn.changes <- nats.CLOSED
+		conn.Set(nats.CLOSED)
 		<-done
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		if err := server.Drain(ctx); err != nil {
@@ -123,21 +123,21 @@ func TestDrainAfterTheConnectionIsLost(t *testing.T) {
 
 // slowSubscriber is a connection that takes no bytes when "slow" is subscribed to.
 type slowSubscriber struct {
-	*fakeTransport
+	*fake.Conn
 	begun, hold chan struct{}
 }
 
-func (c *slowSubscriber) subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+func (c *slowSubscriber) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
 	if subject == "slow" {
 		close(c.begun)
 		<-c.hold
 	}
-	return c.fakeTransport.subscribe(subject, queue, f)
+	return c.Conn.Subscribe(subject, queue, f)
 }
 
 // Drain heeds its context beside a Handle that waits for the connection, and ends that subscription too.
 func TestDrainBesideHandle(t *testing.T) {
-	conn := &slowSubscriber{newFakeTransport(), make(chan struct{}), make(chan struct{})}
+	conn := &slowSubscriber{fake.New(), make(chan struct{}), make(chan struct{})}
 	s, err := newServer(conn, "", ServerParams{})
 	if err != nil {
 		t.Fatal(err)
@@ -171,7 +171,7 @@ func TestOpensDuringALongOutage(t *testing.T) {
 			<-r.Context().Done()
 			return nil
 		})
-		m.conn.set(nats.RECONNECTING)
+		m.conn.Set(nats.RECONNECTING)
 		time.Sleep(m.times.DisconnectTimeout + 10*time.Second)
 		var all []*Stream
 		for range 60 {
@@ -181,13 +181,13 @@ func TestOpensDuringALongOutage(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		m.conn.set(nats.CONNECTED)
+		m.conn.Set(nats.CONNECTED)
 		for _, s := range all {
 			if _, err := s.Recv(); err != nil {
 				t.Fatal(err)
 			}
 		}
-		m.bus.setFilter(blackHole(nil, nil)) // the peer is gone without a word
+		m.bus.SetFilter(fake.BlackHole(nil, nil)) // the peer is gone without a word
 		start := time.Now()
 		var wg sync.WaitGroup
 		for _, s := range all {
@@ -208,7 +208,7 @@ func TestSyncOneWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
 		reply := make(chan string, 1)
-		stop, err := m.back.subscribe("old", "", func(m *nats.Msg) { reply <- m.Reply })
+		stop, err := m.back.Subscribe("old", "", func(m *nats.Msg) { reply <- m.Reply })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -218,7 +218,7 @@ func TestSyncOneWay(t *testing.T) {
 		closed := make(chan error, 1)
 		go func() { closed <- s.CloseSend() }()
 		synctest.Wait()
-		if err := m.back.publish(subject, "", appendJSONData(nil, []byte("a"))); err != nil {
+		if err := m.back.Publish(subject, "", appendJSONData(nil, []byte("a"))); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-closed; !errors.Is(err, ErrOneWay) {
@@ -245,7 +245,7 @@ func stuckOutbox(t *testing.T) (c *Client, conn *recorder, stick, release func()
 		}
 		return nil
 	})
-	c = fakeClient(t, conn.fakeTransport, ClientParams{})
+	c = fakeClient(t, conn.Conn, ClientParams{})
 	stick = func() {
 		if _, err := c.NewWriter("y" + consumerSubject(5)).Write([]byte("stuck")); err != nil {
 			t.Fatal(err)
@@ -263,7 +263,7 @@ func TestCallsReturnBesideAStuckPublish(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn.receive(&nats.Msg{Subject: s.session.reply, Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
 	if _, err := s.Write([]byte("a")); err != nil {
 		t.Fatal(err)
 	}
@@ -292,8 +292,8 @@ func TestCallsReturnBesideAStuckPublish(t *testing.T) {
 // A consumer learns that its producer takes no records however many control packets come before.
 func TestOneWayBesideAFlood(t *testing.T) {
 	c, conn, stick, release := stuckOutbox(t)
-	_, deliverOther := muxStream(t, conn.fakeTransport, c)
-	s, deliver := muxStream(t, conn.fakeTransport, c)
+	_, deliverOther := muxStream(t, conn.Conn, c)
+	s, deliver := muxStream(t, conn.Conn, c)
 	stick()
 	for range maxInbound {
 		deliverOther(testPacketFlags(0, 7, 0, Frame{Type: FramePing}))
@@ -330,7 +330,7 @@ func TestPublishingAgainFails(t *testing.T) {
 		}
 		return nil
 	})
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	c := fakeClient(t, conn.Conn, ClientParams{})
 	w := c.NewWriter(consumerSubject(31))
 	for range n {
 		if _, err := w.Write([]byte("a")); err != nil {
@@ -341,7 +341,7 @@ func TestPublishingAgainFails(t *testing.T) {
 		}
 	}
 	credit := func(ack uint32, flags FrameFlags) {
-		conn.receive(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Flags: flags,
+		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Flags: flags,
 			Payload: AppendCredit(nil, Credit{Ack: ack, Packets: 1 << 30, Bytes: 1 << 40})})})
 	}
 	credit(0, FlagGap)
@@ -369,13 +369,13 @@ func TestPublishingAgainFails(t *testing.T) {
 
 // lateWatcher is a connection whose status the watcher gets to see late, and whose requests take their time.
 type lateWatcher struct {
-	*memoryConn
+	*fake.Conn
 	hold  chan struct{} // the first look waits for it
 	once  atomic.Bool
 	after func() // runs when a request was published, before the call returns
 }
 
-func (c *lateWatcher) status() nats.Status {
+func (c *lateWatcher) Status() nats.Status {
 	var pc [16]uintptr
 	frames := runtime.CallersFrames(pc[:runtime.Callers(1, pc[:])])
 	for more := c.hold != nil; more; {
@@ -385,11 +385,11 @@ func (c *lateWatcher) status() nats.Status {
 			<-c.hold
 		}
 	}
-	return c.memoryConn.status()
+	return c.Conn.Status()
 }
 
-func (c *lateWatcher) publishMsg(m *nats.Msg) error {
-	err := c.memoryConn.publishMsg(m)
+func (c *lateWatcher) PublishMsg(m *nats.Msg) error {
+	err := c.Conn.PublishMsg(m)
 	if c.after != nil {
 		c.after()
 	}
@@ -401,12 +401,12 @@ func TestRequestLostInAnyMoment(t *testing.T) {
 	for _, when := range []string{"before the watcher looks", "before publishing returns"} {
 		t.Run(when, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				bus := newMemoryBus()
-				conn := &lateWatcher{memoryConn: bus.connect("client")}
+				bus := new(fake.Bus)
+				conn := &lateWatcher{Conn: bus.Connect("client")}
 				flip := func() {
-					conn.set(nats.RECONNECTING)
+					conn.Set(nats.RECONNECTING)
 					time.Sleep(10 * time.Millisecond)
-					conn.set(nats.CONNECTED)
+					conn.Set(nats.CONNECTED)
 					time.Sleep(10 * time.Millisecond)
 				}
 				late := when == "before the watcher looks"
@@ -425,13 +425,13 @@ func TestRequestLostInAnyMoment(t *testing.T) {
 				}
 				c := &Client{ep: ep, codec: MsgPack}
 				defer c.Close()
-				back := bus.connect("server")
-				stop, err := back.subscribe("x", "", func(*nats.Msg) {})
+				back := bus.Connect("server")
+				stop, err := back.Subscribe("x", "", func(*nats.Msg) {})
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer stop()
-				bus.setFilter(blackHole(nil, back))
+				bus.SetFilter(fake.BlackHole(nil, back))
 				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 				defer cancel()
 				s, err := c.Open(ctx, "x", nil)
@@ -440,10 +440,10 @@ func TestRequestLostInAnyMoment(t *testing.T) {
 				}
 				time.Sleep(time.Millisecond)
 				if late {
-					conn.set(nats.RECONNECTING)
+					conn.Set(nats.RECONNECTING)
 					close(conn.hold)
 					synctest.Wait()
-					conn.set(nats.CONNECTED)
+					conn.Set(nats.CONNECTED)
 				}
 				start := time.Now()
 				if _, err = s.Recv(); !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) {
@@ -457,7 +457,7 @@ func TestRequestLostInAnyMoment(t *testing.T) {
 
 // A writer that can never write holds nothing, and its context has ended.
 func TestWriterThatCannotWrite(t *testing.T) {
-	c := fakeClient(t, newFakeTransport(), ClientParams{})
+	c := fakeClient(t, fake.New(), ClientParams{})
 	for _, subject := range []string{"", "x.~2"} {
 		w := c.NewWriter(subject)
 		if w.Context().Err() == nil || !errors.Is(context.Cause(w.Context()), w.bad) {
@@ -475,9 +475,9 @@ func TestLingeringStreamsAreBounded(t *testing.T) {
 			_, err := w.Write(make([]byte, 1000))
 			return err
 		})
-		stranger := m.bus.connect("stranger")
+		stranger := m.bus.Connect("stranger")
 		var refusals atomic.Int32
-		stop, err := stranger.subscribe("in.*", "", func(msg *nats.Msg) {
+		stop, err := stranger.Subscribe("in.*", "", func(msg *nats.Msg) {
 			if isFrame(msg.Data, FrameReset) {
 				refusals.Add(1)
 			}
@@ -496,7 +496,7 @@ func TestLingeringStreamsAreBounded(t *testing.T) {
 		count(others) // as if so many waited already
 		for i := range n {
 			reply := "in." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 10, LogBytes: 20, ID: uint64(i)}))
-			if err := stranger.publishMsg(&nats.Msg{Subject: "x", Reply: reply}); err != nil {
+			if err := stranger.PublishMsg(&nats.Msg{Subject: "x", Reply: reply}); err != nil {
 				t.Fatal(err)
 			}
 			synctest.Wait()
@@ -532,8 +532,8 @@ func TestSetHeaderAfterAFailedObject(t *testing.T) {
 func TestHeaderBeforeAFallbackMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
-		stop, err := m.back.subscribe("old", "", func(msg *nats.Msg) {
-			_ = m.back.publish(msg.Reply, "", AppendFrame(nil, testData("forged")))
+		stop, err := m.back.Subscribe("old", "", func(msg *nats.Msg) {
+			_ = m.back.Publish(msg.Reply, "", AppendFrame(nil, testData("forged")))
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -554,13 +554,13 @@ func TestHeaderBeforeAFallbackMessage(t *testing.T) {
 // No write succeeds after Close, not even into a packet that is open.
 func TestStreamWriteAfterClose(t *testing.T) {
 	conn := newRecorder(nil)
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	c := fakeClient(t, conn.Conn, ClientParams{})
 	for range 1000 {
 		s, err := c.Open(t.Context(), "x", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn.receive(&nats.Msg{Subject: s.session.reply, Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
+		conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
 		for range 2 {
 			if _, err := s.Write([]byte("a")); err != nil {
 				t.Fatal(err)
@@ -577,14 +577,14 @@ func TestStreamWriteAfterClose(t *testing.T) {
 func TestCloseSendToAWriter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
-		producer, err := newEndpoint(m.bus.connect("producer"), "", m.times)
+		producer, err := newEndpoint(m.bus.Connect("producer"), "", m.times)
 		if err != nil {
 			t.Fatal(err)
 		}
 		pc := &Client{ep: producer, codec: MsgPack}
 		defer pc.Close()
 		reply := make(chan string, 1)
-		stop, err := m.back.subscribe("w", "", func(m *nats.Msg) { reply <- m.Reply })
+		stop, err := m.back.Subscribe("w", "", func(m *nats.Msg) { reply <- m.Reply })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -620,7 +620,7 @@ func TestCloseSendToAWriter(t *testing.T) {
 
 // What a fallback producer piles up is bounded in memory, however small its messages.
 func TestFallbackFloodOfSmallMessages(t *testing.T) {
-	conn := newFakeTransport()
+	conn := fake.New()
 	const limit = 1 << 20
 	c := fakeClient(t, conn, ClientParams{FallbackBuffer: limit})
 	s, deliver := muxStream(t, conn, c)

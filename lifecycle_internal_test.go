@@ -10,62 +10,42 @@ import (
 	"github.com/nats-io/nats.go"
 	"go.uber.org/goleak"
 
+	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
 )
 
-// flakyTransport is a connection that is lost and found as often as a test likes. It counts what is published to each
-// subject.
-type flakyTransport struct {
-	state     atomic.Int32 // a nats.Status
-	changes   chan nats.Status
+// flaky is a connection that counts what is published to each subject.
+type flaky struct {
+	*fake.Conn
 	published sync.Map // subject -> *atomic.Int64
 }
 
-func newFlakyTransport() *flakyTransport {
-	t := &flakyTransport{changes: make(chan nats.Status, 1)}
-	t.state.Store(int32(nats.CONNECTED))
-	return t
+func newFlaky() *flaky {
+	f := &flaky{Conn: fake.New()}
+	f.Published = func(subject, _ string, _ []byte) error {
+		n, _ := f.published.LoadOrStore(subject, new(atomic.Int64))
+		n.(*atomic.Int64).Add(1)
+		return nil
+	}
+	return f
 }
 
-func (t *flakyTransport) set(s nats.Status) {
-	t.state.Store(int32(s))
-	t.changes <- s
-}
-
-func (t *flakyTransport) publish(subject, _ string, _ []byte) error {
-	n, _ := t.published.LoadOrStore(subject, new(atomic.Int64))
-	n.(*atomic.Int64).Add(1)
-	return nil
-}
-
-func (t *flakyTransport) count(subject string) int64 {
-	n, ok := t.published.Load(subject)
+func (f *flaky) count(subject string) int64 {
+	n, ok := f.published.Load(subject)
 	if !ok {
 		return 0
 	}
 	return n.(*atomic.Int64).Load()
 }
 
-func (t *flakyTransport) publishMsg(m *nats.Msg) error { return t.publish(m.Subject, m.Reply, m.Data) }
-func (t *flakyTransport) status() nats.Status          { return nats.Status(t.state.Load()) }
-func (t *flakyTransport) maxPayload() int64            { return 1 << 20 }
-
-func (t *flakyTransport) subscribe(_, _ string, _ nats.MsgHandler) (func(), error) {
-	return func() {}, nil
-}
-
-func (t *flakyTransport) statusChanges() (<-chan nats.Status, func()) {
-	return t.changes, func() { close(t.changes) }
-}
-
-func newFlakyEndpoint(t *testing.T) (*endpoint, *flakyTransport) {
+func newFlakyEndpoint(t *testing.T) (*endpoint, *flaky) {
 	t.Helper()
 	before := goleak.IgnoreCurrent()
 	params, err := ClientParams{}.withDefaults()
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn := newFlakyTransport()
+	conn := newFlaky()
 	ep, err := newEndpoint(conn, "", params)
 	if err != nil {
 		t.Fatal(err)
@@ -114,9 +94,9 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 				}
 			})
 		}
-		conn.set(nats.RECONNECTING)
+		conn.Set(nats.RECONNECTING)
 		runtime.Gosched()
-		conn.set(nats.CONNECTED)
+		conn.Set(nats.CONNECTED)
 		group.Wait()
 		before := make([]int64, sessions)
 		for i, s := range all {
@@ -151,7 +131,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 // it would stay in memory.
 func TestOutboxForgetsWhatItServed(t *testing.T) {
 	ep, conn := newFlakyEndpoint(t)
-	conn.set(nats.RECONNECTING)
+	conn.Set(nats.RECONNECTING)
 	var all []*session
 	for range 20 {
 		s := &session{ep: ep, sender: newSender(false)}
@@ -168,7 +148,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 		s.pending.Store(workCredit)
 		ep.outbox.push(s)
 	}
-	conn.set(nats.CONNECTED)
+	conn.Set(nats.CONNECTED)
 	ep.outbox.park.Wake()
 	end := time.Now().Add(5 * time.Second)
 	for _, s := range all {
@@ -187,5 +167,3 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 		}
 	}
 }
-
-func (t *flakyTransport) errors(func(error)) func() { return func() {} }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
 )
 
@@ -49,24 +50,24 @@ func TestHourOfSilence(t *testing.T) {
 			t.Errorf("%d goroutines beside the handlers'", n)
 		}
 		pings := 0
-		m.bus.setFilter(func(_, _ *memoryConn, msg *nats.Msg) bool {
+		m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool {
 			if isFrame(msg.Data, FramePing) {
 				pings++
 			}
 			return true
 		})
-		m.conn.published()
-		m.back.published()
+		m.sent.take()
+		m.sentBack.take()
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		m.bus.setFilter(nil)
-		sent, control := m.conn.published()
-		back, backControl := m.back.published()
+		m.bus.SetFilter(nil)
+		sent, control := m.sent.take()
+		back, backControl := m.sentBack.take()
 		if sent != control || back != backControl {
 			t.Errorf("%d and %d messages, of which %d and %d are control packets", sent, back, control, backControl)
 		}
 		// A question and an answer each time, and one end's question spares the other its own.
-		if most := streams * int(time.Hour/(defaultKeepAlive*9/10)); pings > most || sent+back != 2*pings {
+		if most := streams * int(time.Hour/(defaultKeepAlive*9/10)); pings > most || sent+back != int64(2*pings) {
 			t.Errorf("%d PINGs in %d control packets, want at most %d and an answer to each", pings, sent+back, most)
 		}
 		if least := streams * int(time.Hour/(defaultKeepAlive*11/10)); pings < least {
@@ -106,12 +107,12 @@ func TestPeerGone(t *testing.T) {
 				limit := m.times.KeepAlive + m.times.ResumeTimeout + slack
 				switch {
 				case c.vanish:
-					m.bus.setFilter(blackHole(nil, nil))
+					m.bus.SetFilter(fake.BlackHole(nil, nil))
 					limit += suspectPings * m.times.AckTimeout
 				case c.consumer:
-					m.back.set(nats.RECONNECTING)
+					m.back.Set(nats.RECONNECTING)
 				default:
-					m.conn.set(nats.RECONNECTING)
+					m.conn.Set(nats.RECONNECTING)
 				}
 				var err error
 				if c.consumer {
@@ -123,9 +124,9 @@ func TestPeerGone(t *testing.T) {
 					t.Errorf("ended with %v, want close 1006", err)
 				}
 				took(t, "noticing it", start, 0, limit)
-				m.bus.setFilter(nil)
-				m.conn.set(nats.CONNECTED)
-				m.back.set(nats.CONNECTED)
+				m.bus.SetFilter(nil)
+				m.conn.Set(nats.CONNECTED)
+				m.back.Set(nats.CONNECTED)
 				time.Sleep(time.Minute)
 				_ = s.Close()
 				m.nothingLeft(t)
@@ -152,12 +153,12 @@ func TestBlackHoleHeals(t *testing.T) {
 			go func() {
 				time.Sleep(4 * time.Second)
 				if toServer {
-					m.bus.setFilter(blackHole(m.conn, m.back))
+					m.bus.SetFilter(fake.BlackHole(m.conn, m.back))
 				} else {
-					m.bus.setFilter(blackHole(m.back, m.conn))
+					m.bus.SetFilter(fake.BlackHole(m.back, m.conn))
 				}
 				time.Sleep(3 * time.Second)
-				m.bus.setFilter(nil)
+				m.bus.SetFilter(nil)
 			}()
 			i := 0
 			for rec, err := range s.All() {
@@ -197,7 +198,7 @@ func TestLostOnce(t *testing.T) {
 					return nil
 				})
 				left := times
-				m.bus.setFilter(func(_, _ *memoryConn, msg *nats.Msg) bool {
+				m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool {
 					if left > 0 && match(msg.Data) {
 						left--
 						return false
@@ -231,7 +232,7 @@ func TestDisconnectTimeout(t *testing.T) {
 		m.handle(t, "wait", waits(make(chan error, 1)))
 		s := m.open(t, "wait")
 		time.Sleep(time.Second)
-		both := func(status nats.Status) { m.conn.set(status); m.back.set(status) }
+		both := func(status nats.Status) { m.conn.Set(status); m.back.Set(status) }
 		for range 2 {
 			both(nats.RECONNECTING)
 			time.Sleep(20 * time.Second) // more than KeepAlive, less than DisconnectTimeout
@@ -264,7 +265,7 @@ func TestPeerGoneAfterCloseSend(t *testing.T) {
 		if _, err := s.Write([]byte("x")); err != nil {
 			t.Fatal(err)
 		}
-		m.back.set(nats.RECONNECTING)
+		m.back.Set(nats.RECONNECTING)
 		if err := s.CloseSend(); err != nil {
 			t.Fatal(err)
 		}
@@ -273,7 +274,7 @@ func TestPeerGoneAfterCloseSend(t *testing.T) {
 			t.Errorf("ended with %v", err)
 		}
 		took(t, "noticing it", start, 0, m.times.KeepAlive+m.times.ResumeTimeout+time.Second)
-		m.back.set(nats.CONNECTED)
+		m.back.Set(nats.CONNECTED)
 		time.Sleep(time.Minute)
 		m.nothingLeft(t)
 	})
@@ -285,7 +286,7 @@ func TestWriterAnswersPing(t *testing.T) {
 		m := memoryTest(t, ClientParams{KeepAlive: time.Second})
 		back := &Client{ep: m.server.ep, codec: MsgPack}
 		writers := make(chan *Writer, 1)
-		stop, err := m.back.subscribe("old", "", func(msg *nats.Msg) { writers <- back.NewWriter(msg.Reply) })
+		stop, err := m.back.Subscribe("old", "", func(msg *nats.Msg) { writers <- back.NewWriter(msg.Reply) })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -313,19 +314,19 @@ func TestWriterAnswersPing(t *testing.T) {
 func TestRequestAfterReconnect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
-		stop, err := m.back.subscribe("slow", "", func(msg *nats.Msg) {
+		stop, err := m.back.Subscribe("slow", "", func(msg *nats.Msg) {
 			time.AfterFunc(3*m.times.ResumeTimeout, func() {
-				_ = m.back.publish(msg.Reply, "", appendJSONClose(nil, CloseError{Code: CloseNormalClosure}))
+				_ = m.back.Publish(msg.Reply, "", appendJSONClose(nil, CloseError{Code: CloseNormalClosure}))
 			})
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer stop()
-		m.conn.set(nats.RECONNECTING)
+		m.conn.Set(nats.RECONNECTING)
 		s := m.open(t, "slow")
 		time.Sleep(time.Second)
-		m.conn.set(nats.CONNECTED)
+		m.conn.Set(nats.CONNECTED)
 		if _, err := s.Recv(); err != io.EOF {
 			t.Error(err)
 		}

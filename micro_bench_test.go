@@ -13,6 +13,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/natsconn"
+	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/ring"
 )
 
@@ -32,53 +34,41 @@ func benchRecords(b *testing.B, f func(n int)) {
 	b.ReportMetric(float64(after.Mallocs-before.Mallocs)/float64(b.N), "mallocs/rec")
 }
 
-// benchTransport is a connection that swallows what is published. Where a writer publishes a packet and acks is set, it
-// plays the consumer: it grants credit, through the mux, every 16 packets.
-type benchTransport struct {
-	acks    bool
-	receive nats.MsgHandler
-	msg     nats.Msg
-	buf     []byte
-	payload [16]byte
-}
-
-func (t *benchTransport) publish(_, reply string, data []byte) error {
-	if reply != "" {
-		t.msg.Subject = reply
-	}
-	if !t.acks || len(data) < PacketHeaderSize || data[0] != PacketMagic {
+// benchConn returns a connection that swallows what is published. If a writer publishes a packet and acks is set, it plays the
+// consumer: it grants credit, through the mux, every 16 packets.
+func benchConn(acks bool) *fake.Conn {
+	conn := fake.New()
+	var (
+		msg     nats.Msg
+		buf     []byte
+		payload [16]byte
+	)
+	conn.Requested = func(*nats.Msg) error { return nil }
+	conn.Published = func(_, reply string, data []byte) error {
+		if reply != "" {
+			msg.Subject = reply
+		}
+		if !acks || len(data) < PacketHeaderSize || data[0] != PacketMagic {
+			return nil
+		}
+		h, _, err := ParsePacketHeader(data)
+		if err != nil {
+			return err
+		}
+		if h.Seq%16 == 0 {
+			// The packet itself counts as sent only when publish returns. The message can be used again for the next
+			// credit, because the outbox acts on it before it publishes another packet.
+			credit := Credit{Ack: h.Seq, Packets: h.Seq + maxPackets, Bytes: math.MaxInt64}
+			buf = AppendPacket(buf[:0], PacketHeader{Sender: 1}, Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], credit)})
+			msg.Data = buf
+			conn.Deliver(&msg)
+		}
 		return nil
 	}
-	h, _, err := ParsePacketHeader(data)
-	if err != nil {
-		return err
-	}
-	if h.Seq%16 == 0 {
-		// The packet itself counts as sent only when publish returns. The message can be used again for the next
-		// credit, because the outbox acts on it before it publishes another packet.
-		credit := Credit{Ack: h.Seq, Packets: h.Seq + maxPackets, Bytes: math.MaxInt64}
-		t.buf = AppendPacket(t.buf[:0], PacketHeader{Sender: 1}, Frame{Type: FrameCredit, Payload: AppendCredit(t.payload[:0], credit)})
-		t.msg.Data = t.buf
-		t.receive(&t.msg)
-	}
-	return nil
+	return conn
 }
 
-func (t *benchTransport) publishMsg(*nats.Msg) error { return nil }
-func (t *benchTransport) status() nats.Status        { return nats.CONNECTED }
-func (t *benchTransport) maxPayload() int64          { return 1 << 20 }
-
-func (t *benchTransport) subscribe(_, _ string, f nats.MsgHandler) (func(), error) {
-	t.receive = f
-	return func() {}, nil
-}
-
-func (t *benchTransport) statusChanges() (<-chan nats.Status, func()) {
-	changes := make(chan nats.Status)
-	return changes, func() { close(changes) }
-}
-
-func benchEndpoint(b *testing.B, t transport) *endpoint {
+func benchEndpoint(b *testing.B, t natsconn.Conn) *endpoint {
 	b.Helper()
 	params, err := ClientParams{}.withDefaults()
 	if err != nil {
@@ -114,7 +104,7 @@ func setPacketSeq(p []byte, seq uint32) {
 func BenchmarkMux(b *testing.B) {
 	for _, streams := range []int{1, 10_000} {
 		b.Run(fmt.Sprintf("size=128/streams=%d", streams), func(b *testing.B) {
-			ep := benchEndpoint(b, &benchTransport{})
+			ep := benchEndpoint(b, benchConn(false))
 			opened := make([]*Stream, streams)
 			for i := range opened {
 				s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack)
@@ -183,7 +173,7 @@ func BenchmarkRing(b *testing.B) {
 func BenchmarkRecv(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
-			ep := benchEndpoint(b, &benchTransport{})
+			ep := benchEndpoint(b, benchConn(false))
 			s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack)
 			if err != nil {
 				b.Fatal(err)
@@ -222,7 +212,7 @@ func BenchmarkRecv(b *testing.B) {
 }
 
 // benchWriter returns a writer to a consumer that reads as fast as it is written to.
-func benchWriter(b *testing.B, t transport, codec Codec) *Writer {
+func benchWriter(b *testing.B, t natsconn.Conn, codec Codec) *Writer {
 	b.Helper()
 	ep := benchEndpoint(b, t)
 	token := AppendToken(nil, Token{Codec: codec, LogPackets: 8, LogBytes: 40, ID: 1})
@@ -235,7 +225,7 @@ func benchWriter(b *testing.B, t transport, codec Codec) *Writer {
 func BenchmarkWrite(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
-			w := benchWriter(b, &benchTransport{acks: true}, MsgPack)
+			w := benchWriter(b, benchConn(true), MsgPack)
 			rec := make([]byte, size)
 			write := func(n int) {
 				for range n {
@@ -250,21 +240,25 @@ func BenchmarkWrite(b *testing.B) {
 	}
 }
 
-// gatedTransport is a connection that takes its time: a publish hands over to the benchmark and waits until it is handed
-// back.
-type gatedTransport struct {
-	benchTransport
+// gate is a connection that takes its time: a publish hands over to the benchmark and waits until it is handed back.
+type gate struct {
+	*fake.Conn
 	turn chan struct{}
 }
 
-func (t *gatedTransport) publish(subject, reply string, data []byte) error {
-	t.turn <- struct{}{}
-	<-t.turn
-	return t.benchTransport.publish(subject, reply, data)
+func newGate() *gate {
+	g := &gate{Conn: benchConn(true), turn: make(chan struct{})}
+	publish := g.Published
+	g.Published = func(subject, reply string, data []byte) error {
+		g.turn <- struct{}{}
+		<-g.turn
+		return publish(subject, reply, data)
+	}
+	return g
 }
 
 // during runs f and lets everything through meanwhile.
-func (t *gatedTransport) during(f func()) {
+func (t *gate) during(f func()) {
 	done := make(chan struct{})
 	go func() { defer close(done); f() }()
 	for {
@@ -282,7 +276,7 @@ func (t *gatedTransport) during(f func()) {
 func BenchmarkWriteAhead(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
-			t := &gatedTransport{benchTransport: benchTransport{acks: true}, turn: make(chan struct{})}
+			t := newGate()
 			w := benchWriter(b, t, MsgPack)
 			rec := make([]byte, size)
 			write := func(n int) {
@@ -325,7 +319,7 @@ func BenchmarkWriteObject(b *testing.B) {
 	for _, codec := range []Codec{JSON, MsgPack} {
 		for _, size := range []int{128, 1024} {
 			b.Run(fmt.Sprintf("codec=%v/size=%d", codec, size), func(b *testing.B) {
-				w := benchWriter(b, &benchTransport{acks: true}, codec)
+				w := benchWriter(b, benchConn(true), codec)
 				v := &benchObject{ID: 12345, Rate: 0.25, Text: strings.Repeat("x", size-32)}
 				write := func(n int) {
 					for range n {
@@ -414,7 +408,7 @@ func BenchmarkFallbackParse(b *testing.B) {
 
 // BenchmarkOpen is Open and Close of a stream that nothing came of.
 func BenchmarkOpen(b *testing.B) {
-	ep := benchEndpoint(b, &benchTransport{})
+	ep := benchEndpoint(b, benchConn(false))
 	ctx, cancel := context.WithCancel(b.Context())
 	defer cancel()
 	benchRecords(b, func(n int) {
@@ -427,5 +421,3 @@ func BenchmarkOpen(b *testing.B) {
 		}
 	})
 }
-
-func (t *benchTransport) errors(func(error)) func() { return func() {} }

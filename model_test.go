@@ -19,6 +19,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"pgregory.net/rapid"
+
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
 // TestModel does random operations on streams whose connections fail, and holds what every call returns to a model: for
@@ -181,7 +183,7 @@ type modelRun struct {
 	mu       sync.Mutex
 	failures []string
 	trace    []string
-	conns    [2]*memoryConn
+	conns    [2]*fake.Conn
 	lossy    [2]int // outages that lose what passes now
 	down     [2]int // outages that keep the connection down now
 	masks    [2]uint16
@@ -209,7 +211,7 @@ func (r *modelRun) failf(format string, args ...any) {
 }
 
 // filter is the network: it loses what is to be lost, and notes what is to come again.
-func (r *modelRun) filter(from, to *memoryConn, m *nats.Msg) bool {
+func (r *modelRun) filter(from, to *fake.Conn, m *nats.Msg) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.lossy[consumerSide]+r.lossy[handlerSide] > 0 {
@@ -234,7 +236,7 @@ func (r *modelRun) filter(from, to *memoryConn, m *nats.Msg) bool {
 		subject, reply, data := m.Subject, m.Reply, bytes.Clone(m.Data)
 		r.actors.Go(func() {
 			time.Sleep(time.Duration(side+len(data)%3) * 30 * time.Millisecond)
-			_ = from.publish(subject, reply, data)
+			_ = from.Publish(subject, reply, data)
 		})
 	}
 	return true
@@ -252,9 +254,9 @@ func (r *modelRun) outage(op modelOp) {
 		r.mu.Unlock()
 		switch {
 		case before == 0 && after == 1:
-			r.conns[op.side].set(nats.RECONNECTING)
+			r.conns[op.side].Set(nats.RECONNECTING)
 		case before == 1 && after == 0:
-			r.conns[op.side].set(nats.CONNECTED)
+			r.conns[op.side].Set(nats.CONNECTED)
 		}
 	}
 	r.mu.Lock()
@@ -288,14 +290,14 @@ func (r *modelRun) run(window int, ops []modelOp) {
 		return
 	}
 	r.m = m
-	r.conns = [2]*memoryConn{consumerSide: m.conn, handlerSide: m.back}
+	r.conns = [2]*fake.Conn{consumerSide: m.conn, handlerSide: m.back}
 	defer r.actors.Wait()
 	defer m.close()
 	if err := m.server.Handle(modelSubject, r.handle); err != nil {
 		r.failf("%v", err)
 		return
 	}
-	m.bus.setFilter(r.filter)
+	m.bus.SetFilter(r.filter)
 	for _, op := range ops {
 		r.do(op)
 		if !op.atOnce {

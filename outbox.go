@@ -293,7 +293,7 @@ func (o *outbox) serve(s *session, work uint32) {
 	if work&workRequest != 0 {
 		setTimeout(s.request.Header, s.parent)
 		s.life.asked = o.ep.now() // before it may be lost with the connection
-		if err := o.ep.conn.publishMsg(s.request); err != nil {
+		if err := o.ep.conn.PublishMsg(s.request); err != nil {
 			s.finish(&ending{err: err})
 			return
 		}
@@ -332,11 +332,11 @@ func (o *outbox) connected() bool {
 	if !o.up.Load() {
 		return false
 	}
-	if isUp(o.ep.conn.status()) {
+	if isUp(o.ep.conn.Status()) {
 		return true
 	}
 	o.up.Store(false)
-	if isUp(o.ep.conn.status()) { // at the same time: the watcher's news may have come before
+	if isUp(o.ep.conn.Status()) { // at the same time: the watcher's news may have come before
 		o.up.Store(true)
 		return true
 	}
@@ -418,7 +418,7 @@ func (o *outbox) finish(s *session, end *ending) {
 // publish publishes what is not a stream's data. A failure is counted and not the stream's end: credit is said again
 // after a reconnect, and a connection that takes no more bytes is noticed by itself.
 func (o *outbox) publish(subject, reply string, data []byte) {
-	if err := o.ep.conn.publish(subject, reply, data); err != nil {
+	if err := o.ep.conn.Publish(subject, reply, data); err != nil {
 		o.ep.counters.unsent.Add(1)
 	}
 }

@@ -317,7 +317,7 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 		reply = s.reply
 	}
 	if err == nil {
-		err = o.ep.conn.publish(s.peer, reply, p.buf)
+		err = o.ep.conn.Publish(s.peer, reply, p.buf)
 	}
 	switch { // these never go
 	case errors.Is(err, nats.ErrMaxPayload): // the server takes less than it did

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
 // until fails the test at once if ok does not become true in time.
@@ -29,9 +31,9 @@ func consumerSubject(logPackets uint8) string {
 	return "x." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: logPackets, LogBytes: 30, ID: 1}))
 }
 
-// recorder is a transport that keeps what is published, and whose publish waits, or fails, as a test wants.
+// recorder is a connection that keeps what is published, and whose publish waits, or fails, as a test wants.
 type recorder struct {
-	*fakeTransport
+	*fake.Conn
 	mu       sync.Mutex
 	messages []nats.Msg
 	fail     func(n int, data []byte) error // of the nth attempt
@@ -39,8 +41,9 @@ type recorder struct {
 }
 
 func newRecorder(fail func(n int, data []byte) error) *recorder {
-	r := &recorder{fakeTransport: newFakeTransport(), fail: fail}
-	r.published = func(subject, reply string, data []byte) error {
+	r := &recorder{Conn: fake.New(), fail: fail}
+	r.Requested = func(*nats.Msg) error { return nil }
+	r.Published = func(subject, reply string, data []byte) error {
 		r.mu.Lock()
 		n := r.attempts
 		r.attempts++
@@ -102,10 +105,10 @@ func TestReconnectRepeatsCredit(t *testing.T) {
 		return conn.count(producer) > 0 && s.session.bucket.grantedBytes.Load() > initialWindow && s.session.pending.Load() == 0
 	})
 	for range 3 {
-		conn.set(nats.RECONNECTING)
+		conn.Set(nats.RECONNECTING)
 		until(t, "the connection is down", func() bool { return !ep.outbox.up.Load() })
 		before := conn.count(producer) // may have been in the connection's buffer
-		conn.set(nats.CONNECTED)
+		conn.Set(nats.CONNECTED)
 		until(t, "the credit was said again", func() bool { return conn.count(producer) > before })
 	}
 	_ = s.Close()
@@ -127,10 +130,10 @@ func TestReconnectAsksForCredit(t *testing.T) {
 	if err := w.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	conn.set(nats.RECONNECTING)
+	conn.Set(nats.RECONNECTING)
 	until(t, "the connection is down", func() bool { return !ep.outbox.up.Load() })
 	before := conn.count(used)
-	conn.set(nats.CONNECTED)
+	conn.Set(nats.CONNECTED)
 	until(t, "the producer asked", func() bool { return conn.count(used) > before })
 	until(t, "the writer that sent nothing said where it is", func() bool { return conn.count(unused) > 0 })
 	for _, w := range []*Writer{w, idle} {
@@ -151,9 +154,9 @@ func TestFullInboundRing(t *testing.T) {
 		}
 		return nil
 	})
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
-	s, _ := muxStream(t, conn.fakeTransport, c)
-	other, deliverOther := muxStream(t, conn.fakeTransport, c)
+	c := fakeClient(t, conn.Conn, ClientParams{})
+	s, _ := muxStream(t, conn.Conn, c)
+	other, deliverOther := muxStream(t, conn.Conn, c)
 	w, stuck := c.NewWriter(consumerSubject(5)), c.NewWriter("y"+consumerSubject(5))
 	if _, err := w.Write([]byte("a")); err != nil {
 		t.Fatal(err)
@@ -173,8 +176,8 @@ func TestFullInboundRing(t *testing.T) {
 		t.Fatalf("%d control packets were dropped before the ring was full", n)
 	}
 	credit := testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: 1, Packets: 99, Bytes: 1 << 40})})
-	conn.receive(&nats.Msg{Subject: w.session.reply, Data: credit})
-	conn.receive(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 0, testData("hi"))})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: credit})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 0, testData("hi"))})
 	if n := c.Stats().DroppedControl; n != 2 {
 		t.Errorf("%d control packets were counted as dropped, want 2", n)
 	}
@@ -191,8 +194,8 @@ func TestFullInboundRing(t *testing.T) {
 		}
 		return false
 	})
-	conn.receive(&nats.Msg{Subject: w.session.reply, Data: credit})
-	conn.receive(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 1, testData("more"), Frame{Type: FrameClose, Code: CloseNormalClosure})})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: credit})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 1, testData("more"), Frame{Type: FrameClose, Code: CloseNormalClosure})})
 	if rec, err := s.Recv(); string(rec) != "more" || err != nil {
 		t.Errorf("%q, %v; want what came afterwards", rec, err)
 	}
@@ -216,11 +219,11 @@ func TestHeaderIsNotKeptWithPayload(t *testing.T) {
 		"packet":   testPacket(7, 0, testData("hello")),
 		"fallback": appendJSONData(nil, []byte("hello")),
 	} {
-		conn := newFakeTransport()
+		conn := fake.New()
 		c := fakeClient(t, conn, ClientParams{})
 		s, _ := muxStream(t, conn, c)
 		memory := append(make([]byte, 1<<10), payload...) // as nats.go has it: the header, then the data
-		conn.receive(&nats.Msg{Subject: s.session.reply, Header: nats.Header{"Large": {"header"}}, Data: memory[1<<10:]})
+		conn.Deliver(&nats.Msg{Subject: s.session.reply, Header: nats.Header{"Large": {"header"}}, Data: memory[1<<10:]})
 		clear(memory)
 		if rec, err := s.Recv(); string(rec) != "hello" || err != nil {
 			t.Errorf("%s: %q, %v: it lies in the memory of the header", name, rec, err)
@@ -234,7 +237,7 @@ func TestClientClosesDuringFirstLargeRecord(t *testing.T) {
 	for range 3 {
 		release := make(chan struct{})
 		conn := newRecorder(func(int, []byte) error { <-release; return nil })
-		c := fakeClient(t, conn.fakeTransport, ClientParams{})
+		c := fakeClient(t, conn.Conn, ClientParams{})
 		w := c.NewWriter(consumerSubject(0)) // one packet, so the second piece waits
 		written := make(chan error, 1)
 		go func() { _, err := w.Write(make([]byte, 1<<20)); written <- err }()
@@ -265,7 +268,7 @@ func TestFlushAfterEnd(t *testing.T) {
 		}
 		return nil
 	})
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	c := fakeClient(t, conn.Conn, ClientParams{})
 	w := c.NewWriter(consumerSubject(5))
 	if _, err := w.Write([]byte("a")); err != nil {
 		t.Fatal(err)
@@ -276,7 +279,7 @@ func TestFlushAfterEnd(t *testing.T) {
 	}
 	end := &CloseError{Code: CloseCanceled, Text: "enough"}
 	reset := Frame{Type: FrameReset, Code: CloseCanceled, Payload: []byte("enough")}
-	conn.receive(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, reset)})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, reset)})
 	close(idle)
 	until(t, "the writer has ended", func() bool { return w.Context().Err() != nil })
 	until(t, "the outbox has let go of the record", func() bool {
@@ -308,7 +311,7 @@ func faultOnce(t *testing.T) (conn *recorder, c *Client, busy, release chan stru
 		<-release
 		return errFaulty
 	})
-	return conn, fakeClient(t, conn.fakeTransport, ClientParams{}), busy, release
+	return conn, fakeClient(t, conn.Conn, ClientParams{}), busy, release
 }
 
 // A publish that failed and then succeeded, before anybody asked, is no reason for Close to fail.
@@ -372,7 +375,7 @@ func TestLargeRecordNotBegun(t *testing.T) {
 		t.Fatalf("Flush: %v", err)
 	}
 	credit := Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: 1, Packets: 99, Bytes: 1 << 40})}
-	conn.receive(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, credit)})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, credit)})
 	if _, err := w.Write(large); err != nil {
 		t.Fatalf("Write, again: %v", err)
 	}
@@ -397,7 +400,7 @@ func TestPacketBeyondMaxPayload(t *testing.T) {
 		}
 		return nil
 	})
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	c := fakeClient(t, conn.Conn, ClientParams{})
 	for name, subject := range map[string]string{"packets": consumerSubject(5), "fallback": "x.oldtoken"} {
 		t.Run(name, func(t *testing.T) {
 			w := c.NewWriter(subject)
@@ -461,14 +464,14 @@ func TestNoRestAfterEnd(t *testing.T) {
 	for name, read := range reads {
 		for _, payload := range [][]byte{testPacket(7, 0, testData("12")), appendJSONData(nil, []byte("12"))} {
 			for _, how := range []string{"Close", "cancel"} {
-				conn := newFakeTransport()
+				conn := fake.New()
 				c := fakeClient(t, conn, ClientParams{})
 				ctx, cancel := context.WithCancel(t.Context())
 				s, err := c.Open(ctx, "x", nil)
 				if err != nil {
 					t.Fatal(err)
 				}
-				conn.receive(&nats.Msg{Subject: s.session.reply, Data: bytes.Clone(payload)})
+				conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: bytes.Clone(payload)})
 				if n, err := s.Read(make([]byte, 1)); n != 1 || err != nil {
 					t.Fatalf("Read: %d, %v", n, err)
 				}
@@ -494,7 +497,7 @@ func TestNoRestAfterEnd(t *testing.T) {
 // Objects for a fallback consumer are bounded as all records are.
 func TestFallbackObjectTooLarge(t *testing.T) {
 	conn := newRecorder(nil)
-	c := fakeClient(t, conn.fakeTransport, ClientParams{MaxRecordSize: 10})
+	c := fakeClient(t, conn.Conn, ClientParams{MaxRecordSize: 10})
 	w := c.NewWriter("x.oldtoken")
 	for _, v := range []any{strings.Repeat("x", 9), strings.Repeat("x", 1000)} { // quoted, 11 bytes
 		if n, err := w.WriteObject(v); n != 0 || !errors.Is(err, ErrRecordTooLarge) {
@@ -524,8 +527,8 @@ func TestOpenMsgCopiesHeader(t *testing.T) {
 		return nil
 	})
 	requests := make(chan *nats.Msg, 1)
-	conn.requested = func(m *nats.Msg) { requests <- m }
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	conn.Requested = func(m *nats.Msg) error { requests <- m; return nil }
+	c := fakeClient(t, conn.Conn, ClientParams{})
 	w := c.NewWriter(consumerSubject(5))
 	if _, err := w.Write([]byte("a")); err != nil {
 		t.Fatal(err)
@@ -555,7 +558,7 @@ func TestOpenMsgCopiesHeader(t *testing.T) {
 // both ends would wait for ever otherwise.
 func TestCreditDueBeforePeerIsKnown(t *testing.T) {
 	conn := newRecorder(nil)
-	c := fakeClient(t, conn.fakeTransport, ClientParams{})
+	c := fakeClient(t, conn.Conn, ClientParams{})
 	s, err := c.Open(t.Context(), "subject", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -564,7 +567,7 @@ func TestCreditDueBeforePeerIsKnown(t *testing.T) {
 	s.session.mark(workCredit)
 	until(t, "the outbox has served the mark", func() bool { return s.session.pending.Load() == 0 })
 	data := Frame{Type: FrameData, Payload: []byte("a")}
-	conn.receive(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacketFlags(PacketSeq, 9, 0, data)})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacketFlags(PacketSeq, 9, 0, data)})
 	until(t, "credit was sent", func() bool {
 		for _, m := range conn.sent() {
 			if m.Subject == "producer" {

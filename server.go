@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
 )
 
 // ServerParams configure a Server. The zero value of every field but Conn means the default its comment names.
@@ -110,10 +112,10 @@ func NewServer(params ServerParams) (*Server, error) {
 	if params.Conn == nil {
 		return nil, nats.ErrInvalidConnection
 	}
-	return newServer(natsTransport{params.Conn}, params.Conn.Opts.InboxPrefix, params)
+	return newServer(natsconn.New(params.Conn), params.Conn.Opts.InboxPrefix, params)
 }
 
-func newServer(conn transport, inbox string, params ServerParams) (*Server, error) {
+func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, error) {
 	common, err := ClientParams{
 		Window: params.Window, MaxBuffered: params.MaxBuffered, MaxRecordSize: params.MaxRecordSize,
 		KeepAlive: params.KeepAlive, AckTimeout: params.AckTimeout,
@@ -160,7 +162,7 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) error {
 	if e := s.ep.gone.Load(); e != nil { // the connection is, or the inbox is not permitted
 		return fmt.Errorf("%w: %w", ErrServerClosed, e.err)
 	}
-	unsubscribe, err := s.ep.conn.subscribe(subject, queue, func(m *nats.Msg) { s.request(m, h) })
+	unsubscribe, err := s.ep.conn.Subscribe(subject, queue, func(m *nats.Msg) { s.request(m, h) })
 	if err != nil {
 		return fmt.Errorf("stream: handle %s: %w", subject, err)
 	}
@@ -395,7 +397,7 @@ func (s *Server) retire() (quiet, idle chan struct{}) {
 	return s.quiet, s.idle
 }
 
-// unsubscribe ends when NATS has confirmed and what it had handed over was taken, or after unsubscribeTimeout.
+// unsubscribe ends when NATS has confirmed and what it had handed over was taken, or after natsconn.UnsubscribeTimeout.
 func (s *Server) unsubscribe() {
 	defer close(s.quiet)
 	s.handling.Lock()

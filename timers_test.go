@@ -10,14 +10,16 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
 // timerSlack is what the clocks of two endpoints, which tick each on its own, may add to a time.
 const timerSlack = 250 * time.Millisecond
 
 // lose returns a filter that loses what match says, the first n of it; n < 0 is all.
-func lose(n int, match func(from, to *memoryConn, m *nats.Msg) bool) memoryFilter {
-	return func(from, to *memoryConn, m *nats.Msg) bool {
+func lose(n int, match func(from, to *fake.Conn, m *nats.Msg) bool) fake.Filter {
+	return func(from, to *fake.Conn, m *nats.Msg) bool {
 		if n == 0 || !match(from, to, m) {
 			return true
 		}
@@ -27,13 +29,13 @@ func lose(n int, match func(from, to *memoryConn, m *nats.Msg) bool) memoryFilte
 }
 
 // frameOf matches control packets with a frame of type typ that conn publishes.
-func frameOf(conn *memoryConn, typ FrameType) func(from, to *memoryConn, m *nats.Msg) bool {
-	return func(from, _ *memoryConn, m *nats.Msg) bool { return from == conn && isFrame(m.Data, typ) }
+func frameOf(conn *fake.Conn, typ FrameType) func(from, to *fake.Conn, m *nats.Msg) bool {
+	return func(from, _ *fake.Conn, m *nats.Msg) bool { return from == conn && isFrame(m.Data, typ) }
 }
 
 // sequencedOf matches packets of records that conn publishes.
-func sequencedOf(conn *memoryConn) func(from, to *memoryConn, m *nats.Msg) bool {
-	return func(from, _ *memoryConn, m *nats.Msg) bool { return from == conn && isSequenced(m.Data) }
+func sequencedOf(conn *fake.Conn) func(from, to *fake.Conn, m *nats.Msg) bool {
+	return func(from, _ *fake.Conn, m *nats.Msg) bool { return from == conn && isSequenced(m.Data) }
 }
 
 // outcome is how something ended, and when.
@@ -76,7 +78,7 @@ func TestDeadline(t *testing.T) {
 					m := memoryTest(t, ClientParams{})
 					var header string
 					drop := lose(-1, frameOf(m.conn, FrameReset))
-					m.bus.setFilter(func(from, to *memoryConn, msg *nats.Msg) bool {
+					m.bus.SetFilter(func(from, to *fake.Conn, msg *nats.Msg) bool {
 						if msg.Subject == "wait" {
 							header = msg.Header.Get("Stream-Timeout")
 						}
@@ -109,7 +111,7 @@ func TestDeadline(t *testing.T) {
 					defer cancel()
 					want := timeout
 					if late {
-						m.conn.set(nats.RECONNECTING)
+						m.conn.Set(nats.RECONNECTING)
 						synctest.Wait()
 					}
 					s, err := m.client.Open(ctx, "wait", nil)
@@ -118,7 +120,7 @@ func TestDeadline(t *testing.T) {
 					}
 					if late {
 						time.Sleep(waited)
-						m.conn.set(nats.CONNECTED)
+						m.conn.Set(nats.CONNECTED)
 						want -= waited
 					}
 					synctest.Wait()
@@ -131,7 +133,7 @@ func TestDeadline(t *testing.T) {
 					for range 3 {
 						(<-ended).expect(t, "the handler", &CloseError{Code: CloseDeadlineExceeded}, start, timeout, timeout+timerSlack)
 					}
-					m.bus.setFilter(nil)
+					m.bus.SetFilter(nil)
 					time.Sleep(time.Minute)
 					m.nothingLeft(t)
 				})
@@ -177,9 +179,9 @@ func TestSync(t *testing.T) {
 					}
 					switch {
 					case c.leave:
-						m.bus.setFilter(lose(-1, sequencedOf(m.back)))
+						m.bus.SetFilter(lose(-1, sequencedOf(m.back)))
 					case c.lossy > 0:
-						m.bus.setFilter(blackHole(nil, nil))
+						m.bus.SetFilter(fake.BlackHole(nil, nil))
 					}
 					if _, err := w.Write([]byte("y")); err != nil {
 						t.Error(err)
@@ -203,11 +205,11 @@ func TestSync(t *testing.T) {
 				if c.leave {
 					_ = s.CloseWithCode(4321)
 				} else {
-					m.bus.setFilter(nil)
+					m.bus.SetFilter(nil)
 				}
 				(<-ended).expect(t, "Sync", c.want, start, c.atLeast, c.atMost)
 				_ = s.Close()
-				m.bus.setFilter(nil)
+				m.bus.SetFilter(nil)
 				time.Sleep(time.Minute)
 				m.nothingLeft(t)
 			})
@@ -239,7 +241,7 @@ func TestHello(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				m := memoryTest(t, ClientParams{})
-				m.bus.setFilter(lose(c.lost, frameOf(m.back, FramePing)))
+				m.bus.SetFilter(lose(c.lost, frameOf(m.back, FramePing)))
 				m.handle(t, "silent", func(_ *Writer, r *Request) error { c.silent(r); return nil })
 				start := time.Now()
 				s := openForAnHour(t, m, "silent")
@@ -270,7 +272,7 @@ func TestResetLost(t *testing.T) {
 			t.Run(fmt.Sprintf("%s/lost=%d", name, lost), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					m := memoryTest(t, ClientParams{})
-					m.bus.setFilter(lose(lost, frameOf(m.conn, FrameReset)))
+					m.bus.SetFilter(lose(lost, frameOf(m.conn, FrameReset)))
 					ended := make(chan outcome, 1)
 					m.handle(t, "stay", func(w *Writer, r *Request) error {
 						if _, err := w.Write([]byte("x")); err != nil {
@@ -292,7 +294,7 @@ func TestResetLost(t *testing.T) {
 					start := time.Now()
 					leave(s, cancel)
 					(<-ended).expect(t, "the handler's context", &CloseError{Code: want.code}, start, 0, want.atMost)
-					m.bus.setFilter(nil)
+					m.bus.SetFilter(nil)
 					time.Sleep(time.Second)
 					m.nothingLeft(t)
 				})
@@ -310,16 +312,16 @@ func TestRequestLost(t *testing.T) {
 				m := memoryTest(t, ClientParams{})
 				m.handle(t, "one", func(w *Writer, _ *Request) error { _, err := w.Write([]byte("x")); return err })
 				if answer {
-					m.bus.setFilter(blackHole(m.back, nil))
+					m.bus.SetFilter(fake.BlackHole(m.back, nil))
 				} else {
-					m.bus.setFilter(blackHole(m.conn, nil))
+					m.bus.SetFilter(fake.BlackHole(m.conn, nil))
 				}
 				s := openForAnHour(t, m, "one")
 				synctest.Wait()
-				m.conn.set(nats.RECONNECTING)
+				m.conn.Set(nats.RECONNECTING)
 				time.Sleep(down)
-				m.bus.setFilter(nil)
-				m.conn.set(nats.CONNECTED)
+				m.bus.SetFilter(nil)
+				m.conn.Set(nats.CONNECTED)
 				start := time.Now()
 				rec, err := s.Recv()
 				if answer {
@@ -347,15 +349,15 @@ func TestDisconnectedBeforeAnswer(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
 		ended := make(chan error, 1)
 		m.handle(t, "wait", waits(ended))
-		m.bus.setFilter(blackHole(m.back, nil))
+		m.bus.SetFilter(fake.BlackHole(m.back, nil))
 		s := openForAnHour(t, m, "wait")
 		synctest.Wait()
-		m.back.set(nats.RECONNECTING)
-		m.bus.setFilter(nil)
+		m.back.Set(nats.RECONNECTING)
+		m.bus.SetFilter(nil)
 		if err := <-ended; !errors.Is(err, nats.ErrDisconnected) {
 			t.Errorf("the handler's context ended with %v", err)
 		}
-		m.back.set(nats.CONNECTED)
+		m.back.Set(nats.CONNECTED)
 		start := time.Now()
 		_, err := s.Recv()
 		outcome{err, time.Now()}.expect(t, "Recv", &CloseError{Code: CloseAbnormalClosure}, start, 0, timerSlack)
@@ -370,9 +372,9 @@ func TestHelloAfterReconnect(t *testing.T) {
 		m.handle(t, "silent", func(_ *Writer, r *Request) error { <-r.Context().Done(); return nil })
 		s := openForAnHour(t, m, "silent")
 		synctest.Wait()
-		m.back.set(nats.RECONNECTING)
+		m.back.Set(nats.RECONNECTING)
 		time.Sleep(2 * time.Second)
-		m.back.set(nats.CONNECTED)
+		m.back.Set(nats.CONNECTED)
 		start := time.Now()
 		_, err := s.Write([]byte("x"))
 		outcome{err, time.Now()}.expect(t, "Write", nil, start, 0, defaultAckTimeout+100*time.Millisecond)
@@ -416,7 +418,7 @@ func TestContextEndsWithBothDirections(t *testing.T) {
 				t.Fatal(err)
 			}
 			if last == "acknowledgement" { // of the CLOSE
-				m.bus.setFilter(lose(1, sequencedOf(m.conn)))
+				m.bus.SetFilter(lose(1, sequencedOf(m.conn)))
 			}
 			if err := s.CloseSend(); err != nil {
 				t.Fatal(err)
@@ -440,7 +442,7 @@ func TestContextEndsWithBothDirections(t *testing.T) {
 func TestGapBeforeSubject(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
-		stop, err := m.back.subscribe("raw", "", func(*nats.Msg) {})
+		stop, err := m.back.Subscribe("raw", "", func(*nats.Msg) {})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -448,13 +450,13 @@ func TestGapBeforeSubject(t *testing.T) {
 		s := m.open(t, "raw")
 		synctest.Wait() // the outbox sleeps: what follows is as if it did it
 		asked := false
-		m.bus.setFilter(func(from, _ *memoryConn, msg *nats.Msg) bool {
+		m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
 			for _, f := range controlFrames(msg.Data) {
 				asked = asked || f.Type == FrameCredit && f.Flags&FlagGap != 0
 			}
 			return true
 		})
-		stopPeer, err := m.back.subscribe("peer", "", func(*nats.Msg) {})
+		stopPeer, err := m.back.Subscribe("peer", "", func(*nats.Msg) {})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -462,7 +464,7 @@ func TestGapBeforeSubject(t *testing.T) {
 		m.client.ep.outbox.tellCredit(&s.session, FlagGap)
 		m.client.ep.outbox.learn(&s.session, "peer")
 		synctest.Wait()
-		if m.bus.setFilter(nil); !asked {
+		if m.bus.SetFilter(nil); !asked {
 			t.Error("nobody asked for the missing packets")
 		}
 		_ = s.Close()
@@ -495,7 +497,7 @@ func TestLinger(t *testing.T) {
 					start := time.Now()
 					ended := make(chan outcome, 1)
 					send := func(write func([]byte) (int, error), closeIt func() error) {
-						m.bus.setFilter(lose(-1, sequencedOf(sender)))
+						m.bus.SetFilter(lose(-1, sequencedOf(sender)))
 						if _, err := write([]byte("x")); err != nil {
 							t.Error(err)
 						}
@@ -536,7 +538,7 @@ func TestLinger(t *testing.T) {
 					}
 					go func() {
 						time.Sleep(min(c.lossy, time.Minute))
-						m.bus.setFilter(nil)
+						m.bus.SetFilter(nil)
 					}()
 					if c.close {
 						time.Sleep(defaultResumeTimeout / 2)
@@ -567,7 +569,7 @@ func TestOverdue(t *testing.T) {
 					time.Sleep(10 * time.Millisecond)
 				}
 				time.Sleep(silence)
-				m.bus.setFilter(lose(1, sequencedOf(m.back)))
+				m.bus.SetFilter(lose(1, sequencedOf(m.back)))
 				if _, err := fmt.Fprint(w, time.Now().UnixNano()); err != nil {
 					return err
 				}
@@ -599,7 +601,7 @@ func TestActiveStreamSendsNoPing(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			m := memoryTest(t, ClientParams{})
 			pings, start := 0, time.Now()
-			m.bus.setFilter(func(_, _ *memoryConn, msg *nats.Msg) bool {
+			m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool {
 				// Before, one may say where the handler is, and another ask for its first acknowledgement.
 				if isFrame(msg.Data, FramePing) && time.Since(start) > time.Second {
 					pings++
@@ -745,8 +747,8 @@ func TestCallsHeedContexts(t *testing.T) {
 						try := func(ctx context.Context, e end) {
 							if where == "down" {
 								time.Sleep(timeout / 2)
-								m.conn.set(nats.RECONNECTING)
-								m.back.set(nats.RECONNECTING)
+								m.conn.Set(nats.RECONNECTING)
+								m.back.Set(nats.RECONNECTING)
 								synctest.Wait()
 							}
 							err := call(ctx, e)
@@ -760,7 +762,7 @@ func TestCallsHeedContexts(t *testing.T) {
 							return nil
 						})
 						if where == "down from the beginning" {
-							m.conn.set(nats.RECONNECTING)
+							m.conn.Set(nats.RECONNECTING)
 							synctest.Wait()
 						}
 						start := time.Now()
@@ -786,8 +788,8 @@ func TestCallsHeedContexts(t *testing.T) {
 						}
 						_ = s.Close()
 						time.Sleep(time.Second)
-						m.conn.set(nats.CONNECTED)
-						m.back.set(nats.CONNECTED)
+						m.conn.Set(nats.CONNECTED)
+						m.back.Set(nats.CONNECTED)
 						time.Sleep(time.Minute)
 						m.nothingLeft(t)
 					})
@@ -804,7 +806,7 @@ func TestCallsHeedContexts(t *testing.T) {
 				s := m.open(t, "deaf")
 				synctest.Wait()
 				if down {
-					m.back.set(nats.RECONNECTING)
+					m.back.Set(nats.RECONNECTING)
 				}
 				start := time.Now()
 				ctx, cancel := context.WithTimeout(t.Context(), timeout)

@@ -3,15 +3,17 @@ package stream
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 	"testing"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// faultyTransport is a connection whose publish fails as often as a test wants.
-type faultyTransport struct {
+// faulty is a connection whose publish fails as often as a test wants.
+type faulty struct {
+	*fake.Conn
 	mu        sync.Mutex
 	failures  int
 	published [][]byte
@@ -19,7 +21,7 @@ type faultyTransport struct {
 
 var errFaulty = errors.New("publish failed")
 
-func (f *faultyTransport) publish(_, _ string, data []byte) error {
+func (f *faulty) publish(_, _ string, data []byte) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.failures > 0 {
@@ -30,28 +32,16 @@ func (f *faultyTransport) publish(_, _ string, data []byte) error {
 	return nil
 }
 
-func (f *faultyTransport) publishMsg(*nats.Msg) error { return f.publish("", "", nil) }
-func (f *faultyTransport) status() nats.Status        { return nats.CONNECTED }
-func (f *faultyTransport) maxPayload() int64          { return 1 << 20 }
-
-func (f *faultyTransport) subscribe(_, _ string, _ nats.MsgHandler) (func(), error) {
-	return func() {}, nil
-}
-
-func (f *faultyTransport) statusChanges() (<-chan nats.Status, func()) {
-	changes := make(chan nats.Status)
-	return changes, func() { close(changes) }
-}
-
-func (f *faultyTransport) fail(n int) {
+func (f *faulty) fail(n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.failures = n
 }
 
-func newFaulty(t *testing.T) (*faultyTransport, *Client) {
+func newFaulty(t *testing.T) (*faulty, *Client) {
 	t.Helper()
-	f := new(faultyTransport)
+	f := &faulty{Conn: fake.New()}
+	f.Published = f.publish
 	var c *Client
 	t.Cleanup(func() { // after it is closed
 		if n := c.ep.sessions.Size(); n != 0 {
@@ -62,27 +52,17 @@ func newFaulty(t *testing.T) (*faultyTransport, *Client) {
 	return f, c
 }
 
-// hastyTransport refuses each subscription before subscribe returns.
-type hastyTransport struct {
-	faultyTransport
-	report func(error)
-}
+// hasty is a connection that refuses each subscription before Subscribe returns.
+type hasty struct{ *fake.Conn }
 
-func (h *hastyTransport) errors(f func(error)) (stop func()) {
-	h.report = f
-	return func() { h.report = nil }
-}
-
-func (h *hastyTransport) subscribe(subject, _ string, _ nats.MsgHandler) (func(), error) {
-	if h.report != nil {
-		h.report(fmt.Errorf("%w: Permissions Violation for Subscription to %q", nats.ErrPermissionViolation, subject))
-	}
-	return func() {}, nil
+func (h hasty) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+	h.DenySubscribe(subject)
+	return h.Conn.Subscribe(subject, queue, f)
 }
 
 // The server may refuse a client's subscription before anything else is done.
 func TestSubscriptionRefusedAtOnce(t *testing.T) {
-	c := fakeClient(t, new(hastyTransport), ClientParams{})
+	c := fakeClient(t, hasty{fake.New()}, ClientParams{})
 	if _, err := c.Open(t.Context(), "x", nil); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("Open: %v", err)
 	}
@@ -235,5 +215,3 @@ func TestFailedRequest(t *testing.T) {
 		t.Errorf("%+v", n)
 	}
 }
-
-func (f *faultyTransport) errors(func(error)) func() { return func() {} }

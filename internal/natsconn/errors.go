@@ -1,0 +1,91 @@
+package natsconn
+
+import (
+	"errors"
+	"maps"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/nats-io/nats.go"
+)
+
+// hooks are the error handlers that endpoints have put in front of their users' own, one for each connection.
+var hooks struct {
+	sync.Mutex
+	byConn map[*nats.Conn]*hook
+}
+
+// hook hands the errors of one connection to its endpoints and to the handler that was there before.
+type hook struct {
+	before nats.ErrHandler
+	next   int
+	mu     sync.Mutex
+	calls  map[int]func(error)
+}
+
+func (h *hook) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
+	h.mu.Lock()
+	calls := slices.Collect(maps.Values(h.calls))
+	h.mu.Unlock()
+	for _, f := range calls {
+		f(err)
+	}
+	if h.before != nil {
+		h.before(nc, sub, err)
+	}
+}
+
+// OnError chains a handler, because a connection has room for one. The last stop of the connection restores the handler that
+// was there before, unless the user has set another meanwhile.
+func (c conn) OnError(f func(error)) (stop func()) {
+	hooks.Lock()
+	defer hooks.Unlock()
+	h := hooks.byConn[c.nc]
+	if h == nil {
+		h = &hook{before: c.nc.ErrorHandler(), calls: make(map[int]func(error))}
+		if hooks.byConn == nil {
+			hooks.byConn = make(map[*nats.Conn]*hook)
+		}
+		hooks.byConn[c.nc] = h
+		c.nc.SetErrorHandler(h.handle)
+	}
+	h.mu.Lock()
+	id := h.next
+	h.next++
+	h.calls[id] = f
+	h.mu.Unlock()
+	return func() {
+		hooks.Lock()
+		defer hooks.Unlock()
+		h.mu.Lock()
+		delete(h.calls, id)
+		last := len(h.calls) == 0
+		h.mu.Unlock()
+		if !last {
+			return
+		}
+		delete(hooks.byConn, c.nc)
+		if reflect.ValueOf(c.nc.ErrorHandler()).Pointer() == reflect.ValueOf(nats.ErrHandler(h.handle)).Pointer() {
+			c.nc.SetErrorHandler(h.before)
+		}
+	}
+}
+
+// Denied returns the subject that a permissions error says this end may not publish or subscribe to. ok is false for any
+// other error.
+func Denied(err error) (subject string, subscribe, ok bool) {
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return "", false, false
+	}
+	text := err.Error()
+	start := strings.IndexByte(text, '"')
+	if start < 0 {
+		return "", false, false
+	}
+	quoted, qerr := strconv.QuotedPrefix(text[start:]) // the server writes it with %q
+	subject, uerr := strconv.Unquote(quoted)
+	return subject, strings.Contains(strings.ToLower(text[:start]), "for subscription"), qerr == nil && uerr == nil
+}

@@ -1,0 +1,322 @@
+// Package fake implements natsconn.Conn in memory, for tests. Connections to one Bus reach each other through it. A connection
+// without a bus, which New returns, hands what is published to functions of the test, and the test delivers messages by hand.
+//
+// Everything that waits in this package waits durably in the sense of testing/synctest, so time passes in a bubble.
+package fake
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// MaxPayload is what connections say that their server takes, in bytes.
+const MaxPayload = 1 << 20
+
+// Bus is a NATS server in memory. It knows subjects, a wildcard as their last token, queue groups and the 503 of a subject
+// that nobody listens on. The zero value is ready for use.
+type Bus struct {
+	Delay time.Duration // of every message; set it before there is any
+
+	mu     sync.Mutex
+	subs   []*subscription
+	turn   int // of queue groups' members
+	filter Filter
+}
+
+// Filter reports whether the bus delivers m, which from published, to to. A message that it holds back is lost on the way:
+// the server has taken it, so nobody is told. from is nil for messages of the server itself. The bus is locked during the
+// call, so calls come one at a time.
+type Filter func(from, to *Conn, m *nats.Msg) bool
+
+// BlackHole loses everything from one connection to the other. Either may be nil, for any.
+func BlackHole(from, to *Conn) Filter {
+	return func(f, t *Conn, _ *nats.Msg) bool {
+		return from != nil && f != from || to != nil && t != to
+	}
+}
+
+// SetFilter makes the bus ask f about every message from now on. nil lets all pass.
+func (b *Bus) SetFilter(f Filter) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.filter = f
+}
+
+// Connect returns a connection to the bus, which is up.
+func (b *Bus) Connect(name string) *Conn {
+	c := New()
+	c.Name, c.bus = name, b
+	return c
+}
+
+// Conn is one connection. The exported fields are to be set before it is used.
+type Conn struct {
+	Name string
+
+	// Published is called for each message without headers that is published. Its error is that of the publish. On a
+	// bus, the bus gets the message afterwards. data is not to be kept.
+	Published func(subject, reply string, data []byte) error
+	// Requested is called in the same way for messages with headers. If it is nil, Published gets them.
+	Requested func(*nats.Msg) error
+
+	bus   *Bus // nil for a connection of its own
+	state atomic.Int64
+
+	mu      sync.Mutex
+	receive nats.MsgHandler // of the first subscription, for Deliver
+	changes []chan nats.Status
+	onError map[int]func(error)
+	next    int
+}
+
+// New returns a connection without a bus, which is up.
+func New() *Conn {
+	c := &Conn{onError: make(map[int]func(error))}
+	c.state.Store(int64(nats.CONNECTED))
+	return c
+}
+
+// subscription is one subscription on a bus. Its goroutine ends with unsubscribe.
+type subscription struct {
+	conn           *Conn
+	subject, queue string
+	f              nats.MsgHandler
+	mu             sync.Mutex
+	filled         sync.Cond
+	pending        []*nats.Msg
+	at             []time.Time // when they arrive
+	closed         bool
+	ended          chan struct{}
+}
+
+// matches reports whether a message to subject goes to a subscription of pattern.
+func matches(pattern, subject string) bool {
+	prefix, ok := strings.CutSuffix(pattern, "*")
+	if !ok {
+		return pattern == subject
+	}
+	last, ok := strings.CutPrefix(subject, prefix)
+	return ok && last != "" && !strings.Contains(last, ".")
+}
+
+// Publish implements natsconn.Conn. It fails with nats.ErrConnectionClosed on a bus once the connection is closed. On a
+// bus, a message that is published while the connection is down is lost.
+func (c *Conn) Publish(subject, reply string, data []byte) error {
+	if c.Published != nil {
+		if err := c.Published(subject, reply, data); err != nil {
+			return err
+		}
+	}
+	if c.bus == nil {
+		return nil
+	}
+	return c.bus.publish(c, &nats.Msg{Subject: subject, Reply: reply, Data: data})
+}
+
+// PublishMsg implements natsconn.Conn as Publish does.
+func (c *Conn) PublishMsg(m *nats.Msg) (err error) {
+	switch {
+	case c.Requested != nil:
+		err = c.Requested(m)
+	case c.Published != nil:
+		err = c.Published(m.Subject, m.Reply, m.Data)
+	}
+	if err != nil || c.bus == nil {
+		return err
+	}
+	return c.bus.publish(c, m)
+}
+
+func (b *Bus) publish(c *Conn, m *nats.Msg) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if c.Status() == nats.CLOSED {
+		return nats.ErrConnectionClosed
+	}
+	if !c.isUp() {
+		return nil // lost
+	}
+	heard := false
+	groups := make(map[string][]*subscription)
+	for _, sub := range b.subs {
+		if !matches(sub.subject, m.Subject) || !sub.conn.isUp() {
+			continue
+		}
+		heard = true
+		if sub.queue != "" {
+			groups[sub.queue] = append(groups[sub.queue], sub)
+			continue
+		}
+		b.deliverLocked(c, sub, m)
+	}
+	for _, name := range slices.Sorted(maps.Keys(groups)) {
+		b.turn++
+		b.deliverLocked(c, groups[name][b.turn%len(groups[name])], m)
+	}
+	if heard || m.Reply == "" {
+		return nil
+	}
+	for _, sub := range b.subs { // nobody listens
+		if sub.conn == c && matches(sub.subject, m.Reply) {
+			b.deliverLocked(nil, sub, &nats.Msg{Subject: m.Reply, Header: nats.Header{"Status": {"503"}}})
+		}
+	}
+	return nil
+}
+
+func (b *Bus) deliverLocked(from *Conn, sub *subscription, m *nats.Msg) {
+	if b.filter != nil && !b.filter(from, sub.conn, m) {
+		return
+	}
+	header := maps.Clone(m.Header)
+	for key, values := range header {
+		header[key] = slices.Clone(values)
+	}
+	sub.mu.Lock()
+	defer sub.mu.Unlock()
+	sub.pending = append(sub.pending, &nats.Msg{Subject: m.Subject, Reply: m.Reply, Header: header, Data: bytes.Clone(m.Data)})
+	sub.at = append(sub.at, time.Now().Add(b.Delay))
+	sub.filled.Signal()
+}
+
+// Subscribe implements natsconn.Conn. Without a bus, messages come from Deliver alone.
+func (c *Conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+	if c.bus == nil {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.receive == nil {
+			c.receive = f
+		}
+		return func() {}, nil
+	}
+	sub := &subscription{conn: c, subject: subject, queue: queue, f: f, ended: make(chan struct{})}
+	sub.filled.L = &sub.mu
+	b := c.bus
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if c.Status() == nats.CLOSED {
+		return nil, nats.ErrConnectionClosed
+	}
+	b.subs = append(b.subs, sub)
+	go sub.run()
+	return func() {
+		b.mu.Lock()
+		b.subs = slices.DeleteFunc(b.subs, func(s *subscription) bool { return s == sub })
+		b.mu.Unlock()
+		sub.mu.Lock()
+		sub.closed = true
+		sub.filled.Signal()
+		sub.mu.Unlock()
+		<-sub.ended
+	}, nil
+}
+
+func (sub *subscription) run() {
+	defer close(sub.ended)
+	for {
+		sub.mu.Lock()
+		for len(sub.pending) == 0 && !sub.closed {
+			sub.filled.Wait()
+		}
+		list, at := sub.pending, sub.at
+		sub.pending, sub.at = nil, nil
+		sub.mu.Unlock()
+		if len(list) == 0 {
+			return
+		}
+		for i, m := range list {
+			time.Sleep(time.Until(at[i]))
+			sub.f(m)
+		}
+	}
+}
+
+// Deliver calls the handler of the connection's first subscription with m. It is for connections without a bus. As with a
+// real subscription, calls must not overlap.
+func (c *Conn) Deliver(m *nats.Msg) {
+	c.mu.Lock()
+	f := c.receive
+	c.mu.Unlock()
+	f(m)
+}
+
+// OnError implements natsconn.Conn.
+func (c *Conn) OnError(f func(error)) func() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	id := c.next
+	c.next++
+	c.onError[id] = f
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.onError, id)
+	}
+}
+
+// Report reports err as NATS does what no call returns.
+func (c *Conn) Report(err error) {
+	c.mu.Lock()
+	calls := slices.Collect(maps.Values(c.onError))
+	c.mu.Unlock()
+	for _, f := range calls {
+		f(err)
+	}
+}
+
+// DenyPublish reports that the connection may not publish to subject, as NATS does some time after the publish.
+func (c *Conn) DenyPublish(subject string) {
+	c.Report(fmt.Errorf("%w: Permissions Violation for Publish to %q", nats.ErrPermissionViolation, subject))
+}
+
+// DenySubscribe reports that the connection may not subscribe to subject.
+func (c *Conn) DenySubscribe(subject string) {
+	c.Report(fmt.Errorf("%w: Permissions Violation for Subscription to %q", nats.ErrPermissionViolation, subject))
+}
+
+// StatusChanges implements natsconn.Conn.
+func (c *Conn) StatusChanges() (<-chan nats.Status, func()) {
+	ch := make(chan nats.Status, 10)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.changes = append(c.changes, ch)
+	return ch, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.changes = slices.DeleteFunc(c.changes, func(other chan nats.Status) bool { return other == ch })
+		close(ch)
+	}
+}
+
+// Set changes the connection's status. While it is not connected nothing reaches it, and what it publishes is lost.
+func (c *Conn) Set(s nats.Status) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.state.Store(int64(s))
+	for _, ch := range c.changes {
+		select {
+		case ch <- s:
+		default: // as nats.go does
+		}
+	}
+}
+
+// isUp reports whether messages pass. A connection that drains still takes them.
+func (c *Conn) isUp() bool {
+	s := c.Status()
+	return s == nats.CONNECTED || s == nats.DRAINING_SUBS || s == nats.DRAINING_PUBS
+}
+
+// Status implements natsconn.Conn.
+func (c *Conn) Status() nats.Status { return nats.Status(c.state.Load()) }
+
+// MaxPayload implements natsconn.Conn.
+func (c *Conn) MaxPayload() int64 { return MaxPayload }

@@ -1,0 +1,164 @@
+package fake
+
+import (
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
+)
+
+var _ natsconn.Conn = (*Conn)(nil)
+
+// The bus routes as a NATS server does.
+func TestBus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		bus := new(Bus)
+		a, b := bus.Connect("a"), bus.Connect("b")
+		var (
+			mu  sync.Mutex
+			got []string
+		)
+		listen := func(c *Conn, subject, queue string) func() {
+			stop, err := c.Subscribe(subject, queue, func(m *nats.Msg) {
+				mu.Lock()
+				defer mu.Unlock()
+				got = append(got, c.Name+" "+m.Subject+" "+m.Header.Get("Status")+string(m.Data))
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return stop
+		}
+		expect := func(want ...string) {
+			t.Helper()
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			slices.Sort(got)
+			if !slices.Equal(got, want) {
+				t.Errorf("got %q, want %q", got, want)
+			}
+			got = nil
+		}
+		defer listen(a, "in.*", "")()
+		defer listen(b, "x", "")()
+		stopA, stopB := listen(a, "q", "group"), listen(b, "q", "group")
+
+		data := []byte("1")
+		a.Publish("x", "", data)
+		data[0] = '2' // published is copied
+		expect("b x 1")
+		b.Publish("in.1", "", []byte("1"))
+		b.Publish("in.1.2", "", []byte("1"))
+		b.Publish("in.", "", []byte("1"))
+		expect("a in.1 1")
+		a.Publish("q", "", []byte("1"))
+		a.Publish("q", "", []byte("2"))
+		synctest.Wait()
+		if len(got) != 2 || got[0][0] == got[1][0] {
+			t.Errorf("queue group got %q", got)
+		}
+		got = nil
+		stopA()
+		a.Publish("q", "in.7", nil)
+		expect("b q ")
+		stopB()
+		a.Publish("q", "in.7", nil)
+		b.Publish("q", "in.7", nil) // not b's to hear
+		expect("a in.7 503")
+		b.Set(nats.RECONNECTING)
+		a.Publish("x", "in.8", nil)
+		b.Publish("in.1", "", nil)
+		expect("a in.8 503")
+		b.Set(nats.CONNECTED)
+		bus.SetFilter(BlackHole(a, b))
+		a.Publish("x", "in.9", nil)
+		b.Publish("x", "", []byte("own"))
+		expect("b x own")
+		b.Set(nats.CLOSED)
+		if err := b.Publish("x", "", nil); !errors.Is(err, nats.ErrConnectionClosed) {
+			t.Error(err)
+		}
+	})
+}
+
+// A connection without a bus hands what is published to the test, and what the test delivers to the first subscription.
+func TestConnWithoutBus(t *testing.T) {
+	c := New()
+	var got []string
+	failed := errors.New("failed")
+	c.Published = func(subject, reply string, data []byte) error {
+		got = append(got, subject+" "+reply+" "+string(data))
+		return failed
+	}
+	if err := c.Publish("a", "b", []byte("c")); err != failed {
+		t.Error(err)
+	}
+	if err := c.PublishMsg(&nats.Msg{Subject: "d", Data: []byte("e")}); err != failed {
+		t.Error(err)
+	}
+	c.Requested = func(m *nats.Msg) error { got = append(got, "request "+m.Subject); return nil }
+	if err := c.PublishMsg(&nats.Msg{Subject: "f"}); err != nil {
+		t.Error(err)
+	}
+	for _, name := range []string{"first", "second"} {
+		if _, err := c.Subscribe(name, "", func(m *nats.Msg) { got = append(got, name+" "+string(m.Data)) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Deliver(&nats.Msg{Data: []byte("x")})
+	if want := []string{"a b c", "d  e", "request f", "first x"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// What a connection reports reaches every handler until it is stopped, in the form of nats.go.
+func TestReports(t *testing.T) {
+	c := New()
+	var got []string
+	note := func(err error) {
+		subject, subscribe, ok := natsconn.Denied(err)
+		if !ok {
+			t.Errorf("%v is no denial", err)
+		}
+		if subscribe {
+			subject += " subscribe"
+		}
+		got = append(got, subject)
+	}
+	stop := c.OnError(note)
+	stopOther := c.OnError(note)
+	c.DenyPublish("a")
+	stop()
+	c.DenySubscribe("b.*")
+	stopOther()
+	c.DenyPublish("c")
+	if want := []string{"a", "a", "b.* subscribe"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// Changes of status arrive, and those that nobody takes are dropped.
+func TestStatusChanges(t *testing.T) {
+	c := New()
+	changes, stop := c.StatusChanges()
+	for range 100 {
+		c.Set(nats.RECONNECTING)
+	}
+	if s := <-changes; s != nats.RECONNECTING || c.Status() != s {
+		t.Error(s, c.Status())
+	}
+	stop()
+	n := 0
+	for range changes {
+		n++
+	}
+	if n != cap(changes)-1 {
+		t.Errorf("%d changes were waiting", n)
+	}
+}

@@ -1,0 +1,100 @@
+// Package natsconn is the seam between this module and nats.go: the few calls that an endpoint makes on a connection. The seam
+// exists for time. Package fake implements it in memory, so that testing/synctest can tell a goroutine that waits from one
+// that works, which real sockets hide.
+package natsconn
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Conn is one NATS connection, as an endpoint uses it. All methods may be called concurrently.
+type Conn interface {
+	// Publish sends data to subject, with a reply subject unless reply is empty. It may block for as long as the
+	// connection does. Only the outbox calls it.
+	Publish(subject, reply string, data []byte) error
+	// PublishMsg sends a message with headers. It blocks as Publish does.
+	PublishMsg(m *nats.Msg) error
+	// Subscribe calls f for one message after the other until unsubscribe has returned. Before it returns, unsubscribe
+	// lets f have all that the server sent before it stopped sending, if the connection delivers it within
+	// UnsubscribeTimeout. queue is a queue group, or empty.
+	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
+	// OnError calls f for each error that the server reports and no call returns, until stop.
+	OnError(f func(error)) (stop func())
+	// StatusChanges delivers changes of status until stop. It drops a change if ten are waiting.
+	StatusChanges() (changes <-chan nats.Status, stop func())
+	// Status and MaxPayload take the connection's lock, which nats.go holds while a peer takes no bytes. So only the
+	// endpoint's own goroutines call them; calls of the user look at what the endpoint remembers.
+	Status() nats.Status
+	MaxPayload() int64
+}
+
+// conn is the real implementation.
+type conn struct{ nc *nats.Conn }
+
+// New returns the Conn that is nc.
+func New(nc *nats.Conn) Conn { return conn{nc} }
+
+// maxSubjects is how long the subject of a message and its reply subject may be together. A NATS server closes the
+// connection, and so ends all its streams, over a longer control line: 4,096 bytes unless it is configured otherwise, some
+// of them for sizes.
+const maxSubjects = 4096 - 32
+
+// CheckSubjects returns an error that wraps nats.ErrBadSubject if a subject and a reply subject of n bytes together are too
+// long for a NATS server.
+func CheckSubjects(n int) error {
+	if n > maxSubjects {
+		return fmt.Errorf("subject and reply subject of %d bytes, a server takes %d: %w", n, maxSubjects, nats.ErrBadSubject)
+	}
+	return nil
+}
+
+func (c conn) Publish(subject, reply string, data []byte) error {
+	if err := CheckSubjects(len(subject) + len(reply)); err != nil {
+		return err
+	}
+	if reply == "" {
+		return c.nc.Publish(subject, data)
+	}
+	return c.nc.PublishRequest(subject, reply, data)
+}
+
+func (c conn) PublishMsg(m *nats.Msg) error { return c.nc.PublishMsg(m) }
+
+// UnsubscribeTimeout bounds the wait for a connection that takes no bytes.
+const UnsubscribeTimeout = 2 * time.Second
+
+func (c conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+	sub, err := c.nc.QueueSubscribe(subject, queue, f)
+	if err != nil {
+		return nil, err
+	}
+	// Credit bounds what can be pending here, stream by stream. The default limits bound all streams together, and
+	// what they drop is the newest message of any stream.
+	if err := sub.SetPendingLimits(-1, -1); err != nil {
+		_ = sub.Unsubscribe()
+		return nil, err
+	}
+	closed := make(chan struct{})
+	sub.SetClosedHandler(func(string) { close(closed) })
+	return func() {
+		if sub.Drain() == nil {
+			select {
+			case <-closed:
+				return
+			case <-time.After(UnsubscribeTimeout):
+			}
+		}
+		_ = sub.Unsubscribe() // fails if the connection has dropped the subscription already
+	}, nil
+}
+
+func (c conn) Status() nats.Status { return c.nc.Status() }
+func (c conn) MaxPayload() int64   { return c.nc.MaxPayload() }
+
+func (c conn) StatusChanges() (<-chan nats.Status, func()) {
+	ch := c.nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING, nats.DISCONNECTED, nats.DRAINING_SUBS, nats.DRAINING_PUBS, nats.CLOSED)
+	return ch, func() { c.nc.RemoveStatusListener(ch) }
+}

@@ -1,0 +1,172 @@
+package natsconn_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
+	"github.com/natsstream/stream/streamtest"
+)
+
+// patience bounds what a test waits for.
+const patience = 20 * time.Second
+
+func receive[T any](t *testing.T, what string, ch <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-ch:
+		return v
+	case <-time.After(patience):
+		t.Fatalf("waited in vain for %s", what)
+		panic("unreachable")
+	}
+}
+
+func TestDenied(t *testing.T) {
+	violation := func(text string) error { return fmt.Errorf("%w: %s", nats.ErrPermissionViolation, text) }
+	for name, c := range map[string]struct {
+		err       error
+		subject   string
+		subscribe bool
+		ok        bool
+	}{
+		"publish":         {err: violation(`Permissions Violation for Publish to "a.b"`), subject: "a.b", ok: true},
+		"subscribe":       {err: violation(`Permissions Violation for Subscription to "a.*"`), subject: "a.*", subscribe: true, ok: true},
+		"queue":           {err: violation(`Permissions Violation for Subscription to "a" using queue "q"`), subject: "a", subscribe: true, ok: true},
+		"quoted":          {err: violation(`Permissions Violation for Publish to "a\"\\b"`), subject: `a"\b`, ok: true},
+		"named like one":  {err: violation(`Permissions Violation for Publish to "for subscription"`), subject: "for subscription", ok: true},
+		"reply":           {err: violation(`Permissions Violation for Publish with Reply of "r"`), subject: "r", ok: true},
+		"no subject":      {err: violation("Permissions Violation")},
+		"no end of quote": {err: violation(`Permissions Violation for Publish to "a`)},
+		"another error":   {err: errors.New(`Permissions Violation for Publish to "a"`)},
+		"none":            {},
+	} {
+		subject, subscribe, ok := natsconn.Denied(c.err)
+		if ok != c.ok || ok && (subject != c.subject || subscribe != c.subscribe) {
+			t.Errorf("%s: %q, %v, %v", name, subject, subscribe, ok)
+		}
+	}
+}
+
+// A subject that is too long is refused before the NATS server closes the connection over it.
+func TestSubjectsAreMeasured(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := srv.Connect(t)
+	conn := natsconn.New(nc)
+	half := strings.Repeat("x", 2032)
+	for name, c := range map[string]struct {
+		subject, reply string
+		bad            bool
+	}{
+		"at the limit":       {half, half, false},
+		"with a reply":       {half, half + "x", true},
+		"without a reply":    {half + half + "x", "", true},
+		"short":              {"a", "b", false},
+		"short, and no more": {"a", "", false},
+	} {
+		if err := conn.Publish(c.subject, c.reply, []byte("data")); errors.Is(err, nats.ErrBadSubject) != c.bad || !c.bad && err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := nc.FlushTimeout(patience); err != nil {
+		t.Error(err)
+	}
+}
+
+// Errors reach each endpoint and the user's own handler, which is the connection's again after the last stop.
+func TestErrorHandlersAreChained(t *testing.T) {
+	srv := streamtest.Run(t, streamtest.WithConfig(`authorization { users: [ { user: u, password: x, permissions: { publish: "ok" } } ] }`))
+	heard := make(chan string, 10)
+	note := func(name string) func(error) {
+		return func(err error) {
+			if subject, _, ok := natsconn.Denied(err); ok {
+				heard <- name + " " + subject
+			}
+		}
+	}
+	user := note("user")
+	nc := srv.Connect(t, nats.UserInfo("u", "x"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { user(err) }))
+	publish := func(subject string, want ...string) {
+		t.Helper()
+		if err := nc.Publish(subject, nil); err != nil {
+			t.Fatal(err)
+		}
+		got := make(map[string]bool)
+		for range want {
+			got[receive(t, "a denial of "+subject, heard)] = true
+		}
+		for _, w := range want {
+			if !got[w+" "+subject] {
+				t.Errorf("%s did not hear of %s: %v", w, subject, got)
+			}
+		}
+	}
+	stopA, stopB := natsconn.New(nc).OnError(note("a")), natsconn.New(nc).OnError(note("b"))
+	publish("one", "a", "b", "user")
+	stopA()
+	publish("two", "b", "user")
+	stopB()
+	publish("three", "user")
+	stopA = natsconn.New(nc).OnError(note("a"))
+	other := note("other")
+	nc.SetErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { other(err) })
+	stopA() // leaves alone what the user has set meanwhile
+	publish("four", "other")
+	if len(heard) != 0 {
+		t.Errorf("heard beside: %s", <-heard)
+	}
+}
+
+// Unsubscribe returns when the handler has had everything that was sent before.
+func TestUnsubscribeLetsNothingGetLost(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := srv.Connect(t)
+	conn := natsconn.New(nc)
+	const n = 1000
+	var got atomic.Int64
+	unsubscribe, err := conn.Subscribe("a.*", "", func(*nats.Msg) { got.Add(1) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range n {
+		if err := conn.Publish("a.b", "", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unsubscribe()
+	if got.Load() != n {
+		t.Errorf("%d of %d", got.Load(), n)
+	}
+	unsubscribe() // again does nothing
+}
+
+// A change of status arrives; after stop, none does, and the channel is closed.
+func TestStatusChanges(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := srv.Connect(t)
+	conn := natsconn.New(nc)
+	changes, stop := conn.StatusChanges()
+	var wait sync.WaitGroup
+	closed := make(chan struct{})
+	wait.Go(func() {
+		for s := range changes {
+			if s == nats.CLOSED {
+				close(closed)
+			}
+		}
+	})
+	if conn.Status() != nats.CONNECTED || conn.MaxPayload() != nc.MaxPayload() {
+		t.Error(conn.Status(), conn.MaxPayload())
+	}
+	nc.Close()
+	receive(t, "the end of the connection", closed)
+	stop()
+	wait.Wait()
+}
