@@ -154,7 +154,7 @@ func (c *Client) Close() error {
 // which a NATS server would close the connection, nats.ErrMaxPayload,
 // nats.ErrConnectionClosed, nats.ErrConnectionDraining, ErrClientClosed. Then nothing was sent and nothing is kept.
 func (c *Client) Open(ctx context.Context, subj string, data []byte) (*Stream, error) {
-	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, c.codec)
+	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, c.codec, nil)
 }
 
 // OpenMsg is Open with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not changed. Names of
@@ -163,7 +163,7 @@ func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 	if msg == nil {
 		return nil, nats.ErrInvalidMsg
 	}
-	return c.open(ctx, msg, c.codec)
+	return c.open(ctx, msg, c.codec, nil)
 }
 
 // Headers of a request, docs/PROTOCOL.md sections 2.2 and 2.4. Those with this prefix are the library's.
@@ -185,7 +185,7 @@ func setTimeout(h nats.Header, ctx context.Context) {
 	}
 }
 
-func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream, error) {
+func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered chan struct{}) (*Stream, error) {
 	if ctx == nil {
 		return nil, nats.ErrInvalidContext
 	}
@@ -205,7 +205,7 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream,
 	if size, max := requestSize(msg), ep.maxPayload.Load(); size > max {
 		return nil, fmt.Errorf("stream: request of %d bytes, the server takes %d: %w", size, max, nats.ErrMaxPayload)
 	}
-	return ep.open(ctx, msg, codec)
+	return ep.open(ctx, msg, codec, answered)
 }
 
 // requestSize is what a request counts against the server's max_payload: its data and its header, which is
@@ -240,7 +240,7 @@ func validSubject(subject string) bool {
 // one result with the error; when ctx ends the channel is closed at once. A caller that stops reading must end ctx.
 // Errors are those of Open.
 func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
-	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, JSON)
+	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, JSON, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -83,8 +83,19 @@ func (o *outbox) learn(s *session, peer string) {
 	}
 }
 
+// answer tells OpenRetry that the request was answered, or that it will not be. Called by the outbox.
+func (s *session) answer() {
+	if s.answered != nil {
+		close(s.answered)
+		s.answered = nil
+	}
+}
+
 // bind lets a consumer's send half go, now that its peer is known.
 func (o *outbox) bind(s *session) {
+	if s.peer != "" || s.oneWay.Load() {
+		s.answer()
+	}
 	w := s.writer.Load()
 	switch {
 	case w == nil:
@@ -153,6 +164,9 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			}
 			// A consumer that forgot the stream may have done so because it is done.
 			end := &ending{err: e, quiet: closed && h.Sender == s.sender}
+			if s.stream != nil && s.peer == "" && s.bucket.ring.Pushed() == 0 && e.Code == CloseTryAgainLater {
+				end.err = refusal{e}
+			}
 			if s.stream != nil && e.Code == CloseDeadlineExceeded {
 				if _, ok := s.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
 					end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)

@@ -463,7 +463,7 @@ func TestAcknowledgementOfNothing(t *testing.T) {
 		conn := newRecorder(nil)
 		ep := recorded(t, conn)
 		defer ep.close(testClosed)
-		s, err := ep.open(t.Context(), &nats.Msg{Subject: "x"}, MsgPack)
+		s, err := ep.open(t.Context(), &nats.Msg{Subject: "x"}, MsgPack, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

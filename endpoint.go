@@ -87,11 +87,12 @@ type session struct {
 	next    *session
 
 	// Owned by the outbox once the session is marked.
-	subject  string    // where the request went
-	peer     string    // subject of the other end; a consumer learns it from the producer's first packet
-	request  *nats.Msg // what opens the stream, until it is published
-	held     uint32    // work that waits for the connection; not zero while in outbox.held
-	owed     uint32    // work for the peer that was due before its subject was known
+	subject  string        // where the request went
+	peer     string        // subject of the other end; a consumer learns it from the producer's first packet
+	request  *nats.Msg     // what opens the stream, until it is published
+	answered chan struct{} // closed, and set to nil, when the producer has answered; nil if nobody waits for that
+	held     uint32        // work that waits for the connection; not zero while in outbox.held
+	owed     uint32        // work for the peer that was due before its subject was known
 	finished bool
 	life     life
 

@@ -9,6 +9,7 @@ import (
 	"log"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -18,7 +19,7 @@ import (
 
 // serveLogs answers every request on the subject "logs" with a stream of records.
 func serveLogs(server *stream.Server) error {
-	return server.Handle("logs", func(w *stream.Writer, r *stream.Request) error {
+	_, err := server.Handle("logs", func(w *stream.Writer, r *stream.Request) error {
 		for line := range 3 {
 			if _, err := fmt.Fprintf(w, "%s: line %d", r.Data, line); err != nil {
 				return err // the consumer left
@@ -26,6 +27,7 @@ func serveLogs(server *stream.Server) error {
 		}
 		return nil // the stream ends: the consumer has everything
 	})
+	return err
 }
 
 // printLog prints the records of one stream.
@@ -90,7 +92,7 @@ func Example() {
 func ExampleCloseError() {
 	client, server, stop := connect()
 	defer stop()
-	err := server.Handle("logs", func(*stream.Writer, *stream.Request) error {
+	_, err := server.Handle("logs", func(*stream.Writer, *stream.Request) error {
 		return &stream.CloseError{Code: stream.CloseBadRequest, Text: "no such job"}
 	})
 	if err != nil {
@@ -111,7 +113,7 @@ func ExampleCloseError() {
 func ExampleStream_Write() {
 	client, server, stop := connect()
 	defer stop()
-	err := server.Handle("sum", func(w *stream.Writer, r *stream.Request) error {
+	_, err := server.Handle("sum", func(w *stream.Writer, r *stream.Request) error {
 		sum := 0
 		for {
 			var n int
@@ -193,12 +195,33 @@ func ExampleClient_Open_noResponders() {
 	// Output: true
 }
 
+// A request that surely reached no handler, because nobody serves its subject or all servers are full, can be sent again.
+func ExampleClient_OpenRetry() {
+	client, server, stop := connect()
+	defer stop()
+	go func() { // a server that starts late
+		time.Sleep(100 * time.Millisecond)
+		if err := serveLogs(server); err != nil {
+			log.Fatal(err)
+		}
+	}()
+	request := &nats.Msg{Subject: "logs", Data: []byte("job 20")}
+	s, err := client.OpenRetry(context.Background(), request, stream.Retry{Attempts: 100})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	line, err := s.Recv()
+	fmt.Printf("%s %v\n", line, err)
+	// Output: job 20: line 0 <nil>
+}
+
 // The records of a stream as one run of bytes: a Stream is an io.Reader and an io.WriterTo, a Writer is an io.Writer and
 // an io.ReaderFrom, so io.Copy works at both ends.
 func ExampleStream_WriteTo() {
 	client, server, stop := connect()
 	defer stop()
-	err := server.Handle("files", func(w *stream.Writer, _ *stream.Request) error {
+	_, err := server.Handle("files", func(w *stream.Writer, _ *stream.Request) error {
 		_, err := io.Copy(w, strings.NewReader("what a file holds\n"))
 		return err
 	})
@@ -223,7 +246,7 @@ type quote struct {
 
 // serveQuotes writes objects. They travel as MessagePack or as JSON, as the consumer asked.
 func serveQuotes(server *stream.Server) error {
-	return server.Handle("quotes", func(w *stream.Writer, _ *stream.Request) error {
+	_, err := server.Handle("quotes", func(w *stream.Writer, _ *stream.Request) error {
 		for _, q := range []quote{{"GOPH", 12.5}, {"NATS", 40}} {
 			if _, err := w.WriteObject(q); err != nil {
 				return err
@@ -231,6 +254,7 @@ func serveQuotes(server *stream.Server) error {
 		}
 		return nil
 	})
+	return err
 }
 
 func ExampleStream_RecvObject() {

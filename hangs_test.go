@@ -143,7 +143,10 @@ func TestDrainBesideHandle(t *testing.T) {
 		t.Fatal(err)
 	}
 	handled := make(chan error, 1)
-	go func() { handled <- s.Handle("slow", func(*Writer, *Request) error { return nil }) }()
+	go func() {
+		_, err := s.Handle("slow", func(*Writer, *Request) error { return nil })
+		handled <- err
+	}()
 	<-conn.begun
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
@@ -155,7 +158,7 @@ func TestDrainBesideHandle(t *testing.T) {
 		t.Error(err)
 	}
 	s.Close()
-	if n := len(s.subs); n != 0 {
+	if n := len(s.registrations); n != 0 {
 		t.Errorf("%d subscriptions are left", n)
 	}
 }
@@ -470,7 +473,7 @@ func TestWriterThatCannotWrite(t *testing.T) {
 func TestLingeringStreamsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
-		m.server.maxStreams = 1
+		m.server.room = roomFor(1)
 		m.handle(t, "x", func(w *Writer, _ *Request) error {
 			_, err := w.Write(make([]byte, 1000))
 			return err

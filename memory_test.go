@@ -134,7 +134,7 @@ func (m *memoryPair) close() {
 // handle serves subject. Errors of a connection in memory are the test's mistakes.
 func (m *memoryPair) handle(t *testing.T, subject string, h Handler) {
 	t.Helper()
-	if err := m.server.Handle(subject, h); err != nil {
+	if _, err := m.server.Handle(subject, h); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -107,7 +107,7 @@ func BenchmarkMux(b *testing.B) {
 			ep := benchEndpoint(b, benchConn(false))
 			opened := make([]*Stream, streams)
 			for i := range opened {
-				s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack)
+				s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack, nil)
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -174,7 +174,7 @@ func BenchmarkRecv(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
 			ep := benchEndpoint(b, benchConn(false))
-			s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack)
+			s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack, nil)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -413,7 +413,7 @@ func BenchmarkOpen(b *testing.B) {
 	defer cancel()
 	benchRecords(b, func(n int) {
 		for range n {
-			s, err := ep.open(ctx, &nats.Msg{Subject: "bench"}, MsgPack)
+			s, err := ep.open(ctx, &nats.Msg{Subject: "bench"}, MsgPack, nil)
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -293,7 +293,7 @@ func (r *modelRun) run(window int, ops []modelOp) {
 	r.conns = [2]*fake.Conn{consumerSide: m.conn, handlerSide: m.back}
 	defer r.actors.Wait()
 	defer m.close()
-	if err := m.server.Handle(modelSubject, r.handle); err != nil {
+	if _, err := m.server.Handle(modelSubject, r.handle); err != nil {
 		r.failf("%v", err)
 		return
 	}

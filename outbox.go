@@ -385,6 +385,7 @@ func (o *outbox) finish(s *session, end *ending) {
 	}
 	s.unregister()
 	s.request = nil
+	s.answer()
 	w := s.writer.Load()
 	if w != nil {
 		w.cancel(writeError(end.err))

@@ -464,7 +464,7 @@ func TestPermissionSubscribe(t *testing.T) {
 	if err := nc.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the server refuses handlers", func() bool { err = bad.Handle("svc.bad", echo); return err != nil })
+	eventually(t, "the server refuses handlers", func() bool { _, err = bad.Handle("svc.bad", echo); return err != nil })
 	denied.within(t, time.Now(), err, "_SINBOX.nowhere.")
 
 	good := p.newClient(t, stream.ClientParams{}, user("alice")...)

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"math"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,6 +30,11 @@ type ServerParams struct {
 	// answered with CloseTryAgainLater, and so they are while 16,384 and twice as many streams are open, those included whose
 	// handlers returned and whose consumers have not acknowledged everything yet.
 	MaxStreams int
+	// StayWhenFull keeps a full server in its queue groups, where it goes on refusing its share of the requests. By default it
+	// leaves them, so that members with room get the requests, until an eighth of MaxStreams is free, one stream at least. If
+	// all members of a group are full, consumers get nats.ErrNoResponders then instead of CloseTryAgainLater.
+	// Subjects outside queue groups are not affected.
+	StayWhenFull bool
 	// Logger gets what handlers panic with. slog.Default() by default.
 	Logger *slog.Logger
 
@@ -90,20 +96,19 @@ func (r *Request) WriteTo(w io.Writer) (int64, error) { return r.session.writeTo
 // Server answers requests with streams, each from a Handler in a goroutine of its own. It is safe for use by many
 // goroutines at once. End it with Drain or Close.
 type Server struct {
-	ep         *endpoint
-	maxStreams int
-	log        *slog.Logger
+	ep    *endpoint
+	room  room
+	stays bool // in its queue groups when it is full
+	log   *slog.Logger
 
-	// Held while NATS is asked to subscribe, for as long as the connection takes no bytes: mu never is.
-	handling sync.Mutex
-	subs     []func() // unsubscribe
-
-	mu       sync.Mutex
-	handlers int
-	sessions int // of handlers that run, and of those whose streams have something left to send
-	refusing bool
-	idle     chan struct{} // not nil once Drain or Close was called; closed when there are none of both
-	quiet    chan struct{} // made with idle; closed when no more requests come
+	mu            sync.Mutex // never held while NATS is asked
+	registrations map[*Registration]struct{}
+	suspended     suspension // all registrations that heed it
+	handlers      int
+	sessions      int // of handlers that run, and of those whose streams have something left to send
+	refusing      bool
+	idle          chan struct{} // not nil once Drain or Close was called; closed when there are none of both
+	quiet         chan struct{} // made with idle; closed when no more requests come
 }
 
 // NewServer returns a server on params.Conn, which must be open. Errors: nats.ErrInvalidConnection for a nil connection,
@@ -127,9 +132,12 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	if params.MaxStreams < 0 {
 		return nil, fmt.Errorf("stream: parameter MaxStreams is %d: it must be at least 1, or 0 for %d", params.MaxStreams, defaultMaxStreams)
 	}
-	s := &Server{maxStreams: params.MaxStreams, log: params.Logger}
-	if s.maxStreams == 0 {
-		s.maxStreams = defaultMaxStreams
+	if params.MaxStreams == 0 {
+		params.MaxStreams = defaultMaxStreams
+	}
+	s := &Server{
+		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
+		registrations: make(map[*Registration]struct{}),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -138,36 +146,6 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 		return nil, err
 	}
 	return s, nil
-}
-
-// Handle serves the requests on subject, which may have wildcards, with h. Each of several servers that handle the same
-// subject gets every request, and the consumer hears the first that answers; see HandleQueue. As with any subscription of NATS, requests
-// come once the NATS server knows; Conn.Flush waits for that. Errors: those of nats.Conn.Subscribe, ErrServerClosed, also with
-// what ended the server otherwise, and one for a handler that is nil.
-func (s *Server) Handle(subject string, h Handler) error { return s.HandleQueue(subject, "", h) }
-
-// HandleQueue is Handle as a member of a queue group: each request goes to one member.
-func (s *Server) HandleQueue(subject, queue string, h Handler) error {
-	if h == nil {
-		return errors.New("stream: Handle needs a handler, it got nil")
-	}
-	s.handling.Lock()
-	defer s.handling.Unlock()
-	s.mu.Lock()
-	ending := s.idle != nil // then whoever ends the server looks at subs later
-	s.mu.Unlock()
-	if ending {
-		return ErrServerClosed
-	}
-	if e := s.ep.gone.Load(); e != nil { // the connection is, or the inbox is not permitted
-		return fmt.Errorf("%w: %w", ErrServerClosed, e.err)
-	}
-	unsubscribe, err := s.ep.conn.Subscribe(subject, queue, func(m *nats.Msg) { s.request(m, h) })
-	if err != nil {
-		return fmt.Errorf("stream: handle %s: %w", subject, err)
-	}
-	s.subs = append(s.subs, unsubscribe)
-	return nil
 }
 
 // request takes one request. It is called in a subscription's goroutine and waits for nothing.
@@ -188,7 +166,7 @@ func (s *Server) request(m *nats.Msg, h Handler) {
 	switch s.enter() {
 	case entered:
 	case full:
-		refuse(CloseTryAgainLater, fmt.Sprintf("%d handlers run, or as many streams as this server takes wait for their consumers", s.maxStreams))
+		refuse(CloseTryAgainLater, fmt.Sprintf("%d handlers run, or as many streams as this server takes wait for their consumers", s.room.handlers))
 		return
 	case refused:
 		refuse(CloseGoingAway, "server is shutting down")
@@ -309,11 +287,12 @@ func (s *Server) enter() admission {
 	switch {
 	case s.refusing || s.ep.gone.Load() != nil:
 		return refused
-	case s.handlers >= s.maxStreams, (s.sessions-lingering)/2 >= s.maxStreams:
+	case s.room.full(s.handlers, s.sessions, false):
 		return full
 	}
 	s.handlers++
 	s.sessions++
+	s.checkRoomLocked()
 	return entered
 }
 
@@ -338,6 +317,7 @@ func (s *Server) count(handlers, sessions int) {
 	defer s.mu.Unlock()
 	s.handlers += handlers
 	s.sessions += sessions
+	s.checkRoomLocked()
 	s.checkIdleLocked()
 }
 
@@ -400,13 +380,12 @@ func (s *Server) retire() (quiet, idle chan struct{}) {
 // unsubscribe ends when NATS has confirmed and what it had handed over was taken, or after natsconn.UnsubscribeTimeout.
 func (s *Server) unsubscribe() {
 	defer close(s.quiet)
-	s.handling.Lock()
-	subs := s.subs
-	s.subs = nil
-	s.handling.Unlock()
+	s.mu.Lock()
+	all := slices.Collect(maps.Keys(s.registrations))
+	s.mu.Unlock()
 	var wg sync.WaitGroup
-	for _, unsubscribe := range subs {
-		wg.Go(unsubscribe)
+	for _, r := range all {
+		wg.Go(r.Stop)
 	}
 	wg.Wait()
 	s.mu.Lock()

@@ -58,7 +58,7 @@ func newService(t testing.TB, p *pair, params stream.ServerParams, opts ...nats.
 // handle serves subject and returns when NATS knows.
 func (s *service) handle(t testing.TB, subject string, h stream.Handler) {
 	t.Helper()
-	if err := s.Handle(subject, h); err != nil {
+	if _, err := s.Handle(subject, h); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.nc.Flush(); err != nil {
@@ -397,7 +397,7 @@ func TestHandleQueue(t *testing.T) {
 	var counts [2]atomic.Int32
 	for i := range counts {
 		s := newService(t, p, stream.ServerParams{})
-		if err := s.HandleQueue("svc", "q", func(w *stream.Writer, r *stream.Request) error {
+		if _, err := s.HandleQueue("svc", "q", func(w *stream.Writer, r *stream.Request) error {
 			counts[i].Add(1)
 			return nil
 		}); err != nil {
@@ -510,7 +510,7 @@ func TestDrain(t *testing.T) {
 	if err != nil {
 		t.Errorf("Drain once more: %v", err)
 	}
-	if err := s.Handle("more", func(*stream.Writer, *stream.Request) error { return nil }); !errors.Is(err, stream.ErrServerClosed) {
+	if _, err := s.Handle("more", func(*stream.Writer, *stream.Request) error { return nil }); !errors.Is(err, stream.ErrServerClosed) {
 		t.Errorf("Handle after Drain: %v", err)
 	}
 	var none context.Context
@@ -594,7 +594,7 @@ func TestCloseFromHandler(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Errorf("Close again: %v", err)
 	}
-	if err := s.Handle("more", func(*stream.Writer, *stream.Request) error { return nil }); !errors.Is(err, stream.ErrServerClosed) {
+	if _, err := s.Handle("more", func(*stream.Writer, *stream.Request) error { return nil }); !errors.Is(err, stream.ErrServerClosed) {
 		t.Errorf("Handle after Close: %v", err)
 	}
 	if err := s.Drain(testContext(t)); err != nil {
@@ -624,12 +624,12 @@ func TestServerParams(t *testing.T) {
 		}
 	}
 	s := newService(t, p, stream.ServerParams{})
-	if err := s.Handle("svc", nil); err == nil {
+	if _, err := s.Handle("svc", nil); err == nil {
 		t.Error("a nil handler was taken")
 	}
 	h := func(*stream.Writer, *stream.Request) error { return nil }
 	for _, subject := range []string{"", "a b", "a..b"} {
-		if err := s.Handle(subject, h); !errors.Is(err, nats.ErrBadSubject) {
+		if _, err := s.Handle(subject, h); !errors.Is(err, nats.ErrBadSubject) {
 			t.Errorf("Handle(%q): %v", subject, err)
 		}
 	}

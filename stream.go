@@ -31,13 +31,14 @@ type Stream struct {
 	over    atomic.Bool
 }
 
-// open registers a stream and has its request published.
-func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec) (*Stream, error) {
+// open registers a stream and has its request published. answered, unless nil, is closed when the request was answered or will
+// not be.
+func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answered chan struct{}) (*Stream, error) {
 	window := ep.reserve(min(initialWindow, ep.window))
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, true, initialPackets, window)
-	s.stream, s.parent, s.asked = st, ctx, codecFlag(codec)
+	s.stream, s.parent, s.asked, s.answered = st, ctx, codecFlag(codec), answered
 	s.window.Store(int64(window))
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	req := &nats.Msg{Subject: msg.Subject, Header: make(nats.Header, len(msg.Header)+2), Data: append([]byte(nil), msg.Data...)}

@@ -254,11 +254,12 @@ func (r *rig) serve(ctx context.Context) error {
 		r.flows = append(r.flows, f)
 	}
 	handle := func(subject string, h stream.Handler) error {
-		return r.srv.Handle(subject, func(w *stream.Writer, q *stream.Request) error {
+		_, err := r.srv.Handle(subject, func(w *stream.Writer, q *stream.Request) error {
 			r.handlers.Add(1)
 			defer r.handlers.Add(-1)
 			return h(w, q)
 		})
+		return err
 	}
 	if err := errors.Join(
 		handle("down", func(w *stream.Writer, q *stream.Request) error {

@@ -76,7 +76,7 @@ func TestDamagedPackets(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer client.Close()
-		if err := server.Handle("echo", echo); err != nil {
+		if _, err := server.Handle("echo", echo); err != nil {
 			t.Fatal(err)
 		}
 		if err := sc.Flush(); err != nil {

@@ -51,7 +51,12 @@ func peerProducer(url string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(srv.Handle("down", paced), srv.Handle("echo", echo), srv.Handle("mute", mute), nc.Flush()); err != nil {
+	for subject, h := range map[string]stream.Handler{"down": paced, "echo": echo, "mute": mute} {
+		if _, err := srv.Handle(subject, h); err != nil {
+			return err
+		}
+	}
+	if err := nc.Flush(); err != nil {
 		return err
 	}
 	fmt.Println("ready")
@@ -166,7 +171,7 @@ func TestConsumerGone(t *testing.T) {
 			var handlers sync.WaitGroup
 			var killed atomic.Pointer[time.Time]
 			handle := func(kind string, h stream.Handler) error {
-				return srv.Handle(kind, func(w *stream.Writer, q *stream.Request) error {
+				_, err := srv.Handle(kind, func(w *stream.Writer, q *stream.Request) error {
 					handlers.Add(1)
 					watched := make(chan struct{})
 					go func() {
@@ -184,6 +189,7 @@ func TestConsumerGone(t *testing.T) {
 					<-watched
 					return err
 				})
+				return err
 			}
 			if err := errors.Join(handle("down", paced), handle("echo", echo), handle("mute", mute), nc.Flush()); err != nil {
 				t.Fatal(err)

@@ -141,7 +141,7 @@ func TestForged(t *testing.T) {
 		}
 		handlers := make(chan end)
 		finish := make(chan struct{})
-		if err := server.Handle("forged", func(w *stream.Writer, q *stream.Request) error {
+		if _, err := server.Handle("forged", func(w *stream.Writer, q *stream.Request) error {
 			handlers <- end{w, q}
 			<-finish
 			return nil
@@ -432,7 +432,7 @@ func TestManyOpens(t *testing.T) {
 		}
 		defer client.Close()
 		var running, most, served atomic.Int64
-		if err := server.Handle("one", func(w *stream.Writer, q *stream.Request) error {
+		if _, err := server.Handle("one", func(w *stream.Writer, q *stream.Request) error {
 			n := running.Add(1)
 			defer running.Add(-1)
 			for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {

@@ -77,7 +77,7 @@ func newExchange(env *Env, size int, subject string, h stream.Handler) (*exchang
 		return nil, err
 	}
 	if e.server, err = stream.NewServer(stream.ServerParams{Conn: conns.producer}); err == nil {
-		err = e.server.Handle(subject, h)
+		_, err = e.server.Handle(subject, h)
 	}
 	if err == nil {
 		err = conns.producer.Flush()

@@ -74,7 +74,7 @@ func run(ctx context.Context, out io.Writer) error {
 	}
 	defer server.Close()
 	heardByBob := make(chan []string, 1)
-	err = server.Handle("chat.bob", func(w *stream.Writer, r *stream.Request) error {
+	_, err = server.Handle("chat.bob", func(w *stream.Writer, r *stream.Request) error {
 		heard, err := producerSide(w, r).talk("hello, this is Bob", "the build is green")
 		heardByBob <- heard
 		return err

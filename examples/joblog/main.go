@@ -101,7 +101,7 @@ func run(ctx context.Context, out io.Writer) error {
 	}
 	defer server.Close()
 	l := &logs{files: map[string]string{"build": job.Name()}, left: make(chan error, 1)}
-	if err := server.Handle("logs", l.follow); err != nil {
+	if _, err := server.Handle("logs", l.follow); err != nil {
 		return err
 	}
 	if err := producer.Flush(); err != nil { // NATS knows the subscription now

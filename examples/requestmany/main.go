@@ -82,9 +82,10 @@ func fetchBefore(nc *nats.Conn) (got []string, err error) {
 // serveAfter writes each reply to the stream. Write waits while the requester is slower, and fails when it has gone, and
 // then the handler ends. Its return is the end that the requester sees.
 func serveAfter(server *stream.Server, hesitate func()) error {
-	return server.Handle("after", func(w *stream.Writer, _ *stream.Request) error {
+	_, err := server.Handle("after", func(w *stream.Writer, _ *stream.Request) error {
 		return answer(func(reply string) error { _, err := w.Write([]byte(reply)); return err }, hesitate)
 	})
+	return err
 }
 
 // fetchAfter collects replies until the producer says that there are no more. A nil error means that the answer is whole; a

@@ -98,7 +98,7 @@ func run(ctx context.Context, out io.Writer) error {
 	}
 	defer server.Close()
 	m := &model{stopped: make(chan error, prompts+1)}
-	if err := server.Handle("model", m.answer); err != nil {
+	if _, err := server.Handle("model", m.answer); err != nil {
 		return err
 	}
 	if err := producer.Flush(); err != nil { // NATS knows the subscription now

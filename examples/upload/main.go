@@ -87,7 +87,7 @@ func run(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	defer server.Close()
-	if err := server.Handle("upload", receive); err != nil {
+	if _, err := server.Handle("upload", receive); err != nil {
 		return err
 	}
 	if err := producer.Flush(); err != nil { // NATS knows the subscription now

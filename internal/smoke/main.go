@@ -71,8 +71,10 @@ func check(url string, restart func() error) (version string, err error) {
 	}
 	defer client.Close()
 	const records, large = 20_000, 8 << 20
-	if err := errors.Join(server.Handle("down", down), server.Handle("up", up)); err != nil {
-		return version, err
+	for subject, h := range map[string]stream.Handler{"down": down, "up": up} {
+		if _, err := server.Handle(subject, h); err != nil {
+			return version, err
+		}
 	}
 	if err := nc.FlushTimeout(patience); err != nil {
 		return version, err

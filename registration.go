@@ -1,0 +1,237 @@
+package stream
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Registration is a subject that a [Server] serves, made by [Server.Handle] or [Server.HandleQueue]. It is safe for use by
+// many goroutines at once.
+type Registration struct {
+	server         *Server
+	subject, queue string
+	handler        Handler
+
+	urgent chan struct{}  // capacity 1: there is a reason that does not wait for minStay
+	ending sync.WaitGroup // of subscriptions that NATS still delivers to
+
+	mu          sync.Mutex // never held while NATS is asked
+	reasons     suspension
+	unsubscribe func()        // nil while there is no subscription
+	since       time.Time     // when it was made
+	changing    chan struct{} // not nil while a goroutine runs settle; closed when it is done
+}
+
+// minStay is how long a subscription lasts before a server leaves a queue group because it is full. Handlers that are shorter
+// than it takes to leave would have it leave and return all the time.
+const minStay = 100 * time.Millisecond
+
+// suspension is a set of reasons for which a registration has no subscription.
+type suspension uint8
+
+const (
+	suspendedFull    suspension = 1 << iota // the server has no room for another stream
+	suspendedStopped                        // for good: by Stop, Drain or Close, or because NATS takes no subscription any more
+)
+
+// Handle serves the requests on subject with h. The subject may have wildcards. If several servers handle the same subject,
+// each of them gets every request, and the consumer reads from the first that answers; [Server.HandleQueue] shares requests
+// out instead. A request that is sent before the NATS server knows the subscription fails with [nats.ErrNoResponders]: call
+// [nats.Conn.Flush] to wait until it does.
+//
+// Errors: those of [nats.Conn.Subscribe]; [ErrServerClosed] after the server's end; an error if h is nil.
+func (s *Server) Handle(subject string, h Handler) (*Registration, error) {
+	return s.HandleQueue(subject, "", h)
+}
+
+// HandleQueue is [Server.Handle] as a member of a queue group: NATS gives each request to one member. A server that is full
+// leaves its groups until it has room, unless [ServerParams].StayWhenFull is set.
+func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, error) {
+	if h == nil {
+		return nil, errors.New("stream: Handle needs a handler, it got nil")
+	}
+	r := &Registration{
+		server: s, subject: subject, queue: queue, handler: h,
+		urgent: make(chan struct{}, 1), changing: make(chan struct{}),
+	}
+	s.mu.Lock()
+	ending := s.idle != nil
+	if !ending { // else the goroutine that ends the server has looked at the registrations already
+		r.reasons = s.suspended & r.heeds()
+		s.registrations[r] = struct{}{}
+	}
+	s.mu.Unlock()
+	if ending {
+		return nil, ErrServerClosed
+	}
+	var err error
+	if e := s.ep.gone.Load(); e != nil { // the connection is closed, or the inbox is not permitted
+		err = fmt.Errorf("%w: %w", ErrServerClosed, e.err)
+	} else {
+		err = r.subscribe() // also if r begins suspended: NATS then says if it does not take the subject
+	}
+	if err != nil {
+		r.mu.Lock()
+		r.reasons |= suspendedStopped
+		r.mu.Unlock()
+	}
+	r.settle()
+	if err != nil {
+		s.forget(r)
+		return nil, err
+	}
+	return r, nil
+}
+
+// Stop ends the registration: no further requests on its subject reach the handler. Requests that NATS has delivered by then
+// are served, and handlers that run are not disturbed. Stop returns when NATS has confirmed, after two seconds at most. It does
+// not wait for handlers, so a handler may call it. Stopping again, or after the server's end, does nothing.
+func (r *Registration) Stop() {
+	if changing := r.change(suspendedStopped, 0); changing != nil {
+		<-changing
+	}
+	r.ending.Wait() // nothing is added to it any more
+	r.server.forget(r)
+}
+
+// heeds returns the reasons that count for r. If a server outside any queue group left its subject, nobody would get the
+// requests that it refuses, and consumers would hear less than why.
+func (r *Registration) heeds() suspension {
+	if r.queue == "" {
+		return ^suspendedFull
+	}
+	return ^suspension(0)
+}
+
+// change adds and removes reasons, and has a goroutine subscribe or unsubscribe if need be. It returns a channel that is closed
+// when that is done, nil if there is nothing to do. It does not ask NATS itself, so callbacks of NATS may call it, with
+// Server.mu held.
+func (r *Registration) change(add, remove suspension) (changing <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.reasons = r.reasons&^remove | add&r.heeds()
+	if add&^suspendedFull != 0 {
+		select {
+		case r.urgent <- struct{}{}:
+		default:
+		}
+	}
+	if r.changing == nil {
+		if r.settledLocked() {
+			return nil
+		}
+		r.changing = make(chan struct{})
+		go r.settle() // Stop waits for it, and so does the end of the server
+	}
+	return r.changing
+}
+
+// settledLocked reports whether there is a subscription exactly if there is no reason against it.
+func (r *Registration) settledLocked() bool { return (r.unsubscribe != nil) == (r.reasons == 0) }
+
+// settle subscribes and unsubscribes until the registration is as its reasons want it, and closes changing then. The goroutine
+// that made changing calls it.
+func (r *Registration) settle() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for !r.settledLocked() {
+		if r.unsubscribe == nil {
+			r.mu.Unlock()
+			err := r.subscribe()
+			if err != nil {
+				r.server.log.Error("stream: cannot serve a subject again", "subject", r.subject, "queue", r.queue, "error", err)
+			}
+			r.mu.Lock()
+			if err != nil { // the connection is closed or drains: it takes no subscription any more
+				r.reasons |= suspendedStopped
+			}
+		} else if stay := time.Until(r.since.Add(minStay)); stay > 0 && r.reasons == suspendedFull {
+			r.mu.Unlock()
+			select {
+			case <-time.After(stay):
+			case <-r.urgent:
+			}
+			r.mu.Lock()
+		} else {
+			r.ending.Go(r.unsubscribe) // it may take long, and there may be room again before
+			r.unsubscribe = nil
+		}
+	}
+	close(r.changing)
+	r.changing = nil
+}
+
+func (r *Registration) subscribe() error {
+	s := r.server
+	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) { s.request(m, r.handler) })
+	if err != nil {
+		return fmt.Errorf("stream: handle %s: %w", r.subject, err)
+	}
+	r.mu.Lock()
+	r.unsubscribe, r.since = unsubscribe, time.Now()
+	r.mu.Unlock()
+	return nil
+}
+
+func (s *Server) forget(r *Registration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.registrations, r)
+}
+
+// suspendLocked gives all registrations that heed it, and those to come, a reason to have no subscription.
+func (s *Server) suspendLocked(why suspension) {
+	s.suspended |= why
+	for r := range s.registrations {
+		r.change(why, 0)
+	}
+}
+
+// resumeLocked takes a reason back.
+func (s *Server) resumeLocked(why suspension) {
+	s.suspended &^= why
+	for r := range s.registrations {
+		r.change(0, why)
+	}
+}
+
+// checkRoomLocked makes the server leave its queue groups if it is full, and return if it has room again.
+func (s *Server) checkRoomLocked() {
+	if s.stays {
+		return
+	}
+	full := s.suspended&suspendedFull != 0
+	switch now := s.room.full(s.handlers, s.sessions, full); {
+	case now && !full:
+		s.suspendLocked(suspendedFull)
+	case full && !now:
+		s.resumeLocked(suspendedFull)
+	}
+}
+
+// room is how many streams a server takes.
+type room struct {
+	handlers int // that run
+	sessions int // of handlers that run, and of those whose streams have something left to send
+}
+
+func roomFor(maxStreams int) room {
+	return room{handlers: maxStreams, sessions: 2*min(maxStreams, math.MaxInt/4) + lingering}
+}
+
+// spare is the part of the room that has to be free before a full server returns to its queue groups. Without it a server that
+// is busy would leave and return with each handler that ends.
+const spare = 8
+
+// full reports whether a server with that many handlers and sessions is full, or is still, if it was.
+func (r room) full(handlers, sessions int, was bool) bool {
+	if was {
+		return handlers > r.handlers-max(1, r.handlers/spare) || sessions > r.sessions-max(1, r.sessions/spare)
+	}
+	return handlers >= r.handlers || sessions >= r.sessions
+}
