@@ -1,0 +1,82 @@
+package stream_test
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream"
+)
+
+// wantDone fails the test unless done is closed in time and err is want.
+func wantDone(t *testing.T, done <-chan struct{}, err func() error, want error) {
+	t.Helper()
+	waitFor(t, "Done", func() { <-done })
+	if err := err(); !errors.Is(err, want) {
+		t.Errorf("Err: %v, want %v", err, want)
+	}
+}
+
+func wantNotDone(t *testing.T, done <-chan struct{}, err error) {
+	t.Helper()
+	select {
+	case <-done:
+		t.Error("Done is closed too early")
+	default:
+	}
+	if err != nil {
+		t.Errorf("Err too early: %v", err)
+	}
+}
+
+func TestDoneTellsWhy(t *testing.T) {
+	t.Run("closed", func(t *testing.T) {
+		p := newPair(t)
+		s := newService(t, p, stream.ServerParams{})
+		wantNotDone(t, s.Done(), s.Err())
+		wantNotDone(t, p.consumer.Done(), p.consumer.Err())
+		if err := errors.Join(s.Close(), p.consumer.Close()); err != nil {
+			t.Fatal(err)
+		}
+		wantDone(t, s.Done(), s.Err, stream.ErrServerClosed)
+		wantDone(t, p.consumer.Done(), p.consumer.Err, stream.ErrClientClosed)
+	})
+	t.Run("drained", func(t *testing.T) {
+		h := newHeld()
+		p, s := newServed(t, stream.ServerParams{}, h.handle)
+		st := begin(t, p, "svc")
+		drained := make(chan error, 1)
+		go func() { drained <- s.Drain(testContext(t)) }()
+		eventually(t, "it takes no requests", func() bool { return errors.Is(refusedWith(t, p, "svc"), nats.ErrNoResponders) })
+		wantNotDone(t, s.Done(), s.Err())
+		close(h.release)
+		wantEOF(t, st)
+		wantDone(t, s.Done(), s.Err, stream.ErrServerClosed)
+		if err := <-drained; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("connection closed", func(t *testing.T) {
+		p := newPair(t)
+		s := newService(t, p, stream.ServerParams{})
+		s.nc.Close()
+		p.consumer.Conn.Close()
+		wantDone(t, s.Done(), s.Err, nats.ErrConnectionClosed)
+		wantDone(t, p.consumer.Done(), p.consumer.Err, nats.ErrConnectionClosed)
+		if err := errors.Join(s.Close(), p.consumer.Close()); err != nil {
+			t.Error(err)
+		}
+		wantDone(t, s.Done(), s.Err, nats.ErrConnectionClosed) // what came first
+	})
+	t.Run("connection down", func(t *testing.T) {
+		p := newPair(t)
+		s := newService(t, p, stream.ServerParams{}, nats.ReconnectWait(0))
+		if err := s.nc.ForceReconnect(); err != nil {
+			t.Fatal(err)
+		}
+		s.handle(t, "svc", nothing)
+		wantEOF(t, open(t, p.consumer, "svc"))
+		wantNotDone(t, s.Done(), s.Err())
+	})
+}
