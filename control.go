@@ -197,7 +197,7 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 		}
 	}
 	switch {
-	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.ack/2):
+	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.Ack/2):
 		s.mark(workPackets)
 	case s.life.closed != 0 && w.sent.acked == w.sent.next:
 		o.sent(s)
@@ -217,7 +217,7 @@ func (o *outbox) tellCredit(s *session, flags FrameFlags) {
 		s.owed |= workGap
 		if l := &s.life; l.suspect == 0 { // or the subject is missing as well
 			l.suspect = o.ep.now()
-			o.schedule(s, l.suspect+o.ep.times.resume)
+			o.schedule(s, l.suspect+o.ep.times.Resume)
 		}
 	default:
 		var payload [creditSize]byte

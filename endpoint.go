@@ -18,6 +18,7 @@ import (
 	"github.com/nats-io/nuid"
 	"github.com/puzpuzpuz/xsync/v3"
 
+	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/wheel"
 )
@@ -34,7 +35,7 @@ type endpoint struct {
 	fallback  uint64 // bytes a fallback peer may pile up
 	budget    int64  // for all windows together
 	reserved  atomic.Int64
-	times     intervals
+	times     liveness.Intervals
 
 	// clock is the time of the last tick, in nanoseconds since started: near enough for what is looked at by each
 	// packet. Stored by the ticker and the outbox.
@@ -132,7 +133,7 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 		sessions:  xsync.NewMapOf[string, *session](),
 		watched:   make(chan struct{}),
 		closed:    make(chan struct{}),
-		times:     intervals{int64(p.KeepAlive), int64(p.AckTimeout), int64(p.ResumeTimeout), int64(p.DisconnectTimeout)},
+		times:     liveness.Intervals{KeepAlive: int64(p.KeepAlive), Ack: int64(p.AckTimeout), Resume: int64(p.ResumeTimeout), Disconnect: int64(p.DisconnectTimeout)},
 		started:   time.Now(),
 	}
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
@@ -299,7 +300,7 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 
 // missing asks for the packets that are missing, unless it just did.
 func (ep *endpoint) missing(s *session) {
-	if s.bucket.ask(ep.clock.Load(), ep.times.ack) {
+	if s.bucket.ask(ep.clock.Load(), ep.times.Ack) {
 		s.mark(workGap)
 	}
 }

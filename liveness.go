@@ -8,17 +8,13 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/wheel"
 )
 
 // This file is about time: when a peer is asked whether it lives, when it is given up, how long what was sent is kept
 // for it; docs/PROTOCOL.md section 13. One ticker per endpoint looks at a wheel of sessions, and the outbox, which owns
 // all of this, looks at those that are due. A stream has neither a timer nor a goroutine.
-
-// intervals are the parameters of the same names, in nanoseconds.
-type intervals struct {
-	keepAlive, ack, resume, disconnect int64
-}
 
 const (
 	defaultKeepAlive         = 15 * time.Second
@@ -28,8 +24,6 @@ const (
 
 	minTick = time.Millisecond
 	maxTick = 50 * time.Millisecond
-
-	suspectPings = 3 // unanswered ones that make a peer suspect
 )
 
 // life is what the outbox knows of a session in time, in nanoseconds of the endpoint's time; 0 is never.
@@ -49,15 +43,15 @@ type life struct {
 // tickLength returns the length of a tick: a quarter of the shortest timeout, so that none is noticed much later than it
 // ends. It is at most maxTick, because most ticks find nothing to do and one every 50 ms costs nothing that shows, and at
 // least minTick, which is as exact as timers are.
-func (t *intervals) tickLength() time.Duration {
-	shortest := min(t.keepAlive, t.ack, t.resume, t.disconnect)
+func tickLength(t *liveness.Intervals) time.Duration {
+	shortest := min(t.KeepAlive, t.Ack, t.Resume, t.Disconnect)
 	return min(max(time.Duration(shortest)/4, minTick), maxTick)
 }
 
 // initTime prepares the wheel and the ticker.
 func (ep *endpoint) initTime() {
-	tick := ep.times.tickLength()
-	ep.ticker.Init(tick, time.Duration(ep.times.keepAlive+ep.times.resume))
+	tick := tickLength(&ep.times)
+	ep.ticker.Init(tick, time.Duration(ep.times.KeepAlive+ep.times.Resume))
 	ep.outbox.wheel.Init(tick, func(s *session) *wheel.Node[session] { return &s.life.node })
 }
 
@@ -124,7 +118,7 @@ func (o *outbox) tick() {
 		o.down = 0
 	} else if o.down == 0 || o.down < o.resumed.Load() { // it was up in between
 		o.down = now
-	} else if now-o.down >= o.ep.times.disconnect {
+	} else if now-o.down >= o.ep.times.Disconnect {
 		o.abandon(now)
 	}
 	if !o.up.Load() { // opens that give up meanwhile leave nothing behind
@@ -147,7 +141,7 @@ func (o *outbox) tick() {
 // abandon ends the streams that have waited for the connection for DisconnectTimeout.
 func (o *outbox) abandon(now int64) {
 	end := func(s *session) {
-		if born := s.life.born; born != 0 && now-born >= o.ep.times.disconnect { // else it is about to be served
+		if born := s.life.born; born != 0 && now-born >= o.ep.times.Disconnect { // else it is about to be served
 			s.finish(disconnected())
 		}
 	}
@@ -163,37 +157,40 @@ func disconnected() *ending {
 	return &ending{err: connectionLost(nats.ErrDisconnected), tell: CloseError{CloseAbnormalClosure, "connection lost"}}
 }
 
-// check looks at a session that is due, and says when to look again.
+// check looks at a session that is due, acts on what that shows, and sees to it that it is looked at again.
 func (o *outbox) check(s *session, now int64) {
 	if s.finished {
 		return
 	}
-	l, times := &s.life, &o.ep.times
-	w := s.writer.Load()
-	again := now + times.keepAlive
-	if s.end.Load() != nil {
-		o.schedule(s, again) // the end is on the queue
+	o.noteArrivals(s, now)
+	f := o.facts(s, now)
+	d := liveness.Decide(&f)
+	if d.GiveUp != liveness.Alive {
+		o.giveUp(s, d.GiveUp)
 		return
 	}
-	if !o.up.Load() { // the other clocks stand still
-		end := max(o.down, l.born) + times.disconnect
-		if o.down != 0 && now >= end {
-			s.finish(disconnected())
-			return
-		}
-		if s.stream == nil && s.reply == "" {
-			again = now + times.ack // probe will not find it, and its consumer waits to hear from it
-		}
-		o.schedule(s, min(again, end))
-		return
-	}
-	if w != nil && s.returned.Load() && w.sent.failed != nil { // nobody else tries again
+	if d.Republish {
 		s.mark(workPackets)
-		again = now + times.ack
 	}
-	// Signs of life: control packets, which the outbox sees itself; packets, by the clock of when the reader took them;
-	// and packets that the reader has not got to.
-	resumed := o.resumed.Load()
+	if d.Ping {
+		if !d.Repeated { // an answer that does not come says nothing about the reader
+			s.life.asks++
+		}
+		if w := s.writer.Load(); w != nil && d.Lost {
+			w.sent.unanswered()
+		}
+		o.ping(s)
+	}
+	o.schedule(s, d.Next)
+}
+
+// noteArrivals notes the signs of life that the outbox does not see itself: packets that the reader took, by the clock of
+// when it did, and packets that wait for the reader.
+func (o *outbox) noteArrivals(s *session, now int64) {
+	if !o.up.Load() || s.end.Load() != nil {
+		return
+	}
+	l := &s.life
 	if n := s.bucket.ring.Pushed(); n != l.seen {
 		if l.seen = n; s.bucket.ring.Len() > 0 {
 			l.heard = now
@@ -203,80 +200,58 @@ func (o *outbox) check(s *session, now int64) {
 	if l.pings > 0 && l.heard > l.pinged {
 		l.pings, l.suspect, l.absent = 0, 0, false
 	}
+}
 
-	unacked := w != nil && !w.json && w.sent.acked != w.sent.next
-	silentHandler := s.stream == nil && w != nil && w.sent.next == 0 && l.pings == 0 && l.heard == 0
-	switch {
-	case l.closed != 0 && now-max(l.closed, resumed) >= times.resume:
-		e := CloseError{CloseAbnormalClosure, "the end of the stream was not acknowledged"}
-		s.finish(&ending{err: &e, tell: e})
-		return
-	case s.stream != nil && s.peer == "" || w != nil && w.json:
-		// Nobody to ask: not answered yet, or a peer that knows no PING.
-		if s.stream != nil && l.seen == 0 && l.asked != 0 && l.asked < resumed {
-			if now-resumed >= times.resume {
-				s.finish(&ending{err: &CloseError{CloseAbnormalClosure, "the request or its answer was lost with the connection"}})
-				return
-			}
-			again = min(again, resumed+times.resume)
-		}
-		if l.suspect != 0 {
-			if now-max(l.suspect, resumed) >= times.resume {
-				s.finish(&ending{err: &CloseError{CloseAbnormalClosure, "packets are missing, and their sender did not say where to ask for them"}})
-				return
-			}
-			again = min(again, max(l.suspect, resumed)+times.resume)
-		}
-		o.schedule(s, again)
-		return
-	case l.suspect != 0 && now-max(l.suspect, resumed) >= times.resume:
-		e := CloseError{CloseAbnormalClosure, "the peer does not answer"}
-		end := &ending{err: &e, tell: e}
-		if l.absent {
-			end.err = fmt.Errorf("%w: %w", &e, nats.ErrNoResponders)
-		}
-		s.finish(end)
-		return
+// facts gathers what liveness.Decide goes by.
+func (o *outbox) facts(s *session, now int64) liveness.Facts {
+	l, w := &s.life, s.writer.Load()
+	f := liveness.Facts{
+		Now: now, Times: &o.ep.times, Jitter: jitter(o.ep.times.KeepAlive),
+		Born: l.born, Heard: l.heard, Sent: l.sent, Asked: l.asked, Pinged: l.pinged,
+		Suspect: l.suspect, Closed: l.closed, Resumed: o.resumed.Load(), Down: o.down,
+		Pings: l.pings, Asks: l.asks,
+		Ending: s.end.Load() != nil, Disconnected: !o.up.Load(), Consumer: s.stream != nil, Registered: s.reply != "",
+		Received: l.seen != 0, NoPeer: s.stream != nil && s.peer == "" || w != nil && w.json,
 	}
+	if w != nil {
+		f.Unacked = !w.json && w.sent.acked != w.sent.next
+		f.Stalled = !f.Unacked && w.stalled()
+		f.Failed = s.returned.Load() && w.sent.failed != nil
+		f.Silent = s.stream == nil && w.sent.next == 0 && l.heard == 0
+	}
+	return f
+}
 
-	silent := max(l.heard, l.born, resumed) + jitter(times.keepAlive)
-	ask := now >= silent || silentHandler
-	if unacked || w != nil && w.stalled() {
-		// Asked ever more rarely: a credit that was lost looks like a reader that takes its time.
-		overdue := max(l.sent, l.pinged, resumed) + times.ack<<min(l.asks, 6)
-		ask = ask || now >= overdue
-		again = min(again, overdue)
+// giveUp ends a stream in which nothing can happen any longer. The peer is told, if it may come back.
+func (o *outbox) giveUp(s *session, why liveness.Reason) {
+	e := CloseError{Code: CloseAbnormalClosure}
+	switch why {
+	case liveness.Disconnected:
+		s.finish(disconnected())
+		return
+	case liveness.EndUnconfirmed:
+		e.Text = "the end of the stream was not acknowledged"
+	case liveness.RequestLost:
+		e.Text = "the request or its answer was lost with the connection"
+	case liveness.NobodyToAsk:
+		e.Text = "packets are missing, and their sender did not say where to ask for them"
+	case liveness.PeerGone:
+		e.Text = "the peer does not answer"
 	}
-	if l.pings > 0 || l.suspect != 0 {
-		repeat := l.pinged + times.ack
-		ask = now >= repeat
-		again = min(again, repeat)
-	} else if silent > now {
-		again = min(again, silent)
+	end := &ending{err: &e}
+	if s.peer != "" && s.binary() {
+		end.tell = e
 	}
-	if ask {
-		if l.pings == 0 { // what was not answered says nothing about the reader
-			l.asks++
-		}
-		if w != nil && l.pings > 1 { // one may only be slower than AckTimeout
-			w.sent.unanswered()
-		}
-		o.ping(s)
-		again = min(now+times.keepAlive, now+times.ack)
+	if why == liveness.PeerGone && s.life.absent {
+		end.err = fmt.Errorf("%w: %w", &e, nats.ErrNoResponders)
 	}
-	if l.closed != 0 {
-		again = min(again, max(l.closed, resumed)+times.resume)
-	}
-	if l.suspect != 0 {
-		again = min(again, max(l.suspect, resumed)+times.resume)
-	}
-	o.schedule(s, again)
+	s.finish(end)
 }
 
 // ping asks the peer for a CREDIT.
 func (o *outbox) ping(s *session) {
 	l := &s.life
-	if l.pings >= suspectPings && l.suspect == 0 {
+	if l.pings >= liveness.SuspectPings && l.suspect == 0 {
 		l.suspect = o.ep.now()
 	}
 	l.pings++
@@ -288,7 +263,7 @@ func (o *outbox) ping(s *session) {
 		}
 	}
 	o.tell(s, s.reply, Frame{Type: FramePing})
-	o.schedule(s, l.pinged+o.ep.times.ack)
+	o.schedule(s, l.pinged+o.ep.times.Ack)
 }
 
 // absent takes the server's word that nobody received a first packet or a PING. It is a hint: the peer's connection may
@@ -298,9 +273,9 @@ func (o *outbox) absent(s *session) {
 	l.absent = true
 	if l.suspect == 0 {
 		l.suspect = o.ep.now()
-		o.schedule(s, l.suspect+o.ep.times.ack)
+		o.schedule(s, l.suspect+o.ep.times.Ack)
 	}
 }
 
-// jitter makes d up to a tenth shorter, so that streams which began together are not asked together.
-func jitter(d int64) int64 { return d - rand.Int64N(d/10+1) }
+// jitter is by how much an interval of d is made shorter, at random: up to a tenth.
+func jitter(d int64) int64 { return rand.Int64N(d/10 + 1) }

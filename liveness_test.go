@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
 )
@@ -108,7 +109,7 @@ func TestPeerGone(t *testing.T) {
 				switch {
 				case c.vanish:
 					m.bus.SetFilter(fake.BlackHole(nil, nil))
-					limit += suspectPings * m.times.AckTimeout
+					limit += liveness.SuspectPings * m.times.AckTimeout
 				case c.consumer:
 					m.back.Set(nats.RECONNECTING)
 				default:

@@ -20,6 +20,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"pgregory.net/rapid"
 
+	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
@@ -824,7 +825,7 @@ func (r *modelRun) finish() {
 	}
 	// What was lost is repaired, and who is gone is given up.
 	p := modelParams
-	time.Sleep(p.KeepAlive + p.ResumeTimeout + (suspectPings+3)*p.AckTimeout)
+	time.Sleep(p.KeepAlive + p.ResumeTimeout + (liveness.SuspectPings+3)*p.AckTimeout)
 	synctest.Wait()
 	for _, s := range r.streams {
 		for i := range s.ends {
@@ -867,7 +868,7 @@ func (r *modelRun) finish() {
 			s.giveBack(CloseNormalClosure)
 		}
 	}
-	time.Sleep(p.KeepAlive + p.ResumeTimeout + (suspectPings+3)*p.AckTimeout)
+	time.Sleep(p.KeepAlive + p.ResumeTimeout + (liveness.SuspectPings+3)*p.AckTimeout)
 	synctest.Wait()
 	if err := r.m.left(); err != nil {
 		r.failf("%v", err)

@@ -304,7 +304,7 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	resume := work&workResume != 0 && s.peer != ""
 	if work&workResume != 0 && !resume { // the request, or its answer, may be lost
-		o.schedule(s, o.resumed.Load()+o.ep.times.resume)
+		o.schedule(s, o.resumed.Load()+o.ep.times.Resume)
 	}
 	if work&workGap != 0 || resume {
 		o.tellCredit(s, FlagGap)

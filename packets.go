@@ -255,9 +255,9 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		w.sentJSON(p)
 	} else {
 		w.sent.push(p)
-		if due := s.life.node.Due(); due == 0 || due > now+2*o.ep.times.ack { // it was idle
+		if due := s.life.node.Due(); due == 0 || due > now+2*o.ep.times.Ack { // it was idle
 			s.life.sent = o.ep.now()
-			o.schedule(s, s.life.sent+o.ep.times.ack)
+			o.schedule(s, s.life.sent+o.ep.times.Ack)
 		}
 	}
 	// Whoever waits for this first says so and then looks at published: one of the two sees the other.
@@ -276,7 +276,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 			o.sent(s)
 		} else {
 			s.life.closed = o.ep.now()
-			o.schedule(s, s.life.closed+min(o.ep.times.ack, o.ep.times.resume))
+			o.schedule(s, s.life.closed+min(o.ep.times.Ack, o.ep.times.Resume))
 		}
 	}
 	return !last

@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
@@ -267,7 +268,7 @@ func TestResetLost(t *testing.T) {
 			atMost time.Duration
 		}{
 			1:  {CloseCanceled, defaultKeepAlive + timerSlack},
-			-1: {CloseAbnormalClosure, defaultKeepAlive + suspectPings*defaultAckTimeout + defaultResumeTimeout + timerSlack},
+			-1: {CloseAbnormalClosure, defaultKeepAlive + liveness.SuspectPings*defaultAckTimeout + defaultResumeTimeout + timerSlack},
 		} {
 			t.Run(fmt.Sprintf("%s/lost=%d", name, lost), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {

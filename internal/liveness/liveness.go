@@ -1,0 +1,175 @@
+// Package liveness decides about a stream in time: when its peer is asked whether it lives, when the stream is given up,
+// and when to look again. It is a pure function over facts. The outbox of package stream gathers the facts and acts.
+//
+// All times are in nanoseconds of one monotonic clock that never reads 0; 0 means never.
+package liveness
+
+// SuspectPings is the number of unanswered questions that make a peer suspect.
+const SuspectPings = 3
+
+// maxBackoff is the largest power of two by which a question about an acknowledgement is put off.
+const maxBackoff = 6
+
+// Intervals are the parameters of an endpoint that have the same names, in nanoseconds.
+type Intervals struct {
+	KeepAlive, Ack, Resume, Disconnect int64
+}
+
+// Facts are all that a decision depends on.
+type Facts struct {
+	Now   int64
+	Times *Intervals
+	// Jitter shortens KeepAlive, so that streams that began together are not asked together.
+	Jitter int64
+
+	Born    int64 // when the outbox first saw the stream
+	Heard   int64 // last sign of life of the peer
+	Sent    int64 // when the last packet was published
+	Asked   int64 // when the request was published
+	Pinged  int64 // when the last PING was published
+	Suspect int64 // since when the peer may be gone
+	Closed  int64 // since when CLOSE waits to be acknowledged
+	Resumed int64 // when the connection came back last
+	Down    int64 // when the connection was seen to be down, if it is
+
+	Pings int32 // unanswered since the last sign of life
+	Asks  int32 // questions since the last packet or acknowledgement, without repetitions
+
+	Ending       bool // the stream has ended, and its end waits for the outbox
+	Disconnected bool // this end's connection is down
+	Consumer     bool // this end sent the request
+	Registered   bool // the mux knows this end's subject
+	Received     bool // a packet of the peer arrived
+	NoPeer       bool // nobody can be asked: the subject is not known, or the peer knows no PING
+	Unacked      bool // packets of this end are not acknowledged
+	Stalled      bool // a writer waits for credit
+	Failed       bool // a publish failed, and no writer will repeat it
+	Silent       bool // this end is a handler's, and has neither sent nor heard anything
+}
+
+// Reason says why a stream is given up.
+type Reason uint8
+
+const (
+	Alive          Reason = iota // the stream goes on
+	Disconnected                 // this end's connection was down for Disconnect
+	EndUnconfirmed               // CLOSE was not acknowledged for Resume
+	RequestLost                  // nothing was heard for Resume after the connection that took the request came back
+	NobodyToAsk                  // packets are missing, and for Resume their sender did not say where to ask for them
+	PeerGone                     // the peer was suspect for Resume
+)
+
+// Decision says what to do about a stream.
+type Decision struct {
+	GiveUp    Reason // if not Alive, nothing else is to be done
+	Next      int64  // when to look again, at the latest
+	Republish bool   // publish the packet that failed
+	Ping      bool   // ask the peer
+	Repeated  bool   // the PING repeats one that was not answered
+	Lost      bool   // more than one PING was not answered, so packets before it may be lost too
+}
+
+// until makes the next look no later than at.
+func (d *Decision) until(at int64) { d.Next = min(d.Next, at) }
+
+// Decide looks at a stream.
+func Decide(f *Facts) Decision {
+	d := Decision{Next: f.Now + f.Times.KeepAlive}
+	switch {
+	case f.Ending:
+		return d
+	case f.Disconnected:
+		return f.waitForConnection(d)
+	}
+	if f.Failed {
+		d.Republish, d.Next = true, f.Now+f.Times.Ack
+	}
+	switch {
+	case f.Closed != 0 && f.Now >= f.overdue(f.Closed):
+		return giveUp(EndUnconfirmed)
+	case f.NoPeer:
+		return f.waitForPeer(d)
+	case f.Suspect != 0 && f.Now >= f.overdue(f.Suspect):
+		return giveUp(PeerGone)
+	}
+	return f.ask(d)
+}
+
+func giveUp(r Reason) Decision { return Decision{GiveUp: r} }
+
+// since is t, or when the connection came back after it.
+func (f *Facts) since(t int64) int64 { return max(t, f.Resumed) }
+
+// overdue is when Resume is over, which began at t.
+func (f *Facts) overdue(t int64) int64 { return f.since(t) + f.Times.Resume }
+
+// waitForConnection is Decide while the connection is down. All clocks but one stand still.
+func (f *Facts) waitForConnection(d Decision) Decision {
+	down := f.Down
+	if down == 0 { // the outbox has not seen it yet
+		down = f.Now
+	}
+	end := max(down, f.Born) + f.Times.Disconnect
+	if f.Now >= end {
+		return giveUp(Disconnected)
+	}
+	if !f.Consumer && !f.Registered {
+		// After the reconnect nobody marks this session, because it has no token yet. Its consumer waits for a hello.
+		d.Next = f.Now + f.Times.Ack
+	}
+	d.until(end)
+	return d
+}
+
+// waitForPeer is Decide when nobody can be asked.
+func (f *Facts) waitForPeer(d Decision) Decision {
+	if f.Consumer && !f.Received && f.Asked != 0 && f.Asked < f.Resumed {
+		if end := f.Resumed + f.Times.Resume; f.Now >= end {
+			return giveUp(RequestLost)
+		} else {
+			d.until(end)
+		}
+	}
+	if f.Suspect != 0 {
+		if end := f.overdue(f.Suspect); f.Now >= end {
+			return giveUp(NobodyToAsk)
+		} else {
+			d.until(end)
+		}
+	}
+	return d
+}
+
+// ask decides whether to ask the peer now.
+func (f *Facts) ask(d Decision) Decision {
+	if f.Pings > 0 || f.Suspect != 0 {
+		repeat := f.Pinged + f.Times.Ack
+		d.Ping = f.Now >= repeat
+		d.until(repeat)
+	} else {
+		silent := max(f.Heard, f.since(f.Born)) + f.Times.KeepAlive - f.Jitter
+		d.Ping = f.Now >= silent || f.Silent
+		d.until(silent)
+		if f.Unacked || f.Stalled {
+			// A credit that was lost looks like a reader that takes its time, so questions become ever rarer.
+			overdue := f.since(max(f.Sent, f.Pinged)) + f.Times.Ack<<min(f.Asks, maxBackoff)
+			d.Ping = d.Ping || f.Now >= overdue
+			d.until(overdue)
+		}
+	}
+	suspect := f.Suspect
+	if d.Ping {
+		d.Repeated, d.Lost = f.Pings > 0, f.Pings > 1 // one may only be slower than Ack
+		if suspect == 0 && f.Pings >= SuspectPings {
+			suspect = f.Now
+		}
+		d.Next = f.Now + min(f.Times.KeepAlive, f.Times.Ack)
+	}
+	if f.Closed != 0 {
+		d.until(f.overdue(f.Closed))
+	}
+	if suspect != 0 {
+		d.until(f.overdue(suspect))
+	}
+	return d
+}

@@ -1,0 +1,165 @@
+package liveness_test
+
+import (
+	"testing"
+
+	"pgregory.net/rapid"
+
+	. "github.com/natsstream/stream/internal/liveness"
+)
+
+// The intervals of these tests, in no unit.
+const (
+	keepAlive  = 1000
+	ack        = 10
+	resume     = 100
+	disconnect = 500
+)
+
+var times = Intervals{KeepAlive: keepAlive, Ack: ack, Resume: resume, Disconnect: disconnect}
+
+// Decide for each way in which a stream can be.
+func TestDecide(t *testing.T) {
+	const now = 10_000
+	for name, c := range map[string]struct {
+		facts Facts
+		want  Decision
+	}{
+		"heard just now":          {Facts{Heard: now}, Decision{Next: now + keepAlive}},
+		"jitter shortens silence": {Facts{Heard: now, Jitter: 7}, Decision{Next: now + keepAlive - 7}},
+		"silence not over":        {Facts{Heard: now - keepAlive + 1}, Decision{Next: now + 1}},
+		"silence over":            {Facts{Heard: now - keepAlive}, Decision{Ping: true, Next: now + ack}},
+		"silence since birth":     {Facts{Born: now - keepAlive}, Decision{Ping: true, Next: now + ack}},
+		"silence since reconnect": {Facts{Resumed: now - keepAlive + 5}, Decision{Next: now + 5}},
+		"silent handler":          {Facts{Heard: now, Silent: true}, Decision{Ping: true, Next: now + ack}},
+		"silent handler, asked":   {Facts{Silent: true, Pings: 1, Pinged: now}, Decision{Next: now + ack}},
+
+		"ending":                     {Facts{Ending: true, Closed: 1, Suspect: 1}, Decision{Next: now + keepAlive}},
+		"failed publish":             {Facts{Heard: now, Failed: true}, Decision{Republish: true, Next: now + ack}},
+		"failed publish, no peer":    {Facts{Heard: now, Failed: true, NoPeer: true}, Decision{Republish: true, Next: now + ack}},
+		"failed publish, given up":   {Facts{Failed: true, Closed: 1}, Decision{GiveUp: EndUnconfirmed}},
+		"first question outstanding": {Facts{Pings: 1, Pinged: now - ack + 3}, Decision{Next: now + 3}},
+		"first question unanswered":  {Facts{Pings: 1, Pinged: now - ack}, Decision{Ping: true, Repeated: true, Next: now + ack}},
+		"second question unanswered": {Facts{Pings: 2, Pinged: now - ack}, Decision{Ping: true, Repeated: true, Lost: true, Next: now + ack}},
+		"suspect":                    {Facts{Pings: 4, Pinged: now, Suspect: now - resume + 2}, Decision{Next: now + 2}},
+		"suspect by the server":      {Facts{Suspect: now, Pinged: now - 1}, Decision{Next: now + ack - 1}},
+		"suspect for long":           {Facts{Pings: 9, Pinged: now, Suspect: now - resume}, Decision{GiveUp: PeerGone}},
+		"suspect before reconnect":   {Facts{Pings: 9, Pinged: now, Suspect: 1, Resumed: now - 1}, Decision{Next: now + ack}},
+
+		"acknowledgement outstanding":  {Facts{Heard: now, Unacked: true, Sent: now - 1}, Decision{Next: now + ack - 1}},
+		"acknowledgement overdue":      {Facts{Heard: now, Unacked: true, Sent: now - ack}, Decision{Ping: true, Next: now + ack}},
+		"credit overdue":               {Facts{Heard: now, Stalled: true, Sent: now - ack}, Decision{Ping: true, Next: now + ack}},
+		"asked for it twice":           {Facts{Heard: now, Unacked: true, Pinged: now - ack, Asks: 2}, Decision{Next: now + 3*ack}},
+		"asked for it often":           {Facts{Heard: now, Unacked: true, Pinged: now, Asks: 100}, Decision{Next: now + 64*ack}},
+		"overdue since reconnect":      {Facts{Heard: now, Unacked: true, Sent: 1, Resumed: now}, Decision{Next: now + ack}},
+		"overdue, question unanswered": {Facts{Unacked: true, Sent: 1, Pings: 1, Pinged: now - 1}, Decision{Next: now + ack - 1}},
+
+		"end outstanding":      {Facts{Heard: now, Closed: now - 1}, Decision{Next: now + resume - 1}},
+		"end unconfirmed":      {Facts{Heard: now, Closed: now - resume}, Decision{GiveUp: EndUnconfirmed}},
+		"end before reconnect": {Facts{Heard: now, Closed: 1, Resumed: now}, Decision{Next: now + resume}},
+
+		"not answered yet":         {Facts{NoPeer: true, Consumer: true, Asked: 1}, Decision{Next: now + keepAlive}},
+		"request before reconnect": {Facts{NoPeer: true, Consumer: true, Asked: 1, Resumed: now - 1}, Decision{Next: now + resume - 1}},
+		"request after reconnect":  {Facts{NoPeer: true, Consumer: true, Asked: now, Resumed: now - 200}, Decision{Next: now + keepAlive}},
+		"request lost":             {Facts{NoPeer: true, Consumer: true, Asked: 1, Resumed: now - resume}, Decision{GiveUp: RequestLost}},
+		"answered, subject lost":   {Facts{NoPeer: true, Consumer: true, Asked: 1, Resumed: now - resume, Received: true}, Decision{Next: now + keepAlive}},
+		"nobody to ask":            {Facts{NoPeer: true, Consumer: true, Suspect: now - 1}, Decision{Next: now + resume - 1}},
+		"nobody to ask for long":   {Facts{NoPeer: true, Consumer: true, Suspect: now - resume}, Decision{GiveUp: NobodyToAsk}},
+
+		"down":                      {Facts{Disconnected: true, Registered: true, Down: now - 1}, Decision{Next: now + disconnect - 1}},
+		"down, not seen yet":        {Facts{Disconnected: true, Registered: true}, Decision{Next: now + disconnect}},
+		"down, handler to be found": {Facts{Disconnected: true, Down: now}, Decision{Next: now + ack}},
+		"down, consumer":            {Facts{Disconnected: true, Consumer: true, Down: now}, Decision{Next: now + disconnect}},
+		"down, born since":          {Facts{Disconnected: true, Consumer: true, Down: 1, Born: now}, Decision{Next: now + disconnect}},
+		"down for long":             {Facts{Disconnected: true, Down: now - disconnect}, Decision{GiveUp: Disconnected}},
+		"down, clocks stand still":  {Facts{Disconnected: true, Registered: true, Down: now, Closed: 1, Suspect: 1}, Decision{Next: now + disconnect}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := c.facts
+			f.Now, f.Times = now, &times
+			if d := Decide(&f); d != c.want {
+				t.Errorf("%+v, want %+v", d, c.want)
+			}
+		})
+	}
+}
+
+// stream plays the outbox for one stream: it looks when it is told to, or up to late after that, or earlier.
+type stream struct {
+	Facts
+	answers bool // the peer answers each question within ack
+	answer  int64
+}
+
+func (s *stream) look(t *rapid.T, late int64) Decision {
+	if s.answer != 0 && s.answer <= s.Now {
+		s.Heard, s.answer = s.answer, 0
+		s.Pings, s.Suspect, s.Asks = 0, 0, 0
+	}
+	s.Jitter = rapid.Int64Range(0, keepAlive/10).Draw(t, "jitter")
+	d := Decide(&s.Facts)
+	if d.GiveUp != Alive {
+		return d
+	}
+	if d.Next <= s.Now {
+		t.Fatalf("%+v: the next look is at %d", s.Facts, d.Next)
+	}
+	if d.Ping {
+		if s.Pings >= SuspectPings && s.Suspect == 0 {
+			s.Suspect = s.Now
+		}
+		if !d.Repeated {
+			s.Asks++
+		}
+		s.Pings++
+		s.Pinged = s.Now
+		if s.answers {
+			s.answer = s.Now + rapid.Int64Range(1, ack).Draw(t, "answer")
+		}
+	}
+	next := d.Next + rapid.Int64Range(0, late).Draw(t, "late")
+	if rapid.IntRange(0, 4).Draw(t, "early") == 0 {
+		next = s.Now + rapid.Int64Range(1, next-s.Now).Draw(t, "looks early")
+	}
+	if s.answer != 0 { // it is heard before the next look, as the outbox reads what arrived first
+		s.answer = min(s.answer, next)
+	}
+	s.Now = next
+	return d
+}
+
+func draw(t *rapid.T) *stream {
+	b := func(name string) bool { return rapid.Bool().Draw(t, name) }
+	return &stream{Facts: Facts{
+		Now: 1, Born: 1, Times: &times, Registered: true,
+		Consumer: b("consumer"), Unacked: b("unacked"), Stalled: b("stalled"), Silent: b("silent"), Sent: 1,
+	}}
+}
+
+// A peer that is gone is given up in time, however the looks fall.
+func TestDeadPeerIsGivenUp(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s := draw(t)
+		const late = 20
+		const looks = SuspectPings + 3 // each may be late: the question, its repetitions, and the last one
+		bound := int64(keepAlive + SuspectPings*ack + resume + looks*late)
+		for s.look(t, late).GiveUp == Alive {
+			if s.Now > 1+bound {
+				t.Fatalf("not given up after %d, the bound is %d", s.Now-1, bound)
+			}
+		}
+	})
+}
+
+// A peer that answers is never given up, however the looks fall.
+func TestLivingPeerIsNotGivenUp(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s := draw(t)
+		s.answers = true
+		for s.Now < 20*keepAlive {
+			if d := s.look(t, ack); d.GiveUp != Alive {
+				t.Fatalf("given up at %d, reason %d", s.Now, d.GiveUp)
+			}
+		}
+	})
+}
