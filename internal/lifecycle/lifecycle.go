@@ -1,0 +1,303 @@
+// Package lifecycle is the life of a stream at one end, as a table: which states its two halves have, which events move
+// them, and which actions each transition asks for.
+//
+// The table is data. The outbox asks it with [State.On] and carries out the answer, tests walk all of it, and the tables of
+// docs/PROTOCOL.md section 12 are generated from it. The package knows no packets, no goroutines and no time.
+package lifecycle
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Role says which end of a stream a state belongs to. Roles are bits, so that a rule can name several.
+type Role uint8
+
+const (
+	Consumer Role = 1 << iota // opened the stream
+	Handler                   // a Server's handler produces the stream, and may read records from the consumer
+	Writer                    // produces the stream and takes no records: NewWriter
+)
+
+// Send is the state of the half that sends.
+type Send uint8
+
+const (
+	NoSender Send = iota // a consumer that has not written yet
+	Waiting              // records were written, and the peer's subject is not known yet
+	Open                 // records can be published
+	Closing              // CLOSE was published and is not acknowledged yet
+	Settled              // CLOSE was acknowledged, or the peer takes no records
+)
+
+// Recv is the state of the half that receives.
+type Recv uint8
+
+const (
+	Reading Recv = iota // records may come
+	Done                // the peer's CLOSE was read, or none is expected
+	Unread              // the handler returned: nobody reads the records that still come
+)
+
+// Phase is the state of the stream as a whole.
+type Phase uint8
+
+const (
+	Live   Phase = iota
+	Ending       // this end ended the stream and has not told its peer yet
+	Gone         // over: the token is out of use
+)
+
+// State is the life of a stream at one end. The zero State is that of a consumer which has just opened its stream.
+type State struct {
+	Send  Send
+	Recv  Recv
+	Phase Phase
+}
+
+// Start returns the state in which a stream begins. A producer whose consumer cannot send records expects none.
+func Start(r Role, takesRecords bool) State {
+	switch {
+	case r == Consumer:
+		return State{NoSender, Reading, Live}
+	case takesRecords:
+		return State{Open, Reading, Live}
+	}
+	return State{Open, Done, Live}
+}
+
+// Event is something that happened to a stream.
+type Event uint8
+
+const (
+	Written         Event = iota // the consumer's user wrote or closed its direction for the first time
+	PeerKnown                    // a message of the peer carried a reply subject
+	PeerIsJSON                   // the first message is of the JSON fallback
+	ClosePublished               // this end's CLOSE was published
+	CloseAcked                   // the peer acknowledged this end's CLOSE
+	CloseRead                    // CLOSE 1000 was read, and the stream goes on: this end has a sender, or CLOSE has HALF
+	HandlerReturned              // the handler returned, and its CLOSE was written
+	Completed                    // nothing remains to be done in either direction
+	PeerFailed                   // CLOSE with another code was read
+	ResetRead                    // the peer's RESET arrived
+	Ended                        // this end ends the stream before it is complete
+	Told                         // RESET was published, or there is nobody to be told
+	events
+)
+
+// Action is a set of things for the outbox to do after a transition.
+type Action uint8
+
+const (
+	AckClose    Action = 1 << iota // send a CREDIT that acknowledges CLOSE
+	SendReset                      // send RESET with the code that the stream ended with, if it has one
+	ResetUnread                    // send RESET with the code of CLOSE, if CLOSE has HALF or a record was received
+	Probe                          // send PING, once, if nothing was received
+	FailWrites                     // writes fail from now on
+	EndContexts                    // end the contexts of the stream's users
+	Forget                         // release what the stream holds
+)
+
+// On returns the state that event e leads to and the actions that it asks for. ok is false for an event that the table does
+// not expect in state s: the state stays, and nothing is to be done.
+func (s State) On(e Event, r Role) (next State, do Action, ok bool) {
+	for i := range rules {
+		if rule := &rules[i]; rule.matches(s, e, r) {
+			return rule.apply(s), rule.do, true
+		}
+	}
+	if Strict {
+		panic(fmt.Sprintf("lifecycle: no rule for event %v of a %v in state %v", e, r, s))
+	}
+	return s, 0, false
+}
+
+// Strict makes On panic for an event without a rule. Tests set it before they start anything: an event that the table lacks
+// is a mistake in the table or in the code that raised it.
+var Strict bool
+
+// sends, recvs are sets of states: bit n stands for state n. A zero set stands for all states.
+type (
+	sends uint8
+	recvs uint8
+)
+
+func in(states ...Send) (set sends) {
+	for _, s := range states {
+		set |= 1 << s
+	}
+	return set
+}
+
+func at(states ...Recv) (set recvs) {
+	for _, s := range states {
+		set |= 1 << s
+	}
+	return set
+}
+
+// keep says that a rule does not change a half.
+const keep = 0xFF
+
+// rule is one row of the table.
+type rule struct {
+	role  Role
+	event Event
+	send  sends
+	recv  recvs
+	phase Phase
+
+	toSend  Send
+	toRecv  Recv
+	toPhase Phase
+	do      Action
+	why     string // for docs/PROTOCOL.md, where the row does not explain itself
+}
+
+func (r *rule) matches(s State, e Event, role Role) bool {
+	return r.event == e && r.role&role != 0 && r.phase == s.Phase &&
+		(r.send == 0 || r.send&(1<<s.Send) != 0) && (r.recv == 0 || r.recv&(1<<s.Recv) != 0)
+}
+
+func (r *rule) apply(s State) State {
+	if r.toSend != keep {
+		s.Send = r.toSend
+	}
+	if r.toRecv != keep {
+		s.Recv = r.toRecv
+	}
+	s.Phase = r.toPhase
+	return s
+}
+
+const (
+	producers = Handler | Writer
+	anyone    = Consumer | producers
+)
+
+// rules is the table. No two rows match the same state, event and role; a test holds that.
+var rules = []rule{
+	// The sender begins.
+	{Consumer, Written, in(NoSender), 0, Live, Waiting, keep, Live, 0, "keep the records until the peer is known"},
+	{Consumer, PeerKnown, in(Waiting), 0, Live, Open, keep, Live, 0, "note subject and window, section 2.3"},
+	{Consumer, PeerKnown, in(NoSender, Open, Closing, Settled), 0, Live, keep, keep, Live, 0, "write to that subject from now on"},
+	{producers, PeerKnown, 0, 0, Live, keep, keep, Live, 0, "write to that subject from now on"},
+	{Consumer, PeerIsJSON, in(NoSender), 0, Live, keep, keep, Live, 0, "section 11"},
+	{Consumer, PeerIsJSON, in(Waiting), at(Reading), Live, Settled, keep, Live, FailWrites, "a fallback producer takes no records"},
+	{Consumer, PeerIsJSON, in(Waiting), at(Done), Live, Settled, keep, Gone, FailWrites | EndContexts | Forget, ""},
+
+	// The sender ends.
+	{anyone, ClosePublished, in(Open), 0, Live, Closing, keep, Live, 0, ""},
+	{Consumer, CloseAcked, in(Closing), at(Reading), Live, Settled, keep, Live, 0, ""},
+	{Handler, CloseAcked, in(Closing), at(Reading), Live, Settled, keep, Live, Probe, "the handler goes on reading"},
+	{anyone, CloseAcked, in(Closing), at(Done), Live, Settled, keep, Gone, EndContexts | Forget, "the stream is complete"},
+	{Handler, CloseAcked, in(Closing), at(Unread), Live, Settled, keep, Gone, ResetUnread | EndContexts | Forget, "the consumer must not wait for a reader"},
+
+	// The receiver ends.
+	{Consumer, CloseRead, in(NoSender, Waiting, Open, Closing), at(Reading), Live, keep, Done, Live, AckClose, ""},
+	{Handler, CloseRead, in(Open, Closing), at(Reading), Live, keep, Done, Live, AckClose, ""},
+	{Consumer | Handler, CloseRead, in(Settled), at(Reading), Live, keep, Done, Gone, AckClose | EndContexts | Forget, "the stream is complete"},
+	{Handler, HandlerReturned, in(Open, Closing), at(Reading), Live, keep, Unread, Live, 0, ""},
+	{Handler, HandlerReturned, in(Settled), at(Reading), Live, keep, Unread, Gone, ResetUnread | EndContexts | Forget, "the consumer must not wait for a reader"},
+	{Handler, HandlerReturned, 0, at(Done), Live, keep, keep, Live, 0, ""},
+
+	// The stream ends.
+	{Consumer, Completed, 0, at(Reading), Live, keep, Done, Gone, AckClose | EndContexts | Forget, "CLOSE 1000 without HALF was read, and there is no sender"},
+	{producers, Completed, in(Closing, Settled), 0, Live, keep, keep, Gone, Forget, "a RESET says that the consumer is done, section 12.3"},
+	{anyone, PeerFailed, 0, 0, Live, keep, Done, Gone, AckClose | EndContexts | Forget, ""},
+	{anyone, ResetRead, 0, 0, Live, keep, keep, Gone, EndContexts | Forget, "records that arrived in order stay readable"},
+	{anyone, Ended, 0, 0, Live, keep, keep, Ending, SendReset | EndContexts, "section 12.3 says why and with which code"},
+	{anyone, Told, 0, 0, Ending, keep, keep, Gone, Forget, ""},
+
+	// Late news.
+	{anyone, PeerKnown, 0, 0, Ending, keep, keep, Ending, 0, "RESET goes to that subject"},
+	{anyone, PeerKnown, 0, 0, Gone, keep, keep, Gone, SendReset, "the stream ended before its peer was known"},
+}
+
+// Names as they stand in docs/PROTOCOL.md.
+var (
+	roleNames  = map[Role]string{Consumer: "consumer", Handler: "handler", Writer: "writer"}
+	sendNames  = [...]string{"NONE", "WAITING", "OPEN", "CLOSING", "SETTLED"}
+	recvNames  = [...]string{"READING", "DONE", "UNREAD"}
+	phaseNames = [...]string{"LIVE", "ENDING", "GONE"}
+	eventNames = [events]string{
+		"the user writes or closes for the first time", "message with a reply subject", "first message is of the fallback",
+		"CLOSE published", "CLOSE acknowledged", "CLOSE 1000 read, the stream goes on", "handler returned, CLOSE written",
+		"nothing remains to be done", "CLOSE of another code read", "RESET", "this end ends the stream",
+		"RESET published, or nobody to be told",
+	}
+	actionNames = [...]string{
+		"CREDIT", "RESET", "RESET with the code of CLOSE, if CLOSE had HALF or anything was received", "PING, once, if nothing was received",
+		"writes fail", "", "",
+	}
+)
+
+func (r Role) String() string {
+	var names []string
+	for _, one := range []Role{Consumer, Handler, Writer} {
+		if r&one != 0 {
+			names = append(names, roleNames[one])
+		}
+	}
+	return strings.Join(names, ", ")
+}
+
+func (s Send) String() string  { return sendNames[s] }
+func (r Recv) String() string  { return recvNames[r] }
+func (p Phase) String() string { return phaseNames[p] }
+func (e Event) String() string { return eventNames[e] }
+
+func (s State) String() string { return fmt.Sprintf("%v/%v/%v", s.Send, s.Recv, s.Phase) }
+
+// String returns the actions that a peer can observe.
+func (a Action) String() string {
+	var names []string
+	for i, name := range actionNames {
+		if a&(1<<i) != 0 && name != "" {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, "; ")
+}
+
+// Row is one rule in words, for the tables of docs/PROTOCOL.md.
+type Row struct{ Role, Send, Recv, Phase, Event, Do, ToSend, ToRecv, ToPhase string }
+
+// Rows returns the table in words, in order.
+func Rows() []Row {
+	var rows []Row
+	for i := range rules {
+		r := &rules[i]
+		row := Row{r.role.String(), "any", "any", r.phase.String(), r.event.String(), r.do.String(), "as before", "as before", r.toPhase.String()}
+		if r.role == anyone {
+			row.Role = "any"
+		}
+		if r.send != 0 {
+			row.Send = names(sendNames[:], uint8(r.send))
+		}
+		if r.recv != 0 {
+			row.Recv = names(recvNames[:], uint8(r.recv))
+		}
+		if r.toSend != keep {
+			row.ToSend = r.toSend.String()
+		}
+		if r.toRecv != keep {
+			row.ToRecv = r.toRecv.String()
+		}
+		if r.why != "" {
+			row.Event += ": " + r.why
+		}
+		rows = append(rows, row)
+	}
+	return rows
+}
+
+func names(all []string, set uint8) string {
+	var out []string
+	for i, name := range all {
+		if set&(1<<i) != 0 {
+			out = append(out, name)
+		}
+	}
+	return strings.Join(out, ", ")
+}
