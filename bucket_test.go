@@ -15,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
@@ -549,7 +550,7 @@ func TestOutboxQueueHammer(t *testing.T) {
 	c := fakeClient(t, conn, ClientParams{})
 	all := make([]*session, sessions)
 	for i := range all {
-		s := &session{ep: c.ep, peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}
+		s := &session{ep: c.ep, role: lifecycle.Consumer, peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}
 		s.bucket.init(initialPackets, initialWindow)
 		all[i] = s
 	}
@@ -729,7 +730,7 @@ func TestMuxNothingAfterTheEnd(t *testing.T) {
 	busy, idle := make(chan struct{}), make(chan struct{})
 	begin := sync.OnceFunc(func() { close(busy) }) // at the end it is told that the client is closed
 	conn.Published = func(string, string, []byte) error { begin(); <-idle; return nil }
-	other := &session{ep: c.ep, peer: "other"}
+	other := &session{ep: c.ep, role: lifecycle.Consumer, peer: "other"}
 	other.bucket.init(1, 1)
 	other.mark(workCredit)
 	<-busy

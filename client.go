@@ -139,7 +139,7 @@ func NewClient(params ClientParams) (*Client, error) {
 // lasts (nats.FlusherTimeout, a minute by default, and a little more). A producer that has not answered yet finds out within
 // ResumeTimeout. The connection stays open. It never fails, and closing again does nothing.
 func (c *Client) Close() error {
-	c.ep.close(&ending{err: ErrClientClosed, now: true, tell: CloseError{CloseGoingAway, "client closed"}})
+	c.ep.close(&ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}})
 	return nil
 }
 

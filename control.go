@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+
+	"github.com/natsstream/stream/internal/lifecycle"
 )
 
 // This file is what the two ends say to each other beside records: the control packets that the mux leaves to the outbox,
@@ -50,36 +52,28 @@ func (o *outbox) receive() (worked bool) {
 			o.hear(s)
 		}
 		switch {
-		case c.reply != "" && s.stream != nil:
-			o.learn(s, c.reply)
 		case c.reply != "":
-			s.peer = c.reply // where accounts meet, the subject of the request may have gone with a connection
+			o.setPeer(s, c.reply)
 		case c.absent:
 			o.absent(s)
 		}
 		if c.packet != nil {
 			if ce := o.frames(s, c.packet); ce != nil {
-				s.finish(&ending{err: ce, tell: *ce})
+				s.requestEnd(&ending{kind: endFault, err: ce, reset: *ce})
 			}
 		}
 	}
 	return worked
 }
 
-// learn notes where the producer of a consumer's stream is.
-func (o *outbox) learn(s *session, peer string) {
-	first := s.peer == ""
+// setPeer notes where the peer of s is. A message of the peer said so.
+func (o *outbox) setPeer(s *session, peer string) {
 	s.peer = peer
-	if first {
-		o.bind(s)
-	}
+	s.answer()
+	o.step(s, lifecycle.PeerKnown)
 	if s.owed != 0 {
 		s.mark(s.owed)
 		s.owed = 0
-	}
-	if end := s.end.Load(); s.finished && end.tell.Code != 0 { // the mux took the packet just before the end
-		s.finished = false
-		o.finish(s, end)
 	}
 }
 
@@ -91,19 +85,19 @@ func (s *session) answer() {
 	}
 }
 
-// bind lets a consumer's send half go, now that its peer is known.
+// bind takes notice of a consumer's send half, or of the form that its producer speaks.
 func (o *outbox) bind(s *session) {
-	if s.peer != "" || s.oneWay.Load() {
+	if s.oneWay.Load() {
 		s.answer()
 	}
-	w := s.writer.Load()
-	switch {
-	case w == nil:
-	case s.oneWay.Load():
-		w.cancel(ErrOneWay)
-	case s.peer != "":
-		w.bind(s.peer)
-		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
+	if s.writer.Load() != nil && s.state.Send == lifecycle.NoSender {
+		o.step(s, lifecycle.Written)
+		if s.peer != "" {
+			o.step(s, lifecycle.PeerKnown)
+		}
+	}
+	if s.oneWay.Load() && s.state.Send <= lifecycle.Waiting {
+		o.step(s, lifecycle.PeerIsJSON)
 	}
 }
 
@@ -156,14 +150,16 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			if s.stream != nil && h.Sender == s.sender {
 				e = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
 			}
-			w := s.writer.Load()
-			closed := s.stream == nil && (w.settled || s.life.closed != 0)
-			if closed && f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
-				s.finish(&ending{err: io.EOF, quiet: true}) // it never wrote, and leaves
-				return nil
+			end := &ending{kind: endReset, err: e}
+			if s.stream == nil && s.state.Send >= lifecycle.Closing {
+				if f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
+					s.requestEnd(&ending{kind: endComplete, err: io.EOF}) // it never wrote, and leaves
+					return nil
+				}
+				if h.Sender == s.sender {
+					end.kind = endComplete // a consumer that forgot the stream may have done so because it is done
+				}
 			}
-			// A consumer that forgot the stream may have done so because it is done.
-			end := &ending{err: e, quiet: closed && h.Sender == s.sender}
 			if s.stream != nil && s.peer == "" && s.bucket.ring.Pushed() == 0 && e.Code == CloseTryAgainLater {
 				end.err = refusal{e}
 			}
@@ -172,7 +168,7 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 					end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
 				}
 			}
-			s.finish(end)
+			s.requestEnd(end)
 			return nil
 		}
 	}
@@ -181,6 +177,9 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 
 // credit takes what the peer acknowledged, granted and misses.
 func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
+	if w.session.state.Phase != lifecycle.Live {
+		return nil
+	}
 	before := w.sent.acked
 	if err := w.credit(c); err != nil {
 		return err
@@ -200,7 +199,7 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.Ack/2):
 		s.mark(workPackets)
 	case s.life.closed != 0 && w.sent.acked == w.sent.next:
-		o.sent(s)
+		o.step(s, lifecycle.CloseAcked)
 	}
 	return nil
 }

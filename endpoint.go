@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
-	"io"
 	"math/bits"
 	randv2 "math/rand/v2"
 	"strings"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/puzpuzpuz/xsync/v3"
 
 	"github.com/natsstream/stream/internal/liveness"
@@ -67,9 +67,9 @@ type endpoint struct {
 type session struct {
 	// What the mux looks at comes first, on two cache lines: with thousands of streams none of them is at hand.
 	end    atomic.Pointer[ending] // set once, by whoever ends the stream first
-	deaf   bool                   // takes no records: a Writer without a Request
-	sender uint16                 // this end's sender number
-	bucket bucket                 // the receive half: what arrived
+	role   lifecycle.Role
+	sender uint16 // this end's sender number
+	bucket bucket // the receive half: what arrived
 
 	// Set once. These lie apart from what changes with each packet.
 	ep     *endpoint
@@ -94,26 +94,16 @@ type session struct {
 	answered chan struct{} // closed, and set to nil, when the producer has answered; nil if nobody waits for that
 	held     uint32        // work that waits for the connection; not zero while in outbox.held
 	owed     uint32        // work for the peer that was due before its subject was known
-	finished bool
+	state    lifecycle.State
 	life     life
 
 	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
 }
 
-func (s *session) init(ep *endpoint, consumer bool, packets uint32, bytes uint64) {
-	s.ep, s.sender = ep, newSender(consumer)
+func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes uint64) {
+	s.ep, s.role, s.sender = ep, role, newSender(role == lifecycle.Consumer)
 	s.maxRecord = uint64(ep.maxRecord)
 	s.bucket.init(packets, bytes)
-}
-
-// ending says how a stream ended.
-type ending struct {
-	err  error
-	now  bool       // also for records that arrived already: they are not delivered
-	tell CloseError // the RESET that tells the peer; code 0 where it knows
-
-	closed bool // by the peer's CLOSE, which was read
-	quiet  bool // a handler that is still at work is not to be stopped by it: what it sent was received
 }
 
 // inboxPrefix starts every reply subject unless the connection has an inbox prefix of its own.
@@ -166,7 +156,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		return
 	}
 	if end := s.end.Load(); end != nil { // on its way out of the map
-		if m.Reply != "" && (end.closed || s.stream != nil && s.readDone.Load()) {
+		if m.Reply != "" && s.closeRead(end) {
 			s.mark(workCredit) // it has everything, and says so, or that it leaves after that
 			return
 		}
@@ -185,7 +175,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.receiveControl(s, m)
 		return
 	}
-	if s.deaf {
+	if s.role == lifecycle.Writer {
 		ep.receiveBack(s, m)
 		return
 	}
@@ -257,7 +247,7 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 		case m.Header.Get("Status") != "503":
 			ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "empty message"))
 		case s.stream != nil && s.bucket.mode == modeUnbound:
-			s.endFromMux(&ending{err: nats.ErrNoResponders})
+			s.endFromMux(&ending{kind: endFault, err: nats.ErrNoResponders})
 		default:
 			ep.outbox.deliver(control{session: s, absent: true})
 		}
@@ -294,7 +284,7 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 	case malformed:
 		ep.counters.malformed.Add(1)
 	case violation:
-		s.endFromMux(&ending{err: err, tell: *err})
+		s.endFromMux(&ending{kind: endFault, err: err, reset: *err})
 	}
 }
 
@@ -303,51 +293,6 @@ func (ep *endpoint) missing(s *session) {
 	if s.bucket.ask(ep.clock.Load(), ep.times.Ack) {
 		s.mark(workGap)
 	}
-}
-
-// endFromMux ends the stream for its reader after what has arrived. The outbox does the rest.
-func (s *session) endFromMux(e *ending) {
-	if s.end.CompareAndSwap(nil, e) {
-		s.bucket.park.Wake()
-		s.mark(workEnd)
-	}
-}
-
-// finish ends the stream for both halves and takes its token out of the mux. It reports whether it was the first to.
-// Called by anyone but the mux, which must not wait for the map's lock.
-func (s *session) finish(e *ending) bool {
-	first := s.end.CompareAndSwap(nil, e)
-	// A producer gets its token from the outbox, which takes it back too. So does a consumer that has read CLOSE: a question
-	// whether it arrived must not be answered with that there is no such stream.
-	if s.stream != nil && !e.closed && !s.readDone.Load() {
-		s.unregister()
-	}
-	if first {
-		s.bucket.park.Wake()
-		if w := s.writer.Load(); w != nil {
-			w.cancel(writeError(e.err))
-		}
-		if s.cancel != nil && !e.quiet {
-			s.cancel(writeError(e.err))
-		}
-		if s.stream != nil && e.now {
-			s.release(e.err)
-		}
-		if e.closed {
-			s.markLater(workDone)
-		} else {
-			s.mark(workEnd)
-		}
-	}
-	return first
-}
-
-// writeError is what writes return after the stream ended with err.
-func writeError(err error) error {
-	if err == io.EOF {
-		return ErrClosed
-	}
-	return err
 }
 
 // register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer. It fails if the
@@ -469,7 +414,7 @@ func (ep *endpoint) probe() {
 // still be read.
 func (ep *endpoint) lost() {
 	ep.outbox.up.Store(false)
-	ep.endAll(&ending{err: connectionLost(nats.ErrConnectionClosed)})
+	ep.endAll(&ending{kind: endFault, err: connectionLost(nats.ErrConnectionClosed)})
 	ep.outbox.stop()
 }
 
@@ -484,7 +429,7 @@ func (ep *endpoint) denied(err error) {
 		ep.outbox.ask(aside{subject: subject, denied: err})
 	case subject == ep.prefix+"*":
 		err = fmt.Errorf("stream: may not subscribe to %s, where answers would come; allow it (docs/PROTOCOL.md section 15): %w", subject, err)
-		ep.endAll(&ending{err: err})
+		ep.endAll(&ending{kind: endFault, err: err})
 	}
 }
 
@@ -492,7 +437,7 @@ func (ep *endpoint) endAll(e *ending) {
 	ep.gone.CompareAndSwap(nil, e)
 	ep.cancel(e.err)
 	ep.sessions.Range(func(_ string, s *session) bool {
-		s.finish(e)
+		s.requestEnd(e)
 		return true
 	})
 }

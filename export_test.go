@@ -6,4 +6,4 @@ import "github.com/natsstream/stream/internal/race"
 const RaceEnabled = race.Enabled
 
 // testClosed is what an endpoint without a Client is closed with.
-var testClosed = &ending{err: ErrClientClosed, now: true, tell: CloseError{CloseGoingAway, "client closed"}}
+var testClosed = &ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}}

@@ -79,7 +79,7 @@ func TestSilentHandlersOfAServerThatCloses(t *testing.T) {
 		time.Sleep(maxTick + time.Millisecond) // the outbox knows it, and has not said hello
 		// As if the check came between the end of the endpoint and that of its outbox.
 		ep := m.server.ep
-		e := &ending{err: ErrServerClosed, now: true, tell: CloseError{CloseGoingAway, "server closed"}}
+		e := &ending{kind: endLocal, err: ErrServerClosed, reset: CloseError{CloseGoingAway, "server closed"}}
 		ep.gone.Store(e)
 		time.Sleep(3 * maxTick)
 		m.server.Close()

@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"go.uber.org/goleak"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
 )
@@ -74,7 +75,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 	ep, conn := newFlakyEndpoint(t)
 	all := make([]*session, sessions)
 	for i := range all {
-		s := &session{ep: ep, sender: newSender(false)}
+		s := &session{ep: ep, role: lifecycle.Consumer, sender: newSender(true)}
 		s.bucket.init(initialPackets, initialWindow)
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
@@ -134,7 +135,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 	conn.Set(nats.RECONNECTING)
 	var all []*session
 	for range 20 {
-		s := &session{ep: ep, sender: newSender(false)}
+		s := &session{ep: ep, role: lifecycle.Consumer, sender: newSender(true)}
 		s.bucket.init(initialPackets, initialWindow)
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)

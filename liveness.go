@@ -8,6 +8,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/wheel"
 )
@@ -69,8 +70,8 @@ func (ep *endpoint) runTicker() {
 func (ep *endpoint) stuck() {
 	e := CloseError{CloseAbnormalClosure, "the connection takes no bytes"}
 	ep.sessions.Range(func(_ string, s *session) bool {
-		s.finish(&ending{err: &e, tell: e})
-		s.unregister()
+		s.requestEnd(&ending{kind: endFault, err: &e, reset: e})
+		s.unregister() // the outbox may wait for long
 		s.releaseWindow()
 		return true
 	})
@@ -81,7 +82,7 @@ func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
 
 // schedule sees to it that the session is checked when at is over, or earlier. Called by the outbox.
 func (o *outbox) schedule(s *session, at int64) {
-	if s.finished {
+	if s.state.Phase == lifecycle.Gone {
 		return
 	}
 	o.wheel.Set(s, at)
@@ -123,10 +124,11 @@ func (o *outbox) tick() {
 	}
 	if !o.up.Load() { // opens that give up meanwhile leave nothing behind
 		o.held = slices.DeleteFunc(o.held, func(s *session) bool {
-			if s.finished {
+			gone := s.state.Phase == lifecycle.Gone
+			if gone {
 				s.held = 0
 			}
-			return s.finished
+			return gone
 		})
 	}
 	o.wheel.Advance(now, func(s *session) { o.check(s, now) })
@@ -142,7 +144,7 @@ func (o *outbox) tick() {
 func (o *outbox) abandon(now int64) {
 	end := func(s *session) {
 		if born := s.life.born; born != 0 && now-born >= o.ep.times.Disconnect { // else it is about to be served
-			s.finish(disconnected())
+			s.requestEnd(disconnected())
 		}
 	}
 	o.ep.sessions.Range(func(_ string, s *session) bool { end(s); return true })
@@ -154,12 +156,12 @@ func (o *outbox) abandon(now int64) {
 // disconnected is how streams end that waited for the connection for too long. The peer is told when it is there again: a
 // consumer that has not heard from its producer does not know whom to ask, and would wait for ever.
 func disconnected() *ending {
-	return &ending{err: connectionLost(nats.ErrDisconnected), tell: CloseError{CloseAbnormalClosure, "connection lost"}}
+	return &ending{kind: endFault, err: connectionLost(nats.ErrDisconnected), reset: CloseError{CloseAbnormalClosure, "connection lost"}}
 }
 
 // check looks at a session that is due, acts on what that shows, and sees to it that it is looked at again.
 func (o *outbox) check(s *session, now int64) {
-	if s.finished {
+	if s.state.Phase == lifecycle.Gone {
 		return
 	}
 	o.noteArrivals(s, now)
@@ -227,7 +229,7 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 	e := CloseError{Code: CloseAbnormalClosure}
 	switch why {
 	case liveness.Disconnected:
-		s.finish(disconnected())
+		s.requestEnd(disconnected())
 		return
 	case liveness.EndUnconfirmed:
 		e.Text = "the end of the stream was not acknowledged"
@@ -238,14 +240,14 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 	case liveness.PeerGone:
 		e.Text = "the peer does not answer"
 	}
-	end := &ending{err: &e}
+	end := &ending{kind: endFault, err: &e}
 	if s.peer != "" && s.binary() {
-		end.tell = e
+		end.reset = e
 	}
 	if why == liveness.PeerGone && s.life.absent {
 		end.err = fmt.Errorf("%w: %w", &e, nats.ErrNoResponders)
 	}
-	s.finish(end)
+	s.requestEnd(end)
 }
 
 // ping asks the peer for a CREDIT.
@@ -258,7 +260,7 @@ func (o *outbox) ping(s *session) {
 	l.pinged = o.ep.now()
 	if s.reply == "" {
 		if o.ep.register(s, s.controlToken()) != nil {
-			s.finish(o.ep.gone.Load())
+			s.requestEnd(o.ep.gone.Load())
 			return
 		}
 	}

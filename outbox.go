@@ -1,12 +1,12 @@
 package stream
 
 import (
-	"io"
 	"sync"
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/ring"
 	"github.com/natsstream/stream/internal/wheel"
 )
@@ -56,20 +56,20 @@ const maxAsides = 1 << 14
 
 // Kinds of work, bits of session.pending.
 const (
-	workRequest = 1 << iota // publish the request
-	workPackets             // the writer has packets
-	workCredit              // tell the peer what was consumed
-	workGap                 // tell it what arrived, and that more is missing
-	workProbe               // ask the peer what it got and grants
-	workResume              // both of these, where the peer is known: the connection was away
-	workWait                // nothing: the session is to be looked at in time
-	workHello               // let the consumer know where its producer is
-	workBind                // the consumer has a send half now
-	workSettle              // one half has come to its end: was it the last?
-	workEnd                 // the session ended: tell the peer, let go of the buffers
-	workDone                // it came to its normal end: let the peer know that its CLOSE arrived
+	workRequest  = 1 << iota // publish the request
+	workPackets              // the writer has packets
+	workCredit               // tell the peer what was consumed
+	workGap                  // tell it what arrived, and that more is missing
+	workProbe                // ask the peer what it got and grants
+	workResume               // both of these, where the peer is known: the connection was away
+	workWait                 // nothing: the session is to be looked at in time
+	workHello                // let the consumer know where its producer is
+	workBind                 // the consumer has a send half now
+	workSettle               // one half has come to its end: was it the last?
+	workEnd                  // the session ended: tell the peer, let go of the buffers
+	workEndLater             // the same, and the peer waits for nothing
 
-	workLater = workWait | workDone | workSettle // what does not wake the outbox
+	workLater = workWait | workEndLater | workSettle // what does not wake the outbox
 )
 
 func (o *outbox) init(ep *endpoint) {
@@ -178,8 +178,8 @@ func (o *outbox) endRest() {
 		return
 	}
 	for s := range o.wheel.All() {
-		s.finish(gone)
-		o.finish(s, s.end.Load())
+		s.requestEnd(gone)
+		o.end(s, s.end.Load())
 	}
 }
 
@@ -240,7 +240,7 @@ func (o *outbox) aside() bool {
 func (o *outbox) deny(subject string, err error) {
 	o.ep.sessions.Range(func(_ string, s *session) bool {
 		if s.peer == subject || s.peer == "" && s.stream != nil && s.subject == subject {
-			s.finish(&ending{err: err})
+			s.requestEnd(&ending{kind: endFault, err: err})
 		}
 		return true
 	})
@@ -274,14 +274,13 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	end := s.end.Load()
 	if gone := o.ep.gone.Load(); end == nil && gone != nil {
-		s.finish(gone)
-		end = gone
+		s.requestEnd(gone)
+		end = s.end.Load()
 	}
 	if end != nil {
-		o.finish(s, end)
-		owed := work&(workCredit|workDone) != 0 || work&workSettle != 0 && s.readDone.Load()
-		if owed && end.tell.Code == 0 && s.finished {
-			o.tellCredit(s, 0)
+		o.end(s, end)
+		if work&workCredit != 0 && end.reset.Code == 0 && s.state.Phase == lifecycle.Gone {
+			o.tellCredit(s, 0) // the acknowledgement of CLOSE was lost
 		}
 		return
 	}
@@ -294,7 +293,7 @@ func (o *outbox) serve(s *session, work uint32) {
 		setTimeout(s.request.Header, s.parent)
 		s.life.asked = o.ep.now() // before it may be lost with the connection
 		if err := o.ep.conn.PublishMsg(s.request); err != nil {
-			s.finish(&ending{err: err})
+			s.requestEnd(&ending{kind: endFault, err: err})
 			return
 		}
 		s.request = nil
@@ -319,9 +318,6 @@ func (o *outbox) serve(s *session, work uint32) {
 		s.mark(workPackets)
 	}
 	if work&workSettle != 0 {
-		if s.readDone.Load() {
-			o.tellCredit(s, 0) // the peer waits to hear that its CLOSE arrived
-		}
 		o.settle(s)
 	}
 }
@@ -347,73 +343,6 @@ func (o *outbox) connected() bool {
 // isUp reports whether a connection with status s sends what is published. One that drains does.
 func isUp(s nats.Status) bool {
 	return s == nats.CONNECTED || s == nats.DRAINING_SUBS || s == nats.DRAINING_PUBS
-}
-
-// sent notes that the send half has come to its end: its CLOSE was acknowledged, or was kept for long enough.
-func (o *outbox) sent(s *session) {
-	w := s.writer.Load()
-	w.sent.release(w.sent.next)
-	w.settled = true
-	s.life.closed = 0
-	o.settle(s)
-}
-
-// settle ends the session if neither half has anything to do.
-func (o *outbox) settle(s *session) {
-	w := s.writer.Load()
-	if s.finished || w == nil || !w.settled && !s.oneWay.Load() {
-		return
-	}
-	e := &ending{err: io.EOF, quiet: true}
-	switch {
-	case s.readDone.Load():
-	case !s.returned.Load():
-		if s.stream == nil && s.life.pings == 0 && o.connected() {
-			o.ping(s) // a consumer that never wrote may be gone, having read everything
-		}
-		return
-	case w.half || s.bucket.ring.Pushed() > 0: // nobody reads: the consumer must not wait for that
-		e.tell = w.closing
-	}
-	s.finish(e)
-}
-
-// finish does the outbox's part of ending a session, once.
-func (o *outbox) finish(s *session, end *ending) {
-	if s.finished {
-		return
-	}
-	s.unregister()
-	s.request = nil
-	s.answer()
-	w := s.writer.Load()
-	if w != nil {
-		w.cancel(writeError(end.err))
-		w.ended()
-	}
-	switch {
-	case s.stream == nil:
-		s.releaseWindow()
-	case s.readDone.Load(): // else the reader does so when it comes to the end
-		s.release(end.err)
-	}
-	closed := s.life.closed != 0 && s.readDone.Load() && end == o.ep.gone.Load() // everything was said, and heard
-	if end.tell.Code != 0 && s.peer != "" && !closed {
-		if o.connected() {
-			if s.stream != nil && s.readDone.Load() {
-				o.tellCredit(s, 0) // that its CLOSE arrived: what this end's leaving alone does not say
-			}
-			o.tellEnd(s, end.tell)
-		} else if o.ep.gone.Load() == nil {
-			o.hold(s, workEnd) // a peer that is not told would wait for ever
-			return
-		}
-	}
-	s.finished = true
-	o.wheel.Remove(s)
-	if s.server != nil {
-		s.server.leave()
-	}
 }
 
 // publish publishes what is not a stream's data. A failure is counted and not the stream's end: credit is said again

@@ -7,6 +7,7 @@ import (
 	"net"
 
 	"github.com/nats-io/nats.go"
+	"github.com/natsstream/stream/internal/lifecycle"
 )
 
 // This file is the inside of a Writer: the open packet, credit, and the way of a packet to NATS and back to the pool.
@@ -272,8 +273,9 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 	}
 	if last {
 		w.cancel(ErrClosed)
+		o.step(s, lifecycle.ClosePublished)
 		if w.json {
-			o.sent(s)
+			o.step(s, lifecycle.CloseAcked)
 		} else {
 			s.life.closed = o.ep.now()
 			o.schedule(s, s.life.closed+min(o.ep.times.Ack, o.ep.times.Resume))
@@ -309,7 +311,7 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 	s := w.session
 	if s.reply == "" {
 		if err = s.ep.register(s, s.controlToken()); err != nil {
-			s.finish(s.ep.gone.Load())
+			s.requestEnd(s.ep.gone.Load())
 		}
 	}
 	reply := ""
@@ -321,10 +323,10 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 	}
 	switch { // these never go
 	case errors.Is(err, nats.ErrMaxPayload): // the server takes less than it did
-		s.finish(&ending{err: fmt.Errorf("stream: packet of %d bytes was written before the server's max_payload shrank: %w", len(p.buf), err),
-			tell: CloseError{CloseInternalServerErr, "packet exceeds the server's max_payload"}})
+		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("stream: packet of %d bytes was written before the server's max_payload shrank: %w", len(p.buf), err),
+			reset: CloseError{CloseInternalServerErr, "packet exceeds the server's max_payload"}})
 	case errors.Is(err, nats.ErrBadSubject):
-		s.finish(&ending{err: fmt.Errorf("stream: the peer cannot be written to: %w", err)})
+		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("stream: the peer cannot be written to: %w", err)})
 	}
 	return err
 }

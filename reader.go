@@ -316,15 +316,15 @@ func (s *session) endedNow() error {
 	if s.done != nil {
 		return s.done
 	}
-	if e := s.end.Load(); e != nil && e.now {
+	if e := s.end.Load(); e != nil && e.kind == endLocal {
 		return s.finishRead(e)
 	}
 	if s.parent.Err() != nil {
 		// The context's own callback is under way and says the same to the peer.
 		s.canceled()
 		e := s.end.Load()
-		if s.stream != nil && !e.now { // the peer's end came first, but nobody reads up to it any longer
-			e = &ending{err: contextError(s.parent)}
+		if s.stream != nil && e.kind != endLocal { // the peer's end came first, but nobody reads up to it any longer
+			e = &ending{kind: endLocal, err: contextError(s.parent)}
 		}
 		return s.finishRead(e)
 	}
@@ -393,9 +393,9 @@ func (s *session) nextMessage() (Frame, error) {
 func (s *session) closed(code int, text string, half bool) error {
 	switch {
 	case code != CloseNormalClosure:
-		return s.finishRead(&ending{err: &CloseError{code, text}, closed: true})
+		return s.finishRead(&ending{kind: endPeerClosed, err: &CloseError{code, text}})
 	case s.writer.Load() == nil && !half:
-		return s.finishRead(&ending{err: io.EOF, closed: true})
+		return s.finishRead(&ending{kind: endComplete, err: io.EOF})
 	}
 	s.endRead(io.EOF)
 	s.releaseWindow()
@@ -409,7 +409,7 @@ func (s *session) closed(code int, text string, half bool) error {
 
 // broken ends the stream because of what the peer sent, and tells it.
 func (s *session) broken(err *CloseError) error {
-	return s.finishRead(&ending{err: err, now: true, tell: *err})
+	return s.finishRead(&ending{kind: endLocal, err: err, reset: *err})
 }
 
 // finishRead ends the stream and makes e the result of this and every later read.
@@ -450,9 +450,9 @@ func (s *session) canceled() {
 		s.release(contextError(s.parent))
 		return
 	}
-	e := &ending{err: contextError(s.parent), now: true, tell: CloseError{Code: s.leaving()}}
+	e := &ending{kind: endLocal, err: contextError(s.parent), reset: CloseError{Code: s.leaving()}}
 	if s.parent.Err() == context.DeadlineExceeded {
-		e.tell.Code = CloseDeadlineExceeded
+		e.reset.Code = CloseDeadlineExceeded
 	}
 	if gone := s.ep.gone.Load(); gone != nil { // the parent of handlers' contexts ends with the endpoint
 		e = gone
@@ -462,7 +462,7 @@ func (s *session) canceled() {
 
 // stop ends the stream now and lets go of what it holds.
 func (s *session) stop(e *ending) {
-	s.finish(e)
+	s.requestEnd(e)
 	s.release(e.err)
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
@@ -182,7 +183,7 @@ func (s *Server) request(m *nats.Msg, h Handler) {
 	if !json {
 		window = s.ep.reserve(min(handlerWindow, s.ep.window))
 	}
-	w := s.ep.newProducer(inner, m.Reply, offer, json, window)
+	w := s.ep.newProducer(lifecycle.Handler, inner, m.Reply, offer, json, window)
 	session := w.session
 	session.server, session.cancel, session.parent = s, end, ctx
 	r := &Request{Subject: m.Subject, Header: userHeader(m.Header), Data: m.Data, session: session, ctx: inner}
@@ -303,7 +304,7 @@ func (s *Server) exit(w *Writer) {
 	s.count(-1, 0)
 	if o := &s.ep.outbox; o.stopping.Load() { // else it sees the session, which is on its queue
 		<-o.done
-		if !w.session.finished {
+		if w.session.state.Phase != lifecycle.Gone {
 			s.leave()
 		}
 	}
@@ -402,7 +403,7 @@ func (s *Server) Close() error {
 	s.mu.Lock()
 	s.refusing = true
 	s.mu.Unlock()
-	e := &ending{err: ErrServerClosed, now: true, tell: CloseError{CloseGoingAway, "server closed"}}
+	e := &ending{kind: endLocal, err: ErrServerClosed, reset: CloseError{CloseGoingAway, "server closed"}}
 	s.ep.endAll(e)
 	<-quiet // requests that still come are refused, which takes the outbox
 	s.ep.close(e)

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
+	"github.com/natsstream/stream/internal/lifecycle"
 )
 
 // Stream is the consumer's end of a stream.
@@ -37,7 +38,7 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 	window := ep.reserve(min(initialWindow, ep.window))
 	st := new(Stream)
 	s := &st.session
-	s.init(ep, true, initialPackets, window)
+	s.init(ep, lifecycle.Consumer, initialPackets, window)
 	s.stream, s.parent, s.asked, s.answered = st, ctx, codecFlag(codec), answered
 	s.window.Store(int64(window))
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
@@ -211,7 +212,7 @@ func (st *Stream) leave(part bool, tell CloseError) {
 	if part && s.part() {
 		s.release(ErrClosed)
 	} else {
-		s.stop(&ending{err: ErrClosed, now: true, tell: tell})
+		s.stop(&ending{kind: endLocal, err: ErrClosed, reset: tell})
 		if w := s.writer.Load(); w != nil {
 			w.mu.Lock()
 			w.room = nil // the slow path sees the end

@@ -463,7 +463,7 @@ func TestGapBeforeSubject(t *testing.T) {
 		}
 		defer stopPeer()
 		m.client.ep.outbox.tellCredit(&s.session, FlagGap)
-		m.client.ep.outbox.learn(&s.session, "peer")
+		m.client.ep.outbox.setPeer(&s.session, "peer")
 		synctest.Wait()
 		if m.bus.SetFilter(nil); !asked {
 			t.Error("nobody asked for the missing packets")

@@ -10,6 +10,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/ring"
 )
 
@@ -27,7 +28,6 @@ type Writer struct {
 	sent      sentPackets
 	published atomic.Uint32 // sent.next, for Flush
 	waiting   atomic.Bool   // wake is not nil
-	settled   bool          // CLOSE was acknowledged, or waited for long enough
 
 	trailer []byte        // what SetTrailer was given, in META form
 	closing CloseError    // what CLOSE said
@@ -88,13 +88,12 @@ func (c *Client) NewWriter(subject string) *Writer {
 	case errors.Is(err, ErrVersion):
 		err = fmt.Errorf("stream: cannot write to %s: %w", subject, err)
 	default:
-		w := c.ep.newProducer(c.ep.ctx, subject, offer, err != nil, 0)
-		w.session.deaf = true
+		w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, err != nil, 0)
 		w.session.readDone.Store(true)
 		w.session.markLater(workWait)
 		return w
 	}
-	w := c.ep.newProducer(c.ep.ctx, subject, offer, true, 0)
+	w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, true, 0)
 	w.bad = err
 	w.cancel(err)
 	return w
@@ -102,13 +101,14 @@ func (c *Client) NewWriter(subject string) *Writer {
 
 // newProducer makes a producer's end toward subject. Its writes end with ctx. window is what was reserved for the records
 // that the consumer may send.
-func (ep *endpoint) newProducer(ctx context.Context, subject string, offer Token, json bool, window uint64) *Writer {
+func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subject string, offer Token, json bool, window uint64) *Writer {
 	p := new(struct {
 		session session
 		Writer
 	})
 	w, s := &p.Writer, &p.session
-	s.init(ep, false, initialPackets, max(window, minWindow))
+	s.init(ep, role, initialPackets, max(window, minWindow))
+	s.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
 	s.window.Store(int64(window))
 	s.parent, s.peer, s.asked = ctx, subject, FlagMsgPack
 	w.init(s, ctx)
@@ -243,7 +243,7 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 			if w.session.parent.Err() != nil {
 				w.session.canceled()
 			}
-			w.session.finish(&ending{err: err, tell: CloseError{Code: CloseInternalServerErr, Text: "record cut off"}})
+			w.session.requestEnd(&ending{kind: endFault, err: err, reset: CloseError{Code: CloseInternalServerErr, Text: "record cut off"}})
 			return err
 		}
 		putFrameHeader(b, FrameData, flags|more, 0, len(piece))

@@ -20,9 +20,11 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/internal/lifecycle"
 )
 
 func TestMain(m *testing.M) {
+	lifecycle.Strict = true
 	if role := os.Getenv(peerEnv); role != "" { // a process to be killed, see process_test.go
 		os.Exit(peer(role, os.Getenv(peerURL)))
 	}

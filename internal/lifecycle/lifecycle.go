@@ -89,13 +89,12 @@ const (
 type Action uint8
 
 const (
-	AckClose    Action = 1 << iota // send a CREDIT that acknowledges CLOSE
-	SendReset                      // send RESET with the code that the stream ended with, if it has one
-	ResetUnread                    // send RESET with the code of CLOSE, if CLOSE has HALF or a record was received
-	Probe                          // send PING, once, if nothing was received
-	FailWrites                     // writes fail from now on
-	EndContexts                    // end the contexts of the stream's users
-	Forget                         // release what the stream holds
+	AckClose   Action = 1 << iota // send a CREDIT that acknowledges CLOSE
+	SendReset                     // send RESET with the code that the stream ended with, if it has one
+	Probe                         // send PING, once, if nothing was received
+	FailWrites                    // writes fail from now on
+	Release                       // take the token out of use, end the users' contexts, give buffers and windows back
+	Forget                        // the stream counts no longer
 )
 
 // On returns the state that event e leads to and the actions that it asks for. ok is false for an event that the table does
@@ -173,6 +172,8 @@ func (r *rule) apply(s State) State {
 const (
 	producers = Handler | Writer
 	anyone    = Consumer | producers
+
+	unread = "RESET has the code of CLOSE, and is sent only if CLOSE had HALF or anything was received"
 )
 
 // rules is the table. No two rows match the same state, event and role; a test holds that.
@@ -184,29 +185,29 @@ var rules = []rule{
 	{producers, PeerKnown, 0, 0, Live, keep, keep, Live, 0, "write to that subject from now on"},
 	{Consumer, PeerIsJSON, in(NoSender), 0, Live, keep, keep, Live, 0, "section 11"},
 	{Consumer, PeerIsJSON, in(Waiting), at(Reading), Live, Settled, keep, Live, FailWrites, "a fallback producer takes no records"},
-	{Consumer, PeerIsJSON, in(Waiting), at(Done), Live, Settled, keep, Gone, FailWrites | EndContexts | Forget, ""},
+	{Consumer, PeerIsJSON, in(Waiting), at(Done), Live, Settled, keep, Gone, FailWrites | Release | Forget, ""},
 
 	// The sender ends.
 	{anyone, ClosePublished, in(Open), 0, Live, Closing, keep, Live, 0, ""},
 	{Consumer, CloseAcked, in(Closing), at(Reading), Live, Settled, keep, Live, 0, ""},
 	{Handler, CloseAcked, in(Closing), at(Reading), Live, Settled, keep, Live, Probe, "the handler goes on reading"},
-	{anyone, CloseAcked, in(Closing), at(Done), Live, Settled, keep, Gone, EndContexts | Forget, "the stream is complete"},
-	{Handler, CloseAcked, in(Closing), at(Unread), Live, Settled, keep, Gone, ResetUnread | EndContexts | Forget, "the consumer must not wait for a reader"},
+	{anyone, CloseAcked, in(Closing), at(Done), Live, Settled, keep, Gone, Release | Forget, "the stream is complete"},
+	{Handler, CloseAcked, in(Closing), at(Unread), Live, Settled, keep, Ending, Release | SendReset, unread},
 
 	// The receiver ends.
 	{Consumer, CloseRead, in(NoSender, Waiting, Open, Closing), at(Reading), Live, keep, Done, Live, AckClose, ""},
 	{Handler, CloseRead, in(Open, Closing), at(Reading), Live, keep, Done, Live, AckClose, ""},
-	{Consumer | Handler, CloseRead, in(Settled), at(Reading), Live, keep, Done, Gone, AckClose | EndContexts | Forget, "the stream is complete"},
+	{Consumer | Handler, CloseRead, in(Settled), at(Reading), Live, keep, Done, Gone, AckClose | Release | Forget, "the stream is complete"},
 	{Handler, HandlerReturned, in(Open, Closing), at(Reading), Live, keep, Unread, Live, 0, ""},
-	{Handler, HandlerReturned, in(Settled), at(Reading), Live, keep, Unread, Gone, ResetUnread | EndContexts | Forget, "the consumer must not wait for a reader"},
+	{Handler, HandlerReturned, in(Settled), at(Reading), Live, keep, Unread, Ending, Release | SendReset, unread},
 	{Handler, HandlerReturned, 0, at(Done), Live, keep, keep, Live, 0, ""},
 
 	// The stream ends.
-	{Consumer, Completed, 0, at(Reading), Live, keep, Done, Gone, AckClose | EndContexts | Forget, "CLOSE 1000 without HALF was read, and there is no sender"},
-	{producers, Completed, in(Closing, Settled), 0, Live, keep, keep, Gone, Forget, "a RESET says that the consumer is done, section 12.3"},
-	{anyone, PeerFailed, 0, 0, Live, keep, Done, Gone, AckClose | EndContexts | Forget, ""},
-	{anyone, ResetRead, 0, 0, Live, keep, keep, Gone, EndContexts | Forget, "records that arrived in order stay readable"},
-	{anyone, Ended, 0, 0, Live, keep, keep, Ending, SendReset | EndContexts, "section 12.3 says why and with which code"},
+	{Consumer, Completed, 0, at(Reading), Live, keep, Done, Gone, AckClose | Release | Forget, "CLOSE 1000 without HALF was read, and there is no sender"},
+	{producers, Completed, in(Closing, Settled), 0, Live, keep, keep, Gone, Release | Forget, "a RESET says that the consumer is done, section 12.3"},
+	{anyone, PeerFailed, 0, 0, Live, keep, Done, Gone, AckClose | Release | Forget, ""},
+	{anyone, ResetRead, 0, 0, Live, keep, keep, Gone, Release | Forget, "records that arrived in order stay readable"},
+	{anyone, Ended, 0, 0, Live, keep, keep, Ending, Release | SendReset, "section 12.3 says why and with which code"},
 	{anyone, Told, 0, 0, Ending, keep, keep, Gone, Forget, ""},
 
 	// Late news.
@@ -227,7 +228,7 @@ var (
 		"RESET published, or nobody to be told",
 	}
 	actionNames = [...]string{
-		"CREDIT", "RESET", "RESET with the code of CLOSE, if CLOSE had HALF or anything was received", "PING, once, if nothing was received",
+		"CREDIT", "RESET", "PING, once, if nothing was received",
 		"writes fail", "", "",
 	}
 )

@@ -80,13 +80,15 @@ func TestNothingGoesBack(t *testing.T) {
 	}
 }
 
-// A stream is forgotten exactly when it becomes Gone.
+// A stream gives back what it holds exactly when it is no longer Live, and is forgotten exactly when it becomes Gone.
 func TestForgottenOnce(t *testing.T) {
 	for _, r := range roles {
 		for s := range reachable(r) {
 			for e := range events {
 				next, do, ok := s.On(e, r)
-				if becomes := s.Phase != Gone && next.Phase == Gone; ok && becomes != (do&Forget != 0) {
+				ends := s.Phase == Live && next.Phase != Live
+				goes := s.Phase != Gone && next.Phase == Gone
+				if ok && (ends != (do&Release != 0) || goes != (do&Forget != 0)) {
 					t.Errorf("%v, %v, %v: actions %b, next %v", r, s, e, do, next)
 				}
 			}
@@ -173,11 +175,11 @@ func TestPaths(t *testing.T) {
 		last   Action
 	}{
 		{"a consumer reads everything and sends nothing", Consumer, Start(Consumer, true),
-			[]Event{PeerKnown, Completed}, State{NoSender, Done, Gone}, AckClose | EndContexts | Forget},
+			[]Event{PeerKnown, Completed}, State{NoSender, Done, Gone}, AckClose | Release | Forget},
 		{"a consumer sends, closes, and reads to the end", Consumer, Start(Consumer, true),
-			[]Event{Written, PeerKnown, ClosePublished, CloseAcked, CloseRead}, State{Settled, Done, Gone}, AckClose | EndContexts | Forget},
+			[]Event{Written, PeerKnown, ClosePublished, CloseAcked, CloseRead}, State{Settled, Done, Gone}, AckClose | Release | Forget},
 		{"a consumer reads to the end and its CLOSE is acknowledged last", Consumer, Start(Consumer, true),
-			[]Event{Written, PeerKnown, CloseRead, ClosePublished, CloseAcked}, State{Settled, Done, Gone}, EndContexts | Forget},
+			[]Event{Written, PeerKnown, CloseRead, ClosePublished, CloseAcked}, State{Settled, Done, Gone}, Release | Forget},
 		{"a half-close keeps a consumer that has not written", Consumer, Start(Consumer, true),
 			[]Event{PeerKnown, CloseRead}, State{NoSender, Done, Live}, AckClose},
 		{"a fallback producer takes no records", Consumer, Start(Consumer, true),
@@ -185,17 +187,17 @@ func TestPaths(t *testing.T) {
 		{"a consumer leaves before it knows its producer", Consumer, Start(Consumer, true),
 			[]Event{Ended, Told, PeerKnown}, State{NoSender, Reading, Gone}, SendReset},
 		{"a handler returns, and its consumer has everything", Handler, Start(Handler, true),
-			[]Event{HandlerReturned, ClosePublished, CloseAcked}, State{Settled, Unread, Gone}, ResetUnread | EndContexts | Forget},
+			[]Event{HandlerReturned, ClosePublished, CloseAcked, Told}, State{Settled, Unread, Gone}, Forget},
 		{"a handler closes, reads on, and returns", Handler, Start(Handler, true),
-			[]Event{ClosePublished, CloseAcked, HandlerReturned}, State{Settled, Unread, Gone}, ResetUnread | EndContexts | Forget},
+			[]Event{ClosePublished, CloseAcked, HandlerReturned}, State{Settled, Unread, Ending}, Release | SendReset},
 		{"a handler that closed reads to the end", Handler, Start(Handler, true),
-			[]Event{ClosePublished, CloseAcked, CloseRead}, State{Settled, Done, Gone}, AckClose | EndContexts | Forget},
+			[]Event{ClosePublished, CloseAcked, CloseRead}, State{Settled, Done, Gone}, AckClose | Release | Forget},
 		{"a writer's CLOSE is acknowledged", Writer, Start(Writer, false),
-			[]Event{ClosePublished, CloseAcked}, State{Settled, Done, Gone}, EndContexts | Forget},
+			[]Event{ClosePublished, CloseAcked}, State{Settled, Done, Gone}, Release | Forget},
 		{"a consumer that has everything resets a producer that closed", Writer, Start(Writer, false),
-			[]Event{ClosePublished, Completed}, State{Closing, Done, Gone}, Forget},
+			[]Event{ClosePublished, Completed}, State{Closing, Done, Gone}, Release | Forget},
 		{"the peer resets", Handler, Start(Handler, true),
-			[]Event{PeerKnown, ResetRead}, State{Open, Reading, Gone}, EndContexts | Forget},
+			[]Event{PeerKnown, ResetRead}, State{Open, Reading, Gone}, Release | Forget},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s, do := test.start, Action(0)
