@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strings"
+
+	"github.com/natsstream/stream/internal/lifecycle"
 )
 
 const (
@@ -25,6 +27,8 @@ func tables() map[string]string {
 		"token":         tokenTable(),
 		"errors":        errorTable(),
 		"example":       example(),
+		"states":        stateTable(),
+		"transitions":   transitionTable(),
 	}
 }
 
@@ -181,6 +185,36 @@ func errorTable() string {
 	rows := [][]string{{"identifier", "Go", "meaning"}}
 	for _, e := range errorKinds {
 		rows = append(rows, []string{"`" + e.id + "`", "`" + e.goName + "`", e.doc})
+	}
+	return markdown(rows)
+}
+
+// stateTable names the states of both halves and of the stream.
+func stateTable() string {
+	rows := [][]string{{"of", "state", "meaning"}}
+	for _, of := range []struct {
+		name  string
+		words []lifecycle.Word
+	}{{"sender", lifecycle.Sends}, {"receiver", lifecycle.Recvs}, {"stream", lifecycle.Phases}} {
+		for _, w := range of.words {
+			rows = append(rows, []string{of.name, w.Name, w.Doc})
+		}
+	}
+	return markdown(rows)
+}
+
+// transitionTable is the table of internal/lifecycle in words. A new state of a half, or of the stream, stands behind the
+// state before.
+func transitionTable() string {
+	rows := [][]string{{"role", "event", "sender", "receiver", "stream", "action", "note"}}
+	change := func(from, to string) string {
+		if to == "" || to == from {
+			return from
+		}
+		return from + " → " + to
+	}
+	for _, r := range lifecycle.Rows() {
+		rows = append(rows, []string{r.Role, r.Event, change(r.Send, r.ToSend), change(r.Recv, r.ToRecv), change(r.Phase, r.ToPhase), r.Do, r.Why})
 	}
 	return markdown(rows)
 }

@@ -1,8 +1,9 @@
 // Framegen writes everything that follows mechanically from the description of the wire format in spec.go: the
 // package's frame_gen.go, the byte tables between the markers of docs/PROTOCOL.md, and testdata/vectors.json.
 //
-// It runs from the module root, as go generate does, and imports nothing of the module, so that it works while
-// frame_gen.go is missing and so that the vectors are computed from the description and not by the code they test.
+// It runs from the module root, as go generate does. Of the module it imports internal/lifecycle alone, whose table it writes
+// down in words. So it works while frame_gen.go is missing, and the vectors are computed from the description and not by the
+// code that they test.
 package main
 
 import (

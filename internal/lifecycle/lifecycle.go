@@ -7,7 +7,6 @@ package lifecycle
 
 import (
 	"fmt"
-	"strings"
 )
 
 // Role says which end of a stream a state belongs to. Roles are bits, so that a rule can name several.
@@ -204,101 +203,13 @@ var rules = []rule{
 
 	// The stream ends.
 	{Consumer, Completed, 0, at(Reading), Live, keep, Done, Gone, AckClose | Release | Forget, "CLOSE 1000 without HALF was read, and there is no sender"},
-	{producers, Completed, in(Closing, Settled), 0, Live, keep, keep, Gone, Release | Forget, "a RESET says that the consumer is done, section 12.3"},
+	{producers, Completed, in(Closing, Settled), 0, Live, keep, keep, Gone, Release | Forget, "a RESET said so, section 12.3"},
 	{anyone, PeerFailed, 0, 0, Live, keep, Done, Gone, AckClose | Release | Forget, ""},
 	{anyone, ResetRead, 0, 0, Live, keep, keep, Gone, Release | Forget, "records that arrived in order stay readable"},
-	{anyone, Ended, 0, 0, Live, keep, keep, Ending, Release | SendReset, "section 12.3 says why and with which code"},
+	{anyone, Ended, 0, 0, Live, keep, keep, Ending, Release | SendReset, ""},
 	{anyone, Told, 0, 0, Ending, keep, keep, Gone, Forget, ""},
 
 	// Late news.
 	{anyone, PeerKnown, 0, 0, Ending, keep, keep, Ending, 0, "RESET goes to that subject"},
 	{anyone, PeerKnown, 0, 0, Gone, keep, keep, Gone, SendReset, "the stream ended before its peer was known"},
-}
-
-// Names as they stand in docs/PROTOCOL.md.
-var (
-	roleNames  = map[Role]string{Consumer: "consumer", Handler: "handler", Writer: "writer"}
-	sendNames  = [...]string{"NONE", "WAITING", "OPEN", "CLOSING", "SETTLED"}
-	recvNames  = [...]string{"READING", "DONE", "UNREAD"}
-	phaseNames = [...]string{"LIVE", "ENDING", "GONE"}
-	eventNames = [events]string{
-		"the user writes or closes for the first time", "message with a reply subject", "first message is of the fallback",
-		"CLOSE published", "CLOSE acknowledged", "CLOSE 1000 read, the stream goes on", "handler returned, CLOSE written",
-		"nothing remains to be done", "CLOSE of another code read", "RESET", "this end ends the stream",
-		"RESET published, or nobody to be told",
-	}
-	actionNames = [...]string{
-		"CREDIT", "RESET", "PING, once, if nothing was received",
-		"writes fail", "", "",
-	}
-)
-
-func (r Role) String() string {
-	var names []string
-	for _, one := range []Role{Consumer, Handler, Writer} {
-		if r&one != 0 {
-			names = append(names, roleNames[one])
-		}
-	}
-	return strings.Join(names, ", ")
-}
-
-func (s Send) String() string  { return sendNames[s] }
-func (r Recv) String() string  { return recvNames[r] }
-func (p Phase) String() string { return phaseNames[p] }
-func (e Event) String() string { return eventNames[e] }
-
-func (s State) String() string { return fmt.Sprintf("%v/%v/%v", s.Send, s.Recv, s.Phase) }
-
-// String returns the actions that a peer can observe.
-func (a Action) String() string {
-	var names []string
-	for i, name := range actionNames {
-		if a&(1<<i) != 0 && name != "" {
-			names = append(names, name)
-		}
-	}
-	return strings.Join(names, "; ")
-}
-
-// Row is one rule in words, for the tables of docs/PROTOCOL.md.
-type Row struct{ Role, Send, Recv, Phase, Event, Do, ToSend, ToRecv, ToPhase string }
-
-// Rows returns the table in words, in order.
-func Rows() []Row {
-	var rows []Row
-	for i := range rules {
-		r := &rules[i]
-		row := Row{r.role.String(), "any", "any", r.phase.String(), r.event.String(), r.do.String(), "as before", "as before", r.toPhase.String()}
-		if r.role == anyone {
-			row.Role = "any"
-		}
-		if r.send != 0 {
-			row.Send = names(sendNames[:], uint8(r.send))
-		}
-		if r.recv != 0 {
-			row.Recv = names(recvNames[:], uint8(r.recv))
-		}
-		if r.toSend != keep {
-			row.ToSend = r.toSend.String()
-		}
-		if r.toRecv != keep {
-			row.ToRecv = r.toRecv.String()
-		}
-		if r.why != "" {
-			row.Event += ": " + r.why
-		}
-		rows = append(rows, row)
-	}
-	return rows
-}
-
-func names(all []string, set uint8) string {
-	var out []string
-	for i, name := range all {
-		if set&(1<<i) != 0 {
-			out = append(out, name)
-		}
-	}
-	return strings.Join(out, ", ")
 }
