@@ -22,8 +22,8 @@ type bucket struct {
 	mode     bucketMode
 	last     bool   // the packet that closes came beyond the credit: none may follow
 	asked    bool   // for packet askedSeq to be sent again, at askedAt by the endpoint's clock
-	want     uint32 // upper half of the header of a packet that is accepted at once: magic, version, SEQ, sender
 	expect   uint32 // sequence number of the next packet
+	want     uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender
 	askedSeq uint32
 	received uint64 // bytes of all packets pushed
 
@@ -43,6 +43,7 @@ type bucket struct {
 	dry           bool // the reader ran out of packets since the last grant
 
 	askedAt       int64         // the mux's, and seldom looked at
+	origin        string        // the mux's: the token in the control subject of the producer that the bucket is bound to
 	consumedBytes atomic.Uint64 // fallback only: stored by the reader so that the mux can bound what is queued
 }
 
@@ -100,8 +101,7 @@ const (
 // accept checks a sequenced packet and pushes it. Called by the mux alone; it allocates only where it fails.
 func (b *bucket) accept(data []byte) (verdict, *CloseError) {
 	if len(data) >= PacketHeaderSize {
-		h := binary.BigEndian.Uint64(data)
-		if uint32(h>>32) == b.want && uint32(h) == b.expect && packetLength(data) == uint32(len(data)) &&
+		if binary.BigEndian.Uint64(data) == b.want && binary.BigEndian.Uint64(data[8:]) == packetTail(b.expect, uint32(len(data))) &&
 			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received < b.grantedBytes.Load() {
 			b.push(data)
 			return accepted, nil
@@ -130,7 +130,7 @@ func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 	case modeJSON:
 		return foreign, nil
 	case modeBinary:
-		if h.Sender != uint16(b.want) {
+		if h.Sender != b.sender() {
 			return foreign, nil
 		}
 	}
@@ -159,7 +159,7 @@ func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 
 // acceptControl checks the envelope of a packet without sequence number, which may be the first of its stream.
 // own is this end's sender number: a RESET that answers a packet for a token not in use carries it.
-func (b *bucket) acceptControl(data []byte, own uint16) (verdict, *CloseError) {
+func (b *bucket) acceptControl(data []byte, own uint64) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	switch {
 	case err != nil && b.mode == modeUnbound:
@@ -170,7 +170,7 @@ func (b *bucket) acceptControl(data []byte, own uint16) (verdict, *CloseError) {
 		return accepted, nil
 	case b.mode == modeUnbound:
 		b.bind(h.Sender)
-	case b.mode == modeJSON || h.Sender != uint16(b.want):
+	case b.mode == modeJSON || h.Sender != b.sender():
 		return foreign, nil
 	}
 	if d := int32(h.Seq - b.expect); d > 0 && (len(body) == 0 || FrameType(body[0]) != FrameReset) {
@@ -190,11 +190,30 @@ func (b *bucket) ask(now, patience int64) bool {
 }
 
 // bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.1.
-func (b *bucket) bind(sender uint16) {
+func (b *bucket) bind(sender uint64) {
 	b.mode = modeBinary
-	var h [PacketHeaderSize]byte
-	putPacketHeader(h[:], PacketSeq, sender, 0, 0)
-	b.want = binary.BigEndian.Uint32(h[:])
+	b.want = packetWord(PacketSeq, sender)
+}
+
+// sender is the number that the bucket is bound to.
+func (b *bucket) sender() uint64 { return b.want & maxSender }
+
+// impostor reports whether a packet with a reply subject is of another producer than the one that the bucket is bound to,
+// although both have drawn the same sender number. The first packet of every producer names its control subject, and each has
+// its own. A subject that was mapped between accounts tells nothing.
+func (b *bucket) impostor(data []byte, reply string) bool {
+	h, _, err := ParsePacketHeader(data)
+	if err != nil || b.mode == modeJSON || b.mode == modeBinary && h.Sender != b.sender() {
+		return false // refused for another reason
+	}
+	token := lastToken(reply)
+	if _, err := ParseToken(token); err != nil {
+		return false
+	}
+	if b.origin == "" {
+		b.origin = token
+	}
+	return token != b.origin
 }
 
 // onlyClose reports whether a packet carries nothing but a CLOSE, and trailers, which needs no credit.

@@ -21,11 +21,11 @@ import (
 )
 
 // testPacket returns a sequenced packet with the given frames.
-func testPacket(sender uint16, seq uint32, frames ...Frame) []byte {
+func testPacket(sender uint64, seq uint32, frames ...Frame) []byte {
 	return testPacketFlags(PacketSeq, sender, seq, frames...)
 }
 
-func testPacketFlags(flags PacketFlags, sender uint16, seq uint32, frames ...Frame) []byte {
+func testPacketFlags(flags PacketFlags, sender uint64, seq uint32, frames ...Frame) []byte {
 	return AppendPacket(nil, PacketHeader{Flags: flags, Sender: sender, Seq: seq}, frames...)
 }
 
@@ -206,7 +206,7 @@ func TestBucketOverrun(t *testing.T) {
 	t.Run("bytes", func(t *testing.T) {
 		// The byte limit says when the last packet may be opened, not where it ends.
 		b := testBucket(32, 100)
-		v, err := b.accept(testPacket(7, 0, testData(strings.Repeat("x", 79)))) // 99 bytes
+		v, err := b.accept(testPacket(7, 0, testData(strings.Repeat("x", 75)))) // 99 bytes
 		wantVerdict(t, "99 of 100 bytes", v, err, accepted, 0)
 		v, err = b.accept(testPacket(7, 1, testData(strings.Repeat("x", 1000))))
 		wantVerdict(t, "the packet that passes the limit", v, err, accepted, 0)
@@ -214,7 +214,7 @@ func TestBucketOverrun(t *testing.T) {
 		wantVerdict(t, "beyond", v, err, violation, CloseProtocolError)
 
 		b = testBucket(32, 100)
-		v, err = b.accept(testPacket(7, 0, testData(strings.Repeat("x", 80))))
+		v, err = b.accept(testPacket(7, 0, testData(strings.Repeat("x", 76))))
 		wantVerdict(t, "100 of 100 bytes", v, err, accepted, 0)
 		v, err = b.accept(testPacket(7, 1, testData("")))
 		wantVerdict(t, "at the limit", v, err, violation, CloseProtocolError)

@@ -16,7 +16,7 @@ type control struct {
 	session *session // nil for a token that is not in use
 	reply   string   // the peer's subject, where the message had one
 	packet  []byte   // frames to act on, or nil
-	sender  uint16   // of a packet for a token that is not in use
+	sender  uint64   // of a packet for a token that is not in use
 	absent  bool     // NATS says that nobody received a PING
 }
 

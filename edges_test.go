@@ -18,7 +18,7 @@ import (
 
 // Cases at the edges of numbers and times: each of them went wrong once.
 
-func creditFrom(sender uint16, ack uint32, flags FrameFlags) []byte {
+func creditFrom(sender uint64, ack uint32, flags FrameFlags) []byte {
 	credit := AppendCredit(nil, Credit{Ack: ack, Packets: 200, Bytes: 1 << 40})
 	return AppendPacket(nil, PacketHeader{Sender: sender}, Frame{Type: FrameCredit, Flags: flags, Payload: credit})
 }

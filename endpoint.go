@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
-	randv2 "math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -68,7 +67,7 @@ type session struct {
 	// What the mux looks at comes first, on two cache lines: with thousands of streams none of them is at hand.
 	end    atomic.Pointer[ending] // set once, by whoever ends the stream first
 	role   lifecycle.Role
-	sender uint16 // this end's sender number
+	sender uint64 // this end's sender number
 	bucket bucket // the receive half: what arrived
 
 	// Set once. These lie apart from what changes with each packet.
@@ -169,6 +168,11 @@ func (ep *endpoint) receive(m *nats.Msg) {
 	data := m.Data
 	if len(data) == 0 || data[0] != PacketMagic {
 		ep.receiveJSON(s, m)
+		return
+	}
+	if m.Reply != "" && s.stream != nil && s.bucket.impostor(data, m.Reply) {
+		ep.answer(m)
+		ep.refuse(s, m, violation, protocolError(CloseProtocolError, "two producers answer with one sender number; open the stream again"))
 		return
 	}
 	if len(data) >= 2 && data[1]&byte(PacketSeq) == 0 {
@@ -322,11 +326,14 @@ func (s *session) unregister() {
 	}
 }
 
-// newSender returns a random number for a send half. It tells two answers to one request apart; it is no secret. Those of
-// consumers are odd and those of producers even: a RESET that carries this end's own number is an answer to it, and is not
-// mistaken for what the peer says because both have drawn the same.
-func newSender(odd bool) uint16 {
-	n := uint16(randv2.Uint32()) &^ 1
+// newSender returns a random number for a send half. It tells two answers to one request apart. It comes from a cryptographic
+// source: a RESET with the receiver's own number says that the peer has forgotten the stream, so a stranger must not guess it.
+// Those of consumers are odd and those of producers even: an end does not mistake such a RESET for one of its peer because both
+// have drawn the same number.
+func newSender(odd bool) uint64 {
+	var b [8]byte
+	rand.Read(b[:])
+	n := binary.BigEndian.Uint64(b[:]) & maxSender &^ 1
 	if odd {
 		n |= 1
 	}

@@ -37,7 +37,7 @@ type Frame struct {
 // PacketHeader is the head of a packet: of the payload of one NATS message.
 type PacketHeader struct {
 	Flags  PacketFlags
-	Sender uint16 // random number of the send half the packet comes from
+	Sender uint64 // random number of the send half the packet comes from, of 48 bits
 	Seq    uint32 // with PacketSeq the number of this packet, otherwise the number the sender will use next
 	Length uint32 // bytes of the whole packet, this header included
 }

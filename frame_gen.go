@@ -11,7 +11,7 @@ import (
 
 // Sizes and fixed values of the wire format, sizes in bytes.
 const (
-	PacketHeaderSize = 12   // bytes in front of the frames of a packet
+	PacketHeaderSize = 16   // bytes in front of the frames of a packet
 	FrameHeaderSize  = 8    // bytes in front of the payload of a frame
 	creditSize       = 16   // bytes of the payload of a CREDIT frame
 	TokenSize        = 16   // characters of a reply token
@@ -23,6 +23,8 @@ const (
 )
 
 const (
+	maxSender = 1<<48 - 1 // largest number of a sender
+
 	minCloseCode = 1000
 	maxCloseCode = 5999
 
@@ -109,28 +111,28 @@ const (
 	packetHeaderWant uint64 = 0xf510000000000000
 )
 
-// packetWord returns a packet header but for its length as one big-endian word. Flags beyond the low nibble are
-// dropped.
-func packetWord(flags PacketFlags, sender uint16, seq uint32) uint64 {
-	return PacketMagic<<56 | ProtocolVersion<<52 | uint64(flags&0xf)<<48 | uint64(sender)<<32 | uint64(seq)
+// packetWord returns the first word of a packet header. Flags beyond the low nibble and bits of sender beyond the low 48
+// are dropped.
+func packetWord(flags PacketFlags, sender uint64) uint64 {
+	return PacketMagic<<56 | ProtocolVersion<<52 | uint64(flags&0xf)<<48 | sender&0xffffffffffff
 }
+
+// packetTail returns the second word of a packet header.
+func packetTail(seq, length uint32) uint64 { return uint64(seq)<<32 | uint64(length) }
 
 // putPacketHeader writes the header of a packet of n bytes, header included, to b[:PacketHeaderSize]. n must not be
 // negative or exceed the largest uint32.
-func putPacketHeader(b []byte, flags PacketFlags, sender uint16, seq uint32, n int) {
+func putPacketHeader(b []byte, flags PacketFlags, sender uint64, seq uint32, n int) {
 	_ = b[PacketHeaderSize-1] // one bounds check for both stores
-	binary.BigEndian.PutUint64(b, packetWord(flags, sender, seq))
-	binary.BigEndian.PutUint32(b[8:], uint32(n))
+	binary.BigEndian.PutUint64(b, packetWord(flags, sender))
+	binary.BigEndian.PutUint64(b[8:], packetTail(seq, uint32(n)))
 }
 
-// packetLength reads the length in the packet header at b[:PacketHeaderSize].
-func packetLength(b []byte) uint32 { return binary.BigEndian.Uint32(b[8:]) }
-
-// AppendPacketHeader appends h to dst and returns the extended slice. Flags beyond the low nibble are dropped;
-// otherwise h is not checked, nor its Length set: AppendPacket does that.
+// AppendPacketHeader appends h to dst and returns the extended slice. Flags beyond the low nibble and bits of Sender
+// beyond the low 48 are dropped; otherwise h is not checked, nor its Length set: AppendPacket does that.
 func AppendPacketHeader(dst []byte, h PacketHeader) []byte {
-	dst = binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender, h.Seq))
-	return binary.BigEndian.AppendUint32(dst, h.Length)
+	dst = binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender))
+	return binary.BigEndian.AppendUint64(dst, packetTail(h.Seq, h.Length))
 }
 
 // ParsePacketHeader takes a packet header off the front of b, which must be a whole packet and nothing else, and
@@ -138,9 +140,9 @@ func AppendPacketHeader(dst []byte, h PacketHeader) []byte {
 // ErrMagic, ErrVersion, ErrFlags or ErrLength, looked for in this order; h and rest are zero then.
 func ParsePacketHeader(b []byte) (h PacketHeader, rest []byte, err error) {
 	if len(b) >= PacketHeaderSize {
-		v, n := binary.BigEndian.Uint64(b), packetLength(b)
-		if v&packetHeaderMask == packetHeaderWant && uint64(n) == uint64(len(b)) {
-			return PacketHeader{PacketFlags(v >> 48 & 0xf), uint16(v >> 32), uint32(v), n}, b[PacketHeaderSize:], nil
+		v, tail := binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])
+		if v&packetHeaderMask == packetHeaderWant && uint64(uint32(tail)) == uint64(len(b)) {
+			return PacketHeader{PacketFlags(v >> 48 & 0xf), v & 0xffffffffffff, uint32(tail >> 32), uint32(tail)}, b[PacketHeaderSize:], nil
 		}
 	}
 	return h, nil, packetHeaderError(b)

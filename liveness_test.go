@@ -420,11 +420,25 @@ func TestConnectionTakesNoBytes(t *testing.T) {
 	})
 }
 
-// An end draws its number from another set than its peer: a RESET with its own number is an answer to it.
+// An end draws its number from another set than its peer: a RESET with its own number is an answer to it. All 47 bits beside
+// that one are random, so that two producers do not draw the same.
 func TestSenderNumbers(t *testing.T) {
-	for range 100 {
-		if newSender(true)%2 != 1 || newSender(false)%2 != 0 {
+	seen := map[uint64]bool{}
+	ones, zeros := uint64(0), uint64(0)
+	for range 10_000 {
+		consumer, producer := newSender(true), newSender(false)
+		if consumer%2 != 1 || producer%2 != 0 {
 			t.Fatal("a consumer's number is even, or a producer's odd")
 		}
+		for _, n := range []uint64{consumer, producer} {
+			if n > maxSender || seen[n] {
+				t.Fatalf("%#x was drawn before, or is too large", n)
+			}
+			seen[n] = true
+			ones, zeros = ones|n, zeros|^n
+		}
+	}
+	if ones != maxSender || zeros&maxSender != maxSender {
+		t.Errorf("bits that were ever set: %#x, ever clear: %#x", ones, zeros&maxSender)
 	}
 }

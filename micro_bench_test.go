@@ -96,7 +96,7 @@ func benchPacket(size, records int) ([]byte, int) {
 
 // setPacketSeq writes the whole first word of the header at once: what is read as one word and was just written as two waits for both.
 func setPacketSeq(p []byte, seq uint32) {
-	binary.BigEndian.PutUint64(p, binary.BigEndian.Uint64(p)&^math.MaxUint32|uint64(seq))
+	binary.BigEndian.PutUint32(p[8:], seq)
 }
 
 // BenchmarkMux is the subscription's callback for one message of one record. The messages come in batches that fit the

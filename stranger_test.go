@@ -24,7 +24,7 @@ import (
 // and counted. Nothing panics, no memory is taken because a length field says so, and no other stream notices.
 
 // rawPacket returns a packet with the given frames.
-func rawPacket(flags stream.PacketFlags, sender uint16, seq uint32, frames ...stream.Frame) []byte {
+func rawPacket(flags stream.PacketFlags, sender uint64, seq uint32, frames ...stream.Frame) []byte {
 	return stream.AppendPacket(nil, stream.PacketHeader{Flags: flags, Sender: sender, Seq: seq}, frames...)
 }
 
@@ -34,7 +34,7 @@ func rawBytes(packet []byte, frames ...byte) []byte { return rawLength(append(pa
 // rawLength writes into the header of b, where it is there as a whole, how long b is.
 func rawLength(b []byte) []byte {
 	if len(b) >= stream.PacketHeaderSize {
-		binary.BigEndian.PutUint32(b[8:], uint32(len(b)))
+		binary.BigEndian.PutUint32(b[12:], uint32(len(b)))
 	}
 	return b
 }
@@ -739,7 +739,7 @@ func rawConsumer(t testing.TB, p *pair) (w *stream.Writer, packets *nats.Subscri
 func TestStrangerToProducer(t *testing.T) {
 	p := newPair(t, hasty)
 	credit := rawCredit(stream.Credit{Ack: 1, Packets: 33, Bytes: 1 << 20})
-	control := func(sender uint16, frames ...stream.Frame) []byte { return rawPacket(0, sender, 0, frames...) }
+	control := func(sender uint64, frames ...stream.Frame) []byte { return rawPacket(0, sender, 0, frames...) }
 	dropped := &outcome{count: malformed}
 	from8 := &outcome{count: foreign}
 	fine := &outcome{}

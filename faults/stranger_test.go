@@ -25,12 +25,12 @@ type spy struct {
 
 	mu                 sync.Mutex
 	consumer, producer string // reply subjects
-	senders            map[uint16]bool
+	senders            map[uint64]bool
 }
 
 func newSpy(t *testing.T, url string) *spy {
 	t.Helper()
-	s := &spy{nc: connect(t, url), senders: map[uint16]bool{}}
+	s := &spy{nc: connect(t, url), senders: map[uint64]bool{}}
 	if _, err := s.nc.Subscribe(">", s.see); err != nil {
 		t.Fatal(err)
 	}
@@ -55,11 +55,11 @@ func (s *spy) see(m *nats.Msg) {
 }
 
 // stranger returns a number that nobody has sent with.
-func (s *spy) stranger() uint16 {
+func (s *spy) stranger() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for {
-		if n := uint16(rand.Uint32()); !s.senders[n] {
+		if n := rand.Uint64() >> 16; !s.senders[n] {
 			return n
 		}
 	}
@@ -86,7 +86,7 @@ func (s *spy) find(t *testing.T, alone bool) (consumer, producer string) {
 
 // forgeries returns packets with each type of frame, as a stranger might send them who knows where an end is but not the
 // number that its peer sends with.
-func forgeries(sender uint16) (all [][]byte) {
+func forgeries(sender uint64) (all [][]byte) {
 	credit := stream.AppendCredit(nil, stream.Credit{Ack: 1 << 20, Packets: 1 << 29, Bytes: 1 << 40})
 	frames := []stream.Frame{
 		{Type: stream.FrameData, Payload: []byte("forged")},
@@ -387,7 +387,7 @@ func TestGuessedTokens(t *testing.T) {
 		defer nc.Close()
 		unknown := func() uint64 { return r.cl.Stats().DroppedUnknown + r.srv.Stats().DroppedUnknown }
 		before, known, streams := heap(), unknown(), r.cl.Stats().Streams+r.srv.Stats().Streams
-		packets := forgeries(uint16(rand.Uint32()))
+		packets := forgeries(rand.Uint64()>>16)
 		for i := range guesses {
 			subject := stream.AppendToken(prefixes[i%2], stream.Token{Codec: stream.MsgPack, LogPackets: 5, LogBytes: 18, ID: rand.Uint64()})
 			if err := nc.Publish(string(subject), packets[i%len(packets)]); err != nil {

@@ -80,7 +80,7 @@ func FuzzFrame(f *testing.F) {
 // model is a packet as the specification describes it, read field by field.
 type model struct {
 	flags  byte
-	sender uint16
+	sender uint64
 	seq    uint32
 	frames []modelFrame
 }
@@ -97,7 +97,7 @@ type modelFrame struct {
 func readModel(b []byte) (m model, err error) {
 	var h struct {
 		Magic, Version byte
-		Sender         uint16
+		Sender         [6]byte
 		Seq, Length    uint32
 	}
 	r := bytes.NewReader(b)
@@ -116,7 +116,10 @@ func readModel(b []byte) (m model, err error) {
 	if uint64(h.Length) != uint64(len(b)) {
 		return m, stream.ErrLength
 	}
-	m.flags, m.sender, m.seq = h.Version%16, h.Sender, h.Seq
+	m.flags, m.seq = h.Version%16, h.Seq
+	for _, c := range h.Sender {
+		m.sender = m.sender<<8 | uint64(c)
+	}
 	for r.Len() > 0 {
 		f, err := readModelFrame(r)
 		if err != nil {
@@ -180,7 +183,7 @@ func readModelFrame(r *bytes.Reader) (f modelFrame, err error) {
 // FuzzPacket: a packet is read as the naive model reads it: the same header, the same frames, and the same error.
 func FuzzPacket(f *testing.F) {
 	for _, h := range []stream.PacketHeader{
-		{Flags: stream.PacketSeq, Sender: 0xBEEF, Seq: 7},
+		{Flags: stream.PacketSeq, Sender: 0xC0FFEE00BEEE, Seq: 7},
 		{Flags: stream.PacketAck, Seq: 0xFFFFFFFF},
 		{Flags: stream.PacketEnv},
 	} {
@@ -199,7 +202,7 @@ func FuzzPacket(f *testing.F) {
 		f.Add(append(all, 0))
 	}
 	f.Add([]byte(`{"type":1,"data":"aGk="}`))
-	f.Add([]byte{0xF5, 0x21, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12})
+	f.Add([]byte{0xF5, 0x21, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, want := readModel(b)
 		h, rest, err := stream.ParsePacketHeader(b)
@@ -247,10 +250,10 @@ func FuzzPacket(f *testing.F) {
 // FuzzRoundTrip: what is appended is parsed back, in front of any rest, unless the fields break a rule.
 func FuzzRoundTrip(f *testing.F) {
 	for _, s := range seedFrames() {
-		f.Add(byte(stream.PacketSeq), uint16(0xBEEF), uint32(7), byte(s.Type), byte(s.Flags), s.Code, s.Payload, []byte("rest"), uint64(1)<<40)
+		f.Add(byte(stream.PacketSeq), uint64(0xC0FFEE00BEEE), uint32(7), byte(s.Type), byte(s.Flags), s.Code, s.Payload, []byte("rest"), uint64(1)<<40)
 	}
-	f.Fuzz(func(t *testing.T, pflags byte, sender uint16, seq uint32, typ, flags byte, code uint16, payload, rest []byte, limit uint64) {
-		h := stream.PacketHeader{Flags: stream.PacketFlags(pflags & 0x0F), Sender: sender, Seq: seq}
+	f.Fuzz(func(t *testing.T, pflags byte, sender uint64, seq uint32, typ, flags byte, code uint16, payload, rest []byte, limit uint64) {
+		h := stream.PacketHeader{Flags: stream.PacketFlags(pflags & 0x0F), Sender: sender & (1<<48 - 1), Seq: seq}
 		fr := stream.Frame{Type: stream.FrameType(typ), Flags: stream.FrameFlags(flags), Code: code, Payload: payload}
 		size := stream.PacketHeaderSize + stream.FrameHeaderSize + len(payload)
 		packet := stream.AppendPacket([]byte("dst"), h, fr)

@@ -288,7 +288,7 @@ const (
 
 const ownSender, otherSender = 7, 8
 
-func (p *program) sender() uint16 {
+func (p *program) sender() uint64 {
 	if p.m.form == formPackets {
 		return p.m.sender
 	}
@@ -305,7 +305,7 @@ func (p *program) next() message {
 	case opGap:
 		return message{data: p.packet(1, p.sender(), seq+1<<(p.byte()%32))}
 	case opForeign:
-		return message{data: p.packet(p.byte()%4, otherSender+uint16(p.byte())<<8, seq)}
+		return message{data: p.packet(p.byte()%4, otherSender+uint64(p.byte())<<40, seq)}
 	case opControl:
 		return message{data: p.packet(p.byte()&2, p.sender(), seq)}
 	case opCut:
@@ -339,20 +339,21 @@ func (p *program) next() message {
 }
 
 // headerSize is the length of a packet header.
-const headerSize = 12
+const headerSize = 16
 
 // header returns a packet without frames.
-func header(flags byte, sender uint16, seq uint32) []byte {
-	b := []byte{0xF5, 1<<4 | flags&15}
-	b = binary.BigEndian.AppendUint16(b, sender)
+func header(flags byte, sender uint64, seq uint32) []byte {
+	b := binary.BigEndian.AppendUint64(nil, 0xF510<<48|uint64(flags&15)<<48|sender)
 	b = binary.BigEndian.AppendUint32(b, seq)
 	return binary.BigEndian.AppendUint32(b, headerSize)
 }
 
+func senderOf(b []byte) uint64 { return binary.BigEndian.Uint64(b) & (1<<48 - 1) }
+
 // setLength writes into the header of b, where it is there as a whole, how long b is.
 func setLength(b []byte) {
 	if len(b) >= headerSize {
-		binary.BigEndian.PutUint32(b[8:], uint32(len(b)))
+		binary.BigEndian.PutUint32(b[12:], uint32(len(b)))
 	}
 }
 
@@ -367,7 +368,7 @@ func frame(b []byte, typ, flags byte, code uint16, payload []byte) []byte {
 }
 
 // packet makes a packet of up to four frames.
-func (p *program) packet(flags byte, sender uint16, seq uint32) []byte {
+func (p *program) packet(flags byte, sender uint64, seq uint32) []byte {
 	b := header(flags, sender, seq)
 	n := p.byte() % 6
 	if n == 5 {
@@ -439,7 +440,7 @@ type receiver struct {
 	packets                     uint32
 
 	form     form
-	sender   uint16
+	sender   uint64
 	expect   uint32
 	received int
 	closing  bool     // the packet that may go beyond the credit did
@@ -492,7 +493,7 @@ func (m *receiver) feed(msg message) {
 		m.end = endCode(1003)
 	case b[0] != 0xF5:
 		m.feedJSON(b)
-	case len(b) < headerSize || b[1]>>4 != 1 || b[1]&12 != 0 || binary.BigEndian.Uint32(b[8:]) != uint32(len(b)):
+	case len(b) < headerSize || b[1]>>4 != 1 || b[1]&12 != 0 || binary.BigEndian.Uint32(b[12:]) != uint32(len(b)):
 		if m.form == formNone {
 			m.end = endCode(1003)
 		} else {
@@ -520,7 +521,7 @@ func (m *receiver) feedJSON(b []byte) {
 }
 
 func (m *receiver) feedControl(b []byte) {
-	sender := binary.BigEndian.Uint16(b[2:])
+	sender := senderOf(b)
 	m.reset = m.reset || len(b) > headerSize && b[headerSize] == 3
 	switch {
 	case len(b) > 4096:
@@ -554,7 +555,7 @@ func (m *receiver) feedControl(b []byte) {
 }
 
 func (m *receiver) feedPacket(b []byte) {
-	sender, seq := binary.BigEndian.Uint16(b[2:]), binary.BigEndian.Uint32(b[4:])
+	sender, seq := senderOf(b), binary.BigEndian.Uint32(b[8:])
 	if m.form == formJSON || m.form == formPackets && m.sender != sender {
 		m.counts.foreign++
 		return
@@ -793,13 +794,13 @@ func sessionSeeds() [][]byte {
 		join(ops{0}, rec, rec, reset, rec),
 		join(ops{0}, reset, rec),
 		join(ops{0}, ping, rec, ops{opControl, 0, 0, 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 24, 1, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 23, 129, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec, ends), // between two frames
-		join(ops{0}, ops{opCut, 23, 129, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 12, 1, 0, 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 12, 129, 0, 0, 0}, rec),
-		join(ops{0}, ops{opCut, 11, 1, 0, 0, 0}, rec),
-		join(ops{0}, rec, ops{opCut, 11, 1, 0, 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, 28, 1, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, 27, 129, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec, ends), // between two frames
+		join(ops{0}, ops{opCut, 27, 129, 1, 0, 3, 'a', 'b', 'c', 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, headerSize, 1, 0, 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, headerSize, 129, 0, 0, 0}, rec),
+		join(ops{0}, ops{opCut, 15, 1, 0, 0, 0}, rec),
+		join(ops{0}, rec, ops{opCut, 15, 1, 0, 0, 0}, rec),
 		join(ops{0}, rec, ops{opBent, 16, 0x80, 0, 0, 3, 'a', 'b', 'c'}, rec),
 		join(ops{0}, rec, ops{opBent, 11, 0x01, 0, 0, 3, 'a', 'b', 'c'}, rec),
 		join(ops{0}, rec, ops{opFlags, 5, 0, 0, 0}, ops{opFlags, 9, 0, 0, 0}, rec),

@@ -223,7 +223,7 @@ func transitionTable() string {
 func example() string {
 	line := func(b []byte, note string) string {
 		h := strings.TrimSpace(strings.Join(chunk(hex.EncodeToString(b), 2), " "))
-		return fmt.Sprintf("%-38s%s\n", h, note)
+		return fmt.Sprintf("%-50s%s\n", h, note)
 	}
 	var body []byte
 	var lines strings.Builder
@@ -238,8 +238,8 @@ func example() string {
 	frame(typeData, flagRaw, 0, "hello", "frame: DATA, raw, 5 bytes")
 	frame(typeData, flagJSON, 0, `{"n":1}`, "frame: DATA, JSON, 7 bytes")
 	frame(typeClose, flagRaw, 1000, "", "frame: CLOSE 1000, no reason")
-	b := packet(values{"flags": 3, "sender": 0xBEEF, "seq": 0}, body)
-	note := fmt.Sprintf("packet: version 1, flags SEQ and ACK, sender 0xBEEF, seq 0, %d bytes", len(b))
+	b := packet(values{"flags": 3, "sender": 0xC0FFEE00BEEE, "seq": 0}, body)
+	note := fmt.Sprintf("packet: version 1, flags SEQ and ACK, sender 0xC0FFEE00BEEE, seq 0, %d bytes", len(b))
 	return "```text\n" + line(b[:packetHeader.size()], note) + lines.String() + "```\n"
 }
 

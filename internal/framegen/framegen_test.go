@@ -118,7 +118,7 @@ func TestDescription(t *testing.T) {
 		}
 	}
 	for _, l := range []layout{packetHeader, frameHeader, credit} {
-		if l.size()%4 != 0 {
+		if l.size()%8 != 0 {
 			t.Errorf("%s has %d bytes", l.name, l.size())
 		}
 	}
@@ -128,8 +128,8 @@ func TestDescription(t *testing.T) {
 }
 
 func TestEncode(t *testing.T) {
-	got := packet(values{"flags": 3, "sender": 0xBEEF, "seq": 0x01020304}, []byte{9})
-	if want := []byte{0xF5, 0x13, 0xBE, 0xEF, 1, 2, 3, 4, 0, 0, 0, 13, 9}; !bytes.Equal(got, want) {
+	got := packet(values{"flags": 3, "sender": 0xA1A2A3A4BEEF, "seq": 0x01020304}, []byte{9})
+	if want := []byte{0xF5, 0x13, 0xA1, 0xA2, 0xA3, 0xA4, 0xBE, 0xEF, 1, 2, 3, 4, 0, 0, 0, 17, 9}; !bytes.Equal(got, want) {
 		t.Errorf("packet % x, want % x", got, want)
 	}
 	if got := number62(big.NewInt(62*62+61), 4); got != "010z" {

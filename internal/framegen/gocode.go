@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"go/format"
 	"math/bits"
+	"slices"
 	"strings"
 )
 
@@ -57,6 +58,8 @@ func constants(w *writer) {
 	w.p(")")
 	w.p("")
 	w.p("const (")
+	w.p("maxSender = 1<<%d - 1 // largest number of a sender", packetHeader.bitsOf("sender"))
+	w.p("")
 	w.p("minCloseCode = %d", minCloseCode)
 	w.p("maxCloseCode = %d", maxCloseCode)
 	w.p("")
@@ -176,7 +179,9 @@ func packWord(l layout, word int, prefix string) string {
 		switch {
 		case f.fixed:
 			expr = f.goVar
-		case f.bits%8 != 0: // a nibble must not spill into its neighbour
+		case f.masked() && f.typ == "uint64":
+			expr = fmt.Sprintf("%s%s&%#x", prefix, f.goVar, 1<<f.bits-1)
+		case f.masked():
 			expr = fmt.Sprintf("uint64(%s%s&%#x)", prefix, f.goVar, 1<<f.bits-1)
 		case f.typ == "uint64":
 			expr = prefix + f.goVar
@@ -196,13 +201,25 @@ func unpack(l layout, f field, words ...string) string {
 	if left > 0 {
 		expr = fmt.Sprintf("%s >> %d", expr, left)
 	}
-	if f.bits%8 != 0 {
+	if f.masked() {
 		expr = fmt.Sprintf("%s & %#x", expr, 1<<f.bits-1)
 	}
-	if f.bits == l.wordBits(at) {
+	if f.typ == "uint64" {
 		return expr
 	}
 	return f.typ + "(" + expr + ")"
+}
+
+// packetWordOf is packWord for a packet header whose fields are parameters: their names are those of the struct in lower case.
+func packetWordOf(word int) string {
+	l := packetHeader
+	l.fields = slices.Clone(l.fields)
+	for i, f := range l.fields {
+		if !f.fixed {
+			l.fields[i].goVar = strings.ToLower(f.goVar)
+		}
+	}
+	return packWord(l, word, "")
 }
 
 func packetHeaderCode(w *writer) {
@@ -224,6 +241,7 @@ func packetHeaderCode(w *writer) {
 	}
 	mask |= (0xF &^ accepted) << flagsAt
 
+	senderBits := packetHeader.bitsOf("sender")
 	w.p("const (")
 	w.p("// The first word of a packet header is one of this version if it equals packetHeaderWant under packetHeaderMask:")
 	w.p("// magic and version are right and no flag is set that this version does not know.")
@@ -231,37 +249,26 @@ func packetHeaderCode(w *writer) {
 	w.p("packetHeaderWant uint64 = %#x", want)
 	w.p(")")
 	w.p("")
-	w.p("// packetWord returns a packet header but for its length as one big-endian word. Flags beyond the low nibble are")
-	w.p("// dropped.")
-	w.p("func packetWord(flags PacketFlags, sender uint16, seq uint32) uint64 {")
-	expr := packWord(packetHeader, 0, "")
-	for _, f := range packetHeader.fields {
-		if word, _ := packetHeader.shift(f.name); word == 0 && !f.fixed {
-			expr = strings.ReplaceAll(expr, f.goVar+")", strings.ToLower(f.goVar)+")")
-			expr = strings.ReplaceAll(expr, f.goVar+"&", strings.ToLower(f.goVar)+"&")
-		}
-	}
-	w.p("return %s", expr)
-	w.p("}")
+	w.p("// packetWord returns the first word of a packet header. Flags beyond the low nibble and bits of sender beyond the low %d", senderBits)
+	w.p("// are dropped.")
+	w.p("func packetWord(flags PacketFlags, sender uint64) uint64 { return %s }", packetWordOf(0))
 	w.p("")
-	lengthWord, _ := packetHeader.shift("length")
-	lengthAt := lengthWord * 8 // bytes in front of the last word, which is nothing but the length
+	w.p("// packetTail returns the second word of a packet header.")
+	w.p("func packetTail(seq, length uint32) uint64 { return %s }", packetWordOf(1))
+	w.p("")
 	w.p("// putPacketHeader writes the header of a packet of n bytes, header included, to b[:PacketHeaderSize]. n must not be")
 	w.p("// negative or exceed the largest uint32.")
-	w.p("func putPacketHeader(b []byte, flags PacketFlags, sender uint16, seq uint32, n int) {")
+	w.p("func putPacketHeader(b []byte, flags PacketFlags, sender uint64, seq uint32, n int) {")
 	w.p("_ = b[PacketHeaderSize-1] // one bounds check for both stores")
-	w.p("binary.BigEndian.PutUint64(b, packetWord(flags, sender, seq))")
-	w.p("binary.BigEndian.PutUint32(b[%d:], uint32(n))", lengthAt)
+	w.p("binary.BigEndian.PutUint64(b, packetWord(flags, sender))")
+	w.p("binary.BigEndian.PutUint64(b[8:], packetTail(seq, uint32(n)))")
 	w.p("}")
 	w.p("")
-	w.p("// packetLength reads the length in the packet header at b[:PacketHeaderSize].")
-	w.p("func packetLength(b []byte) uint32 { return binary.BigEndian.Uint32(b[%d:]) }", lengthAt)
-	w.p("")
-	w.p("// AppendPacketHeader appends h to dst and returns the extended slice. Flags beyond the low nibble are dropped;")
-	w.p("// otherwise h is not checked, nor its Length set: AppendPacket does that.")
+	w.p("// AppendPacketHeader appends h to dst and returns the extended slice. Flags beyond the low nibble and bits of Sender")
+	w.p("// beyond the low %d are dropped; otherwise h is not checked, nor its Length set: AppendPacket does that.", senderBits)
 	w.p("func AppendPacketHeader(dst []byte, h PacketHeader) []byte {")
-	w.p("dst = binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender, h.Seq))")
-	w.p("return binary.BigEndian.AppendUint32(dst, h.Length)")
+	w.p("dst = binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender))")
+	w.p("return binary.BigEndian.AppendUint64(dst, packetTail(h.Seq, h.Length))")
 	w.p("}")
 	w.p("")
 	w.p("// ParsePacketHeader takes a packet header off the front of b, which must be a whole packet and nothing else, and")
@@ -269,12 +276,12 @@ func packetHeaderCode(w *writer) {
 	w.p("// ErrMagic, ErrVersion, ErrFlags or ErrLength, looked for in this order; h and rest are zero then.")
 	w.p("func ParsePacketHeader(b []byte) (h PacketHeader, rest []byte, err error) {")
 	w.p("if len(b) >= PacketHeaderSize {")
-	w.p("v, n := binary.BigEndian.Uint64(b), packetLength(b)")
-	w.p("if v&packetHeaderMask == packetHeaderWant && uint64(n) == uint64(len(b)) {")
+	w.p("v, tail := binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])")
+	w.p("if v&packetHeaderMask == packetHeaderWant && %s == uint64(len(b)) {", "uint64("+unpack(packetHeader, packetHeader.fields[len(packetHeader.fields)-1], "v", "tail")+")")
 	var out []string
 	for _, f := range packetHeader.fields {
 		if !f.fixed {
-			out = append(out, unpack(packetHeader, f, "v", "n"))
+			out = append(out, unpack(packetHeader, f, "v", "tail"))
 		}
 	}
 	w.p("return PacketHeader{%s}, b[PacketHeaderSize:], nil", strings.Join(out, ", "))

@@ -14,7 +14,20 @@ type field struct {
 	doc   string
 }
 
-// layout is a fixed-size block of fields: 64-bit words, the last of which may be one of 32 bits.
+// masked reports whether the field is narrower than its Go type: what does not fit must not spill into its neighbour.
+func (f field) masked() bool {
+	switch f.typ {
+	case "uint64":
+		return f.bits < 64
+	case "uint32":
+		return f.bits < 32
+	case "uint16":
+		return f.bits < 16
+	}
+	return f.bits < 8
+}
+
+// layout is a fixed-size block of fields: 64-bit words.
 type layout struct {
 	name   string // in error messages of the generator
 	goName string
@@ -28,22 +41,28 @@ func (l layout) size() int {
 	for _, f := range l.fields {
 		n += f.bits
 	}
-	if n%32 != 0 {
+	if n%64 != 0 {
 		panic("framegen: " + l.name + " is not a whole number of words")
 	}
 	return n / 8
 }
 
-// wordBits returns the width of a word: 64 bits, or 32 where no more are left.
-func (l layout) wordBits(word int) int { return min(64, 8*l.size()-64*word) }
+// bitsOf returns the width of field name.
+func (l layout) bitsOf(name string) int {
+	for _, f := range l.fields {
+		if f.name == name {
+			return f.bits
+		}
+	}
+	panic("framegen: no field " + name + " in " + l.name)
+}
 
 // shift returns the word that f lies in and how far f is shifted left there.
 func (l layout) shift(name string) (word, left int) {
 	pos := 0
 	for _, f := range l.fields {
 		if f.name == name {
-			word = pos / 64
-			return word, l.wordBits(word) - pos%64 - f.bits
+			return pos / 64, 64 - pos%64 - f.bits
 		}
 		pos += f.bits
 	}
@@ -57,7 +76,7 @@ var packetHeader = layout{
 		{name: "magic", goVar: "PacketMagic", bits: 8, fixed: true, value: 0xF5, doc: "tells a packet from the JSON fallback"},
 		{name: "version", goVar: "ProtocolVersion", bits: 4, fixed: true, value: 1, doc: "version of this protocol"},
 		{name: "flags", goVar: "Flags", typ: "PacketFlags", bits: 4, doc: "packet flags"},
-		{name: "sender", goVar: "Sender", typ: "uint16", bits: 16, doc: "random number of the send half this packet comes from"},
+		{name: "sender", goVar: "Sender", typ: "uint64", bits: 48, doc: "random number of the send half this packet comes from"},
 		{name: "seq", goVar: "Seq", typ: "uint32", bits: 32, doc: "with SEQ the number of this packet, without it the number the sender will use next"},
 		{name: "length", goVar: "Length", typ: "uint32", bits: 32, doc: "length of the whole packet in bytes, this header included"},
 	},

@@ -213,10 +213,10 @@ var (
 
 func headerVectors(vs *vectors) {
 	vs.header("zero", 0, 0, 0, "")
-	vs.header("seq", pSeq, 0x1234, 0x89ABCDEF, "")
+	vs.header("seq", pSeq, 0x123456789ABC, 0x89ABCDEF, "")
 	vs.header("ack", pAck, 1, 2, "")
-	vs.header("seq_ack", pSeq|pAck, 0xFFFF, 0xFFFFFFFF, "")
-	vs.header("with_rest", pSeq, 0xF5F5, 0xF5F5F5F5, "rest")
+	vs.header("seq_ack", pSeq|pAck, 0xFFFFFFFFFFFF, 0xFFFFFFFF, "")
+	vs.header("with_rest", pSeq, 0xF5F5F5F5F5F5, 0xF5F5F5F5, "rest")
 
 	whole := packet(values{"flags": pSeq, "sender": 0x1234, "seq": 7}, nil)
 	for n := range whole {
