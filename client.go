@@ -170,6 +170,7 @@ func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 const (
 	headerPrefix  = "Stream-"
 	headerOpen    = headerPrefix + "Open"    // the offer, for producers that cannot read it in the reply subject
+	headerProbe   = headerPrefix + "Probe"   // marks a message of the fallback that carries a reply subject: it is no request
 	headerTimeout = headerPrefix + "Timeout" // milliseconds that the consumer will wait for the end of the stream
 )
 

@@ -105,7 +105,7 @@ func (o *outbox) bind(s *session) {
 // else knows. Senders ask rarely, with a first packet or a PING, and what waits to be answered is bounded by the inbound
 // ring.
 func (o *outbox) refuse(c control) {
-	if !o.up.Load() {
+	if !o.up.Load() || checkAnswer(c.reply) != nil {
 		return
 	}
 	f := Frame{Type: FrameReset, Code: CloseCanceled, Payload: unknownStream}

@@ -39,7 +39,9 @@ const (
 	suspendedStopped                        // for good: by Stop, Drain or Close, or because NATS takes no subscription any more
 )
 
-// Handle serves the requests on subject with h. The subject may have wildcards. If several servers handle the same subject,
+// Handle serves the requests on subject with h. The subject may have wildcards. Messages that are no requests, such as packets of
+// streams, are dropped and counted in [Stats].DroppedStray. If the first element of subject is a wildcard, everything on
+// subjects that begin with $ or _ is dropped too. If several servers handle the same subject,
 // each of them gets every request, and the consumer reads from the first that answers; [Server.HandleQueue] shares requests
 // out instead. A request that is sent before the NATS server knows the subscription fails with [nats.ErrNoResponders]: call
 // [nats.Conn.Flush] to wait until it does.
@@ -168,7 +170,7 @@ func (r *Registration) settle() {
 
 func (r *Registration) subscribe() error {
 	s := r.server
-	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) { s.request(m, r.handler) })
+	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) { s.request(m, r.subject, r.handler) })
 	if err != nil {
 		return fmt.Errorf("stream: handle %s: %w", r.subject, err)
 	}

@@ -149,13 +149,19 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	return s, nil
 }
 
-// request takes one request. It is called in a subscription's goroutine and waits for nothing.
-func (s *Server) request(m *nats.Msg, h Handler) {
-	offer, json, err := parseRequest(m)
-	if err != nil { // nobody waits for an answer, or nobody would understand it
+// request takes one message that arrived at the handler of pattern. It is called in a subscription's goroutine and waits for
+// nothing.
+func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
+	req, err := parseRequest(m, pattern, s.ep.prefix)
+	switch {
+	case err == errStray:
+		s.ep.counters.strays.Add(1)
+		return
+	case err != nil: // nobody waits for an answer, or nobody would understand it
 		s.ep.counters.requests.Add(1)
 		return
 	}
+	offer, json := req.offer, req.json
 	refuse := func(code int, text string) {
 		s.ep.outbox.ask(aside{subject: m.Reply, json: json, refuse: &CloseError{code, text}})
 	}
@@ -233,22 +239,6 @@ func (s *Server) call(h Handler, w *Writer, r *Request) (err error) {
 		}
 	}()
 	return h(w, r)
-}
-
-// parseRequest reads from a request how its consumer wants to be answered.
-func parseRequest(m *nats.Msg) (offer Token, json bool, err error) {
-	if m.Reply == "" {
-		return Token{}, false, nats.ErrMsgNoReply
-	}
-	if v, ok := m.Header[headerOpen]; ok && len(v) == 1 {
-		offer, err = ParseOffer(v[0])
-	} else {
-		offer, err = ParseToken(lastToken(m.Reply))
-	}
-	if errors.Is(err, ErrVersion) {
-		return Token{}, false, err
-	}
-	return offer, err != nil, nil
 }
 
 // parseTimeout reads how long the consumer waits; 0 is without end.

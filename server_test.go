@@ -735,7 +735,7 @@ func TestLongSubjects(t *testing.T) {
 	}
 	offer := string(stream.AppendOffer(nil, stream.Token{Codec: stream.MsgPack, LogPackets: 5, LogBytes: 16}))
 	raw := p.consumer.Conn
-	request := &nats.Msg{Subject: "svc", Reply: strings.Repeat("x", 4070), Data: []byte("long"), Header: nats.Header{"Stream-Open": {offer}}}
+	request := &nats.Msg{Subject: "svc", Reply: "_" + strings.Repeat("x", 4069), Data: []byte("long"), Header: nats.Header{"Stream-Open": {offer}}}
 	if err := raw.PublishMsg(request); err != nil {
 		t.Fatal(err)
 	}

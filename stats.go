@@ -13,7 +13,8 @@ type Stats struct {
 
 	PacketsResent  uint64 // packets published again, because the peer missed them
 	DroppedEarly   uint64 // packets that came while one before them was missing; they are sent again
-	DroppedRequest uint64 // requests to a Server that carried no reply subject, or another version of the protocol
+	DroppedRequest uint64 // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
+	DroppedStray   uint64 // messages at a Server's handlers that are no requests, such as packets of streams at a wildcard
 
 	DroppedUnknown   uint64 // messages for a token that is not, or no longer, in use
 	DroppedDuplicate uint64 // packets that arrived before
@@ -26,7 +27,7 @@ type Stats struct {
 type counters struct {
 	packets, bytes                                  atomic.Uint64 // stored by the outbox alone
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
-	unsent, resent, early, requests                 atomic.Uint64
+	unsent, resent, early, requests, strays         atomic.Uint64
 }
 
 func (c *counters) sent(n int) {
@@ -50,6 +51,7 @@ func (ep *endpoint) stats() Stats {
 		PacketsResent:    n.resent.Load(),
 		DroppedEarly:     n.early.Load(),
 		DroppedRequest:   n.requests.Load(),
+		DroppedStray:     n.strays.Load(),
 		DroppedUnknown:   n.unknown.Load(),
 		DroppedDuplicate: n.duplicate.Load(),
 		DroppedForeign:   n.foreign.Load(),

@@ -87,6 +87,8 @@ func (c *Client) NewWriter(subject string) *Writer {
 		err = fmt.Errorf("stream: the request has no reply subject, so nobody waits for a stream: %w", nats.ErrBadSubject)
 	case errors.Is(err, ErrVersion):
 		err = fmt.Errorf("stream: cannot write to %s: %w", subject, err)
+	case checkAnswer(subject) != nil:
+		err = checkAnswer(subject)
 	default:
 		w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, err != nil, 0)
 		w.session.readDone.Store(true)

@@ -387,7 +387,7 @@ func TestGuessedTokens(t *testing.T) {
 		defer nc.Close()
 		unknown := func() uint64 { return r.cl.Stats().DroppedUnknown + r.srv.Stats().DroppedUnknown }
 		before, known, streams := heap(), unknown(), r.cl.Stats().Streams+r.srv.Stats().Streams
-		packets := forgeries(rand.Uint64()>>16)
+		packets := forgeries(rand.Uint64() >> 16)
 		for i := range guesses {
 			subject := stream.AppendToken(prefixes[i%2], stream.Token{Codec: stream.MsgPack, LogPackets: 5, LogBytes: 18, ID: rand.Uint64()})
 			if err := nc.Publish(string(subject), packets[i%len(packets)]); err != nil {

@@ -1,0 +1,117 @@
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/nats-io/nats.go"
+)
+
+// This file decides what is a request, and where its answer may go; docs/PROTOCOL.md sections 2 and 2.6. A handler may be
+// subscribed to a wildcard, so anything can arrive: packets of streams, its own too, answers to others, acknowledgements of
+// JetStream. None of these may start a handler, or one handler's packets would start the next.
+
+// errStray says that a message is no request.
+var errStray = errors.New("stream: not a request")
+
+// request is what a producer must know of a request before it answers.
+type request struct {
+	offer Token // what the consumer takes
+	json  bool  // the consumer knows only the fallback
+}
+
+// parseRequest reads a message that arrived at the handler of pattern, at an endpoint whose inbox begins with inbox. The error
+// is errStray if the message is no request. Any other error says why the request must not be answered.
+func parseRequest(m *nats.Msg, pattern, inbox string) (request, error) {
+	open, hasOpen := m.Header[headerOpen]
+	switch {
+	case !hasOpen && looksLikePacket(m.Data),
+		m.Header[headerProbe] != nil,
+		len(m.Data) == 0 && m.Header["Status"] != nil, // the NATS server speaks
+		strings.HasPrefix(m.Subject, inbox),
+		reserved(m.Subject) && startsWild(pattern): // a wildcard asks for services, not for the inner life of NATS
+		return request{}, errStray
+	case m.Reply == "":
+		return request{}, nats.ErrMsgNoReply
+	}
+	var r request
+	var err error
+	if len(open) == 1 {
+		r.offer, err = ParseOffer(open[0])
+	} else {
+		r.offer, err = ParseToken(lastToken(m.Reply))
+	}
+	if errors.Is(err, ErrVersion) {
+		return request{}, err
+	}
+	r.json = err != nil
+	return r, checkReply(m.Reply, pattern, r.json)
+}
+
+// checkReply returns why an answer must not be written to a request's reply subject, nil if it may.
+//
+// The subject of a binary consumer ends with its token, unless a NATS server has mapped it: then it begins with _R_. Names with
+// an underscore in front are those that NATS and its clients give to inboxes, so nobody has a service there.
+func checkReply(reply, pattern string, json bool) error {
+	if err := checkAnswer(reply); err != nil {
+		return err
+	}
+	if _, err := ParseToken(lastToken(reply)); err == nil || reply[0] == '_' {
+		return nil
+	}
+	switch {
+	case !json:
+		return fmt.Errorf("stream: reply subject %q is no inbox: it must end with a token: %w", reply, nats.ErrBadSubject)
+	case subjectMatches(pattern, reply):
+		return fmt.Errorf("stream: reply subject %q is a request subject: %w", reply, nats.ErrBadSubject)
+	}
+	return nil
+}
+
+// checkAnswer returns why nothing must be written to a subject that a peer named, nil if it may. To publish to a subject with
+// wildcards closes a pedantic connection. Below $ are the subjects of NATS itself: an answer there would acknowledge a message
+// of JetStream, for one.
+func checkAnswer(subject string) error {
+	if !validSubject(subject) || subject[0] == '$' {
+		return fmt.Errorf("stream: reply subject %q cannot be written to: %w", subject, nats.ErrBadSubject)
+	}
+	return nil
+}
+
+// looksLikePacket reports whether b is a packet of this version or of a later one, which keeps magic and length in their
+// places.
+func looksLikePacket(b []byte) bool {
+	return len(b) >= PacketHeaderSize && b[0] == PacketMagic && uint64(binary.BigEndian.Uint32(b[PacketHeaderSize-4:])) == uint64(len(b))
+}
+
+// reserved reports whether a subject is one that NATS and its clients use among themselves, such as $JS.API.INFO or
+// _INBOX.x.y.
+func reserved(subject string) bool {
+	return subject != "" && (subject[0] == '$' || subject[0] == '_')
+}
+
+// startsWild reports whether the first element of a subject is a wildcard.
+func startsWild(pattern string) bool {
+	first, _, _ := strings.Cut(pattern, ".")
+	return first == "*" || first == ">"
+}
+
+// subjectMatches reports whether a subscription to pattern receives what is published to subject.
+func subjectMatches(pattern, subject string) bool {
+	for {
+		p, pRest, pMore := strings.Cut(pattern, ".")
+		if p == ">" {
+			return true
+		}
+		s, sRest, sMore := strings.Cut(subject, ".")
+		if p != "*" && p != s || pMore != sMore {
+			return false
+		}
+		if !pMore {
+			return true
+		}
+		pattern, subject = pRest, sRest
+	}
+}
