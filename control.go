@@ -66,9 +66,8 @@ func (o *outbox) receive() (worked bool) {
 	return worked
 }
 
-// setPeer notes where the peer of s is. A message of the peer said so.
-func (o *outbox) setPeer(s *session, peer string) {
-	s.peer = peer
+// learned does what waits for the address of the peer.
+func (o *outbox) learned(s *session) {
 	s.answer()
 	o.step(s, lifecycle.PeerKnown)
 	if s.owed != 0 {
@@ -123,6 +122,7 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 	if err != nil || len(b) == 0 {
 		return protocolError(CloseProtocolError, "control packet without a frame")
 	}
+	var challenge []byte
 	for len(b) > 0 {
 		f, rest, err := ParseFrame(b)
 		if err == nil && !(PacketHeader{}).Allows(f.Type) {
@@ -144,6 +144,10 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			}
 		case FramePing:
 			s.mark(workCredit)
+		case FrameChallenge:
+			challenge = f.Payload
+		case FrameResponse:
+			o.proved(s, f.Payload)
 		case FrameReset:
 			// What arrived before can still be read: a CLOSE may be among it.
 			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
@@ -171,6 +175,9 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			s.requestEnd(end)
 			return nil
 		}
+	}
+	if challenge != nil && s.peer != "" && o.connected() { // one answer for a packet, however many it has
+		o.tell(s, "", Frame{Type: FrameResponse, Payload: challenge})
 	}
 	return nil
 }
@@ -236,12 +243,15 @@ func (o *outbox) tellEnd(s *session, e CloseError) {
 
 // tell publishes one control frame to the peer of s. Its sequence number is that of the packet to come next, new or again,
 // so that the peer sees what it missed of those before.
-func (o *outbox) tell(s *session, reply string, f Frame) {
+func (o *outbox) tell(s *session, reply string, f Frame) { o.tellAt(s, s.peer, reply, f) }
+
+// tellAt is tell with another subject than that of the peer.
+func (o *outbox) tellAt(s *session, subject, reply string, f Frame) {
 	h := PacketHeader{Sender: s.sender}
 	if w := s.writer.Load(); w != nil {
 		h.Seq = w.sent.cursor
 	}
-	o.publish(s.peer, reply, AppendPacket(o.scratch[:0], h, f))
+	o.publish(subject, reply, AppendPacket(o.scratch[:0], h, f))
 }
 
 // binary reports whether the peer understands packets. Called by the outbox.

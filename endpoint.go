@@ -89,6 +89,7 @@ type session struct {
 	// Owned by the outbox once the session is marked.
 	subject  string        // where the request went
 	peer     string        // subject of the other end; a consumer learns it from the producer's first packet
+	move     *move         // another subject that the other end named, and has not proved to receive at
 	request  *nats.Msg     // what opens the stream, until it is published
 	answered chan struct{} // closed, and set to nil, when the producer has answered; nil if nobody waits for that
 	held     uint32        // work that waits for the connection; not zero while in outbox.held

@@ -43,7 +43,7 @@ type PacketHeader struct {
 }
 
 // Allows reports whether a frame of type t may stand in a packet with header h: DATA, CLOSE and META in one with
-// PacketSeq, RESET, CREDIT and PING in one without, skippable types in both.
+// PacketSeq, RESET, CREDIT, PING, CHALLENGE and RESPONSE in one without, skippable types in both.
 func (h PacketHeader) Allows(t FrameType) bool {
 	set := uint32(controlTypes)
 	if h.Flags&PacketSeq != 0 {
@@ -138,6 +138,7 @@ var (
 	errReasonUTF8       error = &wireError{ErrPayload, "reason is not UTF-8"}
 	errCreditSize       error = &wireError{ErrPayload, "CREDIT is not 16 bytes"}
 	errPingPayload      error = &wireError{ErrPayload, "PING is not empty"}
+	errNonceSize        error = &wireError{ErrPayload, "CHALLENGE or RESPONSE is not 8 bytes"}
 	errTokenSize        error = &wireError{ErrToken, "wrong length"}
 	errTokenMark        error = &wireError{ErrToken, "does not begin with ~1"}
 	errTokenCodec       error = &wireError{ErrToken, "unknown codec letter"}

@@ -23,6 +23,7 @@ const (
 )
 
 const (
+	nonceSize = 8         // bytes of the payload of CHALLENGE and RESPONSE
 	maxSender = 1<<48 - 1 // largest number of a sender
 
 	minCloseCode = 1000
@@ -39,17 +40,19 @@ const (
 
 // Frame types of protocol version 1.
 const (
-	FrameData   FrameType = 1 // a record, or a piece of one
-	FrameClose  FrameType = 2 // ends this direction, after everything before it; the payload is the reason
-	FrameReset  FrameType = 3 // ends both directions now; the payload is the reason
-	FrameCredit FrameType = 4 // acknowledges packets and grants more; the payload is a Credit
-	FramePing   FrameType = 5 // asks for a CREDIT; no payload
-	FrameMeta   FrameType = 6 // headers, or with FlagTrailer trailers, in NATS header form
+	FrameData      FrameType = 1 // a record, or a piece of one
+	FrameClose     FrameType = 2 // ends this direction, after everything before it; the payload is the reason
+	FrameReset     FrameType = 3 // ends both directions now; the payload is the reason
+	FrameCredit    FrameType = 4 // acknowledges packets and grants more; the payload is a Credit
+	FramePing      FrameType = 5 // asks for a CREDIT; no payload
+	FrameMeta      FrameType = 6 // headers, or with FlagTrailer trailers, in NATS header form
+	FrameChallenge FrameType = 7 // asks whether the peer receives at a subject that it moved to; the payload is a nonce of 8 bytes
+	FrameResponse  FrameType = 8 // answers a CHALLENGE with its payload
 
 	frameSkippable FrameType = 0x80
 )
 
-// String returns the name used in the specification, such as "DATA", or "FrameType(7)".
+// String returns the name used in the specification, such as "DATA", or "FrameType(9)".
 func (t FrameType) String() string {
 	switch t {
 	case FrameData:
@@ -64,6 +67,10 @@ func (t FrameType) String() string {
 		return "PING"
 	case FrameMeta:
 		return "META"
+	case FrameChallenge:
+		return "CHALLENGE"
+	case FrameResponse:
+		return "RESPONSE"
 	}
 	return "FrameType(" + strconv.Itoa(int(t)) + ")"
 }
@@ -101,7 +108,7 @@ var frameFlagNames = [8]string{0: "MORE/HALF/GAP/TRAILER", 1: "JSON", 2: "MSGPAC
 // Frame types that may stand in packets with and without SEQ, as bit sets.
 const (
 	sequencedTypes = 1<<FrameData | 1<<FrameClose | 1<<FrameMeta
-	controlTypes   = 1<<FrameReset | 1<<FrameCredit | 1<<FramePing
+	controlTypes   = 1<<FrameReset | 1<<FrameCredit | 1<<FramePing | 1<<FrameChallenge | 1<<FrameResponse
 )
 
 const (
@@ -265,6 +272,24 @@ func checkFrame(f Frame) error {
 			return errFrameFlags
 		case f.Code != 0:
 			return errCodeWithoutClose
+		}
+	case FrameChallenge:
+		switch {
+		case f.Flags != 0:
+			return errFrameFlags
+		case f.Code != 0:
+			return errCodeWithoutClose
+		case len(f.Payload) != nonceSize:
+			return errNonceSize
+		}
+	case FrameResponse:
+		switch {
+		case f.Flags != 0:
+			return errFrameFlags
+		case f.Code != 0:
+			return errCodeWithoutClose
+		case len(f.Payload) != nonceSize:
+			return errNonceSize
 		}
 	default:
 		if !f.Type.Skippable() {

@@ -94,9 +94,10 @@ func benchPacket(size, records int) ([]byte, int) {
 	return AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 1}, frames...), records
 }
 
-// setPacketSeq writes the whole first word of the header at once: what is read as one word and was just written as two waits for both.
+// setPacketSeq writes the whole second word of the header at once: a word that is read as a whole and was just written in parts
+// waits for both.
 func setPacketSeq(p []byte, seq uint32) {
-	binary.BigEndian.PutUint32(p[8:], seq)
+	binary.BigEndian.PutUint64(p[8:], packetTail(seq, uint32(len(p))))
 }
 
 // BenchmarkMux is the subscription's callback for one message of one record. The messages come in batches that fit the

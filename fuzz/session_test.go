@@ -607,6 +607,8 @@ func parse(b []byte) (typ, flags byte, code int, payload, rest []byte, ok bool) 
 		ok = flags == 0 && code == 0 && n == 0
 	case 6:
 		ok = flags < 2 && code == 0
+	case 7, 8:
+		ok = flags == 0 && code == 0 && n == 8
 	default:
 		ok = typ >= 128
 	}
@@ -670,7 +672,7 @@ func (m *receiver) readPackets() (records [][]byte, end *ending) {
 		}
 		for first := i == 0; len(b) > 0; first = false {
 			typ, flags, code, payload, rest, ok := parse(b)
-			if !ok || typ == 3 || typ == 4 || typ == 5 {
+			if !ok || typ == 3 || typ == 4 || typ == 5 || typ == 7 || typ == 8 {
 				return records, endCode(1003)
 			}
 			b = rest

@@ -58,6 +58,7 @@ func constants(w *writer) {
 	w.p(")")
 	w.p("")
 	w.p("const (")
+	w.p("nonceSize = %d // bytes of the payload of CHALLENGE and RESPONSE", nonceSize)
 	w.p("maxSender = 1<<%d - 1 // largest number of a sender", packetHeader.bitsOf("sender"))
 	w.p("")
 	w.p("minCloseCode = %d", minCloseCode)
@@ -92,7 +93,7 @@ func enumerations(w *writer) {
 	w.p("frameSkippable FrameType = %#x", skippable)
 	w.p(")")
 	w.p("")
-	w.p(`// String returns the name used in the specification, such as "DATA", or "FrameType(7)".`)
+	w.p(`// String returns the name used in the specification, such as "DATA", or "FrameType(9)".`)
 	w.p("func (t FrameType) String() string {")
 	w.p("switch t {")
 	for _, t := range frameTypes {
@@ -404,6 +405,8 @@ func checkFrameCode(w *writer) {
 			w.p("case len(f.Payload) != creditSize: return errCreditSize")
 		case payloadEmpty:
 			w.p("case len(f.Payload) != 0: return errPingPayload")
+		case payloadNonce:
+			w.p("case len(f.Payload) != nonceSize: return errNonceSize")
 		}
 		w.p("}")
 	}

@@ -156,6 +156,7 @@ const (
 	payloadReason             // UTF-8, at most maxReason bytes
 	payloadCredit
 	payloadEmpty
+	payloadNonce
 )
 
 type frameType struct {
@@ -190,7 +191,14 @@ var (
 		flags: []flagDef{flagTrailer}, payload: payloadAny,
 		doc: "headers in NATS header form, before the first DATA, or with TRAILER immediately before CLOSE", goDoc: "headers, or with FlagTrailer trailers, in NATS header form"}
 
-	frameTypes = []frameType{typeData, typeClose, typeReset, typeCredit, typePing, typeMeta}
+	typeChallenge = frameType{name: "CHALLENGE", goName: "FrameChallenge", value: 7,
+		payload: payloadNonce,
+		doc:     "exactly 8 bytes, random. The answer is a RESPONSE", goDoc: "asks whether the peer receives at a subject that it moved to; the payload is a nonce of 8 bytes"}
+	typeResponse = frameType{name: "RESPONSE", goName: "FrameResponse", value: 8,
+		payload: payloadNonce,
+		doc:     "exactly 8 bytes: those of the CHALLENGE", goDoc: "answers a CHALLENGE with its payload"}
+
+	frameTypes = []frameType{typeData, typeClose, typeReset, typeCredit, typePing, typeMeta, typeChallenge, typeResponse}
 )
 
 // skippable is the bit of a frame type that lets a receiver skip frames it does not know.
@@ -201,6 +209,7 @@ const (
 	minCloseCode = 1000
 	maxCloseCode = 5999
 	maxReason    = 1024
+	nonceSize    = 8
 )
 
 // tokenPart is a run of characters of a reply token.

@@ -208,6 +208,7 @@ var (
 	fMore, fJSON, fMsgPack   = uint64(flagMore.value), uint64(flagJSON.value), uint64(flagMsgPack.value)
 	fCodecMask, fGap         = uint64(flagCodecMask.value), uint64(flagGap.value)
 	fTrailer                 = uint64(flagTrailer.value)
+	tChallenge, tResponse    = uint64(typeChallenge.value), uint64(typeResponse.value)
 	pSeq, pAck, pEnv, pSpare = uint64(packetFlags[0].value), uint64(packetFlags[1].value), uint64(packetFlags[2].value), uint64(8)
 )
 
@@ -267,6 +268,8 @@ func frameVectors(vs *vectors) {
 	vs.frame("meta_empty", tMeta, 0, 0, "", "")
 	vs.frame("meta_trailer", tMeta, fTrailer, 0, "NATS/1.0\r\nA: b\r\n\r\n", "")
 	vs.frame("meta_trailer_empty", tMeta, fTrailer, 0, "", "")
+	vs.frame("challenge", tChallenge, 0, 0, "\x00\x01\x02\x03\xfc\xfd\xfe\xff", "")
+	vs.frame("response", tResponse, 0, 0, "\x00\x01\x02\x03\xfc\xfd\xfe\xff", "")
 	vs.frame("skippable_first", skippable, 0, 0, "", "")
 	vs.frame("skippable_anything", 0xFF, 0xFF, 0xFFFF, "??", "next")
 
@@ -282,7 +285,7 @@ func frameVectors(vs *vectors) {
 			vs.rawFrame(fmt.Sprintf("length_%d_type_%d", n, t), "length", append(b, "abc"...))
 		}
 	}
-	for _, t := range []uint64{0, 7, 0x7F} {
+	for _, t := range []uint64{0, 9, 0x7F} {
 		vs.badFrame(fmt.Sprintf("type_%d", t), "type", t, 0, 0, "")
 	}
 	vs.badFrame("data_codec_reserved", "flags", tData, fCodecMask, 0, "a")
@@ -310,6 +313,14 @@ func frameVectors(vs *vectors) {
 	vs.badFrame("ping_payload", "payload", tPing, 0, 0, "?")
 	vs.badFrame("ping_flag", "flags", tPing, 1, 0, "")
 	vs.badFrame("ping_code", "code", tPing, 0, 1, "")
+	for _, t := range []frameType{typeChallenge, typeResponse} {
+		name, v := strings.ToLower(t.name), uint64(t.value)
+		vs.badFrame(name+"_empty", "payload", v, 0, 0, "")
+		vs.badFrame(name+"_7", "payload", v, 0, 0, "1234567")
+		vs.badFrame(name+"_9", "payload", v, 0, 0, "123456789")
+		vs.badFrame(name+"_flag", "flags", v, 1, 0, "12345678")
+		vs.badFrame(name+"_code", "code", v, 0, 1000, "12345678")
+	}
 	vs.badFrame("meta_flag_02", "flags", tMeta, 2, 0, "")
 	vs.badFrame("meta_trailer_flag_80", "flags", tMeta, fTrailer|0x80, 0, "")
 	vs.badFrame("meta_code", "code", tMeta, 0, 1000, "")
@@ -345,6 +356,8 @@ func packetVectors(vs *vectors) {
 	vs.packet("trailers_close", "", pSeq, 1, 0, trailer, end)
 	vs.packet("control", "", 0, 7, 9, grant, ping)
 	vs.packet("reset", "", 0, 7, 9, reset)
+	vs.packet("challenge", "", 0, 7, 9, frameArgs{tChallenge, 0, 0, "12345678"})
+	vs.packet("response", "", 0, 7, 9, frameArgs{tResponse, 0, 0, "12345678"})
 	vs.packet("ping_ack", "", pAck, 7, 0, ping)
 	vs.packet("skippable_in_sequenced", "", pSeq, 7, 1, skip, data)
 	vs.packet("skippable_in_control", "", 0, 7, 1, skip, ping)
@@ -355,6 +368,8 @@ func packetVectors(vs *vectors) {
 	vs.packet("reset_with_seq", "misplaced", pSeq, 7, 1, reset)
 	vs.packet("credit_with_seq", "misplaced", pSeq, 7, 1, grant)
 	vs.packet("ping_with_seq", "misplaced", pSeq, 7, 1, data, ping)
+	vs.packet("challenge_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tChallenge, 0, 0, "12345678"})
+	vs.packet("response_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tResponse, 0, 0, "12345678"})
 	vs.packet("unknown_type_second", "type", pSeq, 7, 1, data, frameArgs{0x40, 0, 0, ""})
 
 	// A good frame, then one whose length runs past the packet, and then one whose header is cut.

@@ -70,7 +70,7 @@ type Event uint8
 
 const (
 	Written         Event = iota // the consumer's user wrote or closed its direction for the first time
-	PeerKnown                    // a message of the peer carried a reply subject
+	PeerKnown                    // a first message of the peer carried a reply subject, or the peer proved another one
 	PeerIsJSON                   // the first message is of the JSON fallback
 	ClosePublished               // this end's CLOSE was published
 	CloseAcked                   // the peer acknowledged this end's CLOSE
@@ -180,8 +180,8 @@ var rules = []rule{
 	// The sender begins.
 	{Consumer, Written, in(NoSender), 0, Live, Waiting, keep, Live, 0, "keep the records until the peer is known"},
 	{Consumer, PeerKnown, in(Waiting), 0, Live, Open, keep, Live, 0, "note subject and window, section 2.3"},
-	{Consumer, PeerKnown, in(NoSender, Open, Closing, Settled), 0, Live, keep, keep, Live, 0, "write to that subject from now on"},
-	{producers, PeerKnown, 0, 0, Live, keep, keep, Live, 0, "write to that subject from now on"},
+	{Consumer, PeerKnown, in(NoSender, Open, Closing, Settled), 0, Live, keep, keep, Live, 0, "write there from now on, section 2.3"},
+	{producers, PeerKnown, 0, 0, Live, keep, keep, Live, 0, "write there from now on, section 2.3"},
 	{Consumer, PeerIsJSON, in(NoSender), 0, Live, keep, keep, Live, 0, "section 11"},
 	{Consumer, PeerIsJSON, in(Waiting), at(Reading), Live, Settled, keep, Live, FailWrites, "a fallback producer takes no records"},
 	{Consumer, PeerIsJSON, in(Waiting), at(Done), Live, Settled, keep, Gone, FailWrites | Release | Forget, ""},

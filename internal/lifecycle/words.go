@@ -10,7 +10,7 @@ var (
 	roleNames  = []string{"consumer", "handler", "writer"}
 	eventNames = [events]string{
 		"the user writes or closes for the first time",
-		"message with a reply subject",
+		"the peer's address is known, or proved",
 		"first message is of the fallback",
 		"CLOSE published",
 		"CLOSE acknowledged",

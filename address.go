@@ -1,0 +1,56 @@
+package stream
+
+import (
+	"crypto/rand"
+
+	"github.com/natsstream/stream/internal/lifecycle"
+)
+
+// This file is about where the peer of a stream is written to; docs/PROTOCOL.md section 2.3. It belongs to the outbox. A peer
+// may move, since NATS maps its reply subject anew for each message that crosses accounts. It may also name a subject that is
+// not its own. So nothing is sent to a new subject but a challenge, until the peer has shown that it receives there.
+
+// move is a subject that the peer of a stream named and has not proved yet.
+type move struct {
+	subject string
+	nonce   [nonceSize]byte
+	at      int64 // when the challenge was sent
+}
+
+// challengePatience is how many AckTimeouts the answer to a challenge may take before another subject is challenged. Each
+// question of a peer across accounts comes from another subject; the first of them is as good as the next.
+const challengePatience = 4
+
+// setPeer notes that the peer of s receives at subject.
+func (o *outbox) setPeer(s *session, subject string) {
+	switch {
+	case subject == s.peer || checkAnswer(subject) != nil:
+	case s.peer == "":
+		s.peer = subject
+		o.learned(s)
+	default:
+		o.challenge(s, subject)
+	}
+}
+
+// challenge asks the peer of s to prove that it receives at subject. What a peer can make this end send to a subject that is
+// not its own is one such packet for each time that challenges are patient.
+func (o *outbox) challenge(s *session, subject string) {
+	now := o.ep.now()
+	if m := s.move; m != nil && now-m.at < challengePatience*o.ep.times.Ack || !o.connected() {
+		return
+	}
+	s.move = &move{subject: subject, at: now}
+	rand.Read(s.move.nonce[:])
+	o.tellAt(s, subject, "", Frame{Type: FrameChallenge, Payload: s.move.nonce[:]})
+}
+
+// proved moves the peer of s to the subject that it was challenged at, if nonce is that of the challenge. What this end had to
+// say may have gone to a subject that leads nowhere any longer.
+func (o *outbox) proved(s *session, nonce []byte) {
+	if m := s.move; m != nil && string(nonce) == string(m.nonce[:]) && s.state.Phase != lifecycle.Gone {
+		s.peer, s.move = m.subject, nil
+		o.step(s, lifecycle.PeerKnown)
+		s.mark(workCredit)
+	}
+}
