@@ -15,6 +15,7 @@ import (
 
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
+	"github.com/natsstream/stream/internal/object"
 	"github.com/natsstream/stream/internal/ring"
 )
 
@@ -331,6 +332,30 @@ func BenchmarkWriteObject(b *testing.B) {
 				}
 				write(1000)
 				benchRecords(b, write)
+			})
+		}
+	}
+}
+
+// BenchmarkDecodeObject decodes an object of roughly the size named, as RecvObject does with a record.
+func BenchmarkDecodeObject(b *testing.B) {
+	for _, codec := range []Codec{JSON, MsgPack} {
+		for _, size := range []int{128, 1024} {
+			b.Run(fmt.Sprintf("codec=%v/size=%d", codec, size), func(b *testing.B) {
+				v := &benchObject{ID: 12345, Rate: 0.25, Text: strings.Repeat("x", size-32)}
+				e := object.NewEncoder()
+				rec, err := e.Encode(v, objectCodec(codecFlag(codec)), nil)
+				if err != nil {
+					b.Fatal(err)
+				}
+				var got benchObject
+				benchRecords(b, func(n int) {
+					for range n {
+						if err := decodeObject(rec, codecFlag(codec), FlagRaw, &got); err != nil {
+							b.Fatal(err)
+						}
+					}
+				})
 			})
 		}
 	}

@@ -340,8 +340,16 @@ func (w *Writer) endTurnLocked() {
 }
 
 // WriteObject sends v as one record, encoded as the consumer asked: JSON or MessagePack. It returns the length of the
-// encoding. It blocks and fails as Write does; an error of the encoder leaves the stream as it was. Methods of v that
-// encode it must not write to the same Writer.
+// encoding. It blocks and fails as Write does; an error of the encoder leaves the stream as it was, and matches neither
+// [ErrClosed] nor a *CloseError. A panic of a method of v passes through. Methods of v that encode it must not write to the
+// same Writer.
+//
+// Names, embedding and omission follow the json tags for both codecs, as encoding/json has them. A msgpack tag stands in for
+// the json tag. MessagePack knows no ",string": it carries the number. It takes a value's form from the first of its
+// methods EncodeMsgpack, MarshalMsgpack, MarshalBinary and MarshalText, and ignores MarshalJSON.
+//
+// These are errors: a value that is nested deeper than 10,000 levels or contains itself, a Protocol Buffers message (send the
+// bytes of proto.Marshal with Write), and, for MessagePack, a struct without exported fields that only encodes itself as JSON.
 func (w *Writer) WriteObject(v any) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -1,8 +1,20 @@
 // Package object encodes Go values as records and decodes records into Go values. It knows bytes, codecs and values only.
+//
+// JSON is that of encoding/json. MessagePack acts like it:
+//
+//   - Names, embedding, hiding, "-", omitempty and omitzero of json tags hold for both codecs. A msgpack tag stands in for the
+//     json tag; there are as_array, for a field _msgpack, alias:name and noinline as well. The option string of a json tag
+//     is JSON's alone: MessagePack carries the number.
+//   - Decoding into a value that holds something does what json.Unmarshal does.
+//   - A number that the target cannot hold is an error, and so is anything behind the object.
+//
+// Types choose their form in MessagePack by methods, the first of: EncodeMsgpack, MarshalMsgpack, MarshalBinary, MarshalText.
+// Functions registered with msgpack.Register are not asked. A json.RawMessage travels as bytes, a json.Number as a string.
 package object
 
 import (
 	"encoding/json"
+	"reflect"
 	"sync"
 
 	"github.com/vmihailenco/msgpack/v5"
@@ -16,17 +28,29 @@ const (
 	MsgPack
 )
 
-// Encoder encodes one object into dst, as long as it has room, and moves it to spill when it has not. Encoders are
-// reused: making one costs more than encoding most objects. It is for one goroutine at a time.
+// Encoder encodes one object into a buffer it is given, as long as that has room, and moves it to one of its own when it
+// has not. Encoders are reused: making one costs more than encoding most objects. It is for one goroutine at a time.
 type Encoder struct {
-	dst     []byte // what was encoded; it never grows beyond its capacity
-	spill   []byte
-	spilled bool
-	json    *json.Encoder
+	buf     []byte // what was encoded
+	spilled bool   // buf is the encoder's own
+	spill   []byte // its own, between objects
+
+	// MessagePack.
+	depth   int
+	hops    int
+	foreign bool // a method of the msgpack package wrote some of it
+	stack   stackWatch
+	last    reflect.Type
+	plan    *plan // of last
 	msgpack *msgpack.Encoder
+
+	// JSON.
+	lastJSON reflect.Type
+	shape    *shape // of lastJSON
+	json     *json.Encoder
 }
 
-// maxSpill is the largest spill buffer that an idle encoder keeps.
+// maxSpill is the largest buffer that an idle encoder keeps.
 const maxSpill = 64 << 10
 
 var encoders = sync.Pool{New: func() any { return newEncoder() }}
@@ -41,49 +65,38 @@ func newEncoder() *Encoder {
 // NewEncoder returns an encoder. Free gives it back.
 func NewEncoder() *Encoder { return encoders.Get().(*Encoder) }
 
-// Write appends; it never fails.
+// Write appends what encoding/json, or a method of the user, wrote. It fails if that recurses too deeply.
 func (e *Encoder) Write(p []byte) (int, error) {
-	switch {
-	case e.spilled:
-		e.spill = append(e.spill, p...)
-	case len(p) <= cap(e.dst)-len(e.dst):
-		e.dst = append(e.dst, p...)
-	default:
-		e.spilled = true
-		e.spill = append(append(e.spill[:0], e.dst...), p...)
+	if e.stack.tooDeep() {
+		return 0, errDepth
 	}
+	e.room(len(p))
+	e.buf = append(e.buf, p...)
 	return len(p), nil
 }
 
-// WriteByte spares the msgpack encoder a wrapper.
+// WriteByte is Write for one byte. It spares the encoder of the msgpack package a wrapper.
 func (e *Encoder) WriteByte(c byte) error {
-	if !e.spilled && len(e.dst) < cap(e.dst) {
-		e.dst = append(e.dst, c)
-		return nil
+	if e.stack.tooDeep() {
+		return errDepth
 	}
-	_, err := e.Write([]byte{c})
-	return err
+	e.byte(c)
+	return nil
 }
 
 // Encode encodes v into dst, or into a buffer of its own if dst has no room; Spilled tells. The result belongs to the
-// encoder until Free or the next Encode.
-func (e *Encoder) Encode(v any, codec Codec, dst []byte) ([]byte, error) {
-	e.dst, e.spilled = dst[:0], false
-	var err error
-	if codec == JSON {
-		err = e.json.Encode(v)
-	} else {
-		e.msgpack.Reset(e) // options that a type's own EncodeMsgpack set are not the next object's
-		err = e.msgpack.Encode(v)
-	}
-	b := e.dst
+// encoder until Free or the next Encode. A panic of a method of v passes through.
+func (e *Encoder) Encode(v any, codec Codec, dst []byte) (b []byte, err error) {
 	if e.spilled {
-		b = e.spill
+		e.spill = e.buf
 	}
-	if err == nil && codec == JSON {
-		b = b[:len(b)-1] // the newline that json.Marshal does not write
+	e.buf, e.spilled = dst[:0], false
+	if codec == JSON {
+		err = e.encodeJSON(v)
+	} else {
+		err = e.encodeMsgPack(v)
 	}
-	return b, err
+	return e.buf, err
 }
 
 // Spilled reports whether the last object did not fit into dst.
@@ -91,20 +104,20 @@ func (e *Encoder) Spilled() bool { return e.spilled }
 
 // Free gives e back.
 func (e *Encoder) Free() {
-	e.dst = nil
+	if e.spilled {
+		e.spill = e.buf
+	}
+	e.buf, e.spilled = nil, false
 	if cap(e.spill) > maxSpill {
 		e.spill = nil
 	}
 	encoders.Put(e)
 }
 
-// Decode decodes the record p into v.
+// Decode decodes the record p into v, a pointer that is not nil.
 func Decode(p []byte, codec Codec, v any) error {
 	if codec == JSON {
 		return json.Unmarshal(p, v)
-	}
-	if v, ok := v.(*any); ok && v != nil {
-		*v = nil // else the decoder tries to fill the value of the record before
 	}
 	return decodeMsgPack(p, v)
 }

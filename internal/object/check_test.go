@@ -77,7 +77,7 @@ func TestCheckMsgPackAcceptsWhatIsWhole(t *testing.T) {
 	}
 }
 
-// An object is nested at most maxMsgPackDepth deep, whatever is nested in what.
+// An object is nested at most MaxDepth deep, whatever is nested in what.
 func TestCheckMsgPackDepth(t *testing.T) {
 	for name, level := range map[string]string{
 		"array": "\x91", "array16": "\xdc\x00\x01", "array32": "\xdd\x00\x00\x00\x01",
@@ -91,11 +91,10 @@ func TestCheckMsgPackDepth(t *testing.T) {
 			}
 			return []byte(strings.Repeat(level, depth) + end)
 		}
-		// The object itself is the first level.
-		if err := scanMsgPack(nested(maxMsgPackDepth - 1)); err != nil {
-			t.Errorf("%s: %d levels: %v", name, maxMsgPackDepth-1, err)
+		if err := scanMsgPack(nested(MaxDepth - 1)); err != nil {
+			t.Errorf("%s: %d levels: %v", name, MaxDepth, err)
 		}
-		for _, depth := range []int{maxMsgPackDepth, 100 * maxMsgPackDepth} {
+		for _, depth := range []int{MaxDepth + 1, 100 * MaxDepth} {
 			if scanMsgPack(nested(depth)) == nil {
 				t.Errorf("%s: %d levels are accepted", name, depth)
 			}
@@ -189,7 +188,8 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 }
 
 func scanMsgPack(p []byte) error {
-	_, err := checkMsgPack(p)
+	var bodies []int
+	_, err := check(p, MaxDepth, len(p), &bodies)
 	return err
 }
 
@@ -234,10 +234,36 @@ func TestMsgPackTimes(t *testing.T) {
 	}
 }
 
+// A time becomes a time and nothing else.
+func TestMsgPackTimeIsATime(t *testing.T) {
+	rec := encoded(t, time.Unix(5, 0), MsgPack)
+	for _, v := range []any{new(string), new(int), new(struct{ A int }), new(map[string]any), new([]byte), new([]any), new(bool)} {
+		if err := Decode(rec, MsgPack, v); err == nil || !strings.Contains(err.Error(), "time.Time") {
+			t.Errorf("%T: %v", v, err)
+		}
+	}
+	for _, at := range []any{"1970-01-01T00:00:05Z", [2]int{5, 0}} { // other forms in use
+		var got time.Time
+		if err := Decode(encoded(t, at, MsgPack), MsgPack, &got); err != nil || got.Unix() != 5 {
+			t.Errorf("%v: %v, %v", at, got, err)
+		}
+	}
+	for _, rec := range []string{"\xd4\x05\x00", "\xd4\xff\x00", "\xd6\x0e\x00\x00\x00\x05", "\xa1x", "\x05", "\x93\x01\x02\x03"} {
+		var got time.Time
+		if err := Decode([]byte(rec), MsgPack, &got); err == nil {
+			t.Errorf("%x became %v", rec, got)
+		}
+	}
+	var v any
+	if err := Decode(rec, MsgPack, &v); err != nil || !v.(time.Time).Equal(time.Unix(5, 0)) {
+		t.Errorf("%v, %v", v, err)
+	}
+}
+
 // A map whose keys cannot be keys is an error of that record, not a panic.
 func TestMsgPackUnhashableKey(t *testing.T) {
 	var v map[any]any
-	if err := decodeMsgPack([]byte{0x81, 0x91, 1, 1}, &v); !errors.Is(err, errMsgPack) {
+	if err := decodeMsgPack([]byte{0x81, 0x91, 1, 1}, &v); !errors.Is(err, errKey) {
 		t.Errorf("decoded into %v: %v", v, err)
 	}
 }
