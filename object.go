@@ -1,8 +1,12 @@
 package stream
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io"
 
+	"github.com/nats-io/nats.go"
 	"github.com/natsstream/stream/internal/object"
 )
 
@@ -32,7 +36,7 @@ func (w *Writer) encodeUnlocked(e *object.Encoder, v any, dst []byte) ([]byte, e
 	}()
 	b, err := e.Encode(v, objectCodec(w.codec), dst)
 	if err != nil {
-		err = fmt.Errorf("stream: encode %T: %w", v, err)
+		err = &objectError{fmt.Sprintf("stream: encode %T: ", v), err}
 	}
 	return b, err
 }
@@ -86,7 +90,42 @@ func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
 		codec = asked
 	}
 	if err := object.Decode(p, objectCodec(codec), v); err != nil {
-		return fmt.Errorf("stream: decode record of %d bytes into %T: %w", len(p), v, err)
+		return &objectError{fmt.Sprintf("stream: decode record of %d bytes into %T: ", len(p), v), err}
 	}
 	return nil
+}
+
+// objectError is the error of an object, which methods of the user may have returned. It matches what that matches, except
+// for errors that say how a stream ended: the stream goes on.
+type objectError struct {
+	text string
+	err  error
+}
+
+func (e *objectError) Error() string { return e.text + e.err.Error() }
+
+// Is and As stand in for Unwrap, which would show all of err.
+func (e *objectError) Is(target error) bool {
+	for _, end := range streamEnds {
+		if target == end {
+			return false
+		}
+	}
+	if _, ok := target.(*CloseError); ok {
+		return false
+	}
+	return errors.Is(e.err, target)
+}
+
+func (e *objectError) As(target any) bool {
+	if _, ok := target.(**CloseError); ok {
+		return false
+	}
+	return errors.As(e.err, target)
+}
+
+// streamEnds are the errors, beside *CloseError, that reads and writes return when a stream is over.
+var streamEnds = []error{
+	io.EOF, ErrClosed, ErrClientClosed, ErrServerClosed, ErrConcurrentRecv, ErrOneWay, context.Canceled, context.DeadlineExceeded,
+	nats.ErrNoResponders, nats.ErrConnectionClosed, nats.ErrConnectionDraining,
 }
