@@ -34,7 +34,9 @@ type ClientParams struct {
 	// that come in pieces is in it, and where there is no room for more of one its stream ends with CloseTryAgainLater.
 	// Fallback peers are not in it.
 	MaxBuffered int
-	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default.
+	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default, or MaxBuffered if that is less,
+	// but at least 256 KiB. It may not exceed MaxBuffered, which a record in pieces has to fit into, together with the window of
+	// its stream: leave a quarter of MaxBuffered for that. Up to 256 KiB, what a packet holds, it may.
 	MaxRecordSize int
 	// FallbackBuffer is the most bytes of messages that a producer which speaks only the JSON fallback, and so cannot be told to
 	// wait, may be ahead of its reader: 64 MiB by default. Of messages below 64 bytes it is as many as if they had 64, because of
@@ -61,6 +63,10 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 	if p.Codec > MsgPack {
 		return p, fmt.Errorf("stream: parameter Codec is %d, which is unknown: use JSON, MsgPack or the zero value", p.Codec)
 	}
+	defaultMaxRecord := 16 << 20
+	if p.MaxBuffered > 0 {
+		defaultMaxRecord = min(defaultMaxRecord, max(p.MaxBuffered, onePacket))
+	}
 	for _, f := range []struct {
 		name  string
 		field *int
@@ -69,7 +75,7 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 	}{
 		{"Window", &p.Window, defaultWindow, minWindow},
 		{"MaxBuffered", &p.MaxBuffered, defaultMaxBuffered, minWindow},
-		{"MaxRecordSize", &p.MaxRecordSize, 16 << 20, 1},
+		{"MaxRecordSize", &p.MaxRecordSize, defaultMaxRecord, 1},
 		{"FallbackBuffer", &p.FallbackBuffer, fallbackLimit, 1},
 	} {
 		if *f.field == 0 {
@@ -78,6 +84,10 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 		if *f.field < f.min {
 			return p, fmt.Errorf("stream: parameter %s is %d bytes: it must be at least %d, or 0 for %d", f.name, *f.field, f.min, f.value)
 		}
+	}
+	if p.MaxRecordSize > max(p.MaxBuffered, onePacket) {
+		return p, fmt.Errorf("stream: parameter MaxRecordSize is %d bytes and MaxBuffered %d: no such record would arrive; raise "+
+			"MaxBuffered, best to more than twice MaxRecordSize, or lower MaxRecordSize", p.MaxRecordSize, p.MaxBuffered)
 	}
 	for _, f := range []struct {
 		name  string
@@ -99,6 +109,9 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 	}
 	return p, nil
 }
+
+// onePacket is the largest record that travels in one packet, and so takes nothing of MaxBuffered but its stream's window.
+const onePacket = singleSize - PacketHeaderSize - FrameHeaderSize
 
 // never is the longest time that a parameter may be, two years. What is made of it, up to 64 times as long, added to a time
 // since the start does not overflow.

@@ -481,6 +481,53 @@ func TestNewClientErrors(t *testing.T) {
 	}
 }
 
+// A record that MaxBuffered has no room for never arrives, so such parameters are refused. The default of MaxRecordSize
+// follows MaxBuffered down.
+func TestMaxRecordSizeFitsIntoMaxBuffered(t *testing.T) {
+	const packet = 256 << 10
+	p := newPair(t)
+	for _, c := range []struct {
+		buffered, record int
+		largest          int // 0 if refused
+	}{
+		{0, 0, 16 << 20},
+		{0, 64 << 20, 64 << 20},
+		{0, 64<<20 + 1, 0},
+		{0, 100 << 20, 0},
+		{1 << 20, 1 << 20, 1 << 20},
+		{1 << 20, 1<<20 + 1, 0},
+		{1 << 20, 16 << 20, 0},
+		{1 << 20, 0, 1 << 20},
+		{200 << 20, 100 << 20, 100 << 20},
+		{200 << 20, 0, 16 << 20},
+		{smallestWindow, 0, packet},
+		{smallestWindow, packet, packet},
+		{smallestWindow, packet + 1, 0},
+	} {
+		client, err := stream.NewClient(stream.ClientParams{Conn: p.consumer.Conn, MaxBuffered: c.buffered, MaxRecordSize: c.record})
+		server, serverErr := stream.NewServer(stream.ServerParams{Conn: p.producer.Conn, MaxBuffered: c.buffered, MaxRecordSize: c.record})
+		for _, err := range []error{err, serverErr} {
+			if (err == nil) != (c.largest > 0) {
+				t.Errorf("MaxBuffered %d, MaxRecordSize %d: %v", c.buffered, c.record, err)
+			}
+			if err != nil && (!strings.Contains(err.Error(), "MaxRecordSize") || !strings.Contains(err.Error(), "raise MaxBuffered")) {
+				t.Errorf("%v: it does not say what to do", err)
+			}
+		}
+		if err == nil {
+			w := client.NewWriter(nats.NewInbox())
+			if _, err := w.Write(make([]byte, c.largest+1)); !errors.Is(err, stream.ErrRecordTooLarge) ||
+				!strings.HasSuffix(err.Error(), fmt.Sprintf("MaxRecordSize is %d", c.largest)) {
+				t.Errorf("MaxBuffered %d, MaxRecordSize %d: %v; want %d", c.buffered, c.record, err, c.largest)
+			}
+			client.Close()
+		}
+		if serverErr == nil {
+			server.Close()
+		}
+	}
+}
+
 func TestOpenNoResponders(t *testing.T) {
 	p := newPair(t)
 	s := open(t, p.consumer, "nobody")
