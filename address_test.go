@@ -244,3 +244,79 @@ func TestChallengeIsAnswered(t *testing.T) {
 		check(t, r)
 	})
 }
+
+// Reply subjects of packets that are dropped change nothing: they may be of anybody.
+func TestDroppedPacketsNameNoAddress(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	s.handle(t, "svc", func(w *stream.Writer, r *stream.Request) error {
+		for range r.All() {
+		}
+		return nil
+	})
+	r := consumerByHand(t, p)
+	r.send("", stream.PacketSeq, 0, rawData("a"))
+	elsewhere := nats.NewInbox()
+	got := subscribe(t, r.nc, elsewhere)
+	r.send(elsewhere, stream.PacketSeq, 0, rawData("a")) // a duplicate
+	r.send(elsewhere, stream.PacketSeq, 9, rawData("j")) // an early one
+	r.number += 2
+	r.send(elsewhere, stream.PacketSeq, 1, rawData("b")) // of another sender, which is told so
+	if f := r.frame(got, stream.FrameReset); f.Code != stream.CloseCanceled {
+		t.Errorf("the other sender got %+v", f)
+	}
+	r.number -= 2
+	r.send("", 0, 1, stream.Frame{Type: stream.FrameChallenge, Payload: []byte("the last")})
+	r.frame(r.in, stream.FrameResponse)
+	if m, err := got.NextMsg(20 * time.Millisecond); err == nil {
+		t.Errorf("the subject that dropped packets named got %q", m.Data)
+	}
+	r.send("", 0, 1, rawReset(stream.CloseCanceled))
+}
+
+// ACK on a control packet asks for nothing, PING does.
+func TestAckOnControlPacketAsksForNothing(t *testing.T) {
+	p := newPair(t)
+	check := func(t *testing.T, r *rawPeer) {
+		for range 20 {
+			r.send("", stream.PacketAck, 0, rawCredit(stream.Credit{Packets: 32, Bytes: 1 << 18}))
+		}
+		r.send("", stream.PacketAck, 0, rawPing())
+		r.frame(r.in, stream.FrameCredit)
+		for m, err := r.in.NextMsg(50 * time.Millisecond); err == nil; m, err = r.in.NextMsg(50 * time.Millisecond) {
+			if _, body, _ := stream.ParsePacketHeader(m.Data); stream.FrameType(body[0]) == stream.FrameCredit {
+				t.Error("a control packet with ACK was answered")
+			}
+		}
+		r.send("", 0, 0, rawReset(stream.CloseCanceled))
+	}
+	t.Run("producer", func(t *testing.T) {
+		s := newService(t, p, stream.ServerParams{})
+		s.handle(t, "svc", func(w *stream.Writer, r *stream.Request) error {
+			<-r.Context().Done()
+			return nil
+		})
+		check(t, consumerByHand(t, p))
+	})
+	t.Run("consumer", func(t *testing.T) {
+		r, _ := producerByHand(t, p)
+		r.frame(r.in, stream.FrameCredit) // the answer to its hello
+		check(t, r)
+	})
+}
+
+// Headers of a packet's message mean nothing, those of a request neither.
+func TestHeadersOfPacketsAreIgnored(t *testing.T) {
+	p := newPair(t)
+	r, s := producerByHand(t, p)
+	for i, h := range []nats.Header{{"Any": {"thing"}}, {"Status": {"503"}}, {"Stream-Open": {"~2m5I"}}, {"Stream-Timeout": {"1"}}} {
+		if err := r.nc.PublishMsg(&nats.Msg{Subject: r.to, Header: h, Data: rawPacket(stream.PacketSeq, r.number, uint32(i), rawData("x"))}); err != nil {
+			t.Fatal(err)
+		}
+		if rec, err := s.Recv(); err != nil || string(rec) != "x" {
+			t.Errorf("headers %v: %q, %v", h, rec, err)
+		}
+	}
+	r.send("", stream.PacketSeq, 4, rawClose(stream.CloseNormalClosure))
+	wantEOF(t, s)
+}

@@ -207,10 +207,13 @@ func (w *Writer) bind(subject string) {
 	w.subject = subject
 	w.granted = credited{initialPackets, minWindow} // where the subject does not say: nobody offers less
 	if t, err := ParseToken(lastToken(subject)); err == nil {
-		w.granted = credited{1 << t.LogPackets, 1 << t.LogBytes}
+		w.granted = offered(t)
 	}
 	w.wakeLocked()
 }
+
+// offered is the first credit that a token or offer gives; docs/PROTOCOL.md section 8.
+func offered(t Token) credited { return credited{1 << min(t.LogPackets, 30), 1 << t.LogBytes} }
 
 // publishNext publishes the next packet and reports whether there may be another. Called by the outbox alone.
 func (w *Writer) publishNext(o *outbox) (more bool) {

@@ -118,3 +118,13 @@ func TestSubjectMatches(t *testing.T) {
 		}
 	}
 }
+
+// A window of more than 2^30 packets counts as 2^30: beyond it numbers before and behind could not be told apart.
+func TestOfferedWindow(t *testing.T) {
+	for _, c := range []struct{ logPackets, logBytes uint8 }{{0, 0}, {5, 18}, {30, 40}, {31, 61}} {
+		got := offered(Token{LogPackets: c.logPackets, LogBytes: c.logBytes})
+		if got.packets != 1<<min(c.logPackets, 30) || got.bytes != 1<<c.logBytes {
+			t.Errorf("%+v gives %+v", c, got)
+		}
+	}
+}

@@ -120,7 +120,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 		w.granted = credited{fallbackQueue, fallbackQueueBytes}
 	} else {
 		w.codec = codecFlag(offer.Codec)
-		w.granted = credited{1 << offer.LogPackets, 1 << offer.LogBytes}
+		w.granted = offered(offer)
 	}
 	s.writer.Store(w)
 	return w
