@@ -250,9 +250,9 @@ func validSubject(subject string) bool {
 }
 
 // OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the
-// producer writes with WriteObject arrive as JSON. Normal closure closes the channel; any other end first delivers
-// one result with the error; when ctx ends the channel is closed at once. A caller that stops reading must end ctx.
-// Errors are those of Open.
+// producer writes with WriteObject arrive as JSON. Normal closure closes the channel. Before any other end, the last result
+// has the error. If ctx ends, that is the error of ctx, and records that the caller has not received may be dropped. A caller
+// that stops reading must end ctx. Errors are those of [Client.Open].
 func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
 	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, JSON, nil)
 	if err != nil {
@@ -264,22 +264,49 @@ func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-ch
 }
 
 // forward is the goroutine of one OpenStream. It ends with the stream or with ctx.
-func forward(ctx context.Context, s *Stream, ch chan<- *concurrency.AsyncResult[[]byte]) {
+func forward(ctx context.Context, s *Stream, ch chan *concurrency.AsyncResult[[]byte]) {
 	defer close(ch)
 	defer s.Close()
 	var slab results
 	for {
 		value, err := s.Recv()
-		if err == io.EOF || ctx.Err() != nil {
+		if err == io.EOF {
 			return
 		}
 		select {
 		case ch <- slab.next(value, err):
+			if err != nil {
+				return
+			}
 		case <-ctx.Done():
-			return
-		}
-		if err != nil {
+			if err == nil {
+				err = contextError(ctx)
+			}
+			sendLast(ch, slab.next(nil, err))
 			return
 		}
 	}
 }
+
+// sendLast sends the last result of a stream whose context ended. The caller may have stopped reading: if the channel stays
+// full, the results in it are dropped to make room, all of them, because a gap between two records would be worse. Recv does
+// not return records that arrived before the end of its context either.
+func sendLast(ch chan *concurrency.AsyncResult[[]byte], last *concurrency.AsyncResult[[]byte]) {
+	timeout := time.NewTimer(abandonedAfter)
+	defer timeout.Stop()
+	select {
+	case ch <- last:
+		return
+	case <-timeout.C:
+	}
+	for len(ch) > 0 {
+		select {
+		case <-ch:
+		default:
+		}
+	}
+	ch <- last // there is room: no other goroutine sends
+}
+
+// abandonedAfter is how long a full channel of OpenStream keeps its goroutine after its context ended.
+const abandonedAfter = 100 * time.Millisecond

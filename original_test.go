@@ -162,8 +162,8 @@ func TestOpenStreamContextEnds(t *testing.T) {
 			w, ch := openStream(t, p, ctx)
 			defer w.CloseWithCode(4000)
 			end()
-			if values, failures := receive(t, ch); values != nil || failures != nil {
-				t.Errorf("%q, %v", values, failures)
+			if values, failures := receive(t, ch); values != nil || len(failures) != 1 || !errors.Is(failures[0], ctx.Err()) {
+				t.Errorf("%q, %v; want %v alone", values, failures, ctx.Err())
 			}
 		})
 		t.Run(name+"full channel", func(t *testing.T) {
@@ -177,8 +177,8 @@ func TestOpenStreamContextEnds(t *testing.T) {
 			end()
 			waitFor(t, "the producer to notice", func() { <-w.Context().Done() })
 			values, failures := receive(t, ch)
-			if failures != nil || len(values) > stream.RequestChanLen+1 {
-				t.Errorf("%d values, %v", len(values), failures)
+			if len(failures) != 1 || !errors.Is(failures[0], ctx.Err()) || len(values) > stream.RequestChanLen+1 {
+				t.Errorf("%d values, %v; want %v at the end", len(values), failures, ctx.Err())
 			}
 			for i, v := range values {
 				if !bytes.Equal(v, testRecord(i, 10)) {
