@@ -35,6 +35,9 @@ type CloseError struct {
 
 // Error returns "nats stream: close 1006 (abnormal closure): text".
 func (e *CloseError) Error() string {
+	if e == nil {
+		return "nats stream: nil *CloseError: return the value nil for no error"
+	}
 	s := "nats stream: close " + strconv.Itoa(e.Code)
 	if name := closeName(e.Code); name != "" {
 		s += " (" + name + ")"
@@ -49,7 +52,7 @@ func (e *CloseError) Error() string {
 // so that errors.Is(err, &CloseError{Code: CloseBadRequest}) asks for the code alone.
 func (e *CloseError) Is(target error) bool {
 	t, ok := target.(*CloseError)
-	return ok && t != nil && t.Code == e.Code && (t.Text == "" || t.Text == e.Text)
+	return ok && t != nil && e != nil && t.Code == e.Code && (t.Text == "" || t.Text == e.Text)
 }
 
 func closeName(code int) string {
@@ -87,7 +90,8 @@ var (
 	// ErrConcurrentRecv is returned by a read of a Stream while another goroutine's read is under way. Give a stream
 	// one reader, or lock around its reads.
 	ErrConcurrentRecv = errors.New("stream: concurrent read: a Stream has one reader at a time")
-	// ErrClosed is returned by reads of a Stream after its Close, and by writes to a Writer after its Close.
+	// ErrClosed is returned by reads of a Stream after its Close, by writes to a Writer after its Close, and by writes to a
+	// stream that the peer ended normally.
 	ErrClosed = errors.New("stream: use of a closed stream")
 	// ErrClientClosed is returned by Open, and by writers made from the client, after Client.Close.
 	ErrClientClosed = errors.New("stream: client is closed")
@@ -97,7 +101,8 @@ var (
 	// back. Read what it sends, and send all of your own with the request.
 	ErrOneWay = errors.New("stream: the producer speaks the JSON fallback and takes no records")
 	// ErrRecordTooLarge is returned by writes of a record larger than MaxRecordSize, or than one NATS message where
-	// the peer speaks only the JSON fallback, which cannot cut it. Nothing of the record was sent; the writer goes on.
+	// the peer speaks only the JSON fallback, which cannot cut it. Nothing of the record was sent; the writer goes on. A
+	// Handler that returns it ends its stream with CloseMessageTooBig.
 	ErrRecordTooLarge = errors.New("stream: record too large")
 	// ErrCloseCode is returned by CloseWithCode for a code outside 1000–5999. Nothing was sent; call it again with
 	// one that fits.
@@ -127,10 +132,38 @@ func contextError(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
+// handlerEnd returns how the result of a handler ends its stream; [Handler] documents it. Only nil and a bare *CloseError with
+// CloseNormalClosure are a normal end: if an error wraps one, more happened than a normal end.
+func handlerEnd(err error) CloseError {
+	if err == nil {
+		return CloseError{Code: CloseNormalClosure}
+	}
+	if isNormal(err) {
+		return *err.(*CloseError)
+	}
+	e, ok := errors.AsType[*CloseError](err)
+	switch {
+	case ok && e != nil && e.Code != CloseNormalClosure && validCode(e.Code):
+		return *e
+	case errors.Is(err, ErrRecordTooLarge):
+		return CloseError{CloseMessageTooBig, err.Error()}
+	}
+	return CloseError{CloseInternalServerErr, err.Error()}
+}
+
+// isNormal reports whether err is a bare *CloseError with CloseNormalClosure. A peer's RESET can carry that code. No read or
+// write returns it, because a handler that returned it again would end its own stream normally.
+func isNormal(err error) bool {
+	e, ok := err.(*CloseError)
+	return ok && e != nil && e.Code == CloseNormalClosure
+}
+
+func validCode(code int) bool { return code >= minCloseCode && code <= maxCloseCode }
+
 // closeReason joins and checks what CloseWithCode was given. The reason is for people to read, often an error's text:
 // it is cut and mended where it does not fit, so that the end of a stream never fails because of it.
 func closeReason(code int, text []string) (string, error) {
-	if code < minCloseCode || code > maxCloseCode {
+	if !validCode(code) {
 		return "", fmt.Errorf("%w: %d is not in %d–%d", ErrCloseCode, code, minCloseCode, maxCloseCode)
 	}
 	return cutReason(strings.Join(text, " "), MaxReason), nil

@@ -151,28 +151,11 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 		case FrameReset:
 			// What arrived before can still be read: a CLOSE may be among it.
 			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
-			if s.stream != nil && h.Sender == s.sender {
-				e = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
+			if s.stream != nil {
+				s.requestEnd(s.resetByProducer(h, e))
+			} else {
+				s.requestEnd(s.resetByConsumer(h, e))
 			}
-			end := &ending{kind: endReset, err: e}
-			if s.stream == nil && s.state.Send >= lifecycle.Closing {
-				if f.Code == CloseNormalClosure && s.bucket.ring.Pushed() == 0 {
-					s.requestEnd(&ending{kind: endComplete, err: io.EOF}) // it never wrote, and leaves
-					return nil
-				}
-				if h.Sender == s.sender {
-					end.kind = endComplete // a consumer that forgot the stream may have done so because it is done
-				}
-			}
-			if s.stream != nil && s.peer == "" && s.bucket.ring.Pushed() == 0 && e.Code == CloseTryAgainLater {
-				end.err = refusal{e}
-			}
-			if s.stream != nil && e.Code == CloseDeadlineExceeded {
-				if _, ok := s.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
-					end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
-				}
-			}
-			s.requestEnd(end)
 			return nil
 		}
 	}
@@ -180,6 +163,44 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 		o.tell(s, "", Frame{Type: FrameResponse, Payload: challenge})
 	}
 	return nil
+}
+
+// resetByProducer returns how a RESET ends a consumer's stream; docs/PROTOCOL.md sections 9.3 and 12.3.
+func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
+	end := &ending{kind: endReset, err: e}
+	arrived := s.bucket.ring.Pushed() > 0
+	switch {
+	case h.Sender == s.sender:
+		end.err = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
+	case e.Code == CloseNormalClosure: // follows a CLOSE that was acknowledged; without that one it is no normal end
+		end.err = &CloseError{CloseAbnormalClosure, "the producer reset the stream and did not close it"}
+	case e.Code == CloseTryAgainLater && s.peer == "" && !arrived:
+		end.err = refusal{e}
+	case e.Code == CloseDeadlineExceeded:
+		if _, ok := s.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
+			end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
+		}
+	}
+	if arrived && (h.Sender == s.sender || e.Code == CloseNormalClosure) {
+		end.kind = endPeerDone
+	}
+	return end
+}
+
+// resetByConsumer returns how a RESET ends a producer's stream; docs/PROTOCOL.md sections 9.3 and 12.3.
+func (s *session) resetByConsumer(h PacketHeader, e *CloseError) *ending {
+	end := &ending{kind: endReset, err: e}
+	if s.state.Send < lifecycle.Closing {
+		return end
+	}
+	normal := e.Code == CloseNormalClosure
+	if normal && s.bucket.ring.Pushed() == 0 && h.Seq == 0 {
+		end.err = io.EOF // it never wrote, and leaves
+	}
+	if normal || h.Sender == s.sender { // a consumer that forgot the stream may have done so because it is done
+		end.kind = endComplete
+	}
+	return end
 }
 
 // credit takes what the peer acknowledged, granted and misses.

@@ -33,6 +33,7 @@ type life struct {
 	suspect                   int64 // since when the peer may be gone
 	closed                    int64 // since when everything was sent, and waits to be acknowledged
 	asked                     int64 // when the request was published
+	closeAt                   int64 // when a CLOSE that is held back for a handler's result is published
 	pings                     int32 // since the peer was heard
 	asks                      int32 // that were answered or may be, since something was sent
 	seen                      uint32
@@ -170,6 +171,12 @@ func (o *outbox) check(s *session, now int64) {
 	if d.GiveUp != liveness.Alive {
 		o.giveUp(s, d.GiveUp)
 		return
+	}
+	if l := &s.life; l.closeAt != 0 && now >= l.closeAt {
+		l.closeAt = 0
+		s.writer.Load().publishHeld()
+	} else if l.closeAt != 0 {
+		o.schedule(s, l.closeAt)
 	}
 	if d.Republish {
 		s.mark(workPackets)

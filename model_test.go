@@ -152,7 +152,9 @@ func modelOps(kinds []string) *rapid.Generator[modelOp] {
 			op.n, op.size = 1, modelParams.MaxRecordSize+1
 		case "read":
 			op.n = rapid.SampledFrom([]int{1, 2, 10, 1000}).Draw(t, "records")
-		case "end", "return", "reset":
+		case "reset":
+			op.code = rapid.SampledFrom([]int{CloseNormalClosure, 4322, 4322}).Draw(t, "code")
+		case "end", "return":
 			op.code = rapid.SampledFrom([]int{CloseNormalClosure, CloseNormalClosure, 4321}).Draw(t, "code")
 		case "sync":
 			op.times[0] = pick(10*ms, 300*ms, 3000*ms).Draw(t, "timeout")
@@ -359,7 +361,7 @@ func (r *modelRun) do(op modelOp) {
 	case "close":
 		s.leave(CloseCanceled)
 	case "reset":
-		s.leave(4322)
+		s.leave(op.code)
 	}
 }
 
@@ -402,6 +404,7 @@ type modelEnd struct {
 	code   int       // that the direction was closed with, or is about to be; 0 if it is open
 	shut   bool      // and that has succeeded
 	last   int       // how many records had been written when code was set
+	left   bool      // and that was by leaving: a write that was under way then may have succeeded
 	inUse  bool      // a call that writes has succeeded
 	got    int       // records read
 	result error     // what reads ended with
@@ -485,7 +488,8 @@ func (s *modelStream) giveBack(code int) {
 	close(e.stopped)
 }
 
-// leave makes the consumer leave: code 0 by its context, 4001 by Close, any other by CloseWithCode.
+// leave makes the consumer leave: code 0 by its context, 4001 by Close, any other by CloseWithCode. With code 1000 that closes
+// its direction too.
 func (s *modelStream) leave(code int) {
 	s.r.mu.Lock()
 	if s.leftAt.IsZero() {
@@ -496,8 +500,11 @@ func (s *modelStream) leave(code int) {
 	} else if s.closed == 0 {
 		s.closed = code
 	}
-	s.r.mu.Unlock()
 	e := &s.ends[consumerSide]
+	if code == CloseNormalClosure && e.code == 0 {
+		e.code, e.last, e.left = code, len(e.sent)-min(1, e.calls["Write"]), true
+	}
+	s.r.mu.Unlock()
 	switch code {
 	case 0:
 		s.cancel()
@@ -716,7 +723,7 @@ func (e *modelEnd) allowedLocked(err error, write bool) string {
 	ce, coded := errors.AsType[*CloseError](err)
 	late := !s.deadline.IsZero() && !time.Now().Before(s.deadline)
 	complete := func() string {
-		if !write && e.got != from.last {
+		if !write && e.got != from.last && !(from.left && e.got > from.last) {
 			return fmt.Sprintf("after %d of %d records", e.got, from.last)
 		}
 		return ""
@@ -738,7 +745,9 @@ func (e *modelEnd) allowedLocked(err error, write bool) string {
 		return ""
 	case errors.Is(err, ErrClosed) && e.side == consumerSide && s.closed != 0:
 		return ""
-	case errors.Is(err, ErrClosed) && write && e.side == consumerSide && over && handler.code == CloseNormalClosure && s.returned:
+	case errors.Is(err, ErrClosed) && write && e.side == consumerSide && s.returned:
+		return "" // reads tell how the handler ended
+	case errors.Is(err, ErrClosed) && write && e.side == handlerSide && s.closed == CloseNormalClosure:
 		return ""
 	case errors.Is(err, ErrClosed):
 		return "nobody closed it"
@@ -758,11 +767,11 @@ func (e *modelEnd) allowedLocked(err error, write bool) string {
 
 	case ce.Code == CloseAbnormalClosure && s.mayBeLostLocked():
 		return ""
-	case ce.Code == CloseAbnormalClosure && e.side == consumerSide && write && s.returned:
-		return "" // nobody takes what it writes, and nobody is there who could say why
 	case ce.Code == CloseAbnormalClosure:
 		return "the network was not that bad"
-	case e.side == consumerSide && ce.Code == handler.code && (write && s.returned || handler.code != CloseNormalClosure):
+	case ce.Code == CloseNormalClosure:
+		return "a normal end is no error"
+	case e.side == consumerSide && ce.Code == handler.code:
 		return complete()
 	case e.side == handlerSide && ce.Code == CloseCanceled && (left || s.mayBeLostLocked()):
 		return "" // also where a RESET with another code got lost, or the consumer has given up

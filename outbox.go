@@ -66,10 +66,11 @@ const (
 	workHello                // let the consumer know where its producer is
 	workBind                 // the consumer has a send half now
 	workSettle               // one half has come to its end: was it the last?
+	workClose                // a handler closed its direction: CLOSE waits for the handler's result, but not for long
 	workEnd                  // the session ended: tell the peer, let go of the buffers
 	workEndLater             // the same, and the peer waits for nothing
 
-	workLater = workWait | workEndLater | workSettle // what does not wake the outbox
+	workLater = workWait | workClose | workEndLater | workSettle // what does not wake the outbox
 )
 
 func (o *outbox) init(ep *endpoint) {
@@ -289,6 +290,10 @@ func (o *outbox) serve(s *session, work uint32) {
 		return
 	}
 	w := s.writer.Load()
+	if work&workClose != 0 {
+		s.life.closeAt = o.ep.now() + int64(closeDelay)
+		o.schedule(s, s.life.closeAt)
+	}
 	if work&workRequest != 0 {
 		setTimeout(s.request.Header, s.parent)
 		s.life.asked = o.ep.now() // before it may be lost with the connection
@@ -310,8 +315,9 @@ func (o *outbox) serve(s *session, work uint32) {
 	} else if work&workCredit != 0 {
 		o.tellCredit(s, 0)
 	}
+	ended := work&workCredit != 0 && s.unheard()
 	hello := work&workHello != 0 && w.sent.next == 0 && s.life.pings == 0 && s.life.heard == 0
-	if s.peer != "" && s.binary() && (hello || resume || work&workProbe != 0) {
+	if s.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
 		o.ping(s)
 	}
 	if work&workPackets != 0 && s.peer != "" && w.publishNext(o) {

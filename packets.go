@@ -117,7 +117,7 @@ func (w *Writer) growLocked(n int) {
 // roomLocked lets Write use the open packet, unless somebody has the turn.
 func (w *Writer) roomLocked() {
 	w.room = nil
-	if w.open != nil && !w.turn && !w.closed.Load() && w.session.ep.maxRecord >= coalesceSize { // else Write must look
+	if w.open != nil && !w.turn && !w.closed.Load() && !w.held.Load() && !w.over() && w.session.ep.maxRecord >= coalesceSize { // else Write must look
 		w.room = w.open.buf[:min(len(w.open.buf), w.coalesceLimit())]
 	}
 }
@@ -135,12 +135,20 @@ func (w *Writer) sealLocked() {
 	w.open, w.n, w.room = nil, 0, nil
 	if !w.json {
 		flags := PacketSeq
-		if !w.creditLocked() {
+		w.soon = w.soon || p.last && w.closeSoon()
+		if p.last && w.soon || !w.creditLocked() {
 			flags |= PacketAck
 		}
 		putPacketHeader(p.buf, flags, w.session.sender, seq, len(p.buf))
 	}
 	w.ready.Push(p) // never full: credit bounds what is sealed and not acknowledged
+}
+
+// closeSoon reports whether the peer is to acknowledge CLOSE at once. A consumer that still sends is told by a RESET that
+// nobody reads any longer, and the RESET must come after the acknowledgement.
+func (w *Writer) closeSoon() bool {
+	s := w.session
+	return s.server != nil && !s.readDone.Load() && s.bucket.ring.Pushed() > 0
 }
 
 // creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Beside what the peer granted
@@ -187,6 +195,9 @@ func (w *Writer) ended() {
 	w.mu.Lock()
 	if w.open != nil && !w.turn { // an encoder may be writing into it: then it is the garbage collector's
 		putPacket(w.open)
+	}
+	if w.open != nil && w.n > PacketHeaderSize {
+		w.sealed++ // records that are thrown away are never acknowledged
 	}
 	w.open, w.n, w.room = nil, 0, nil
 	w.wakeLocked()
@@ -273,6 +284,9 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		}
 		w.wakeLocked()
 		w.mu.Unlock()
+	}
+	if s.stream != nil && w.sent.next == 1 && s.bucket.ring.Pushed() > 0 {
+		s.mark(workProbe) // the end of the stream may be among what arrived: then nobody reads what is written
 	}
 	if last {
 		w.cancel(ErrClosed)

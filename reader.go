@@ -2,7 +2,9 @@ package stream
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"fmt"
 	"io"
 	"iter"
 	"sync/atomic"
@@ -25,6 +27,7 @@ type reader struct {
 	// reads that both find their record at hand are told apart by busy, a plain flag, as Go's maps do it: an exact
 	// answer costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more than all the rest of Recv.
 	// Race builds pay for it.
+	// A consumer that left while its own records are still being sent sets gateLeft: reads return ErrClosed from then on.
 	gate atomic.Uint32
 
 	asked FrameFlags // codec of records that were written as bytes
@@ -39,6 +42,12 @@ type reader struct {
 	header  nats.Header
 	trailer nats.Header
 }
+
+// Bits of reader.gate.
+const (
+	gateReading = 1 << iota
+	gateLeft
+)
 
 // recv is Stream.Recv and Request.Recv.
 func (s *session) recv() ([]byte, error) {
@@ -111,6 +120,9 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 			return n, err
 		}
 		m, err := w.Write(rec)
+		if m < 0 || m > len(rec) {
+			return n, cmp.Or(err, fmt.Errorf("stream: invalid write result: %T returned %d for %d bytes: mend that Writer", w, m, len(rec)))
+		}
 		n += int64(m)
 		if err != nil {
 			return n, err
@@ -124,13 +136,16 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 
 // enter begins a read that may wait; leave ends it.
 func (s *session) enter() error {
-	if s.busy || !s.gate.CompareAndSwap(0, 1) {
-		return ErrConcurrentRecv
+	switch {
+	case !s.busy && s.gate.CompareAndSwap(0, gateReading):
+		return nil
+	case s.gate.Load() == gateLeft:
+		return ErrClosed
 	}
-	return nil
+	return ErrConcurrentRecv
 }
 
-func (s *session) leave() { s.gate.Store(0) }
+func (s *session) leave() { s.gate.And(gateLeft) }
 
 // nextRecord returns the next record and its flags.
 func (s *session) nextRecord() ([]byte, FrameFlags, error) {
@@ -299,6 +314,13 @@ func (s *session) readHeader() (nats.Header, error) {
 			return nil, err
 		}
 	}
+	if s.bucket.mode == modeJSON {
+		if _, end, _ := parseJSON(bytes.Clone(s.data)); end != nil && end.Code != CloseNormalClosure {
+			_, err := s.nextMessage()
+			return nil, err
+		}
+		return nil, nil
+	}
 	if s.off == PacketHeaderSize {
 		f, rest, err := ParseFrame(s.data[s.off:])
 		if err == nil && f.Type == FrameMeta && f.Flags&FlagTrailer == 0 { // all else is for the reads to judge
@@ -306,14 +328,39 @@ func (s *session) readHeader() (nats.Header, error) {
 			if err := s.takeMeta(f, true); err != nil {
 				return nil, err
 			}
+			return s.header, nil
 		}
 	}
-	return s.header, nil
+	if s.refused() {
+		_, err := s.nextData(false)
+		return nil, err
+	}
+	return nil, nil
+}
+
+// refused reports whether the frames that are left of the first packet are the end of the stream with an error, and no record
+// comes before it.
+func (s *session) refused() bool {
+	for b := s.data[s.off:]; len(b) > 0; {
+		f, rest, err := ParseFrame(b)
+		switch {
+		case err != nil || f.Type == FrameData:
+			return false
+		case f.Type == FrameClose:
+			return f.Code != CloseNormalClosure
+		}
+		b = rest
+	}
+	return false
 }
 
 // endedNow returns what every read returns from now on, if there is such a thing.
 func (s *session) endedNow() error {
 	if s.done != nil {
+		return s.done
+	}
+	if s.gate.Load()&gateLeft != 0 {
+		s.endRead(ErrClosed)
 		return s.done
 	}
 	if e := s.end.Load(); e != nil && e.kind == endLocal {
@@ -361,9 +408,12 @@ func (s *session) nextPacket() error {
 		if s.stream == nil && !b.dry {
 			s.mark(workHello) // the consumer cannot write before it knows where to
 		}
+		if s.server != nil {
+			s.writer.Load().publishHeld() // the consumer may wait for the end before it sends more
+		}
 		b.dry = true
 		b.park.Announce()
-		if b.ring.Empty() && s.end.Load() == nil && s.parent.Err() == nil {
+		if b.ring.Empty() && s.end.Load() == nil && s.parent.Err() == nil && s.gate.Load()&gateLeft == 0 {
 			b.park.Wait()
 		} else {
 			b.park.Retract()
@@ -401,7 +451,7 @@ func (s *session) closed(code int, text string, half bool) error {
 	s.releaseWindow()
 	s.readDone.Store(true)
 	if e := s.end.Load(); e != nil { // the outbox was done with the stream before this; else it sees readDone
-		s.release(e.err)
+		s.release(e)
 	}
 	s.markLater(workSettle)
 	return s.done
@@ -414,7 +464,11 @@ func (s *session) broken(err *CloseError) error {
 
 // finishRead ends the stream and makes e the result of this and every later read.
 func (s *session) finishRead(e *ending) error {
-	s.endRead(e.err)
+	err := e.err
+	if isNormal(err) { // a RESET of the consumer, and no CLOSE before it
+		err = &CloseError{CloseCanceled, "the consumer left before it had closed its direction"}
+	}
+	s.endRead(err)
 	s.stop(e)
 	return s.done
 }
@@ -444,11 +498,34 @@ func (s *session) part() bool {
 	return true
 }
 
+// detach lets a consumer go before the producer's end. It closes its direction, unless that was done, and what it has not
+// acknowledged goes on being repaired. When everything is acknowledged, the outbox sends a RESET with the code of CLOSE, because
+// the producer may still be sending. It reports false if the records that were written cannot be sent to their end.
+func (s *session) detach(reason string) bool {
+	w := s.writer.Load()
+	if w == nil || !w.closeToLeave(reason) {
+		return false
+	}
+	if s.part() {
+		s.release(&ending{err: ErrClosed})
+		return true
+	}
+	s.returned.Store(true)
+	s.gate.Or(gateLeft)
+	s.bucket.park.Wake()
+	s.stream.ended(ErrClosed)
+	s.mark(workPackets | workSettle)
+	return true
+}
+
 // canceled runs when the context that the stream lives by ended.
 func (s *session) canceled() {
 	if s.part() {
-		s.release(contextError(s.parent))
+		s.release(&ending{err: contextError(s.parent)})
 		return
+	}
+	if s.stream != nil && s.returned.Load() {
+		return // the user left before, and the outbox ends what remains
 	}
 	e := &ending{kind: endLocal, err: contextError(s.parent), reset: CloseError{Code: s.leaving()}}
 	if s.parent.Err() == context.DeadlineExceeded {
@@ -463,13 +540,17 @@ func (s *session) canceled() {
 // stop ends the stream now and lets go of what it holds.
 func (s *session) stop(e *ending) {
 	s.requestEnd(e)
-	s.release(e.err)
+	s.release(e)
 }
 
 // release gives the window back to the budget and, at the consumer's end, ends the stream's context, once.
-func (s *session) release(cause error) {
+func (s *session) release(e *ending) {
 	s.releaseWindow()
 	if s.stream != nil {
+		cause := e.err
+		if e.kind == endPeerDone && s.readDone.Load() {
+			cause = io.EOF // the end that was read is all there is to say
+		}
 		s.stream.ended(cause)
 	}
 }

@@ -2,7 +2,6 @@ package stream
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -36,7 +35,8 @@ type ServerParams struct {
 	// all members of a group are full, consumers get nats.ErrNoResponders then instead of CloseTryAgainLater.
 	// Subjects outside queue groups are not affected.
 	StayWhenFull bool
-	// Logger gets what handlers panic with. slog.Default() by default.
+	// Logger gets the panics of handlers, and the errors that handlers return after their consumers have read the normal end.
+	// slog.Default() by default.
 	Logger *slog.Logger
 
 	// These are as in ClientParams, for what consumers send. Streams begin with at most 64 KiB here.
@@ -50,14 +50,31 @@ const defaultMaxStreams = 10_000
 // return at once, tens of thousands in a second, on a slow network, and a bound for consumers that never acknowledge.
 const lingering = 1 << 14
 
-// Handler produces one stream: it reads the Request and writes to w, in a goroutine of its own. What it returns closes
-// the stream, unless it closed w itself: nil with CloseNormalClosure, a *CloseError with its code and text, another error
-// with CloseInternalServerErr and the error's text. A panic is logged, and closes it with CloseInternalServerErr.
+// Handler produces one stream: it reads the [Request] and writes to w, in a goroutine of its own. Its result ends the stream:
 //
-// An error's text goes to the consumer: return a *CloseError where it holds what is not for others to know.
+//   - nil, or a bare *CloseError with CloseNormalClosure: the normal end. The consumer reads io.EOF.
+//   - an error that is or wraps a *CloseError with another valid code: that code and the text of the *CloseError, without the
+//     text around it.
+//   - an error that wraps ErrRecordTooLarge: CloseMessageTooBig and the error's text.
+//   - any other error: CloseInternalServerErr and the error's text. Among these are errors that wrap or join a *CloseError with
+//     CloseNormalClosure, and a nil *CloseError in a variable of type error.
+//   - a panic: CloseInternalServerErr. The panic is logged.
+//
+// The text of a returned error is sent to the consumer. To keep internals private, return a *CloseError with the text to reveal.
+//
+// A relay that returns the error of another stream passes on the code of that stream: its consumer reads, for example,
+// CloseAbnormalClosure or CloseTryAgainLater as if this server had said so. To hide the code, return an error of your own, or
+// format the other error with %v instead of %w.
+//
+// A handler that closed w normally can still fail: see [Writer.Close]. If CLOSE was published before the handler failed, the
+// consumer has the normal end. The failure is logged then and counted in [Stats].UnreportedErrors.
+//
+// If both ends write before they read, both wait for credit when the windows are full, until a deadline ends the stream. Let
+// one end read first, or read and write in two goroutines.
 //
 // When the consumer leaves or its deadline passes, the context of r ends and writes to w fail; the handler should return
-// then. Neither r nor w may be used after it returned.
+// then. Neither r nor w may be used after it returned. When it returns, records of the consumer that it did not read are
+// discarded, and the consumer's writes fail.
 type Handler func(w *Writer, r *Request) error
 
 // Request is what a consumer opened a stream with, and the records that it sends on it. Its reads, Recv, RecvObject, All,
@@ -77,7 +94,9 @@ type Request struct {
 // and has nothing to say, may finish its work.
 func (r *Request) Context() context.Context { return r.ctx }
 
-// Recv returns the next record from the consumer, io.EOF after its CloseSend, and otherwise what ended the stream. It waits
+// Recv returns the next record from the consumer, io.EOF after its CloseSend, and otherwise the error that ended the stream.
+// io.EOF says that all records arrived. If the consumer leaves without closing its direction, the error is a *CloseError with
+// its code, or with CloseCanceled if it left with CloseNormalClosure. It waits
 // for the record if need be. The record is never reused; keeping a small one keeps its packet, up to 32 KiB, alive. A
 // consumer that speaks only the JSON fallback sends no records: io.EOF.
 func (r *Request) Recv() ([]byte, error) { return r.session.recv() }
@@ -212,33 +231,31 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 // run runs a handler and closes its stream as it says.
 func (s *Server) run(h Handler, w *Writer, r *Request) {
 	defer s.exit(w)
-	code, text := CloseInternalServerErr, "handler exited" // runtime.Goexit: t.FailNow of a test, for one
+	end := CloseError{CloseInternalServerErr, "handler exited"} // runtime.Goexit: t.FailNow of a test, for one
 	defer func() {
-		if !w.finish(code, text) && w.session.parent.Err() != nil { // the context's own callback may come too late
+		w.session.returned.Store(true) // before CLOSE is published: the outbox acts on the answer to it
+		closed, ok := w.finish(end)
+		switch {
+		case ok && closed.Code == CloseNormalClosure && end.Code != CloseNormalClosure:
+			s.ep.counters.unreported.Add(1)
+			s.log.Error("stream: handler failed after its Writer was closed normally: the consumer does not know",
+				"subject", r.Subject, "error", end.Error())
+		case !ok && w.session.parent.Err() != nil: // the context's own callback may come too late
 			w.session.canceled()
 		}
 	}()
-	err := s.call(h, w, r)
-	code, text = CloseNormalClosure, ""
-	if ce, ok := errors.AsType[*CloseError](err); ok && ce != nil {
-		code, text = ce.Code, ce.Text
-		if _, bad := closeReason(code, nil); bad != nil {
-			code, text = CloseInternalServerErr, err.Error()
-		}
-	} else if err != nil && !ok {
-		code, text = CloseInternalServerErr, err.Error()
-	}
+	end = s.call(h, w, r)
 }
 
-// call calls a handler and makes an error of a panic.
-func (s *Server) call(h Handler, w *Writer, r *Request) (err error) {
+// call calls a handler and returns how its stream ends. It recovers panics, also those of the Error method of the result.
+func (s *Server) call(h Handler, w *Writer, r *Request) (end CloseError) {
 	defer func() {
 		if v := recover(); v != nil {
 			s.log.Error("stream: handler panicked", "subject", r.Subject, "panic", v, "stack", string(debug.Stack()))
-			err = &CloseError{CloseInternalServerErr, "handler panicked"}
+			end = CloseError{CloseInternalServerErr, "handler panicked"}
 		}
 	}()
-	return h(w, r)
+	return handlerEnd(h(w, r))
 }
 
 // parseTimeout reads how long the consumer waits; 0 is without end.
@@ -289,7 +306,6 @@ func (s *Server) enter() admission {
 
 // exit counts a handler out. Its session goes on until the consumer has everything.
 func (s *Server) exit(w *Writer) {
-	w.session.returned.Store(true)
 	w.session.markLater(workSettle)
 	s.count(-1, 0)
 	if o := &s.ep.outbox; o.stopping.Load() { // else it sees the session, which is on its queue

@@ -13,6 +13,7 @@ const (
 	endComplete   endKind = iota // nothing remains to be done. A handler at work goes on
 	endPeerClosed                // the reader has read the peer's CLOSE, with another code than 1000
 	endReset                     // the peer's RESET arrived
+	endPeerDone                  // the same, and the peer's CLOSE may wait to be read: writes have no reason to give
 	endFault                     // this end found that the stream cannot go on
 	endLocal                     // this end wants no more: records that arrived are not delivered
 )
@@ -31,22 +32,28 @@ func (e *ending) event() lifecycle.Event {
 		return lifecycle.Completed
 	case endPeerClosed:
 		return lifecycle.PeerFailed
-	case endReset:
+	case endReset, endPeerDone:
 		return lifecycle.ResetRead
 	}
 	return lifecycle.Ended
 }
 
 // requestEnd ends the stream, unless it has ended: the first end counts. Calls that wait return, and the outbox does the
-// rest. It reports whether e is the end. The mux calls endFromMux instead.
+// rest. It reports whether e is the end. No write that begins after it returned succeeds, whether or not e is the end. The mux
+// calls endFromMux instead. The caller does not hold the writer's lock.
 func (s *session) requestEnd(e *ending) bool {
+	defer func() {
+		if w := s.writer.Load(); w != nil {
+			w.shut()
+		}
+	}()
 	if !s.end.CompareAndSwap(nil, e) {
 		return false
 	}
 	s.bucket.park.Wake()
 	s.endContexts(e)
 	if s.stream != nil && e.kind == endLocal {
-		s.release(e.err)
+		s.release(e)
 	}
 	if e.kind == endComplete || e.kind == endPeerClosed {
 		s.markLater(workEndLater) // the peer has ended its direction, and waits for no answer
@@ -72,19 +79,27 @@ func (s *session) endFromMux(e *ending) {
 // endContexts ends the contexts that writers and handlers wait on. Ending them again does nothing.
 func (s *session) endContexts(e *ending) {
 	if w := s.writer.Load(); w != nil {
-		w.cancel(writeError(e.err))
+		w.cancel(e.cause())
 	}
 	if s.cancel != nil && e.kind != endComplete {
-		s.cancel(writeError(e.err))
+		s.cancel(e.cause())
 	}
 }
 
-// writeError is what writes return after the stream ended with err.
-func writeError(err error) error {
-	if err == io.EOF {
+// cause is the cause of the contexts of writers and handlers after the end.
+func (e *ending) cause() error {
+	if e.err == io.EOF {
 		return ErrClosed
 	}
-	return err
+	return e.err
+}
+
+// writeError is the error of writes after the end.
+func (e *ending) writeError() error {
+	if e.err == io.EOF || e.kind == endPeerDone || isNormal(e.err) {
+		return ErrClosed
+	}
+	return e.err
 }
 
 // step moves the stream on in the table of its life, and does what the table asks for. The outbox calls it.
@@ -129,9 +144,24 @@ func (o *outbox) settle(s *session) {
 	if s.readDone.Load() && s.state.Recv == lifecycle.Reading {
 		o.step(s, lifecycle.CloseRead)
 	}
-	if s.role == lifecycle.Handler && s.returned.Load() && s.state.Phase == lifecycle.Live {
-		o.step(s, lifecycle.HandlerReturned)
+	if s.returned.Load() && s.state.Phase == lifecycle.Live {
+		switch {
+		case s.role == lifecycle.Handler && s.state.Recv != lifecycle.Unread:
+			o.step(s, lifecycle.HandlerReturned)
+		case s.role == lifecycle.Consumer && s.state.Recv == lifecycle.Reading:
+			o.step(s, lifecycle.ConsumerLeft)
+		}
 	}
+	if w := s.writer.Load(); s.unheard() && (w.half || s.bucket.ring.Pushed() > 0 && !w.soon) && o.connected() {
+		o.ping(s)
+	}
+}
+
+// unheard reports whether to ask a consumer, which may still send, to acknowledge CLOSE: its handler has returned. The RESET that
+// says so must come after the acknowledgement, and AckTimeout would be long for a writer that waits for credit.
+func (s *session) unheard() bool {
+	return s.role == lifecycle.Handler && s.returned.Load() && !s.readDone.Load() && // the table hears of both later
+		s.state.Phase == lifecycle.Live && s.state.Send == lifecycle.Closing && s.life.pinged <= s.life.closed
 }
 
 // end ends a stream on the outbox. It is called again for a stream whose peer could not be told while the connection was
@@ -151,8 +181,8 @@ func (o *outbox) release(s *session) {
 	if e == nil { // the table came to the end: both directions are through
 		w := s.writer.Load()
 		e = &ending{kind: endComplete, err: io.EOF}
-		if s.state.Recv == lifecycle.Unread && (w.half || s.bucket.ring.Pushed() > 0) {
-			e.reset = w.closing // nobody reads: the consumer must not wait for that
+		if s.state.Recv == lifecycle.Unread && (s.role == lifecycle.Consumer || w.half || s.bucket.ring.Pushed() > 0) {
+			e.reset = w.closing // nobody reads: the peer must not wait for that
 		}
 		s.requestEnd(e)
 		e = s.end.Load()
@@ -167,8 +197,8 @@ func (o *outbox) release(s *session) {
 	switch {
 	case s.stream == nil:
 		s.releaseWindow()
-	case s.closeRead(e): // else the reader does so when it comes to the end
-		s.release(e.err)
+	case s.closeRead(e) || s.returned.Load(): // else the reader does so when it comes to the end
+		s.release(e)
 	}
 }
 

@@ -11,10 +11,11 @@ type Stats struct {
 	PacketsSent uint64 // packets of records and fallback messages published, each once: requests and control packets are not counted
 	BytesSent   uint64 // their bytes
 
-	PacketsResent  uint64 // packets published again, because the peer missed them
-	DroppedEarly   uint64 // packets that came while one before them was missing; they are sent again
-	DroppedRequest uint64 // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
-	DroppedStray   uint64 // messages at a Server's handlers that are no requests, such as packets of streams at a wildcard
+	PacketsResent    uint64 // packets published again, because the peer missed them
+	DroppedEarly     uint64 // packets that came while one before them was missing; they are sent again
+	UnreportedErrors uint64 // failures of handlers that came after the normal end was published; each is logged
+	DroppedRequest   uint64 // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
+	DroppedStray     uint64 // messages at a Server's handlers that are no requests, such as packets of streams at a wildcard
 
 	DroppedUnknown   uint64 // messages for a token that is not, or no longer, in use
 	DroppedDuplicate uint64 // packets that arrived before
@@ -28,6 +29,7 @@ type counters struct {
 	packets, bytes                                  atomic.Uint64 // stored by the outbox alone
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
 	unsent, resent, early, requests, strays         atomic.Uint64
+	unreported                                      atomic.Uint64
 }
 
 func (c *counters) sent(n int) {
@@ -50,6 +52,7 @@ func (ep *endpoint) stats() Stats {
 		BytesSent:        n.bytes.Load(),
 		PacketsResent:    n.resent.Load(),
 		DroppedEarly:     n.early.Load(),
+		UnreportedErrors: n.unreported.Load(),
 		DroppedRequest:   n.requests.Load(),
 		DroppedStray:     n.strays.Load(),
 		DroppedUnknown:   n.unknown.Load(),

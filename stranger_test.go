@@ -259,7 +259,7 @@ func strangers() []stranger {
 		add(name+" of another sender", func(seq uint32) []byte { return rawPacket(0, 8, seq, frames...) }, nil, &outcome{count: foreign})
 	}
 	control("RESET", &outcome{end: &stream.CloseError{Code: 4000}}, rawReset(4000))
-	control("RESET 1000", &outcome{end: &stream.CloseError{Code: 1000}}, rawReset(1000))
+	control("RESET 1000", &outcome{code: stream.CloseAbnormalClosure}, rawReset(1000)) // without a CLOSE it is no normal end
 	control("PING", &outcome{}, rawPing())
 	control("CREDIT", &outcome{}, rawCredit(stream.Credit{Packets: 1 << 30, Bytes: math.MaxUint64}))
 	control("skippable control", &outcome{}, stream.Frame{Type: 200, Payload: []byte("?")})
@@ -743,6 +743,7 @@ func TestStrangerToProducer(t *testing.T) {
 	dropped := &outcome{count: malformed}
 	from8 := &outcome{count: foreign}
 	fine := &outcome{}
+	endsClosed := &outcome{check: func(_ *testing.T, err error) bool { return errors.Is(err, stream.ErrClosed) }}
 	noResponders := &outcome{check: func(t *testing.T, err error) bool { return errors.Is(err, nats.ErrNoResponders) }}
 	for _, c := range []struct {
 		name    string
@@ -781,7 +782,7 @@ func TestStrangerToProducer(t *testing.T) {
 		{name: "CREDIT with GAP", message: control(9, stream.Frame{Type: stream.FrameCredit, Flags: stream.FlagGap, Payload: credit.Payload}), first: fine, bound: fine},
 		{name: "CREDIT of 17 bytes", message: control(9, stream.Frame{Type: stream.FrameCredit, Payload: make([]byte, 17)}), first: ends1003, bound: ends1003},
 		{name: "RESET", message: control(9, rawReset(4000)), first: &outcome{end: &stream.CloseError{Code: 4000}}, bound: &outcome{end: &stream.CloseError{Code: 4000}}},
-		{name: "RESET 1000", message: control(9, rawReset(1000)), first: &outcome{end: &stream.CloseError{Code: 1000}}, bound: &outcome{end: &stream.CloseError{Code: 1000}}},
+		{name: "RESET 1000", message: control(9, rawReset(1000)), first: endsClosed, bound: endsClosed},
 		{name: "RESET of another sender", message: control(8, rawReset(4000)), bound: from8},
 		{name: "CREDIT of another sender", message: control(8, rawCredit(stream.Credit{Ack: 77})), bound: from8},
 		{name: "DATA of another sender", message: rawPacket(stream.PacketSeq, 8, 0, rawData("x")), bound: from8},

@@ -51,7 +51,7 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
 	if err := ep.register(s, offer); err != nil {
-		s.release(err)
+		s.release(&ending{err: err})
 		return nil, err
 	}
 	req.Reply = s.reply
@@ -132,11 +132,13 @@ func (st *Stream) All() iter.Seq2[[]byte, error] { return st.session.all() }
 func (st *Stream) Read(p []byte) (int, error) { return st.session.read(p) }
 
 // WriteTo implements io.WriterTo: it writes the records to w, one Write each, until the stream ends. Normal closure is
-// no error.
+// no error. It fails as Recv does, with the error of w, with io.ErrShortWrite, or with an error for a Writer that returns a
+// count outside its record.
 func (st *Stream) WriteTo(w io.Writer) (n int64, err error) { return st.session.writeTo(w) }
 
-// Header waits for the producer's first packet and returns the headers it set with Writer.SetHeader, nil if it set
-// none. It is a read: it returns the errors that Recv does, and takes no record. Do not change the map.
+// Header waits for the producer's first packet and returns the headers it set with [Writer.SetHeader], nil if it set
+// none. It is a read and takes no record. If the stream ended with an error before any header or record, it returns that error,
+// as [Stream.Recv] does. Do not change the map.
 func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader() }
 
 // Trailer returns the headers that the producer set with Writer.SetTrailer. They are there once a read has returned
@@ -157,7 +159,7 @@ func (st *Stream) send() *Writer {
 	// Whoever ends the stream sets end first and looks for a writer afterwards: either it sees this one, or this
 	// sees the end.
 	if e := s.end.Load(); e != nil {
-		w.cancel(writeError(e.err))
+		w.cancel(e.cause())
 	}
 	s.mark(workBind)
 	return w
@@ -165,9 +167,17 @@ func (st *Stream) send() *Writer {
 
 // Write sends p to the producer as one record, which its handler reads from the Request. It returns len(p) once p was
 // copied: p may be reused at once. It waits until the producer is known, which is when its first packet comes, and
-// then for its credit. Errors: what ended the stream, as Recv has it; ErrClosed after CloseSend and after the end;
-// ErrOneWay from a producer that speaks only the JSON fallback. A producer made by NewWriter takes no records: the first one
-// ends the stream with CloseProtocolError.
+// then for its credit. Errors:
+//
+//   - ErrClosed after [Stream.CloseSend] and [Stream.Close], and after the handler returned without an error: nobody reads the
+//     record. Reads tell how the stream ended.
+//   - Otherwise the error that ended the stream, as [Stream.Recv] returns it; see [Writer.Write] for the end of a context.
+//   - ErrOneWay from a producer that speaks only the JSON fallback.
+//
+// Records that were written before the handler returned may not have been read, although their writes succeeded. If that
+// matters, let the handler answer. If both ends write before they read, both can wait until a deadline; see [Handler].
+//
+// A producer made by [NewWriter] takes no records: the first one ends the stream with CloseProtocolError.
 func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
 
 // WriteObject sends v to the producer as one record, in the codec that this stream asked for, and returns the length
@@ -204,12 +214,24 @@ func (st *Stream) Close() error {
 // CloseWithCode is Close with a code and a reason for the producer, whose handler finds them in the cause of its context, or
 // CloseCanceled if it has not answered yet: before its first packet nobody knows where to tell it. The code is one from 1000
 // to 5999, else it fails with ErrCloseCode and the stream goes on. The reason is cut to MaxReason bytes.
+//
+// With CloseNormalClosure everything that was written before arrives: it includes [Stream.CloseSend], and packets that are not
+// acknowledged yet are retransmitted for ResumeTimeout, unless the client is closed. The handler reads io.EOF after the last
+// record. If the records cannot be sent to their end, because another goroutine is within a large record or the producer is not
+// known yet, the handler gets CloseCanceled instead of io.EOF. With any other code, records that are not acknowledged are lost.
 func (st *Stream) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {
 		return err
 	}
-	st.leave(code == CloseNormalClosure, CloseError{code, reason})
+	tell := CloseError{code, reason}
+	if s := &st.session; code == CloseNormalClosure && s.writer.Load() != nil {
+		if s.detach(reason) {
+			return nil
+		}
+		tell.Code = CloseCanceled // not all records were sent
+	}
+	st.leave(code == CloseNormalClosure, tell)
 	return nil
 }
 
@@ -217,14 +239,11 @@ func (st *Stream) CloseWithCode(code int, text ...string) error {
 // succeeds from then on.
 func (st *Stream) leave(part bool, tell CloseError) {
 	s := &st.session
-	if part && s.part() {
-		s.release(ErrClosed)
-	} else {
+	switch {
+	case part && s.part():
+		s.release(&ending{err: ErrClosed})
+	case s.returned.Load(): // it left before
+	default:
 		s.stop(&ending{kind: endLocal, err: ErrClosed, reset: tell})
-		if w := s.writer.Load(); w != nil {
-			w.mu.Lock()
-			w.room = nil // the slow path sees the end
-			w.mu.Unlock()
-		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -60,6 +61,10 @@ type Writer struct {
 	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
 	turn     bool // one goroutine is writing something that takes several steps: others wait
 	half     bool // CLOSE says that the handler goes on reading
+	soon     bool // CLOSE asks to be acknowledged at once
+
+	// held is set while a handler has closed w and CLOSE is not written yet: the handler may still fail. Stored with the lock held.
+	held atomic.Bool
 
 	closed atomic.Bool // CLOSE was written: no records after it. Stored with the lock held; part looks without
 
@@ -154,7 +159,16 @@ const (
 func (w *Writer) Context() context.Context { return w.ctx }
 
 // Write sends p as one record. It returns len(p) once p was copied: p may be reused at once. It blocks while the
-// consumer's credit is used up and returns when the writer's context ends. After Close it returns ErrClosed.
+// consumer's credit is used up and returns when the writer's context ends. Errors:
+//
+//   - ErrClosed after [Writer.Close], and after the consumer left with CloseNormalClosure.
+//   - ErrRecordTooLarge for a record above MaxRecordSize. A handler that returns it ends the stream with CloseMessageTooBig.
+//   - Otherwise the error that ended the stream, as reads return it. After the end of a context it matches both the cause and
+//     context.Canceled or context.DeadlineExceeded.
+//
+// A Write that begins after any other call returned the end of the stream fails. One that begins just after the context
+// ended may still succeed if it finds room in a packet that is open already. That record is not sent, and the next [Writer.Flush],
+// [Writer.Sync], Close, or Write that needs a new packet returns the error.
 func (w *Writer) Write(p []byte) (int, error) { return w.write(p, FlagRaw) }
 
 func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
@@ -240,12 +254,14 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 			return err
 		}
 		if err != nil {
-			// Half a record was sent and cannot be taken back, nor can another one follow it. Where the context ended,
-			// that is what the peer is to hear; its own callback may come second.
+			// A part of the record was sent and no other record can follow it. If the context ended, the peer gets the code
+			// for that; the context's own callback may come second.
+			w.mu.Unlock() // which ending a stream takes
 			if w.session.parent.Err() != nil {
 				w.session.canceled()
 			}
 			w.session.requestEnd(&ending{kind: endFault, err: err, reset: CloseError{Code: CloseInternalServerErr, Text: "record cut off"}})
+			w.mu.Lock()
 			return err
 		}
 		putFrameHeader(b, FrameData, flags|more, 0, len(piece))
@@ -266,7 +282,7 @@ func (w *Writer) markLocked() {
 // awaitTurnLocked waits until no other goroutine has the turn, and returns why nothing can be written, if so.
 func (w *Writer) awaitTurnLocked() error {
 	for {
-		if w.closed.Load() {
+		if w.closed.Load() || w.held.Load() {
 			return ErrClosed
 		}
 		if err := w.failedLocked(); err != nil {
@@ -287,8 +303,8 @@ func (w *Writer) failedLocked() error {
 	switch {
 	case w.bad != nil:
 		return w.bad
-	case w.ctx.Err() != nil:
-		return writeError(context.Cause(w.ctx))
+	case w.over():
+		return w.endError()
 	case w.fault != nil:
 		err := w.fault
 		w.fault = nil
@@ -318,8 +334,38 @@ func (w *Writer) sleepLocked(wake <-chan struct{}) error {
 	case <-wake:
 		return nil
 	case <-w.ctx.Done():
-		return writeError(context.Cause(w.ctx))
+		return w.endError()
 	}
+}
+
+// endError returns why nothing can be written after the stream or its context ended. It is the error that reads return, or
+// ErrClosed after an end that is no error of this direction.
+func (w *Writer) endError() error {
+	s := w.session
+	end, gone := s.end.Load(), s.ep.gone.Load()
+	switch {
+	case end != nil && end.kind == endLocal:
+		return end.writeError()
+	case s.parent.Err() != nil && gone != nil:
+		return gone.writeError()
+	case s.parent.Err() != nil:
+		return contextError(s.parent)
+	case end != nil:
+		return end.writeError()
+	}
+	return (&ending{err: context.Cause(w.ctx)}).writeError()
+}
+
+// over reports whether the stream or its context ended. The context that the user gave ends first; those below it follow.
+func (w *Writer) over() bool {
+	return w.session.end.Load() != nil || w.session.parent.Err() != nil || w.ctx.Err() != nil
+}
+
+// shut makes Write take its slow path, which sees that the stream has ended.
+func (w *Writer) shut() {
+	w.mu.Lock()
+	w.room = nil
+	w.mu.Unlock()
 }
 
 func (w *Writer) wakeLocked() {
@@ -364,18 +410,31 @@ func (w *Writer) WriteObject(v any) (int, error) {
 
 // ReadFrom sends what r yields, each read as one record, until io.EOF. It makes io.Copy(w, r) read straight into
 // buffers of the packet size, unless r has a WriteTo of its own, as a bytes.Reader has, which may hand over everything as one
-// record: call ReadFrom then. It returns the bytes sent.
+// record: call ReadFrom then. It returns the bytes sent. Errors are those of r and of [Writer.Write]; io.ErrNoProgress if 100
+// reads in a row return no bytes and no error; and one for a Reader that returns a count outside its buffer.
 func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 	p := getPacket(coalesceSize)
 	defer putPacket(p)
 	buf := p.buf[:min(coalesceSize, w.recordLimit())]
-	for {
+	clear(buf) // a Reader that counts more than it read must not send what others wrote
+	for empty := 0; ; {
 		m, err := r.Read(buf)
-		if m > 0 {
+		switch {
+		case m < 0 || m > len(buf):
+			return n, fmt.Errorf("stream: invalid read result: %T returned %d for a buffer of %d bytes: mend that Reader", r, m, len(buf))
+		case m > 0:
+			empty = 0
 			m, werr := w.Write(buf[:m])
 			n += int64(m)
 			if werr != nil {
 				return n, werr
+			}
+		case err == nil:
+			if err := w.checkOpen(); err != nil {
+				return n, err
+			}
+			if empty++; empty == maxEmptyReads {
+				return n, io.ErrNoProgress
 			}
 		}
 		if err != nil {
@@ -385,6 +444,24 @@ func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 			return n, err
 		}
 	}
+}
+
+// maxEmptyReads is how many reads in a row may return nothing and no error, as in package bufio.
+const maxEmptyReads = 100
+
+// checkOpen returns why nothing can be written any more, or nil.
+func (w *Writer) checkOpen() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.closed.Load() || w.held.Load():
+		return ErrClosed
+	case w.bad != nil:
+		return w.bad
+	case w.over():
+		return w.endError()
+	}
+	return nil
 }
 
 // recordLimit is the size of a chunk of ReadFrom: one that fills a packet.
@@ -398,7 +475,8 @@ func (w *Writer) recordLimit() int {
 	return min(w.coalesceLimit()-PacketHeaderSize-FrameHeaderSize, w.session.ep.maxRecord)
 }
 
-// Flush hands everything written so far to NATS and returns when that is done, or when the writer's context ends.
+// Flush hands everything written so far to NATS and returns when that is done, or when the writer's context ends. After
+// [Writer.Close] in a handler that includes the end of the stream.
 func (w *Writer) Flush() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -407,6 +485,7 @@ func (w *Writer) Flush() error {
 			return err
 		}
 	}
+	w.publishHeldLocked()
 	return w.flushLocked()
 }
 
@@ -428,6 +507,7 @@ func (w *Writer) Sync(ctx context.Context) error {
 			return err
 		}
 	}
+	w.publishHeldLocked()
 	if w.open != nil && w.n > PacketHeaderSize {
 		w.sealLocked()
 	}
@@ -437,8 +517,8 @@ func (w *Writer) Sync(ctx context.Context) error {
 		if int32(w.acked.packets-target) >= 0 {
 			return nil
 		}
-		if e := s.end.Load(); e != nil {
-			return writeError(e.err)
+		if s.end.Load() != nil {
+			return w.endError()
 		}
 		if w.fault != nil {
 			return w.failedLocked()
@@ -467,8 +547,8 @@ func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) erro
 	case <-ctx.Done():
 		return contextError(ctx)
 	case <-over:
-		if cause := context.Cause(w.ctx); cause != ErrClosed { // else the last packet was published just now
-			return writeError(cause)
+		if context.Cause(w.ctx) != ErrClosed { // else the last packet was published just now
+			return w.endError()
 		}
 	}
 	return nil
@@ -500,58 +580,126 @@ func (w *Writer) flushLocked() error {
 	}
 }
 
-// Close ends the stream: the reader sees io.EOF after the last record. A handler may go on reading its Request until it
-// returns. Close returns when everything was handed to NATS;
-// what is not acknowledged then goes on being repaired for ResumeTimeout, unless the client is closed: Sync waits for it.
-// Closing again does nothing; a Close that failed can be tried again.
+// Close ends the stream: the reader sees io.EOF after the last record. It returns when everything was handed to NATS.
+// Packets that are not acknowledged then are retransmitted for ResumeTimeout, unless the client is closed; [Writer.Sync] waits for
+// the acknowledgement. Closing again does nothing; a Close that failed can be tried again.
+//
+// In a [Handler], Close returns at once, because the handler may still fail. If the handler returns an error or panics, the
+// stream ends with that, so that "defer w.Close()" hides no failure. CLOSE is published when the handler returns, and before
+// that if it goes on: when it waits for a record of its [Request], when it calls Flush or Sync, and at the latest after 150 ms.
+// The handler may go on reading until it returns.
 func (w *Writer) Close() error { return w.CloseWithCode(CloseNormalClosure) }
 
 // CloseWithCode ends the stream with a code and a reason: the reader sees io.EOF for CloseNormalClosure and a
-// *CloseError for any other, after the last record. The code is one from 1000 to 5999, else it fails with ErrCloseCode
+// *CloseError for any other, after the last record. In a handler another code than CloseNormalClosure is published at once, and
+// the result of the handler does not change it. The code is one from 1000 to 5999, else it fails with ErrCloseCode
 // and the writer goes on. The reason is cut to MaxReason bytes. It returns as Close does.
 func (w *Writer) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {
 		return err
 	}
-	if err := w.closeNow(code, reason); err != nil {
+	held, err := w.closeNow(code, reason)
+	if held || err != nil {
 		return err
 	}
 	<-w.ctx.Done() // the outbox ends it once the last packet is out
 	return nil
 }
 
-// closeNow writes CLOSE, if that was not done, and waits until it is published.
-func (w *Writer) closeNow(code int, reason string) error {
+// closeNow writes CLOSE, if that was not done, and waits until it is published. It reports whether CLOSE is held back for the
+// result of a handler instead.
+func (w *Writer) closeNow(code int, reason string) (held bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.held.Load() {
+		return true, nil
+	}
 	if !w.closed.Load() {
 		if err := w.awaitTurnLocked(); err != nil {
-			return err
+			return false, err
 		}
-		// A handler that closes before it returns may go on reading.
-		w.half = code == CloseNormalClosure && w.session.server != nil && !w.json
+		if w.session.server != nil && code == CloseNormalClosure {
+			w.closing = CloseError{code, reason}
+			w.held.Store(true)
+			w.room = nil
+			w.wakeLocked()
+			w.session.markLater(workClose)
+			return true, nil
+		}
 		if err := w.appendCloseLocked(code, reason); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return w.flushLocked()
+	return false, w.flushLocked()
 }
 
-// finish is CloseWithCode for a handler that returned: it does not wait for the packet to be published. It reports whether
-// CLOSE was written.
-func (w *Writer) finish(code int, text string) bool {
+// closeDelay is how long CLOSE is held back for a handler that closed and has not returned. It is far longer than the return
+// of a handler takes, and short for a consumer that waits for the end.
+const closeDelay = 50 * time.Millisecond
+
+// publishHeld publishes a CLOSE that was held back, because the handler goes on.
+func (w *Writer) publishHeld() {
+	if w.held.Load() {
+		w.mu.Lock()
+		w.publishHeldLocked()
+		w.mu.Unlock()
+	}
+}
+
+func (w *Writer) publishHeldLocked() {
+	if !w.held.Load() || w.over() {
+		return
+	}
+	w.held.Store(false)
+	w.half = !w.json
+	if w.appendCloseLocked(w.closing.Code, w.closing.Text) == nil {
+		w.markLocked()
+	}
+}
+
+// finish closes w for a handler that returned with end. It does not wait until CLOSE is published. It returns how w was
+// closed, and false if the stream ended before.
+func (w *Writer) finish(end CloseError) (closed CloseError, ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.held.Load() {
+		w.held.Store(false)
+		if end.Code == CloseNormalClosure {
+			end = w.closing // it may have a reason
+		}
+	}
 	for !w.closed.Load() {
 		err := w.awaitTurnLocked()
 		if err == nil {
-			err = w.appendCloseLocked(code, cutReason(text, MaxReason))
+			err = w.appendCloseLocked(end.Code, cutReason(end.Text, MaxReason))
 			w.markLocked()
 		}
-		if err != nil && w.ctx.Err() != nil {
-			return false
+		if err != nil && w.over() {
+			return CloseError{}, false
 		}
 	}
+	return w.closing, true
+}
+
+// closeToLeave closes w for a consumer that leaves. It waits for nothing. It reports false if the records before cannot be
+// sent to their end: the stream has ended, nobody knows the producer yet, or another goroutine is within a record.
+func (w *Writer) closeToLeave(reason string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.turn || w.subject == "" || w.session.end.Load() != nil || w.ctx.Err() != nil && !w.closed.Load():
+		return false
+	case w.closed.Load():
+		w.closing.Text = reason // for the RESET
+		w.session.mark(workProbe)
+		return true
+	}
+	w.soon = true
+	if w.appendCloseLocked(CloseNormalClosure, reason) != nil {
+		return false
+	}
+	w.markLocked()
+	w.wakeLocked()
 	return true
 }

@@ -35,7 +35,7 @@ type Recv uint8
 const (
 	Reading Recv = iota // records may come
 	Done                // the peer's CLOSE was read, or none is expected
-	Unread              // the handler returned: nobody reads the records that still come
+	Unread              // the handler returned, or the consumer left: nobody reads the records that still come
 )
 
 // Phase is the state of the stream as a whole.
@@ -76,6 +76,7 @@ const (
 	CloseAcked                   // the peer acknowledged this end's CLOSE
 	CloseRead                    // CLOSE 1000 was read, and the stream goes on: this end has a sender, or CLOSE has HALF
 	HandlerReturned              // the handler returned, and its CLOSE was written
+	ConsumerLeft                 // the consumer left with code 1000, and its CLOSE was written
 	Completed                    // nothing remains to be done in either direction
 	PeerFailed                   // CLOSE with another code was read
 	ResetRead                    // the peer's RESET arrived
@@ -172,7 +173,8 @@ const (
 	producers = Handler | Writer
 	anyone    = Consumer | producers
 
-	unread = "RESET has the code of CLOSE, and is sent only if CLOSE had HALF or anything was received"
+	detached = "RESET has the code of CLOSE: the producer may still be sending"
+	unread   = "RESET has the code of CLOSE, and is sent only if CLOSE had HALF or anything was received"
 )
 
 // rules is the table. No two rows match the same state, event and role; a test holds that.
@@ -192,6 +194,7 @@ var rules = []rule{
 	{Handler, CloseAcked, in(Closing), at(Reading), Live, Settled, keep, Live, Probe, "the handler goes on reading"},
 	{anyone, CloseAcked, in(Closing), at(Done), Live, Settled, keep, Gone, Release | Forget, "the stream is complete"},
 	{Handler, CloseAcked, in(Closing), at(Unread), Live, Settled, keep, Ending, Release | SendReset, unread},
+	{Consumer, CloseAcked, in(Closing), at(Unread), Live, Settled, keep, Ending, Release | SendReset, detached},
 
 	// The receiver ends.
 	{Consumer, CloseRead, in(NoSender, Waiting, Open, Closing), at(Reading), Live, keep, Done, Live, AckClose, ""},
@@ -200,6 +203,8 @@ var rules = []rule{
 	{Handler, HandlerReturned, in(Open, Closing), at(Reading), Live, keep, Unread, Live, 0, ""},
 	{Handler, HandlerReturned, in(Settled), at(Reading), Live, keep, Unread, Ending, Release | SendReset, unread},
 	{Handler, HandlerReturned, 0, at(Done), Live, keep, keep, Live, 0, ""},
+	{Consumer, ConsumerLeft, in(Open, Closing), at(Reading), Live, keep, Unread, Live, 0, "its CLOSE goes on being repaired"},
+	{Consumer, ConsumerLeft, in(Settled), at(Reading), Live, keep, Unread, Ending, Release | SendReset, detached},
 
 	// The stream ends.
 	{Consumer, Completed, 0, at(Reading), Live, keep, Done, Gone, AckClose | Release | Forget, "CLOSE 1000 without HALF was read, and there is no sender"},

@@ -16,6 +16,7 @@ var (
 		"CLOSE acknowledged",
 		"CLOSE 1000 read, and the stream goes on",
 		"handler returned, its CLOSE was written",
+		"consumer left with 1000, its CLOSE was written",
 		"nothing remains to be done",
 		"CLOSE of another code read",
 		"RESET",
@@ -40,7 +41,7 @@ var (
 	Recvs = []Word{
 		{"READING", "Records may come."},
 		{"DONE", "CLOSE was read. A producer whose consumer can send no records begins here."},
-		{"UNREAD", "The handler returned. Nobody reads the records that still come."},
+		{"UNREAD", "The handler returned, or the consumer left. Nobody reads the records that still come."},
 	}
 	Phases = []Word{
 		{"LIVE", "The stream is open in at least one direction."},
