@@ -171,6 +171,36 @@ func TestReassemblyTakesWhatArrived(t *testing.T) {
 	}
 }
 
+// A packet full of the smallest pieces costs its reader memory in proportion to the record, not for each piece.
+func TestTinyPiecesAreLinear(t *testing.T) {
+	one := AppendFrame(nil, Frame{Type: FrameData, Flags: FlagMore, Payload: []byte("x")})
+	for _, size := range []int{1 << 18, 1 << 20} {
+		synctest.Test(t, func(t *testing.T) {
+			m, s := openRaw(t, ClientParams{})
+			pieces := (size - PacketHeaderSize - FrameHeaderSize) / len(one)
+			length := PacketHeaderSize + pieces*len(one) + FrameHeaderSize
+			packet := AppendPacketHeader(nil, PacketHeader{Flags: PacketSeq, Sender: 8, Length: uint32(length)})
+			packet = AppendFrame(append(packet, bytes.Repeat(one, pieces)...), Frame{Type: FrameData})
+			if err := m.back.Publish(s.session.reply, "", packet); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			rec, err := s.Recv()
+			runtime.ReadMemStats(&after)
+			if err != nil || len(rec) != pieces {
+				t.Errorf("a record of %d bytes, %v; want %d", len(rec), err, pieces)
+			}
+			if n, limit := after.TotalAlloc-before.TotalAlloc, uint64(3*pieces+2*maxChunk); n > limit {
+				t.Errorf("%d bytes were allocated for a record of %d, want at most %d", n, pieces, limit)
+			}
+			_ = s.Close()
+			m.nothingLeft(t)
+		})
+	}
+}
+
 // A record larger than MaxRecordSize ends the stream before memory is taken for what is too much of it.
 func TestTooBigTakesNoMemory(t *testing.T) {
 	const max, slack = 100_000, 20_000

@@ -180,46 +180,24 @@ func (s *session) tooBig() error {
 	return s.broken(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.maxRecord))
 }
 
-// pieceSize is what a piece takes besides its packet: a slice, and as much again that append may leave free.
-const pieceSize = 48
-
-// assemble puts a record together whose first piece is f. It keeps the packets until the last piece is there and copies
-// once, into what the record needs and no more. The packets are counted in the endpoint's budget; the record is the reader's.
+// assemble puts a record together whose first piece is f. What it holds until the last piece is there is counted in the
+// endpoint's budget; the record is the reader's.
 func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error) {
 	flags = f.Flags & FlagCodecMask
-	var pieces [][]byte
-	var last []byte // of the packets that are kept
-	var size, taken uint64
-	defer func() { s.ep.reserved.Add(-int64(taken)) }()
-	take := func(n uint64) bool {
-		if !s.ep.take(n, s.ep.budget) {
-			return false
-		}
-		taken += n
-		return true
-	}
+	var a assembly
+	defer func() { s.ep.reserved.Add(-int64(a.held)) }()
+	take := func(n uint64) bool { return s.ep.take(n, s.ep.budget) }
 	for {
-		if size += uint64(len(f.Payload)); size > s.maxRecord {
+		size := a.size + uint64(len(f.Payload))
+		if size > s.maxRecord {
 			return nil, 0, s.tooBig()
 		}
-		pieces = append(pieces, f.Payload)
 		if f.Flags&FlagMore == 0 {
-			return bytes.Join(pieces, nil), flags, nil
+			return a.record(f.Payload), flags, nil
 		}
-		need := uint64(pieceSize)
-		if last == nil || &last[0] != &s.data[0] {
-			last = s.data
-			need += uint64(len(last))
-		}
-		if !take(need) {
+		if !a.add(f.Payload, len(s.data), take) {
 			return nil, 0, s.broken(protocolError(CloseTryAgainLater,
 				"no room to put a record of more than %d bytes together: MaxBuffered, %d bytes, is in use", size, s.ep.budget))
-		}
-		// Small pieces, and packets that hold little else, take more than a copy of what has arrived.
-		if before := taken; before > 2*size+initialWindow && take(size+pieceSize) {
-			pieces, last = [][]byte{bytes.Join(pieces, nil)}, nil
-			s.ep.reserved.Add(-int64(before))
-			taken -= before
 		}
 		if f, err = s.nextData(true); err != nil {
 			return nil, 0, err
