@@ -26,7 +26,7 @@ func (o *outbox) setPeer(s *session, subject string) {
 	switch {
 	case subject == s.peer || checkAnswer(subject) != nil:
 	case s.peer == "":
-		s.peer = subject
+		o.peers.move(s, subject)
 		o.learned(s)
 	default:
 		o.challenge(s, subject)
@@ -49,7 +49,8 @@ func (o *outbox) challenge(s *session, subject string) {
 // say may have gone to a subject that leads nowhere any longer.
 func (o *outbox) proved(s *session, nonce []byte) {
 	if m := s.move; m != nil && string(nonce) == string(m.nonce[:]) && s.state.Phase != lifecycle.Gone {
-		s.peer, s.move = m.subject, nil
+		o.peers.move(s, m.subject)
+		s.move = nil
 		o.step(s, lifecycle.PeerKnown)
 		s.mark(workCredit)
 	}

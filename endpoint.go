@@ -95,6 +95,7 @@ type session struct {
 	held     uint32        // work that waits for the connection; not zero while in outbox.held
 	owed     uint32        // work for the peer that was due before its subject was known
 	state    lifecycle.State
+	listing  peerLink // in outbox.peers
 	life     life
 
 	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
@@ -433,7 +434,6 @@ func (ep *endpoint) denied(err error) {
 	switch {
 	case !ok:
 	case !subscribe:
-		err = fmt.Errorf("stream: may not publish to %s; allow it (docs/PROTOCOL.md section 15): %w", subject, err)
 		ep.outbox.ask(aside{subject: subject, denied: err})
 	case subject == ep.prefix+"*":
 		err = fmt.Errorf("stream: may not subscribe to %s, where answers would come; allow it (docs/PROTOCOL.md section 15): %w", subject, err)

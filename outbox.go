@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"fmt"
 	"sync"
 	"sync/atomic"
 
@@ -28,8 +29,9 @@ type outbox struct {
 	inbound ring.Ring[control] // mux pushes, outbox pops
 
 	// What others than the mux ask for goes through a list: requests that a Server refuses, subjects that NATS denied.
-	mu     sync.Mutex
-	asides []aside
+	mu         sync.Mutex
+	asides     []aside
+	asideBytes int // of their subjects
 
 	resumed atomic.Int64 // when the connection came back last
 
@@ -37,6 +39,7 @@ type outbox struct {
 	done     chan struct{}
 
 	// Owned by the goroutine.
+	peers   peers
 	held    []*session           // have something to publish, and the connection is down
 	wheel   wheel.Wheel[session] // sessions by the time at which to look at them
 	down    int64                // since when the connection is down
@@ -51,8 +54,12 @@ type aside struct {
 	denied  error       // NATS does not let this end publish to subject
 }
 
-// maxAsides bounds the refusals that wait for the outbox. What finds no room is counted and not answered.
-const maxAsides = 1 << 14
+// Bounds of the asides that wait for the outbox. What finds no room is counted and not done.
+const (
+	maxAsides     = 1 << 14
+	maxAsideBytes = 4 << 20 // of their subjects, each of which may have 4 KiB
+	asideTurn     = 32      // done before sessions have their turn
+)
 
 // Kinds of work, bits of session.pending.
 const (
@@ -76,6 +83,7 @@ const (
 func (o *outbox) init(ep *endpoint) {
 	o.ep = ep
 	o.park.Init()
+	o.peers.init()
 	o.inbound.Init(maxInbound)
 	o.done = make(chan struct{})
 	o.scratch = make([]byte, 0, PacketHeaderSize+FrameHeaderSize+MaxReason)
@@ -198,9 +206,10 @@ func (o *outbox) stop() {
 // ask hands over what is not a session's work. It neither blocks for long nor calls NATS.
 func (o *outbox) ask(a aside) {
 	o.mu.Lock()
-	full := len(o.asides) >= maxAsides
+	full := len(o.asides) >= maxAsides || o.asideBytes+len(a.subject) > maxAsideBytes
 	if !full {
 		o.asides = append(o.asides, a)
+		o.asideBytes += len(a.subject)
 	}
 	o.mu.Unlock()
 	if full {
@@ -216,15 +225,23 @@ func (o *outbox) asked() bool {
 	return len(o.asides) > 0 && o.up.Load()
 }
 
+// aside does the next asides, at most asideTurn of them.
 func (o *outbox) aside() bool {
 	if !o.asked() {
 		return false
 	}
+	var turn [asideTurn]aside
 	o.mu.Lock()
-	list := o.asides
-	o.asides = nil
+	n := copy(turn[:], o.asides)
+	clear(o.asides[:n])
+	if o.asides = o.asides[n:]; len(o.asides) == 0 {
+		o.asides = nil
+	}
+	for _, a := range turn[:n] {
+		o.asideBytes -= len(a.subject)
+	}
 	o.mu.Unlock()
-	for _, a := range list {
+	for _, a := range turn[:n] {
 		if a.denied != nil {
 			o.deny(a.subject, a.denied)
 		} else if a.json {
@@ -239,11 +256,9 @@ func (o *outbox) aside() bool {
 
 // deny ends the streams that cannot go on because this end may not publish to subject.
 func (o *outbox) deny(subject string, err error) {
-	o.ep.sessions.Range(func(_ string, s *session) bool {
-		if s.peer == subject || s.peer == "" && s.stream != nil && s.subject == subject {
-			s.requestEnd(&ending{kind: endFault, err: err})
-		}
-		return true
+	o.peers.take(subject, func(s *session) {
+		err := fmt.Errorf("stream: may not publish to %s; allow it (docs/PROTOCOL.md section 15): %w", subject, err)
+		s.requestEnd(&ending{kind: endFault, err: err})
 	})
 }
 
@@ -272,6 +287,7 @@ func (o *outbox) serve(s *session, work uint32) {
 	if s.life.born == 0 {
 		s.life.born = o.ep.now()
 		o.schedule(s, s.life.born)
+		o.peers.add(s)
 	}
 	end := s.end.Load()
 	if gone := o.ep.gone.Load(); end == nil && gone != nil {

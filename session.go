@@ -129,6 +129,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 		o.tellCredit(s, 0)
 	}
 	if do&lifecycle.Forget != 0 {
+		o.peers.remove(s)
 		o.wheel.Remove(s)
 		if s.server != nil {
 			s.server.leave()
