@@ -20,8 +20,15 @@ type control struct {
 	absent  bool     // NATS says that nobody received a PING
 }
 
-// maxInbound bounds the control packets that wait for the outbox.
-const maxInbound = 1 << 16
+// Bounds of the control words that wait for the outbox, which may be held in a publish. One stream's flood must neither fill
+// the ring nor keep the outbox from other streams.
+const (
+	maxInbound      = 1 << 16
+	maxInboundBytes = 16 << 20 // of packets and reply subjects, and controlSize for each word
+	controlSize     = 64
+	maxControls     = 32 // of one stream. An honest peer has a few under way: a CREDIT for each quarter of a window, and a PING
+	controlTurn     = 64 // acted on before the next session has its turn
+)
 
 // maxControlPacket bounds one control packet: a RESET with the longest reason, and room for later frame types.
 const maxControlPacket = 4 << 10
@@ -29,25 +36,43 @@ const maxControlPacket = 4 << 10
 // deliver hands a control word over. One that finds no room is counted, and lost like one that NATS lost: it is said again
 // when it is asked for. Called by the mux alone.
 func (o *outbox) deliver(c control) {
-	if c.session == nil && o.inbound.Len() > maxInbound/4 || !o.inbound.Push(c) { // strangers leave room for streams
+	if n := c.size(); !o.hasRoom(c.session, n) || !o.inbound.Push(c) {
 		o.ep.counters.overrun.Add(1)
+	} else {
+		o.delivered += n
+		if s := c.session; s != nil {
+			s.delivered++
+		}
 	}
 	o.park.Wake()
 }
 
-// receive acts on the control packets that arrived before it was called: more may come as fast as it is.
+func (c control) size() uint64 { return controlSize + uint64(len(c.packet)+len(c.reply)) }
+
+// hasRoom reports whether n bytes for s, nil for a stranger, may wait beside those that do. Strangers leave room for streams.
+func (o *outbox) hasRoom(s *session, n uint64) bool {
+	n += o.delivered - o.acted.Load()
+	if s == nil {
+		return n <= maxInboundBytes/4 && o.inbound.Len() <= maxInbound/4
+	}
+	return n <= maxInboundBytes && s.delivered-s.acted.Load() < maxControls
+}
+
+// receive acts on the next control packets, at most controlTurn of them: more may come as fast as it is.
 func (o *outbox) receive() (worked bool) {
-	for range o.inbound.Len() {
+	for range controlTurn {
 		c, ok := o.inbound.Pop()
 		if !ok {
 			return worked
 		}
 		worked = true
+		o.acted.Store(o.acted.Load() + c.size())
 		s := c.session
 		if s == nil {
 			o.refuse(c)
 			continue
 		}
+		s.acted.Store(s.acted.Load() + 1)
 		if !c.absent {
 			o.hear(s)
 		}

@@ -98,6 +98,10 @@ type session struct {
 	listing  peerLink // in outbox.peers
 	life     life
 
+	// Control words that the mux handed to the outbox, and those that the outbox acted on.
+	delivered uint32
+	acted     atomic.Uint32
+
 	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
 }
 

@@ -26,7 +26,9 @@ type outbox struct {
 	park  ring.Parker
 	up    atomic.Bool // the connection is CONNECTED
 
-	inbound ring.Ring[control] // mux pushes, outbox pops
+	delivered uint64             // bytes ever pushed to inbound; the mux's
+	inbound   ring.Ring[control] // mux pushes, outbox pops
+	acted     atomic.Uint64      // bytes ever popped from inbound, stored by the outbox
 
 	// What others than the mux ask for goes through a list: requests that a Server refuses, subjects that NATS denied.
 	mu         sync.Mutex

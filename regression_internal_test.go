@@ -156,7 +156,12 @@ func TestFullInboundRing(t *testing.T) {
 	})
 	c := fakeClient(t, conn.Conn, ClientParams{})
 	s, _ := muxStream(t, conn.Conn, c)
-	other, deliverOther := muxStream(t, conn.Conn, c)
+	var others []*Stream // as many as can fill the ring
+	var fill []func([]byte)
+	for range maxInbound / maxControls {
+		other, deliver := muxStream(t, conn.Conn, c)
+		others, fill = append(others, other), append(fill, deliver)
+	}
 	w, stuck := c.NewWriter(consumerSubject(5)), c.NewWriter("y"+consumerSubject(5))
 	if _, err := w.Write([]byte("a")); err != nil {
 		t.Fatal(err)
@@ -169,8 +174,10 @@ func TestFullInboundRing(t *testing.T) {
 	}
 	<-busy
 	ping := testPacketFlags(0, 7, 0, Frame{Type: FramePing})
-	for range maxInbound {
-		deliverOther(ping)
+	for _, deliver := range fill {
+		for range maxControls {
+			deliver(ping)
+		}
 	}
 	if n := c.Stats().DroppedControl; n != 0 {
 		t.Fatalf("%d control packets were dropped before the ring was full", n)
@@ -210,7 +217,9 @@ func TestFullInboundRing(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	_ = other.Close()
+	for _, other := range others {
+		_ = other.Close()
+	}
 }
 
 // A message's header lies in the same memory as its data, and nobody bounds it. What waits to be read is a copy.
