@@ -15,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
@@ -725,7 +726,7 @@ func TestMuxNothingAfterTheEnd(t *testing.T) {
 	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{FallbackBuffer: 60})
 	s, deliver := muxStream(t, conn, c)
-	message := func(rec string) []byte { return appendJSONData(nil, []byte(rec)) } // 24 bytes each
+	message := func(rec string) []byte { return jsonwire.AppendData(nil, []byte(rec)) } // 24 bytes each
 	// The outbox is kept busy, so that the stream stays registered.
 	busy, idle := make(chan struct{}), make(chan struct{})
 	begin := sync.OnceFunc(func() { close(busy) }) // at the end it is told that the client is closed

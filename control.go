@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
@@ -283,7 +284,7 @@ func (o *outbox) tellEnd(s *session, e CloseError) {
 	if s.binary() {
 		o.tell(s, "", Frame{Type: FrameReset, Code: uint16(e.Code), Payload: []byte(e.Text)})
 	} else {
-		o.publish(s.peer, "", appendJSONClose(nil, e))
+		o.publish(s.peer, "", jsonwire.AppendClose(nil, jsonwire.Close(e)))
 	}
 }
 

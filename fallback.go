@@ -1,11 +1,9 @@
 package stream
 
 import (
-	"bytes"
-	"encoding/base64"
-	"encoding/json"
 	"fmt"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/object"
 )
 
@@ -28,73 +26,27 @@ type StreamingMsg struct {
 	CloseError *CloseError      `json:"closeError,omitempty"`
 }
 
-const (
-	jsonDataHead = `{"type":1,"data":"`
-	jsonDataTail = `"}`
-	jsonEmpty    = `{"type":1}` // what encoding/json makes of a record of no bytes
-)
-
-// appendJSONData appends the message for one record, as encoding/json would write it.
-func appendJSONData(dst, record []byte) []byte {
-	if len(record) == 0 {
-		return append(dst, jsonEmpty...)
-	}
-	dst = append(dst, jsonDataHead...)
-	dst = base64.StdEncoding.AppendEncode(dst, record)
-	return append(dst, jsonDataTail...)
-}
-
-// appendJSONClose appends the message for the end of a stream.
-func appendJSONClose(dst []byte, e CloseError) []byte {
-	m, err := json.Marshal(StreamingMsg{Type: StreamingMsgTypeClose, CloseError: &e})
-	if err != nil {
-		panic(err) // a number and a string: there is nothing to go wrong
-	}
-	return append(dst, m...)
-}
-
-func jsonDataSize(n int) int {
-	return len(jsonDataHead) + base64.StdEncoding.EncodedLen(n) + len(jsonDataTail)
-}
-
 // fallbackRecord is the largest record whose message fits into maxPayload bytes.
 func fallbackRecord(maxPayload int) int {
-	return min(coalesceSize, max(1, (maxPayload-jsonDataSize(0))/4*3))
+	return min(coalesceSize, max(1, jsonwire.MaxRecord(maxPayload)))
 }
 
-// parseJSON decodes a message of a fallback peer. A record is decoded in place, over the message it came in: the
-// reader's record is a sub-slice of NATS's buffer here too.
+// parseJSON decodes a message of a fallback peer: a record, the end of the stream, or the reason to end it. A record is
+// decoded in place, over the message it came in: the reader's record is a sub-slice of NATS's buffer here too.
 func parseJSON(b []byte) (record []byte, end, broken *CloseError) {
-	if data, ok := bytes.CutPrefix(b, []byte(jsonDataHead)); ok {
-		if data, ok := bytes.CutSuffix(data, []byte(jsonDataTail)); ok && bytes.IndexByte(data, '\\') < 0 && bytes.IndexByte(data, '"') < 0 {
-			// The decoder writes at b[0:] and reads from b[len(jsonDataHead):], always ahead of itself. What it
-			// rejects is an error for encoding/json as well, so nothing needs the bytes it overwrote. It skips line
-			// breaks, which no JSON string may hold.
-			n, err := base64.StdEncoding.Decode(b, data)
-			if err != nil || base64.StdEncoding.EncodedLen(n) != len(data) {
-				return nil, nil, protocolError(CloseUnsupportedData, "record of the JSON fallback is not base64")
-			}
-			return b[:n:n], nil, nil
-		}
-	}
-	var m StreamingMsg
-	if err := json.Unmarshal(b, &m); err != nil {
-		return nil, nil, protocolError(CloseUnsupportedData, "message is neither a packet nor JSON: %v", err)
-	}
+	record, c, err := jsonwire.Parse(b)
 	switch {
-	case m.Type == StreamingMsgTypeData:
-		return m.Data, nil, nil
-	case m.Type == StreamingMsgTypeClose && m.CloseError != nil:
-		return nil, m.CloseError, nil
-	case m.Type == StreamingMsgTypeClose:
-		return nil, nil, protocolError(CloseProtocolError, "close message without closeError")
+	case err == jsonwire.ErrNoCloseError:
+		return nil, nil, protocolError(CloseProtocolError, "%v", err)
+	case err != nil:
+		return nil, nil, protocolError(CloseUnsupportedData, "%v", err)
 	}
-	return nil, nil, protocolError(CloseUnsupportedData, "unknown message type %d", m.Type)
+	return record, (*CloseError)(c), nil
 }
 
 // appendJSONLocked queues the message for one record. The window toward a fallback peer is this end's own.
 func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
-	size := jsonDataSize(len(p))
+	size := jsonwire.DataSize(len(p))
 	if max := int(w.session.ep.maxPayload.Load()); size > max {
 		return fmt.Errorf("%w: %d bytes make a message of %d, the server takes %d and the consumer knows no pieces",
 			ErrRecordTooLarge, len(p), size, max)
@@ -105,7 +57,7 @@ func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
 		}
 	}
 	w.open = getPacket(size)
-	w.n = len(appendJSONData(w.open.buf[:0], p))
+	w.n = len(jsonwire.AppendData(w.open.buf[:0], p))
 	w.sealLocked()
 	w.markLocked()
 	return nil
@@ -133,7 +85,7 @@ func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
 }
 
 func (w *Writer) appendCloseJSONLocked(code int, reason string) error {
-	m := appendJSONClose(nil, CloseError{code, cutReason(reason, w.session.ep.reasonLimit())})
+	m := jsonwire.AppendClose(nil, jsonwire.Close{Code: code, Text: cutReason(reason, w.session.ep.reasonLimit())})
 	w.open = getPacket(len(m))
 	w.n = copy(w.open.buf, m)
 	w.closed.Store(true)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
@@ -221,7 +222,7 @@ func TestSyncOneWay(t *testing.T) {
 		closed := make(chan error, 1)
 		go func() { closed <- s.CloseSend() }()
 		synctest.Wait()
-		if err := m.back.Publish(subject, "", appendJSONData(nil, []byte("a"))); err != nil {
+		if err := m.back.Publish(subject, "", jsonwire.AppendData(nil, []byte("a"))); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-closed; !errors.Is(err, ErrOneWay) {
@@ -301,7 +302,7 @@ func TestOneWayBesideAFlood(t *testing.T) {
 	for range maxInbound {
 		deliverOther(testPacketFlags(0, 7, 0, Frame{Type: FramePing}))
 	}
-	deliver(appendJSONData(nil, []byte("a")))
+	deliver(jsonwire.AppendData(nil, []byte("a")))
 	release()
 	if _, err := s.Write([]byte("x")); !errors.Is(err, ErrOneWay) {
 		t.Errorf("Write: %v", err)

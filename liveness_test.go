@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
@@ -317,7 +318,7 @@ func TestRequestAfterReconnect(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
 		stop, err := m.back.Subscribe("slow", "", func(msg *nats.Msg) {
 			time.AfterFunc(3*m.times.ResumeTimeout, func() {
-				_ = m.back.Publish(msg.Reply, "", appendJSONClose(nil, CloseError{Code: CloseNormalClosure}))
+				_ = m.back.Publish(msg.Reply, "", jsonwire.AppendClose(nil, jsonwire.Close{Code: CloseNormalClosure}))
 			})
 		})
 		if err != nil {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/object"
@@ -403,10 +404,10 @@ func BenchmarkFallbackAppend(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
 			rec := make([]byte, size)
-			buf := make([]byte, 0, jsonDataSize(size))
+			buf := make([]byte, 0, jsonwire.DataSize(size))
 			benchRecords(b, func(n int) {
 				for range n {
-					buf = appendJSONData(buf[:0], rec)
+					buf = jsonwire.AppendData(buf[:0], rec)
 				}
 			})
 		})
@@ -417,7 +418,7 @@ func BenchmarkFallbackAppend(b *testing.B) {
 func BenchmarkFallbackParse(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
-			msg := appendJSONData(nil, make([]byte, size))
+			msg := jsonwire.AppendData(nil, make([]byte, size))
 			buf := make([]byte, len(msg))
 			benchRecords(b, func(n int) {
 				for range n {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/ring"
 	"github.com/natsstream/stream/internal/wheel"
@@ -247,7 +248,7 @@ func (o *outbox) aside() bool {
 		if a.denied != nil {
 			o.deny(a.subject, a.denied)
 		} else if a.json {
-			o.publish(a.subject, "", appendJSONClose(nil, *a.refuse))
+			o.publish(a.subject, "", jsonwire.AppendClose(nil, jsonwire.Close(*a.refuse)))
 		} else {
 			f := Frame{Type: FrameReset, Code: uint16(a.refuse.Code), Payload: []byte(a.refuse.Text)}
 			o.publish(a.subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: newSender(false)}, f))

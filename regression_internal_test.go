@@ -13,6 +13,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
@@ -226,7 +227,7 @@ func TestFullInboundRing(t *testing.T) {
 func TestHeaderIsNotKeptWithPayload(t *testing.T) {
 	for name, payload := range map[string][]byte{
 		"packet":   testPacket(7, 0, testData("hello")),
-		"fallback": appendJSONData(nil, []byte("hello")),
+		"fallback": jsonwire.AppendData(nil, []byte("hello")),
 	} {
 		conn := fake.New()
 		c := fakeClient(t, conn, ClientParams{})
@@ -471,7 +472,7 @@ func TestNoRestAfterEnd(t *testing.T) {
 		"WriteTo": func(s *Stream) (int, error) { n, err := s.WriteTo(io.Discard); return int(n), err },
 	}
 	for name, read := range reads {
-		for _, payload := range [][]byte{testPacket(7, 0, testData("12")), appendJSONData(nil, []byte("12"))} {
+		for _, payload := range [][]byte{testPacket(7, 0, testData("12")), jsonwire.AppendData(nil, []byte("12"))} {
 			for _, how := range []string{"Close", "cancel"} {
 				conn := fake.New()
 				c := fakeClient(t, conn, ClientParams{})
@@ -520,7 +521,7 @@ func TestFallbackObjectTooLarge(t *testing.T) {
 		t.Fatal(err)
 	}
 	sent := conn.sent()
-	if len(sent) != 2 || !bytes.Equal(sent[0].Data, appendJSONData(nil, []byte(`"xxxxxxxx"`))) {
+	if len(sent) != 2 || !bytes.Equal(sent[0].Data, jsonwire.AppendData(nil, []byte(`"xxxxxxxx"`))) {
 		t.Errorf("%d messages, the first %q", len(sent), sent[0].Data)
 	}
 }
