@@ -9,23 +9,6 @@ import (
 	"unicode/utf8"
 )
 
-// Close codes, after RFC 6455 section 7.4 where the meaning is the same. The codes from 4000 on are this library's.
-// A producer may end a stream with any code from 1000 to 5999; docs/PROTOCOL.md section 10 lists those with a meaning.
-const (
-	CloseNormalClosure     = 1000 // everything was sent; the reader sees io.EOF
-	CloseGoingAway         = 1001 // the peer, or this client, is shutting down
-	CloseProtocolError     = 1002 // the peer broke a rule of the protocol
-	CloseUnsupportedData   = 1003 // bytes that are no packet, frame or message of this protocol
-	CloseAbnormalClosure   = 1006 // the connection or the peer was lost before the stream ended
-	CloseMessageTooBig     = 1009 // a record larger than MaxRecordSize
-	CloseTryAgainLater     = 1013 // the peer has no room: for another stream, or for a record in pieces
-	CloseBadRequest        = 4000 // the request made no sense to the producer
-	CloseCanceled          = 4001 // the consumer stopped before the end
-	CloseDeadlineExceeded  = 4008 // the consumer's deadline passed
-	CloseTooSlow           = 4029 // a reader fell behind a producer that cannot be told to wait
-	CloseInternalServerErr = 5000 // the producer failed
-)
-
 // CloseError is the end of a stream with a close code: what the peer sent, or what this end found out about it.
 // It marshals to the JSON of the original protocol, {"Code":1000,"Text":""}.
 type CloseError struct {
@@ -53,36 +36,6 @@ func (e *CloseError) Error() string {
 func (e *CloseError) Is(target error) bool {
 	t, ok := target.(*CloseError)
 	return ok && t != nil && e != nil && t.Code == e.Code && (t.Text == "" || t.Text == e.Text)
-}
-
-func closeName(code int) string {
-	switch code {
-	case CloseNormalClosure:
-		return "normal"
-	case CloseGoingAway:
-		return "going away"
-	case CloseProtocolError:
-		return "protocol error"
-	case CloseUnsupportedData:
-		return "unsupported data"
-	case CloseAbnormalClosure:
-		return "abnormal closure"
-	case CloseMessageTooBig:
-		return "message too big"
-	case CloseTryAgainLater:
-		return "try again later"
-	case CloseBadRequest:
-		return "bad request"
-	case CloseCanceled:
-		return "canceled"
-	case CloseDeadlineExceeded:
-		return "deadline exceeded"
-	case CloseTooSlow:
-		return "too slow"
-	case CloseInternalServerErr:
-		return "internal server error"
-	}
-	return ""
 }
 
 // Errors of this end: no bytes of the peer are behind them.

@@ -38,6 +38,54 @@ const (
 	base62Digits  = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 )
 
+// Close codes. Codes below 4000 mean what they mean in RFC 6455 section 7.4; those from 4000 on are this library's.
+// An application may use any other code from 4000 to 5999, see [Writer.CloseWithCode].
+const (
+	CloseNormalClosure     = 1000 // everything was sent; the reader sees io.EOF
+	CloseGoingAway         = 1001 // the peer is shutting down, or this client is
+	CloseProtocolError     = 1002 // the peer broke a rule of the protocol
+	CloseUnsupportedData   = 1003 // bytes that are no packet, frame or message of the protocol
+	CloseAbnormalClosure   = 1006 // the connection or the peer was lost before the stream ended
+	CloseMessageTooBig     = 1009 // a record larger than the receiver takes: see MaxRecordSize
+	CloseTryAgainLater     = 1013 // the peer has no room for another stream, or for a record in pieces
+	CloseBadRequest        = 4000 // the request made no sense to the producer
+	CloseCanceled          = 4001 // the consumer stopped before the end
+	CloseDeadlineExceeded  = 4008 // the consumer's deadline passed
+	CloseTooSlow           = 4029 // a reader fell behind a producer that cannot be told to wait
+	CloseInternalServerErr = 5000 // the producer failed
+)
+
+// closeName returns the name of a close code, such as "going away", and "" if the code has no meaning of its own.
+func closeName(code int) string {
+	switch code {
+	case CloseNormalClosure:
+		return "normal"
+	case CloseGoingAway:
+		return "going away"
+	case CloseProtocolError:
+		return "protocol error"
+	case CloseUnsupportedData:
+		return "unsupported data"
+	case CloseAbnormalClosure:
+		return "abnormal closure"
+	case CloseMessageTooBig:
+		return "message too big"
+	case CloseTryAgainLater:
+		return "try again later"
+	case CloseBadRequest:
+		return "bad request"
+	case CloseCanceled:
+		return "canceled"
+	case CloseDeadlineExceeded:
+		return "deadline exceeded"
+	case CloseTooSlow:
+		return "too slow"
+	case CloseInternalServerErr:
+		return "internal server error"
+	}
+	return ""
+}
+
 // Frame types of protocol version 1.
 const (
 	FrameData      FrameType = 1 // a record, or a piece of one

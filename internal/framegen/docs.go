@@ -24,6 +24,7 @@ func tables() map[string]string {
 		"frame-types":   frameTypeTable(),
 		"frame-flags":   frameFlagTable(),
 		"credit":        layoutTable(credit),
+		"close-codes":   closeCodeTable(),
 		"token":         tokenTable(),
 		"errors":        errorTable(),
 		"example":       example(),
@@ -167,6 +168,14 @@ func frameFlagTable() string {
 		if t.value == typeData.value {
 			rows = append(rows, []string{t.name, fmt.Sprintf("0x%02X", flagCodecMask.value), fmt.Sprintf("0x%02X", flagCodecMask.value), "", "codec: reserved"})
 		}
+	}
+	return markdown(rows)
+}
+
+func closeCodeTable() string {
+	rows := [][]string{{"code", "name", "meaning"}}
+	for _, c := range closeCodes {
+		rows = append(rows, []string{fmt.Sprint(c.value), c.name, c.doc})
 	}
 	return markdown(rows)
 }

@@ -136,3 +136,20 @@ func TestEncode(t *testing.T) {
 		t.Errorf("62*62+61 is %q in base 62", got)
 	}
 }
+
+func TestCloseCodesAreDistinctAndInRange(t *testing.T) {
+	seen := map[string]bool{}
+	last := 0
+	for _, c := range closeCodes {
+		if v := int(c.value); v < minCloseCode || v > maxCloseCode || v <= last {
+			t.Errorf("code %d is out of range or out of order", v)
+		}
+		last = int(c.value)
+		for _, name := range []string{c.goName, c.name, c.doc} {
+			if name == "" || seen[name] {
+				t.Errorf("code %d: %q is empty or stands there twice", c.value, name)
+			}
+			seen[name] = true
+		}
+	}
+}

@@ -28,6 +28,7 @@ func goCode() ([]byte, error) {
 	w.p(")")
 	w.p("")
 	constants(w)
+	closeCodeConstants(w)
 	enumerations(w)
 	packetHeaderCode(w)
 	frameHeaderCode(w)
@@ -73,6 +74,27 @@ func constants(w *writer) {
 	w.p("maxLogBytes = %d", partLogBytes.max)
 	w.p("base62Digits = %q", base62)
 	w.p(")")
+	w.p("")
+}
+
+func closeCodeConstants(w *writer) {
+	w.p("// Close codes. Codes below 4000 mean what they mean in RFC 6455 section 7.4; those from 4000 on are this library's.")
+	w.p("// An application may use any other code from 4000 to %d, see [Writer.CloseWithCode].", maxCloseCode)
+	w.p("const (")
+	for _, c := range closeCodes {
+		w.p("%s = %d // %s%s", c.goName, c.value, c.doc, c.goDoc)
+	}
+	w.p(")")
+	w.p("")
+	w.p("// closeName returns the name of a close code, such as \"going away\", and \"\" if the code has no meaning of its own.")
+	w.p("func closeName(code int) string {")
+	w.p("switch code {")
+	for _, c := range closeCodes {
+		w.p("case %s: return %q", c.goName, c.name)
+	}
+	w.p("}")
+	w.p("return \"\"")
+	w.p("}")
 	w.p("")
 }
 

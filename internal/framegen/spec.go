@@ -212,6 +212,30 @@ const (
 	nonceSize    = 8
 )
 
+// closeCode is a close code with a meaning. Codes of RFC 6455 section 7.4 mean here what they mean there.
+type closeCode struct {
+	value  uint16
+	goName string
+	name   string // in the text of errors and in the table
+	doc    string
+	goDoc  string // what the Go constant adds to doc
+}
+
+var closeCodes = []closeCode{
+	{1000, "CloseNormalClosure", "normal", "everything was sent", "; the reader sees io.EOF"},
+	{1001, "CloseGoingAway", "going away", "the peer is shutting down", ", or this client is"},
+	{1002, "CloseProtocolError", "protocol error", "the peer broke a rule of the protocol", ""},
+	{1003, "CloseUnsupportedData", "unsupported data", "bytes that are no packet, frame or message of the protocol", ""},
+	{1006, "CloseAbnormalClosure", "abnormal closure", "the connection or the peer was lost before the stream ended", ""},
+	{1009, "CloseMessageTooBig", "message too big", "a record larger than the receiver takes", ": see MaxRecordSize"},
+	{1013, "CloseTryAgainLater", "try again later", "the peer has no room for another stream, or for a record in pieces", ""},
+	{4000, "CloseBadRequest", "bad request", "the request made no sense to the producer", ""},
+	{4001, "CloseCanceled", "canceled", "the consumer stopped before the end", ""},
+	{4008, "CloseDeadlineExceeded", "deadline exceeded", "the consumer's deadline passed", ""},
+	{4029, "CloseTooSlow", "too slow", "a reader fell behind a producer that cannot be told to wait", ""},
+	{5000, "CloseInternalServerErr", "internal server error", "the producer failed", ""},
+}
+
 // tokenPart is a run of characters of a reply token.
 type tokenPart struct {
 	name  string
