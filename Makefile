@@ -6,20 +6,21 @@ TESTFLAGS ?=
 FUZZTIME  ?= 30s
 DEMOFLAGS ?=
 BENCHFLAGS ?=
+WORDLIMIT ?= 100
 
 # What `make generate` writes. The first two are deleted before they are compared, the tables of the last are
 # rewritten where they stand.
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test race faults soak lint generate checkgenerate bench benchcmp fuzz
+.PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp fuzz
 
 help: ## Show this text
 	@echo 'Usage: make TARGET [VARIABLE=value]'
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, FUZZTIME, BASE.'
+	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, FUZZTIME, WORDLIMIT, BASE.'
 
 demo: ## Stream real files through an embedded NATS server and compare both ends; DEMOFLAGS='-n 8 -repeat 50'
 	$(GO) run ./examples/demo $(DEMOFLAGS)
@@ -37,10 +38,14 @@ faults: ## Run the tests under faults of networks and servers as often as a rele
 soak: ## Open, use and close a million streams, in turn and 64 at a time (a few minutes)
 	STREAM_SOAK=1 $(GO) test -v -run '^TestSoak(Sequential|Concurrent)$$' -timeout=30m .
 
-lint: ## Check formatting, go vet and staticcheck
+lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words of comments
 	@out="$$("$$($(GO) env GOROOT)/bin/gofmt" -l .)"; if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	$(GO) run ./internal/check complexity
+
+wordcheck: ## Print how many comments hide their subject, and the worst files; WORDLIMIT=3 to fail above 3 %
+	$(GO) run ./internal/check words -limit $(WORDLIMIT)
 
 generate: ## Rewrite the generated code, the protocol's byte tables and the test vectors
 	$(GO) generate ./...
