@@ -234,25 +234,24 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 	if w.session.state.Phase != lifecycle.Live {
 		return nil
 	}
-	before := w.sent.acked
+	before := w.sent.Acked()
 	if err := w.credit(c); err != nil {
 		return err
 	}
 	s, q := w.session, &w.sent
-	if n := q.acked - before; n != 0 {
+	if n := q.Acked() - before; n != 0 {
 		s.life.asks = 0
 		if s.life.closed != 0 { // a peer that gets there bit by bit is not given up
 			s.life.closed = o.ep.now()
 		}
-		if q.limit != 0 {
-			q.arrived(n)
+		if q.loss.Arrived(n, maxPackets) {
 			s.mark(workPackets)
 		}
 	}
 	switch {
 	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.Ack/2):
 		s.mark(workPackets)
-	case s.life.closed != 0 && w.sent.acked == w.sent.next:
+	case s.life.closed != 0 && w.sent.Empty():
 		o.step(s, lifecycle.CloseAcked)
 	}
 	return nil
@@ -296,7 +295,7 @@ func (o *outbox) tell(s *session, reply string, f Frame) { o.tellAt(s, s.peer, r
 func (o *outbox) tellAt(s *session, subject, reply string, f Frame) {
 	h := PacketHeader{Sender: s.sender}
 	if w := s.writer.Load(); w != nil {
-		h.Seq = w.sent.cursor
+		h.Seq = w.sent.Cursor()
 	}
 	o.publish(subject, reply, AppendPacket(o.scratch[:0], h, f))
 }

@@ -69,8 +69,8 @@ func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 		}
 		ep.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, 0, FlagGap)})
 		synctest.Wait()
-		if q := &w.sent; q.limit != 50 || q.cursor != 50 {
-			t.Errorf("limit %d, %d sent again after a loss of 100 packets, want 50 of each", q.limit, q.cursor)
+		if limit, again := w.sent.loss.Limit(), w.sent.Cursor(); limit != 50 || again != 50 {
+			t.Errorf("limit %d, %d sent again after a loss of 100 packets, want 50 of each", limit, again)
 		}
 		var ping *PacketHeader
 		for _, m := range conn.sent() {
@@ -87,21 +87,6 @@ func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 		}
 		ep.close(testClosed)
 	})
-}
-
-// The limit after a loss grows slowly where the loss was, and nowhere else.
-func TestLimitGrowsAgain(t *testing.T) {
-	for lossy := uint32(1); lossy <= maxPackets; lossy *= 2 {
-		q := sentPackets{next: lossy, cursor: lossy}
-		q.again(0, 1, 0)
-		rounds := 0
-		for ; q.limit != 0; rounds++ {
-			q.arrived(q.limit)
-		}
-		if rounds > 200 {
-			t.Errorf("after a loss of %d packets it takes %d round trips until there is no limit", lossy, rounds)
-		}
-	}
 }
 
 // With round trips longer than AckTimeout every acknowledgement is asked for once in vain. That is no loss.

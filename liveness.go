@@ -186,7 +186,7 @@ func (o *outbox) check(s *session, now int64) {
 			s.life.asks++
 		}
 		if w := s.writer.Load(); w != nil && d.Lost {
-			w.sent.unanswered()
+			w.sent.loss.Unanswered()
 		}
 		o.ping(s)
 	}
@@ -223,10 +223,10 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		Received: l.seen != 0, NoPeer: s.stream != nil && s.peer == "" || w != nil && w.json,
 	}
 	if w != nil {
-		f.Unacked = !w.json && w.sent.acked != w.sent.next
+		f.Unacked = !w.json && !w.sent.Empty()
 		f.Stalled = !f.Unacked && w.stalled()
 		f.Failed = s.returned.Load() && w.sent.failed != nil
-		f.Silent = s.stream == nil && w.sent.next == 0 && l.heard == 0
+		f.Silent = s.stream == nil && w.sent.Next() == 0 && l.heard == 0
 	}
 	return f
 }

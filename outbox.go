@@ -335,7 +335,7 @@ func (o *outbox) serve(s *session, work uint32) {
 		o.tellCredit(s, 0)
 	}
 	ended := work&workCredit != 0 && s.unheard()
-	hello := work&workHello != 0 && w.sent.next == 0 && s.life.pings == 0 && s.life.heard == 0
+	hello := work&workHello != 0 && w.sent.Next() == 0 && s.life.pings == 0 && s.life.heard == 0
 	if s.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
 		o.ping(s)
 	}

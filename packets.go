@@ -7,6 +7,8 @@ import (
 	"net"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
@@ -174,8 +176,8 @@ const maxUnacked = 4 * maxPackets
 // credit takes what the consumer acknowledged and granted. Both are absolute, so an old or repeated one changes
 // nothing. Called by the outbox.
 func (w *Writer) credit(c Credit) error {
-	if int32(c.Ack-w.sent.next) > 0 {
-		return fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, w.sent.next)
+	if next := w.sent.Next(); int32(c.Ack-next) > 0 {
+		return fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, next)
 	}
 	n, bytes := w.sent.release(c.Ack)
 	w.mu.Lock()
@@ -205,7 +207,7 @@ func (w *Writer) ended() {
 	for p := w.nextReady(); p != nil; p = w.nextReady() {
 		putPacket(p)
 	}
-	w.sent.release(w.sent.next)
+	w.sent.release(w.sent.Next())
 }
 
 // bind lets a consumer's send half begin: its producer, and what that takes, is known. Called by the outbox.
@@ -229,14 +231,14 @@ func offered(t Token) credited { return credited{1 << min(t.LogPackets, 30), 1 <
 // publishNext publishes the next packet and reports whether there may be another. Called by the outbox alone.
 func (w *Writer) publishNext(o *outbox) (more bool) {
 	s := w.session
-	if q := &w.sent; q.limit != 0 && q.cursor-q.acked >= q.limit {
-		if !q.pinged { // the answer lets the next ones go
-			q.pinged = true
+	if w.sent.loss.Full(w.sent.OnTheWay()) {
+		if w.sent.loss.Ask() { // the answer lets the next ones go
 			o.ping(s)
 		}
 		return false
-	} else if q.cursor != q.next {
-		return w.publishAgain(o)
+	}
+	if p, ok := w.sent.Missing(); ok {
+		return w.publishAgain(o, p)
 	}
 	retry := w.sent.failed != nil
 	p := w.nextReady()
@@ -246,7 +248,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		}
 	}
 	last := p.last
-	err := w.publish(o, p, w.sent.next)
+	err := w.publish(o, p, w.sent.Next())
 	if err != nil && !w.json && isLoss(err) {
 		err = nil // it is missed and asked for, like any other that was under way
 	}
@@ -269,14 +271,14 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 	if w.json {
 		w.sentJSON(p)
 	} else {
-		w.sent.push(p)
+		w.sent.Push(p)
 		if due := s.life.node.Due(); due == 0 || due > now+2*o.ep.times.Ack { // it was idle
 			s.life.sent = o.ep.now()
 			o.schedule(s, s.life.sent+o.ep.times.Ack)
 		}
 	}
 	// Whoever waits for this first says so and then looks at published: one of the two sees the other.
-	w.published.Store(w.sent.next)
+	w.published.Store(w.sent.Next())
 	if retry || w.waiting.Load() {
 		w.mu.Lock()
 		if retry {
@@ -285,7 +287,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		w.wakeLocked()
 		w.mu.Unlock()
 	}
-	if s.stream != nil && w.sent.next == 1 && s.bucket.ring.Pushed() > 0 {
+	if s.stream != nil && w.sent.Next() == 1 && s.bucket.ring.Pushed() > 0 {
 		s.mark(workProbe) // the end of the stream may be among what arrived: then nobody reads what is written
 	}
 	if last {
@@ -308,18 +310,16 @@ func isLoss(err error) bool {
 	return network || errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrStaleConnection)
 }
 
-// publishAgain publishes the next of the packets that the peer misses.
-func (w *Writer) publishAgain(o *outbox) (more bool) {
-	q := &w.sent
-	p := q.packets[q.cursor&uint32(len(q.packets)-1)]
-	if err := w.publish(o, p, q.cursor); err != nil {
-		q.cursor = q.next // asked for again, if the connection comes back
-		return true       // records may have been written meanwhile
+// publishAgain publishes p, the next of the packets that the peer misses.
+func (w *Writer) publishAgain(o *outbox, p *packet) (more bool) {
+	if err := w.publish(o, p, w.sent.Cursor()); err != nil {
+		w.sent.GiveUp() // asked for again, if the connection comes back
+		return true     // records may have been written meanwhile
 	}
 	o.ep.counters.resent.Add(1)
 	l := &w.session.life
 	l.sent, l.asks = o.ep.clock.Load(), 0 // it may be lost again, and is as soon overdue as when it was new
-	q.cursor++
+	w.sent.Resent()
 	return true
 }
 
@@ -380,8 +380,7 @@ func (w *Writer) sealOpen() *packet {
 // sentJSON gives a fallback message back at once: its peer acknowledges nothing, and what it may take is this end's
 // own bound on what waits to be published.
 func (w *Writer) sentJSON(p *packet) {
-	w.sent.next++
-	w.sent.acked, w.sent.cursor = w.sent.next, w.sent.next
+	w.sent.Skip()
 	n := uint64(len(p.buf))
 	putPacket(p)
 	w.mu.Lock()
@@ -395,95 +394,26 @@ func (w *Writer) sentJSON(p *packet) {
 
 // sentPackets are the packets that were published and not acknowledged yet. The outbox owns it.
 type sentPackets struct {
-	packets     []*packet // packets[seq & (len-1)] is number seq, for acked <= seq < next
-	acked, next uint32
-	cursor      uint32  // the next to be published again; next if none is
-	failed      *packet // could not be published; to be tried again before any other
-
-	againFrom uint32 // what was asked for last, and when
-	againAt   int64
-
-	// After a loss at most limit packets are on their way at once; 0 is no limit. What is lost together was most often
-	// too much at once for a server or a connection between the ends, and would be again.
-	limit  uint32
-	lossy  uint32 // how much was on its way at the last loss
-	grown  uint32 // acknowledged since limit changed
-	pinged bool   // for what is on its way
+	flow.Unacked[*packet]
+	loss   flow.Loss
+	failed *packet // could not be published; to be tried again before any other
 }
 
-// again sees to it that everything from seq on is published again, and reports whether there is anything. A peer that
-// asks for the same once more is heard only when the answer to the first time is overdue.
+// again sees to it that everything from seq on is published again, and reports whether there is anything.
 func (q *sentPackets) again(seq uint32, now, patience int64) bool {
-	if seq != q.acked || seq == q.next {
-		return false // old news
+	again, lost := q.Again(seq, now, patience)
+	if lost != 0 {
+		q.loss.Lost(lost)
 	}
-	if q.againAt != 0 && q.againFrom == seq && now-q.againAt < patience {
-		return false
-	}
-	if seq == q.cursor {
-		return true // what was sent again has arrived, and the rest is about to be
-	}
-	q.lossy = q.cursor - q.acked
-	q.limit, q.grown, q.pinged = max(1, q.lossy/2), 0, false
-	q.cursor, q.againFrom, q.againAt = seq, seq, now
-	return true
-}
-
-// arrived lets more be on its way when n packets were acknowledged: an eighth more, at least one, each time that as many as
-// are allowed arrived, until there is no need for a limit. It takes its time near the last loss, up to twice of what was
-// lost.
-func (q *sentPackets) arrived(n uint32) {
-	q.pinged = false
-	more, enough := 1+q.limit/8, q.limit
-	if q.limit+more >= q.lossy && q.limit <= 2*q.lossy {
-		enough *= 16
-	}
-	if q.grown += n; q.grown < enough {
-		return
-	}
-	q.grown = 0
-	if q.limit += more; q.limit >= maxPackets {
-		q.limit = 0
-	}
-}
-
-// unanswered lets a little less be on its way: the question behind it was lost, so it did not all get through.
-func (q *sentPackets) unanswered() {
-	if q.pinged && q.limit > 1 {
-		q.lossy = q.limit
-		q.limit--
-		q.grown = 0
-	}
-}
-
-func (q *sentPackets) push(p *packet) {
-	if int(q.next-q.acked) == len(q.packets) {
-		old := q.packets
-		q.packets = make([]*packet, max(4, 2*len(old)))
-		for seq := q.acked; seq != q.next; seq++ {
-			q.packets[seq&uint32(len(q.packets)-1)] = old[seq&uint32(len(old)-1)]
-		}
-	}
-	q.packets[q.next&uint32(len(q.packets)-1)] = p
-	q.next++
-	q.cursor = q.next // it was there before
+	return again
 }
 
 // release gives the packets before seq back to the pool and returns how many they were, and their bytes.
 func (q *sentPackets) release(seq uint32) (n uint32, bytes uint64) {
-	if seq-q.acked > q.next-q.acked {
-		seq = q.acked // old, or half the number space away
-	}
-	for ; q.acked != seq; q.acked++ {
-		p := &q.packets[q.acked&uint32(len(q.packets)-1)]
-		n++
-		bytes += uint64(len((*p).buf))
-		putPacket(*p)
-		*p = nil
-	}
-	if int32(q.cursor-q.acked) < 0 {
-		q.cursor = q.acked
-	}
+	n = q.Release(seq, func(p *packet) {
+		bytes += uint64(len(p.buf))
+		putPacket(p)
+	})
 	return n, bytes
 }
 

@@ -27,7 +27,7 @@ type Writer struct {
 	// Owned by the outbox. Nobody else looks at sent. A word that one processor writes takes its cache line from all
 	// others, so what writers and the outbox use for each packet lies apart, with what is seldom used between.
 	sent      sentPackets
-	published atomic.Uint32 // sent.next, for Flush
+	published atomic.Uint32 // sent.Next, for Flush
 	waiting   atomic.Bool   // wake is not nil
 
 	trailer []byte        // what SetTrailer was given, in META form
