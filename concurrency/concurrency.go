@@ -7,7 +7,7 @@ import (
 	"errors"
 )
 
-// ErrNoResult is what a nil AsyncResult holds: the one a receive from a closed channel yields.
+// ErrNoResult is what a nil [AsyncResult] holds: the one a receive from a closed channel yields.
 var ErrNoResult = errors.New("concurrency: no result")
 
 // AsyncResult is a value or an error. Its fields are plain; a result must not be changed once it was sent to
@@ -36,7 +36,7 @@ func NewAsyncResult[T any](v T, err error) *AsyncResult[T] {
 }
 
 // ValueOrError returns what the result holds, in the order in which functions return it. On a nil result it returns
-// ErrNoResult.
+// [ErrNoResult].
 func (r *AsyncResult[T]) ValueOrError() (T, error) {
 	if r == nil {
 		var zero T

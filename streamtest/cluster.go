@@ -20,7 +20,7 @@ type Cluster struct {
 const clusterTimeout = 20 * time.Second
 
 // StartCluster starts n nodes, at least one, with the same options and returns when all routes between them are up. The
-// caller ends it with Close. Options are those of StartProcess; the cluster's own must be left alone.
+// caller ends it with [Cluster.Close]. Options are those of [StartProcess]; the cluster's own must be left alone.
 func StartCluster(n int, opts ...Option) (*Cluster, error) {
 	if n < 1 {
 		return nil, fmt.Errorf("streamtest: a cluster of %d nodes: it takes at least one", n)
@@ -132,12 +132,12 @@ func (c *Cluster) URLs(first int) []string {
 }
 
 // Dial returns a new connection to node i or, while that cannot be had, to the next after it. Otherwise it is as
-// Server.Dial. The caller closes it.
+// [Server.Dial]. The caller closes it.
 func (c *Cluster) Dial(i int, opts ...nats.Option) (*nats.Conn, error) {
 	return dial(strings.Join(c.URLs(i), ","), append([]nats.Option{nats.DontRandomize()}, opts...))
 }
 
-// Connect is Dial for a test, as Server.Connect is.
+// Connect is [Cluster.Dial] for a test, as [Server.Connect] is.
 func (c *Cluster) Connect(tb testing.TB, i int, opts ...nats.Option) *nats.Conn {
 	tb.Helper()
 	return connect(tb, strings.Join(c.URLs(i), ","), append([]nats.Option{nats.DontRandomize()}, opts...))

@@ -11,7 +11,7 @@ import (
 )
 
 // WithConfig reads text as a NATS configuration file, so that what a document recommends can be tested word for word. It
-// changes the options that text names; accounts and users are added to those that are there. Start and StartProcess
+// changes the options that text names; accounts and users are added to those that are there. [Start] and [StartProcess]
 // return an error where text is no configuration. Outside of them, WithConfig panics instead.
 //
 //	srv := streamtest.Run(t, streamtest.WithConfig(`

@@ -19,7 +19,7 @@ type Message struct {
 	sid string // of the subscription that it is delivered to
 }
 
-// A Verdict says what becomes of a message after a Rule returned. The zero Verdict lets it pass.
+// A Verdict says what becomes of a message after a [Rule] returned. The zero Verdict lets it pass.
 type Verdict struct {
 	Drop   bool // it does not arrive
 	Copies int  // it arrives so many times more, at once
@@ -30,14 +30,14 @@ type Verdict struct {
 }
 
 // A Rule decides about a message, which it may change: its Subject, Reply, Header and Data. The message and its bytes are
-// the rule's until it returns; what it wants to keep it must copy. An Interceptor calls its rules one at a time, whatever
+// the rule's until it returns; what it wants to keep it must copy. An [Interceptor] calls its rules one at a time, whatever
 // the number of connections. A rule may call Inject, which sends before the message at hand.
 //
 // The ready-made rules take a probability p, from 0 to 1, and a source of chance. They decide the same about the same
 // messages in the same order. Rules of one Interceptor may share a source; those of several may not, nor may goroutines.
 type Rule func(m *Message) Verdict
 
-// Counts is what an Interceptor has done so far, in messages.
+// Counts is what an [Interceptor] has done so far, in messages.
 type Counts struct {
 	Passed     int // as they came or changed, those held too
 	Dropped    int

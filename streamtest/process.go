@@ -24,10 +24,10 @@ type Process struct {
 	child *child // the last one started
 }
 
-// StartProcess starts a server and returns when it accepts connections. The caller ends it with Kill or Stop.
+// StartProcess starts a server and returns when it accepts connections. The caller ends it with [Process.Kill] or [Process.Stop].
 //
-// All options of Start can be given whose values can be sent to another process: numbers, texts, users, but neither a
-// *tls.Config nor an interface; for those there is WithConfig. An option is called in this process.
+// All options of [Start] can be given whose values can be sent to another process: numbers, texts, users, but neither a
+// *tls.Config nor an interface; for those there is [WithConfig]. An option is called in this process.
 func StartProcess(opts ...Option) (*Process, error) {
 	o := defaults()
 	steps, err := record(o, opts)
@@ -61,17 +61,17 @@ func RunProcess(tb testing.TB, opts ...Option) *Process {
 	return p
 }
 
-// URL returns the address for nats.Connect. It remains the same over restarts.
+// URL returns the address for [nats.Connect]. It remains the same over restarts.
 func (p *Process) URL() string {
 	return fmt.Sprintf("nats://127.0.0.1:%d", p.port)
 }
 
-// Dial returns a new connection to the server, as Server.Dial does. The caller closes it.
+// Dial returns a new connection to the server, as [Server.Dial] does. The caller closes it.
 func (p *Process) Dial(opts ...nats.Option) (*nats.Conn, error) {
 	return dial(p.URL(), opts)
 }
 
-// Connect is Dial for a test, as Server.Connect is.
+// Connect is [Process.Dial] for a test, as [Server.Connect] is.
 func (p *Process) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
 	tb.Helper()
 	return connect(tb, p.URL(), opts)
@@ -102,7 +102,7 @@ func (p *Process) LameDuck() error {
 	return p.child.lameDuck()
 }
 
-// Pause stops the server from running until Resume. Its connections stay open and nothing is read from them. On Linux
+// Pause stops the server from running until [Process.Resume]. Its connections stay open and nothing is read from them. On Linux
 // nothing runs any more when Pause returns, elsewhere very soon. Errors are those of LameDuck.
 func (p *Process) Pause() error {
 	p.mu.Lock()

@@ -66,14 +66,14 @@ func (p *Proxy) Reset() {
 // Refuse resets new connections as soon as they are made, or no longer does. Those that there are remain.
 func (p *Proxy) Refuse(refuse bool) { p.refuse.Store(refuse) }
 
-// BlackHole lets nothing more through in the given direction, until Heal. Connections remain open and can be made; what
+// BlackHole lets nothing more through in the given direction, until [Proxy.Heal]. Connections remain open and can be made; what
 // is sent is held, as far as buffers of the system reach, and then the sender's writes block. Neither bytes nor the end
 // of a connection get through.
 func (p *Proxy) BlackHole(dir Direction) {
 	p.change(dir, func(f *faults, d Direction) { f.hole[d] = true })
 }
 
-// Heal ends BlackHole in both directions. What was held arrives, where the connection still lives.
+// Heal ends [Proxy.BlackHole] in both directions. What was held arrives, where the connection still lives.
 func (p *Proxy) Heal() {
 	p.change(Both, func(f *faults, d Direction) { f.hole[d] = false })
 }

@@ -75,12 +75,12 @@ func Only(match func(*Message) bool, rules ...Rule) Rule {
 	}
 }
 
-// To matches, for Only, the messages of a direction.
+// To matches, for [Only], the messages of a direction.
 func To(dir Direction) func(*Message) bool {
 	return func(m *Message) bool { return dir.includes(m.Dir) }
 }
 
-// HasPrefix matches, for Only, the messages whose Data begins with prefix.
+// HasPrefix matches, for [Only], the messages whose Data begins with prefix.
 func HasPrefix(prefix ...byte) func(*Message) bool {
 	return func(m *Message) bool { return bytes.HasPrefix(m.Data, prefix) }
 }

@@ -22,7 +22,7 @@ func WithMaxPayload(bytes int32) Option {
 }
 
 // WithOptions lets tweak change any option of the server, after the defaults of this package were set. The options
-// given to Start and Run are applied in order.
+// given to [Start] and [Run] are applied in order.
 func WithOptions(tweak func(*server.Options)) Option {
 	return tweak
 }
@@ -33,7 +33,7 @@ type Server struct {
 	raw *server.Server
 }
 
-// Start starts a server and returns when it accepts connections. The caller ends it with Shutdown.
+// Start starts a server and returns when it accepts connections. The caller ends it with [Server.Shutdown].
 func Start(opts ...Option) (*Server, error) {
 	o := defaults()
 	if err := apply(o, opts); err != nil {
@@ -63,7 +63,7 @@ func Run(tb testing.TB, opts ...Option) *Server {
 	return s
 }
 
-// URL returns the address for nats.Connect.
+// URL returns the address for [nats.Connect].
 func (s *Server) URL() string {
 	return s.raw.ClientURL()
 }
@@ -83,7 +83,7 @@ func dial(urls string, opts []nats.Option) (*nats.Conn, error) {
 	return nc, nil
 }
 
-// Connect is Dial for a test: the connection is closed at its end, before a server of Run ends. Where it cannot
+// Connect is [Server.Dial] for a test: the connection is closed at its end, before a server of [Run] ends. Where it cannot
 // be made, the test ends at once.
 func (s *Server) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
 	tb.Helper()
