@@ -17,7 +17,7 @@ import (
 // RequestChanLen is the buffer of the channel that OpenStream returns.
 const RequestChanLen = 16
 
-// ClientParams configure a Client. The zero value of every field but Conn means the default its comment names.
+// ClientParams configure a [Client]. The zero value of every field but Conn means the default its comment names.
 type ClientParams struct {
 	// Conn is the connection to use. The client neither closes nor drains it. To hear of subjects that are not allowed, it puts
 	// a handler in front of the connection's error handler: set your own before, not after.
@@ -127,7 +127,7 @@ type Client struct {
 	codec Codec
 }
 
-// NewClient returns a client on params.Conn, which must be open. Errors: nats.ErrInvalidConnection for a nil
+// NewClient returns a client on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil
 // connection, that of the subscription, or what is wrong with params.
 func NewClient(params ClientParams) (*Client, error) {
 	if params.Conn == nil {
@@ -147,9 +147,9 @@ func NewClient(params ClientParams) (*Client, error) {
 	return &Client{Conn: params.Conn, ep: ep, codec: params.Codec}, nil
 }
 
-// Close ends all streams of the client with ErrClientClosed, tells their producers, and returns when the client's
+// Close ends all streams of the client with [ErrClientClosed], tells their producers, and returns when the client's
 // goroutines have ended: at once, unless the connection is down, for two seconds, or takes no bytes, for as long as that
-// lasts (nats.FlusherTimeout, a minute by default, and a little more). A producer that has not answered yet finds out within
+// lasts ([nats.FlusherTimeout], a minute by default, and a little more). A producer that has not answered yet finds out within
 // ResumeTimeout. The connection stays open. It never fails, and closing again does nothing.
 func (c *Client) Close() error {
 	c.ep.close(&ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}})
@@ -157,21 +157,21 @@ func (c *Client) Close() error {
 }
 
 // Open sends data to subj as the request of a new stream and returns the stream. It does not wait for the producer:
-// the first Recv does, and returns nats.ErrNoResponders at once if nobody listens on subj. data may be reused at once.
+// the first Recv does, and returns [nats.ErrNoResponders] at once if nobody listens on subj. data may be reused at once.
 //
-// The stream lives until its end was received, ctx ends, or it is closed; one of these must happen. As with every request
-// over NATS, one that is lost between servers is not missed by anybody: until the first packet only ctx, or Close, ends
-// the wait for a producer that never heard of it. A request lost with this end's own connection ends the stream with
-// CloseAbnormalClosure after ResumeTimeout; it is never sent twice. Errors: that of
-// an ended ctx, nats.ErrInvalidContext for a nil one, nats.ErrBadSubject, also for a subject of about 4,000 bytes, over
-// which a NATS server would close the connection, nats.ErrMaxPayload,
-// nats.ErrConnectionClosed, nats.ErrConnectionDraining, ErrClientClosed. Then nothing was sent and nothing is kept.
+// The stream lives until its end was received, ctx ends, or it is closed; one of these must happen. As with every
+// request over NATS, one that is lost between servers is not missed by anybody: until the first packet only ctx, or
+// [Client.Close], ends the wait for a producer that never heard of it. A request lost with this end's own connection
+// ends the stream with [CloseAbnormalClosure] after ResumeTimeout; it is never sent twice. Errors: that of an ended
+// ctx, [nats.ErrInvalidContext] for a nil one, [nats.ErrBadSubject], also for a subject of about 4,000 bytes, over
+// which a NATS server would close the connection, [nats.ErrMaxPayload], [nats.ErrConnectionClosed],
+// [nats.ErrConnectionDraining], [ErrClientClosed]. Then nothing was sent and nothing is kept.
 func (c *Client) Open(ctx context.Context, subj string, data []byte) (*Stream, error) {
 	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, c.codec, nil)
 }
 
-// OpenMsg is Open with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not changed. Names of
-// headers that begin with Stream- are the library's: leave them out.
+// OpenMsg is [Client.Open] with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not
+// changed. Names of headers that begin with Stream- are the library's: leave them out.
 func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 	if msg == nil {
 		return nil, nats.ErrInvalidMsg

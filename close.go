@@ -31,7 +31,7 @@ func (e *CloseError) Error() string {
 	return s
 }
 
-// Is reports whether target is a *CloseError with the same code and, unless target's text is empty, the same text,
+// Is reports whether target is a [*CloseError] with the same code and, unless target's text is empty, the same text,
 // so that errors.Is(err, &CloseError{Code: CloseBadRequest}) asks for the code alone.
 func (e *CloseError) Is(target error) bool {
 	t, ok := target.(*CloseError)

@@ -10,7 +10,7 @@ import (
 // The JSON fallback is the original wire format, byte for byte: one message a record, no sequence numbers, no credit.
 // docs/PROTOCOL.md section 11.
 
-// StreamingMsgType says what a StreamingMsg carries.
+// StreamingMsgType says what a [StreamingMsg] carries.
 type StreamingMsgType int
 
 const (

@@ -43,7 +43,7 @@ type PacketHeader struct {
 }
 
 // Allows reports whether a frame of type t may stand in a packet with header h: DATA, CLOSE and META in one with
-// PacketSeq, RESET, CREDIT, PING, CHALLENGE and RESPONSE in one without, skippable types in both.
+// [PacketSeq], RESET, CREDIT, PING, CHALLENGE and RESPONSE in one without, skippable types in both.
 func (h PacketHeader) Allows(t FrameType) bool {
 	set := uint32(controlTypes)
 	if h.Flags&PacketSeq != 0 {
@@ -90,7 +90,7 @@ type Token struct {
 	ID         uint64 // random; zero in an offer
 }
 
-// What can be wrong with bytes. Parsers return these, or errors that say more and match them under errors.Is. All are
+// What can be wrong with bytes. Parsers return these, or errors that say more and match them under [errors.Is]. All are
 // made once, so that bad input costs no allocation either.
 var (
 	// ErrTruncated: fewer bytes than a header has.
@@ -147,8 +147,8 @@ var (
 )
 
 // AppendPacket appends a whole packet, the header and then the frames, to dst and returns the extended slice. The length
-// in the header is that of the packet whatever h.Length is; nothing else is checked, as in AppendPacketHeader and
-// AppendFrame. No payload may overlap the free capacity of dst. AppendPacket panics if the packet is longer than
+// in the header is that of the packet whatever h.Length is; nothing else is checked, as in [AppendPacketHeader] and
+// [AppendFrame]. No payload may overlap the free capacity of dst. AppendPacket panics if the packet is longer than
 // 4,294,967,295 bytes, the largest length the header can hold.
 func AppendPacket(dst []byte, h PacketHeader, frames ...Frame) []byte {
 	n := uint64(PacketHeaderSize)
@@ -166,7 +166,7 @@ func AppendPacket(dst []byte, h PacketHeader, frames ...Frame) []byte {
 	return dst
 }
 
-// AppendFrame appends f, header and payload, to dst and returns the extended slice. f is not checked: what ParseFrame
+// AppendFrame appends f, header and payload, to dst and returns the extended slice. f is not checked: what [ParseFrame]
 // would refuse is appended all the same. f.Payload must not overlap the free capacity of dst. AppendFrame panics if the
 // payload is longer than 4,294,967,295 bytes, the largest length the header can hold.
 func AppendFrame(dst []byte, f Frame) []byte {
@@ -185,10 +185,10 @@ func frameLen(n int) uint32 {
 // ParseFrame takes one frame off the front of b and returns it with the bytes that follow. The payload is a sub-slice
 // of b whose capacity ends with it, so that appending to it cannot overwrite the next frame. Frames of unknown
 // skippable types are returned as they are, with any flags, code and payload. ParseFrame does not know the packet: use
-// PacketHeader.Allows to see whether the frame may stand in it.
+// [PacketHeader.Allows] to see whether the frame may stand in it.
 //
-// The error is ErrTruncated, ErrLength, ErrFrameType, ErrFlags, ErrCode or ErrPayload, looked for in this order; f and
-// rest are zero then. There is no way to go on behind a bad frame. ParseFrame allocates nothing.
+// The error is [ErrTruncated], [ErrLength], [ErrFrameType], [ErrFlags], [ErrCode] or [ErrPayload], looked for in this
+// order; f and rest are zero then. There is no way to go on behind a bad frame. ParseFrame allocates nothing.
 func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 	if len(b) < FrameHeaderSize {
 		return Frame{}, nil, ErrTruncated
@@ -209,7 +209,7 @@ func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 	return f, b[n:], nil
 }
 
-// AppendToken appends the TokenSize characters of t to dst and returns the extended slice. Codecs other than JSON are
+// AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. Codecs other than JSON are
 // written as MsgPack and windows beyond their largest value as that value.
 func AppendToken(dst []byte, t Token) []byte {
 	dst = AppendOffer(dst, t)
@@ -221,8 +221,8 @@ func AppendToken(dst []byte, t Token) []byte {
 	return append(dst, id[:]...)
 }
 
-// AppendOffer appends the first OfferSize characters of t, all but its ID, to dst and returns the extended slice. They
-// travel alone in the header Stream-Open, because a reply subject may be rewritten on its way. See AppendToken.
+// AppendOffer appends the first [OfferSize] characters of t, all but its ID, to dst and returns the extended slice. They
+// travel alone in the header Stream-Open, because a reply subject may be rewritten on its way. See [AppendToken].
 func AppendOffer(dst []byte, t Token) []byte {
 	codec := byte(tokenMsgPack)
 	if t.Codec == JSON {
@@ -232,8 +232,8 @@ func AppendOffer(dst []byte, t Token) []byte {
 		base62Digits[min(t.LogPackets, maxLogPackets)], base62Digits[min(t.LogBytes, maxLogBytes)])
 }
 
-// ParseToken reads a token. What it accepts, AppendToken writes exactly so. The error is ErrVersion for tokens of
-// another version of the protocol, whatever their length, and ErrToken for everything else that is no token. It
+// ParseToken reads a token. What it accepts, [AppendToken] writes exactly so. The error is [ErrVersion] for tokens of
+// another version of the protocol, whatever their length, and [ErrToken] for everything else that is no token. It
 // allocates nothing.
 func ParseToken(s string) (Token, error) {
 	t, err := parseOffer(s, TokenSize)
@@ -252,8 +252,8 @@ func ParseToken(s string) (Token, error) {
 	return t, nil
 }
 
-// ParseOffer reads an offer: the first OfferSize characters of a token and nothing behind them. The ID of the result is
-// zero. Errors are those of ParseToken.
+// ParseOffer reads an offer: the first [OfferSize] characters of a token and nothing behind them. The ID of the result is
+// zero. Errors are those of [ParseToken].
 func ParseOffer(s string) (Token, error) { return parseOffer(s, OfferSize) }
 
 // parseOffer reads the offer at the front of s, which must be size characters long.

@@ -184,15 +184,15 @@ func putPacketHeader(b []byte, flags PacketFlags, sender uint64, seq uint32, n i
 }
 
 // AppendPacketHeader appends h to dst and returns the extended slice. Flags beyond the low nibble and bits of Sender
-// beyond the low 48 are dropped; otherwise h is not checked, nor its Length set: AppendPacket does that.
+// beyond the low 48 are dropped; otherwise h is not checked, nor its Length set: [AppendPacket] does that.
 func AppendPacketHeader(dst []byte, h PacketHeader) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, packetWord(h.Flags, h.Sender))
 	return binary.BigEndian.AppendUint64(dst, packetTail(h.Seq, h.Length))
 }
 
 // ParsePacketHeader takes a packet header off the front of b, which must be a whole packet and nothing else, and
-// returns it with the frames that follow, which are not looked at. It allocates nothing. The error is ErrTruncated,
-// ErrMagic, ErrVersion, ErrFlags or ErrLength, looked for in this order; h and rest are zero then.
+// returns it with the frames that follow, which are not looked at. It allocates nothing. The error is [ErrTruncated],
+// [ErrMagic], [ErrVersion], [ErrFlags] or [ErrLength], looked for in this order; h and rest are zero then.
 func ParsePacketHeader(b []byte) (h PacketHeader, rest []byte, err error) {
 	if len(b) >= PacketHeaderSize {
 		v, tail := binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])
@@ -354,7 +354,7 @@ func AppendCredit(dst []byte, c Credit) []byte {
 	return dst
 }
 
-// ParseCredit reads the payload of a CREDIT frame, which is exactly 16 bytes long; the error is ErrPayload. It
+// ParseCredit reads the payload of a CREDIT frame, which is exactly 16 bytes long; the error is [ErrPayload]. It
 // allocates nothing.
 func ParseCredit(payload []byte) (Credit, error) {
 	if len(payload) != creditSize {

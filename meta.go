@@ -51,10 +51,11 @@ func parseMeta(b []byte) (nats.Header, error) {
 	return nats.DecodeHeadersMsg(b)
 }
 
-// SetHeader sends h to the consumer, where Stream.Header returns it. It must be called before the first record, once; the
-// headers leave with that record, or with Flush or Close. h may be changed afterwards. As in NATS's own headers, white space
-// around a value is not kept, and a name without values is not sent. Errors: ErrHeader where it is
-// too late, or h cannot be sent; those of Write. A consumer that speaks only the JSON fallback sees no headers.
+// SetHeader sends h to the consumer, where [Stream.Header] returns it. It must be called before the first record, once;
+// the headers leave with that record, or with [Writer.Flush] or [Writer.Close]. h may be changed afterwards. As in
+// NATS's own headers, white space around a value is not kept, and a name without values is not sent. Errors:
+// [ErrHeader] where it is too late, or h cannot be sent; those of [Writer.Write]. A consumer that speaks only the JSON
+// fallback sees no headers.
 func (w *Writer) SetHeader(h nats.Header) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -77,8 +78,8 @@ func (w *Writer) SetHeader(h nats.Header) error {
 	return nil
 }
 
-// SetTrailer sends h to the consumer with the end of the stream, where Stream.Trailer returns it. The last call before
-// Close counts. h may be changed afterwards. Errors: ErrHeader where h cannot be sent, ErrClosed, what ended the stream. A
+// SetTrailer sends h to the consumer with the end of the stream, where [Stream.Trailer] returns it. The last call before
+// Close counts. h may be changed afterwards. Errors: [ErrHeader] where h cannot be sent, [ErrClosed], what ended the stream. A
 // consumer that speaks only the JSON fallback sees no trailers.
 func (w *Writer) SetTrailer(h nats.Header) error {
 	w.mu.Lock()

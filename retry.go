@@ -15,9 +15,10 @@ type refusal struct{ *CloseError }
 
 func (r refusal) Unwrap() error { return r.CloseError }
 
-// Retryable reports whether err, returned by a method of a [Stream], says that the request surely reached no handler, so that
-// opening the stream again cannot run one twice. Two ends do: [nats.ErrNoResponders] in answer to the request, and
-// [CloseTryAgainLater] from a server without room. Every other error is not retryable for the library; the caller may know more.
+// Retryable reports whether err, returned by a method of a [Stream], says that the request surely reached no handler,
+// so that opening the stream again cannot run one twice. Two ends do: [nats.ErrNoResponders] in answer to the request,
+// and [CloseTryAgainLater] from a server without room. Every other error is not retryable for the library; the caller
+// may know more.
 //
 // If several servers get the same request, because they handle its subject outside a queue group, Retryable speaks of the one
 // that answered first.
@@ -67,7 +68,8 @@ func (r Retry) wait(n int) time.Duration {
 // refused in a way that is [Retryable]. It never sends it again once a handler may have run. The answer is the producer's first
 // packet, or its word that the handler runs, within 100 ms. Any other end of the stream is returned by its reads.
 //
-// Errors: the last refusal, after retry.Attempts; those of OpenMsg; the context's error; an error for negative fields of retry.
+// Errors: the last refusal, after retry.Attempts; those of [Client.OpenMsg]; the context's error; an error for negative
+// fields of retry.
 func (c *Client) OpenRetry(ctx context.Context, msg *nats.Msg, retry Retry) (*Stream, error) {
 	retry, err := retry.withDefaults()
 	if err != nil {

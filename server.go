@@ -21,7 +21,7 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// ServerParams configure a Server. The zero value of every field but Conn means the default its comment names.
+// ServerParams configure a [Server]. The zero value of every field but Conn means the default its comment names.
 type ServerParams struct {
 	// Conn is the connection to use. The server neither closes nor drains it. As a client does, it puts a handler in front of
 	// the connection's error handler: set your own before, not after.
@@ -52,19 +52,19 @@ const lingering = 1 << 14
 
 // Handler produces one stream: it reads the [Request] and writes to w, in a goroutine of its own. Its result ends the stream:
 //
-//   - nil, or a bare *CloseError with CloseNormalClosure: the normal end. The consumer reads io.EOF.
+//   - nil, or a bare [*CloseError] with [CloseNormalClosure]: the normal end. The consumer reads [io.EOF].
 //   - an error that is or wraps a *CloseError with another valid code: that code and the text of the *CloseError, without the
 //     text around it.
-//   - an error that wraps ErrRecordTooLarge: CloseMessageTooBig and the error's text.
-//   - any other error: CloseInternalServerErr and the error's text. Among these are errors that wrap or join a *CloseError with
+//   - an error that wraps [ErrRecordTooLarge]: [CloseMessageTooBig] and the error's text.
+//   - any other error: [CloseInternalServerErr] and the error's text. Among these are errors that wrap or join a *CloseError with
 //     CloseNormalClosure, and a nil *CloseError in a variable of type error.
 //   - a panic: CloseInternalServerErr. The panic is logged.
 //
 // The text of a returned error is sent to the consumer. To keep internals private, return a *CloseError with the text to reveal.
 //
 // A relay that returns the error of another stream passes on the code of that stream: its consumer reads, for example,
-// CloseAbnormalClosure or CloseTryAgainLater as if this server had said so. To hide the code, return an error of your own, or
-// format the other error with %v instead of %w.
+// [CloseAbnormalClosure] or [CloseTryAgainLater] as if this server had said so. To hide the code, return an error of
+// your own, or format the other error with %v instead of %w.
 //
 // A handler that closed w normally can still fail: see [Writer.Close]. If CLOSE was published before the handler failed, the
 // consumer has the normal end. The failure is logged then and counted in [Stats].UnreportedErrors.
@@ -89,32 +89,32 @@ type Request struct {
 }
 
 // Context ends when the consumer leaves, its deadline passes, it is given up as lost, or the server ends the stream.
-// context.Cause tells which: a *CloseError where there is a code. It has the consumer's deadline. A normal end of both
-// directions does not end it: a handler that closed its Writer and has read io.EOF, or whose consumer has read everything
+// [context.Cause] tells which: a [*CloseError] where there is a code. It has the consumer's deadline. A normal end of both
+// directions does not end it: a handler that closed its [Writer] and has read [io.EOF], or whose consumer has read everything
 // and has nothing to say, may finish its work.
 func (r *Request) Context() context.Context { return r.ctx }
 
-// Recv returns the next record from the consumer, io.EOF after its CloseSend, and otherwise the error that ended the stream.
-// io.EOF says that all records arrived. If the consumer leaves without closing its direction, the error is a *CloseError with
-// its code, or with CloseCanceled if it left with CloseNormalClosure. It waits
+// Recv returns the next record from the consumer, [io.EOF] after its CloseSend, and otherwise the error that ended the stream.
+// io.EOF says that all records arrived. If the consumer leaves without closing its direction, the error is a [*CloseError] with
+// its code, or with [CloseCanceled] if it left with [CloseNormalClosure]. It waits
 // for the record if need be. The record is never reused; keeping a small one keeps its packet, up to 32 KiB, alive. A
 // consumer that speaks only the JSON fallback sends no records: io.EOF.
 func (r *Request) Recv() ([]byte, error) { return r.session.recv() }
 
-// RecvObject decodes the consumer's next record into v; see Stream.RecvObject.
+// RecvObject decodes the consumer's next record into v; see [Stream.RecvObject].
 func (r *Request) RecvObject(v any) error { return r.session.recvObject(v) }
 
 // All returns the consumer's records until its CloseSend; any other end is the error of the last pair.
 func (r *Request) All() iter.Seq2[[]byte, error] { return r.session.all() }
 
-// Read implements io.Reader: the consumer's records as one stream of bytes, without their boundaries.
+// Read implements [io.Reader]: the consumer's records as one stream of bytes, without their boundaries.
 func (r *Request) Read(p []byte) (int, error) { return r.session.read(p) }
 
-// WriteTo implements io.WriterTo: it writes the consumer's records to w, one Write each, until its CloseSend.
+// WriteTo implements [io.WriterTo]: it writes the consumer's records to w, one Write each, until its CloseSend.
 func (r *Request) WriteTo(w io.Writer) (int64, error) { return r.session.writeTo(w) }
 
-// Server answers requests with streams, each from a Handler in a goroutine of its own. It is safe for use by many
-// goroutines at once. End it with Drain or Close.
+// Server answers requests with streams, each from a [Handler] in a goroutine of its own. It is safe for use by many
+// goroutines at once. End it with [Server.Drain] or [Server.Close].
 type Server struct {
 	ep    *endpoint
 	room  room
@@ -131,7 +131,7 @@ type Server struct {
 	quiet         chan struct{} // made with idle; closed when no more requests come
 }
 
-// NewServer returns a server on params.Conn, which must be open. Errors: nats.ErrInvalidConnection for a nil connection,
+// NewServer returns a server on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection,
 // that of the subscription, or what is wrong with params.
 func NewServer(params ServerParams) (*Server, error) {
 	if params.Conn == nil {
@@ -340,7 +340,7 @@ func (s *Server) checkIdleLocked() {
 
 // Drain ends the server gracefully: it unsubscribes, serves the requests that NATS had handed over by then, and waits
 // until all handlers have returned and everything they wrote was acknowledged. If ctx ends first, the streams that are left
-// end with CloseGoingAway, their handlers' contexts end, and Drain returns the error of ctx without waiting for handlers
+// end with [CloseGoingAway], their handlers' contexts end, and Drain returns the error of ctx without waiting for handlers
 // that do not heed it. The connection stays open; drain it afterwards.
 func (s *Server) Drain(ctx context.Context) error {
 	if ctx == nil {
@@ -401,8 +401,8 @@ func (s *Server) unsubscribe() {
 	s.checkIdleLocked()
 }
 
-// Close ends the server at once: requests are no longer taken, open streams end with CloseGoingAway, handlers' contexts
-// end. It does not wait for handlers, and may be called by one; otherwise it returns as Client.Close does. The connection
+// Close ends the server at once: requests are no longer taken, open streams end with [CloseGoingAway], handlers' contexts
+// end. It does not wait for handlers, and may be called by one; otherwise it returns as [Client.Close] does. The connection
 // stays open. It never fails, and closing again does nothing.
 func (s *Server) Close() error {
 	quiet, _ := s.retire()

@@ -102,8 +102,8 @@ func (w *watch) takeBack() {
 	w.pending.Unlock()
 }
 
-// Recv returns the next record, or io.EOF after CloseNormalClosure, a *CloseError after any other close code, the
-// context's error when it ended, nats.ErrNoResponders when nobody answered. It waits for the record if need be; a
+// Recv returns the next record, or [io.EOF] after [CloseNormalClosure], a [*CloseError] after any other close code, the
+// context's error when it ended, [nats.ErrNoResponders] when nobody answered. It waits for the record if need be; a
 // context that ends is noticed at once, also before records that have arrived.
 //
 // The record is a part of the packet it came in, never reused and safe to keep and to change; keeping a small one
@@ -111,8 +111,9 @@ func (w *watch) takeBack() {
 func (st *Stream) Recv() ([]byte, error) { return st.session.recv() }
 
 // RecvObject decodes the next record into v, a pointer, by the codec it was written with. A record written as bytes is
-// decoded by the codec this stream asked for. It returns as Recv does. A record that does not decode is an error of that
-// call alone, which matches neither io.EOF nor a *CloseError: the next call goes on with the next record.
+// decoded by the codec this stream asked for. It returns as [Stream.Recv] does. A record that does not decode is an
+// error of that call alone, which matches neither [io.EOF] nor a [*CloseError]: the next call goes on with the next
+// record.
 //
 // JSON is decoded by encoding/json, and MessagePack in the same way, also into a variable that holds an earlier record: maps
 // keep their entries and slices their memory, interfaces and byte slices get new values. Fields have the names of their json
@@ -127,13 +128,13 @@ func (st *Stream) RecvObject(v any) error { return st.session.recvObject(v) }
 // otherwise. Leaving the loop early leaves the stream open.
 func (st *Stream) All() iter.Seq2[[]byte, error] { return st.session.all() }
 
-// Read implements io.Reader: the records as one stream of bytes, without their boundaries. It returns as Recv does. A Recv after
-// it begins with the rest of the record that Read had begun.
+// Read implements [io.Reader]: the records as one stream of bytes, without their boundaries. It returns as
+// [Stream.Recv] does. A Recv after it begins with the rest of the record that Read had begun.
 func (st *Stream) Read(p []byte) (int, error) { return st.session.read(p) }
 
-// WriteTo implements io.WriterTo: it writes the records to w, one Write each, until the stream ends. Normal closure is
-// no error. It fails as Recv does, with the error of w, with io.ErrShortWrite, or with an error for a Writer that returns a
-// count outside its record.
+// WriteTo implements [io.WriterTo]: it writes the records to w, one Write each, until the stream ends. Normal closure
+// is no error. It fails as [Stream.Recv] does, with the error of w, with [io.ErrShortWrite], or with an error for a
+// [Writer] that returns a count outside its record.
 func (st *Stream) WriteTo(w io.Writer) (n int64, err error) { return st.session.writeTo(w) }
 
 // Header waits for the producer's first packet and returns the headers it set with [Writer.SetHeader], nil if it set
@@ -141,8 +142,8 @@ func (st *Stream) WriteTo(w io.Writer) (n int64, err error) { return st.session.
 // as [Stream.Recv] does. Do not change the map.
 func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader() }
 
-// Trailer returns the headers that the producer set with Writer.SetTrailer. They are there once a read has returned
-// io.EOF or the producer's *CloseError, nil before and if it set none. It belongs to the read side.
+// Trailer returns the headers that the producer set with [Writer.SetTrailer]. They are there once a read has returned
+// [io.EOF] or the producer's [*CloseError], nil before and if it set none. It belongs to the read side.
 func (st *Stream) Trailer() nats.Header { return st.session.trailer }
 
 // send returns the send half, made on first use.
@@ -165,60 +166,61 @@ func (st *Stream) send() *Writer {
 	return w
 }
 
-// Write sends p to the producer as one record, which its handler reads from the Request. It returns len(p) once p was
+// Write sends p to the producer as one record, which its handler reads from the [Request]. It returns len(p) once p was
 // copied: p may be reused at once. It waits until the producer is known, which is when its first packet comes, and
 // then for its credit. Errors:
 //
-//   - ErrClosed after [Stream.CloseSend] and [Stream.Close], and after the handler returned without an error: nobody reads the
+//   - [ErrClosed] after [Stream.CloseSend] and [Stream.Close], and after the handler returned without an error: nobody reads the
 //     record. Reads tell how the stream ended.
 //   - Otherwise the error that ended the stream, as [Stream.Recv] returns it; see [Writer.Write] for the end of a context.
-//   - ErrOneWay from a producer that speaks only the JSON fallback.
+//   - [ErrOneWay] from a producer that speaks only the JSON fallback.
 //
 // Records that were written before the handler returned may not have been read, although their writes succeeded. If that
 // matters, let the handler answer. If both ends write before they read, both can wait until a deadline; see [Handler].
 //
-// A producer made by [NewWriter] takes no records: the first one ends the stream with CloseProtocolError.
+// A producer made by [NewWriter] takes no records: the first one ends the stream with [CloseProtocolError].
 func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
 
 // WriteObject sends v to the producer as one record, in the codec that this stream asked for, and returns the length
-// of the encoding. It waits and fails as Write does, or with the error of the encoder.
+// of the encoding. It waits and fails as [Stream.Write] does, or with the error of the encoder.
 func (st *Stream) WriteObject(v any) (int, error) { return st.send().WriteObject(v) }
 
-// ReadFrom sends what r yields to the producer; see Writer.ReadFrom.
+// ReadFrom sends what r yields to the producer; see [Writer.ReadFrom].
 func (st *Stream) ReadFrom(r io.Reader) (int64, error) { return st.send().ReadFrom(r) }
 
-// Flush hands everything written so far to NATS and returns when that is done. It fails as Write does.
+// Flush hands everything written so far to NATS and returns when that is done. It fails as [Stream.Write] does.
 func (st *Stream) Flush() error { return st.send().Flush() }
 
-// Sync waits until the producer's end has received everything written so far; see Writer.Sync.
+// Sync waits until the producer's end has received everything written so far; see [Writer.Sync].
 func (st *Stream) Sync(ctx context.Context) error { return st.send().Sync(ctx) }
 
-// CloseSend says that no more records come from this end: the handler's reads return io.EOF after the last one. The
-// read side stays open. It returns when everything was handed to NATS, and fails as Write does. Closing again does
+// CloseSend says that no more records come from this end: the handler's reads return [io.EOF] after the last one. The
+// read side stays open. It returns when everything was handed to NATS, and fails as [Stream.Write] does. Closing again does
 // nothing.
 func (st *Stream) CloseSend() error { return st.send().Close() }
 
 // Context ends when the stream does: when its end was read and nothing remains to be sent, when it was closed, when
-// the context given to Open ended. context.Cause tells why.
+// the context given to Open ended. [context.Cause] tells why.
 func (st *Stream) Context() context.Context { return st.ctx }
 
-// Close stops the stream: calls that wait return ErrClosed, and a producer that is not done is told that the
-// consumer canceled. After io.EOF and CloseSend there is nothing to stop: what the producer has not acknowledged yet goes on
-// being resent for ResumeTimeout, unless the client is closed. Without CloseSend it is given up: Sync waits for it. Close is
-// always safe to call, also after the end, and never fails.
+// Close stops the stream: calls that wait return [ErrClosed], and a producer that is not done is told that the consumer
+// canceled. After [io.EOF] and [Stream.CloseSend] there is nothing to stop: what the producer has not acknowledged yet
+// goes on being resent for ResumeTimeout, unless the client is closed. Without CloseSend it is given up: [Stream.Sync]
+// waits for it. Close is always safe to call, also after the end, and never fails.
 func (st *Stream) Close() error {
 	st.leave(true, CloseError{Code: st.session.leaving()})
 	return nil
 }
 
 // CloseWithCode is Close with a code and a reason for the producer, whose handler finds them in the cause of its context, or
-// CloseCanceled if it has not answered yet: before its first packet nobody knows where to tell it. The code is one from 1000
-// to 5999, else it fails with ErrCloseCode and the stream goes on. The reason is cut to MaxReason bytes.
+// [CloseCanceled] if it has not answered yet: before its first packet nobody knows where to tell it. The code is one from 1000
+// to 5999, else it fails with [ErrCloseCode] and the stream goes on. The reason is cut to [MaxReason] bytes.
 //
-// With CloseNormalClosure everything that was written before arrives: it includes [Stream.CloseSend], and packets that are not
-// acknowledged yet are retransmitted for ResumeTimeout, unless the client is closed. The handler reads io.EOF after the last
-// record. If the records cannot be sent to their end, because another goroutine is within a large record or the producer is not
-// known yet, the handler gets CloseCanceled instead of io.EOF. With any other code, records that are not acknowledged are lost.
+// With [CloseNormalClosure] everything that was written before arrives: it includes [Stream.CloseSend], and packets
+// that are not acknowledged yet are retransmitted for ResumeTimeout, unless the client is closed. The handler reads
+// [io.EOF] after the last record. If the records cannot be sent to their end, because another goroutine is within a
+// large record or the producer is not known yet, the handler gets CloseCanceled instead of io.EOF. With any other code,
+// records that are not acknowledged are lost.
 func (st *Stream) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {

@@ -22,7 +22,7 @@ import (
 // A record that is written while the stream is idle leaves at once. While the outbox is busy, records gather in the
 // open packet and share a NATS message. No timer is involved.
 //
-// A Writer must be closed, by Close or CloseWithCode, or its consumer waits for ever.
+// A Writer must be closed, by [Writer.Close] or [Writer.CloseWithCode], or its consumer waits for ever.
 type Writer struct {
 	// Owned by the outbox. Nobody else looks at sent. A word that one processor writes takes its cache line from all
 	// others, so what writers and the outbox use for each packet lies apart, with what is seldom used between.
@@ -74,7 +74,7 @@ type Writer struct {
 
 // NewWriter returns the producer's end of the stream whose request carried subject as its reply. It neither blocks nor
 // sends, and may be called in a NATS callback. client may be the one that opened the stream. It takes no records from the
-// consumer and does not see the headers of the request: a Server does.
+// consumer and does not see the headers of the request: a [Server] does.
 func NewWriter(client *Client, subject string) *Writer { return client.NewWriter(subject) }
 
 // NewWriter is the function NewWriter.
@@ -151,24 +151,24 @@ const (
 	fallbackQueueBytes = 4 << 20
 )
 
-// Context ends when the stream does: when the consumer left or its deadline passed, with a *CloseError that has its code;
-// when the consumer is gone without a word, with CloseAbnormalClosure, after KeepAlive and ResumeTimeout, and four times
+// Context ends when the stream does: when the consumer left or its deadline passed, with a [*CloseError] that has its code;
+// when the consumer is gone without a word, with [CloseAbnormalClosure], after KeepAlive and ResumeTimeout, and four times
 // AckTimeout where NATS does not say that nobody listens; when this
-// end's connection was lost for good; when the writer was closed. context.Cause tells why. Of a consumer that speaks only
+// end's connection was lost for good; when the writer was closed. [context.Cause] tells why. Of a consumer that speaks only
 // the JSON fallback neither can be seen.
 func (w *Writer) Context() context.Context { return w.ctx }
 
 // Write sends p as one record. It returns len(p) once p was copied: p may be reused at once. It blocks while the
 // consumer's credit is used up and returns when the writer's context ends. Errors:
 //
-//   - ErrClosed after [Writer.Close], and after the consumer left with CloseNormalClosure.
-//   - ErrRecordTooLarge for a record above MaxRecordSize. A handler that returns it ends the stream with CloseMessageTooBig.
+//   - [ErrClosed] after [Writer.Close], and after the consumer left with [CloseNormalClosure].
+//   - [ErrRecordTooLarge] for a record above MaxRecordSize. A handler that returns it ends the stream with [CloseMessageTooBig].
 //   - Otherwise the error that ended the stream, as reads return it. After the end of a context it matches both the cause and
-//     context.Canceled or context.DeadlineExceeded.
+//     [context.Canceled] or [context.DeadlineExceeded].
 //
 // A Write that begins after any other call returned the end of the stream fails. One that begins just after the context
-// ended may still succeed if it finds room in a packet that is open already. That record is not sent, and the next [Writer.Flush],
-// [Writer.Sync], Close, or Write that needs a new packet returns the error.
+// ended may still succeed if it finds room in a packet that is open already. That record is not sent, and the next
+// [Writer.Flush], [Writer.Sync], [Writer.Close], or Write that needs a new packet returns the error.
 func (w *Writer) Write(p []byte) (int, error) { return w.write(p, FlagRaw) }
 
 func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
@@ -386,9 +386,9 @@ func (w *Writer) endTurnLocked() {
 }
 
 // WriteObject sends v as one record, encoded as the consumer asked: JSON or MessagePack. It returns the length of the
-// encoding. It blocks and fails as Write does; an error of the encoder leaves the stream as it was, and matches neither
-// [ErrClosed] nor a *CloseError. A panic of a method of v passes through. Methods of v that encode it must not write to the
-// same Writer.
+// encoding. It blocks and fails as [Writer.Write] does; an error of the encoder leaves the stream as it was, and
+// matches neither [ErrClosed] nor a [*CloseError]. A panic of a method of v passes through. Methods of v that encode it
+// must not write to the same Writer.
 //
 // Names, embedding and omission follow the json tags for both codecs, as encoding/json has them. A msgpack tag stands in for
 // the json tag. MessagePack knows no ",string": it carries the number. It takes a value's form from the first of its
@@ -408,9 +408,9 @@ func (w *Writer) WriteObject(v any) (int, error) {
 	return w.writeObjectLocked(v)
 }
 
-// ReadFrom sends what r yields, each read as one record, until io.EOF. It makes io.Copy(w, r) read straight into
+// ReadFrom sends what r yields, each read as one record, until [io.EOF]. It makes io.Copy(w, r) read straight into
 // buffers of the packet size, unless r has a WriteTo of its own, as a bytes.Reader has, which may hand over everything as one
-// record: call ReadFrom then. It returns the bytes sent. Errors are those of r and of [Writer.Write]; io.ErrNoProgress if 100
+// record: call ReadFrom then. It returns the bytes sent. Errors are those of r and of [Writer.Write]; [io.ErrNoProgress] if 100
 // reads in a row return no bytes and no error; and one for a Reader that returns a count outside its buffer.
 func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 	p := getPacket(coalesceSize)
@@ -492,7 +492,7 @@ func (w *Writer) Flush() error {
 // Sync waits until the peer's end has received everything written so far, whether or not it was read there. It returns
 // nil then, the error of ctx when that ends first, or what ended the stream; an error does not mean that it was not received,
 // since the last acknowledgement may be what was lost. After Close it waits for the end of the
-// stream to be acknowledged. A peer that speaks only the JSON fallback acknowledges nothing: Sync is Flush then.
+// stream to be acknowledged. A peer that speaks only the JSON fallback acknowledges nothing: Sync is [Writer.Flush] then.
 func (w *Writer) Sync(ctx context.Context) error {
 	if ctx == nil {
 		return nats.ErrInvalidContext
@@ -580,20 +580,20 @@ func (w *Writer) flushLocked() error {
 	}
 }
 
-// Close ends the stream: the reader sees io.EOF after the last record. It returns when everything was handed to NATS.
-// Packets that are not acknowledged then are retransmitted for ResumeTimeout, unless the client is closed; [Writer.Sync] waits for
-// the acknowledgement. Closing again does nothing; a Close that failed can be tried again.
+// Close ends the stream: the reader sees [io.EOF] after the last record. It returns when everything was handed to NATS.
+// Packets that are not acknowledged then are retransmitted for ResumeTimeout, unless the client is closed;
+// [Writer.Sync] waits for the acknowledgement. Closing again does nothing; a Close that failed can be tried again.
 //
-// In a [Handler], Close returns at once, because the handler may still fail. If the handler returns an error or panics, the
-// stream ends with that, so that "defer w.Close()" hides no failure. CLOSE is published when the handler returns, and before
-// that if it goes on: when it waits for a record of its [Request], when it calls Flush or Sync, and at the latest after 150 ms.
-// The handler may go on reading until it returns.
+// In a [Handler], Close returns at once, because the handler may still fail. If the handler returns an error or panics,
+// the stream ends with that, so that "defer w.Close()" hides no failure. CLOSE is published when the handler returns,
+// and before that if it goes on: when it waits for a record of its [Request], when it calls [Writer.Flush] or
+// [Writer.Sync], and at the latest after 150 ms. The handler may go on reading until it returns.
 func (w *Writer) Close() error { return w.CloseWithCode(CloseNormalClosure) }
 
-// CloseWithCode ends the stream with a code and a reason: the reader sees io.EOF for CloseNormalClosure and a
-// *CloseError for any other, after the last record. In a handler another code than CloseNormalClosure is published at once, and
-// the result of the handler does not change it. The code is one from 1000 to 5999, else it fails with ErrCloseCode
-// and the writer goes on. The reason is cut to MaxReason bytes. It returns as Close does.
+// CloseWithCode ends the stream with a code and a reason: the reader sees [io.EOF] for [CloseNormalClosure] and a
+// [*CloseError] for any other, after the last record. In a handler another code than CloseNormalClosure is published at
+// once, and the result of the handler does not change it. The code is one from 1000 to 5999, else it fails with
+// [ErrCloseCode] and the writer goes on. The reason is cut to [MaxReason] bytes. It returns as [Writer.Close] does.
 func (w *Writer) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {
