@@ -319,3 +319,29 @@ func TestViolationEndsTheHandlersContext(t *testing.T) {
 		m.nothingLeft(t)
 	})
 }
+
+// A look at a CLOSE that is held back which comes late says that the process stood still: the handler gets its time again.
+func TestCloseIsHeldBackAgainAfterTheProcessStoodStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ep := recorded(t, newRecorder(nil))
+		defer ep.close(testClosed)
+		offer, _ := ParseToken(lastToken(consumerSubject(8)))
+		w := ep.newProducer(lifecycle.Handler, ep.ctx, consumerSubject(8), offer, false, minWindow)
+		s, o := w.session, &ep.outbox
+		s.server = &Server{ep: ep}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // the outbox sleeps: what it owns is the test's
+		s.life.closeAt = ep.now()
+		late := s.life.closeAt + int64(2*maxTick) + 1
+		o.checkHeldClose(s, late)
+		if w.closed.Load() || s.life.closeAt != late+int64(closeDelay) {
+			t.Errorf("after a late look CLOSE is written: %v, and the next look is at %d", w.closed.Load(), s.life.closeAt)
+		}
+		o.checkHeldClose(s, s.life.closeAt)
+		if !w.closed.Load() || s.life.closeAt != 0 {
+			t.Error("CLOSE is still held back")
+		}
+	})
+}

@@ -172,12 +172,7 @@ func (o *outbox) check(s *session, now int64) {
 		o.giveUp(s, d.GiveUp)
 		return
 	}
-	if l := &s.life; l.closeAt != 0 && now >= l.closeAt {
-		l.closeAt = 0
-		s.writer.Load().publishHeld()
-	} else if l.closeAt != 0 {
-		o.schedule(s, l.closeAt)
-	}
+	o.checkHeldClose(s, now)
 	if d.Republish {
 		s.mark(workPackets)
 	}
@@ -191,6 +186,24 @@ func (o *outbox) check(s *session, now int64) {
 		o.ping(s)
 	}
 	o.schedule(s, d.Next)
+}
+
+// checkHeldClose publishes a CLOSE that was held back for the result of a handler which takes its time. A look that is late says
+// that the process stood still, and its handlers with it: they get the time again.
+func (o *outbox) checkHeldClose(s *session, now int64) {
+	l := &s.life
+	late := now - l.closeAt
+	switch {
+	case l.closeAt == 0:
+		return
+	case late > int64(2*maxTick):
+		l.closeAt = now + int64(closeDelay)
+	case late >= 0:
+		l.closeAt = 0
+		s.writer.Load().publishHeld()
+		return
+	}
+	o.schedule(s, l.closeAt)
 }
 
 // noteArrivals notes the signs of life that the outbox does not see itself: packets that the reader took, by the clock of
