@@ -1,7 +1,10 @@
 package stream_test
 
 import (
+	"context"
 	"errors"
+	"io"
+	"sync"
 	"testing"
 
 	"github.com/nats-io/nats.go"
@@ -79,4 +82,63 @@ func TestDoneTellsWhy(t *testing.T) {
 		wantEOF(t, open(t, p.consumer, "svc"))
 		wantNotDone(t, s.Done(), s.Err())
 	})
+}
+
+// A handler without an end of its own returns when its server drains, and Drain goes through.
+func TestDrainingTellsHandlers(t *testing.T) {
+	const followers = 20
+	var following sync.WaitGroup
+	following.Add(followers)
+	p, s := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
+		write(t, w, []byte("a"))
+		select {
+		case <-r.Draining():
+			t.Error("Draining is closed before Drain")
+		default:
+			following.Done()
+		}
+		select {
+		case <-r.Draining():
+		case <-r.Context().Done():
+			t.Errorf("the context ended first: %v", context.Cause(r.Context()))
+		}
+		write(t, w, []byte("b"))
+		return nil
+	})
+	var streams []*stream.Stream
+	for range followers {
+		streams = append(streams, open(t, p.consumer, "svc"))
+	}
+	waitFor(t, "all handlers to run", following.Wait)
+	drained := make(chan error, 1)
+	go func() { drained <- s.Drain(testContext(t)) }()
+	for _, st := range streams {
+		if records, err := readAll(st); len(records) != 2 || err != io.EOF {
+			t.Errorf("%d records, %v", len(records), err)
+		}
+	}
+	var err error
+	waitFor(t, "Drain", func() { err = <-drained })
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// Close ends what Drain would have waited for, and a handler that looks only at Draining returns too.
+func TestDrainingIsClosedByClose(t *testing.T) {
+	returned := make(chan struct{})
+	p, s := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
+		write(t, w, []byte("a"))
+		<-r.Draining()
+		close(returned)
+		return nil
+	})
+	st := begin(t, p, "svc")
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	waitFor(t, "the handler", func() { <-returned })
+	if _, err := st.Recv(); !errors.Is(err, &stream.CloseError{Code: stream.CloseGoingAway}) {
+		t.Errorf("the consumer reads %v", err)
+	}
 }

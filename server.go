@@ -94,6 +94,11 @@ type Request struct {
 // and has nothing to say, may finish its work.
 func (r *Request) Context() context.Context { return r.ctx }
 
+// Draining returns a channel that is closed when the server's end begins, by [Server.Drain] or [Server.Close]. Drain waits for the
+// handler: one that would run until its consumer leaves should return then, for example with [CloseGoingAway]. The context of r
+// does not end because of Drain until the context given to Drain does. All handlers of a server get the same channel.
+func (r *Request) Draining() <-chan struct{} { return r.session.server.draining }
+
 // Recv returns the next record from the consumer, [io.EOF] after its CloseSend, and otherwise the error that ended the stream.
 // io.EOF says that all records arrived. If the consumer leaves without closing its direction, the error is a [*CloseError] with
 // its code, or with [CloseCanceled] if it left with [CloseNormalClosure]. It waits
@@ -120,6 +125,8 @@ type Server struct {
 	room  room
 	stays bool // in its queue groups when it is full
 	log   *slog.Logger
+
+	draining chan struct{} // closed when Drain or Close is called
 
 	mu            sync.Mutex // never held while NATS is asked
 	registrations map[*Registration]struct{}
@@ -157,7 +164,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	}
 	s := &Server{
 		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
-		registrations: make(map[*Registration]struct{}),
+		draining: make(chan struct{}), registrations: make(map[*Registration]struct{}),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -339,9 +346,12 @@ func (s *Server) checkIdleLocked() {
 }
 
 // Drain ends the server gracefully: it unsubscribes, serves the requests that NATS had handed over by then, and waits
-// until all handlers have returned and everything they wrote was acknowledged. If ctx ends first, the streams that are left
-// end with [CloseGoingAway], their handlers' contexts end, and Drain returns the error of ctx without waiting for handlers
-// that do not heed it. The connection stays open; drain it afterwards.
+// until all handlers have returned and everything they wrote was acknowledged. Handlers learn of it through [Request.Draining]. If
+// ctx ends first, the streams that are left end with [CloseGoingAway], their handlers' contexts end, and Drain returns the error
+// of ctx without waiting for handlers that do not heed it. The connection stays open; drain it afterwards.
+//
+// A handler must not wait for Drain, because Drain waits for the handler: both would wait until ctx ends. Call it in a
+// goroutine there: go server.Drain(ctx).
 func (s *Server) Drain(ctx context.Context) error {
 	if ctx == nil {
 		return nats.ErrInvalidContext
@@ -379,6 +389,7 @@ func (s *Server) retire() (quiet, idle chan struct{}) {
 	defer s.mu.Unlock()
 	if s.idle == nil {
 		s.idle, s.quiet = make(chan struct{}), make(chan struct{})
+		close(s.draining)
 		go s.unsubscribe()
 	}
 	return s.quiet, s.idle

@@ -34,7 +34,7 @@ type logs struct {
 	left  chan error        // why a consumer left
 }
 
-// follow is the handler: it sends the lines of a log, and those to come, until the consumer leaves.
+// follow is the handler: it sends the lines of a log, and those to come, until the consumer leaves or the server drains.
 func (l *logs) follow(w *stream.Writer, r *stream.Request) error {
 	// What comes from the network is a key, never a path or a part of one.
 	path, ok := l.files[string(r.Data)]
@@ -48,13 +48,13 @@ func (l *logs) follow(w *stream.Writer, r *stream.Request) error {
 	}
 	defer f.Close()
 
-	err = sendLines(r.Context(), w, f)
+	err = sendLines(r, w, f)
 	l.left <- context.Cause(r.Context())
 	return err
 }
 
 // sendLines writes each line of f as one record, and waits for more at the end of the file.
-func sendLines(ctx context.Context, w io.Writer, f io.Reader) error {
+func sendLines(r *stream.Request, w io.Writer, f io.Reader) error {
 	lines := bufio.NewReader(f)
 	var line []byte // as much of it as the job has written
 	for {
@@ -71,8 +71,10 @@ func sendLines(ctx context.Context, w io.Writer, f io.Reader) error {
 		default:
 			select {
 			case <-time.After(pollEvery):
-			case <-ctx.Done():
-				return context.Cause(ctx)
+			case <-r.Context().Done():
+				return context.Cause(r.Context())
+			case <-r.Draining(): // else Drain would wait until its own context ends
+				return &stream.CloseError{Code: stream.CloseGoingAway, Text: "the log goes on, this server does not"}
 			}
 		}
 	}
