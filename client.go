@@ -147,10 +147,16 @@ func NewClient(params ClientParams) (*Client, error) {
 	return &Client{Conn: params.Conn, ep: ep, codec: params.Codec}, nil
 }
 
-// Close ends all streams of the client with [ErrClientClosed], tells their producers, and returns when the client's
-// goroutines have ended: at once, unless the connection is down, for two seconds, or takes no bytes, for as long as that
-// lasts ([nats.FlusherTimeout], a minute by default, and a little more). A producer that has not answered yet finds out within
-// ResumeTimeout. The connection stays open. It never fails, and closing again does nothing.
+// Close ends all streams of the client with [ErrClientClosed], tells their producers, and returns when the NATS server has taken
+// that and the client's goroutines have ended: the program may end right after. It takes a round trip to the server, and
+// longer in these cases:
+//
+//   - The producer of a stream has not answered its request yet: AckTimeout at most, and no more than two seconds. A producer
+//     that answers later finds out within ResumeTimeout.
+//   - The connection is down, or the server does not answer: two seconds.
+//   - The connection takes no bytes: for as long as that lasts, [nats.FlusherTimeout] and a little more.
+//
+// The connection stays open: close it afterwards. Close never fails, and closing again does nothing.
 func (c *Client) Close() error {
 	c.ep.close(&ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}})
 	return nil

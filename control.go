@@ -94,6 +94,9 @@ func (o *outbox) receive() (worked bool) {
 
 // learned does what waits for the address of the peer.
 func (o *outbox) learned(s *session) {
+	if s.state.Phase == lifecycle.Gone {
+		o.unanswered.remove() // the table has its producer told
+	}
 	s.answer()
 	o.step(s, lifecycle.PeerKnown)
 	if s.owed != 0 {
@@ -130,9 +133,14 @@ func (o *outbox) bind(s *session) {
 // else knows. Senders ask rarely, with a first packet or a PING, and what waits to be answered is bounded by the inbound
 // ring.
 func (o *outbox) refuse(c control) {
+	if c.absent { // of a request
+		o.unanswered.remove()
+		return
+	}
 	if !o.up.Load() || checkAnswer(c.reply) != nil {
 		return
 	}
+	o.unanswered.remove()
 	f := Frame{Type: FrameReset, Code: CloseCanceled, Payload: unknownStream}
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway

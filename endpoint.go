@@ -206,6 +206,10 @@ func (ep *endpoint) receive(m *nats.Msg) {
 // told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 9.3.
 func (ep *endpoint) receiveUnknown(m *nats.Msg) {
 	ep.counters.unknown.Add(1)
+	if len(m.Data) == 0 && m.Header.Get("Status") == "503" { // nobody received the request of a stream that has ended
+		ep.outbox.deliver(control{absent: true})
+		return
+	}
 	ep.answer(m)
 }
 
@@ -460,9 +464,15 @@ func (ep *endpoint) close(e *ending) {
 		<-ep.closed
 		return
 	}
+	until := time.Now().Add(natsconn.UnsubscribeTimeout)
 	ep.endAll(e)
-	ep.unsubscribe() // first: whoever sends a first packet meanwhile is told that its stream is gone
+	ep.outbox.awaitAnswers(min(time.Duration(ep.times.Ack), natsconn.UnsubscribeTimeout))
+	ep.unsubscribe()
 	ep.outbox.stop()
+	// The last words are in a buffer of nats.go, and the program may end after this.
+	if left := time.Until(until); left > 0 && isUp(ep.conn.Status()) {
+		_ = ep.conn.Flush(left)
+	}
 	ep.ticker.Stop()
 	ep.stopErrors()
 	ep.stopWatch()

@@ -38,7 +38,9 @@ type outbox struct {
 
 	resumed atomic.Int64 // when the connection came back last
 
+	leaving  atomic.Bool // the endpoint closes: told is waited for
 	stopping atomic.Bool
+	told     chan struct{} // closed after leaving, when no producer is left that has yet to be told
 	done     chan struct{}
 
 	// Owned by the goroutine.
@@ -47,6 +49,10 @@ type outbox struct {
 	wheel   wheel.Wheel[session] // sessions by the time at which to look at them
 	down    int64                // since when the connection is down
 	scratch []byte
+
+	unanswered unanswered
+	sawLeaving bool
+	toldAll    bool // told is closed
 }
 
 // aside is a thing to do that belongs to no session the asker knows.
@@ -88,7 +94,7 @@ func (o *outbox) init(ep *endpoint) {
 	o.park.Init()
 	o.peers.init()
 	o.inbound.Init(maxInbound)
-	o.done = make(chan struct{})
+	o.told, o.done = make(chan struct{}), make(chan struct{})
 	o.scratch = make([]byte, 0, PacketHeaderSize+FrameHeaderSize+MaxReason)
 }
 
@@ -146,6 +152,7 @@ func (o *outbox) run() {
 	defer close(o.done)
 	for {
 		stopping := o.stopping.Load() // what was marked before is seen below
+		o.sawLeaving = o.leaving.Load()
 		worked := o.receive()
 		if o.tickIfDue() {
 			worked = true
@@ -167,6 +174,9 @@ func (o *outbox) run() {
 		}
 		if worked {
 			continue
+		}
+		if o.sawLeaving && !o.toldAll {
+			o.answerLast()
 		}
 		if stopping {
 			o.serveHeld() // if the connection is down, nothing waits for it any longer
@@ -196,7 +206,8 @@ func (o *outbox) endRest() {
 }
 
 func (o *outbox) idle() bool {
-	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.asked() && !o.stopping.Load() && (len(o.held) == 0 || !o.up.Load())
+	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.asked() && !o.stopping.Load() &&
+		o.leaving.Load() == o.sawLeaving && (len(o.held) == 0 || !o.up.Load())
 }
 
 // stop lets the outbox finish what is marked and returns when it has.

@@ -33,7 +33,9 @@ func peer(role, url string) int {
 		os.Exit(1)
 	}()
 	var err error
-	if role == "consumer" {
+	if leave, ok := leavers[role]; ok {
+		err = leave(url)
+	} else if role == "consumer" {
 		err = peerConsumer(url)
 	} else {
 		err = peerProducer(url)

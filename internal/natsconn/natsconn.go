@@ -21,6 +21,8 @@ type Conn interface {
 	// lets f have all that the server sent before it stopped sending, if the connection delivers it within
 	// UnsubscribeTimeout. queue is a queue group, or empty.
 	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
+	// Flush returns when the server has taken all that was published before, or after the timeout.
+	Flush(timeout time.Duration) error
 	// OnError calls f for each error that the server reports and no call returns, until stop.
 	OnError(f func(error)) (stop func())
 	// StatusChanges delivers changes of status until stop. It drops a change if ten are waiting.
@@ -62,6 +64,8 @@ func (c conn) Publish(subject, reply string, data []byte) error {
 }
 
 func (c conn) PublishMsg(m *nats.Msg) error { return c.nc.PublishMsg(m) }
+
+func (c conn) Flush(timeout time.Duration) error { return c.nc.FlushTimeout(timeout) }
 
 // UnsubscribeTimeout bounds the wait for a connection that takes no bytes.
 const UnsubscribeTimeout = 2 * time.Second

@@ -239,6 +239,15 @@ func (sub *subscription) run() {
 	}
 }
 
+// Flush implements natsconn.Conn. A connection that is up has nothing to flush; one that is not waits in vain.
+func (c *Conn) Flush(timeout time.Duration) error {
+	if c.isUp() {
+		return nil
+	}
+	time.Sleep(timeout)
+	return nats.ErrTimeout
+}
+
 // Deliver calls the handler of the connection's first subscription with m. It is for connections without a bus. As with a
 // real subscription, calls must not overlap.
 func (c *Conn) Deliver(m *nats.Msg) {

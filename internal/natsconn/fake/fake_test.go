@@ -6,6 +6,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -161,4 +162,17 @@ func TestStatusChanges(t *testing.T) {
 	if n != cap(changes)-1 {
 		t.Errorf("%d changes were waiting", n)
 	}
+}
+
+func TestFlush(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := New()
+		for status, want := range map[nats.Status]error{nats.CONNECTED: nil, nats.DRAINING_PUBS: nil, nats.RECONNECTING: nats.ErrTimeout} {
+			c.Set(status)
+			start := time.Now()
+			if err := c.Flush(time.Minute); err != want || (err != nil) != (time.Since(start) == time.Minute) {
+				t.Errorf("%v: %v after %v", status, err, time.Since(start))
+			}
+		}
+	})
 }
