@@ -474,6 +474,7 @@ func (ep *endpoint) close(e *ending) {
 		_ = ep.conn.Flush(left)
 	}
 	ep.ticker.Stop()
+	ep.outbox.hellos.timer.Stop()
 	ep.stopErrors()
 	ep.stopWatch()
 	<-ep.watched

@@ -50,6 +50,8 @@ type outbox struct {
 	down    int64                // since when the connection is down
 	scratch []byte
 
+	hellos hellos
+
 	unanswered unanswered
 	sawLeaving bool
 	toldAll    bool // told is closed
@@ -83,10 +85,11 @@ const (
 	workBind                 // the consumer has a send half now
 	workSettle               // one half has come to its end: was it the last?
 	workClose                // a handler closed its direction: CLOSE waits for the handler's result, but not for long
+	workBegin                // the handler has begun: let the consumer know soon, if it does not hear anyway
 	workEnd                  // the session ended: tell the peer, let go of the buffers
 	workEndLater             // the same, and the peer waits for nothing
 
-	workLater = workWait | workClose | workEndLater | workSettle // what does not wake the outbox
+	workLater = workWait | workBegin | workClose | workEndLater | workSettle // what does not wake the outbox
 )
 
 func (o *outbox) init(ep *endpoint) {
@@ -94,6 +97,7 @@ func (o *outbox) init(ep *endpoint) {
 	o.park.Init()
 	o.peers.init()
 	o.inbound.Init(maxInbound)
+	o.hellos.init(o)
 	o.told, o.done = make(chan struct{}), make(chan struct{})
 	o.scratch = make([]byte, 0, PacketHeaderSize+FrameHeaderSize+MaxReason)
 }
@@ -175,6 +179,10 @@ func (o *outbox) run() {
 		if worked {
 			continue
 		}
+		if o.hellos.due.Load() {
+			o.greet()
+			continue
+		}
 		if o.sawLeaving && !o.toldAll {
 			o.answerLast()
 		}
@@ -206,7 +214,7 @@ func (o *outbox) endRest() {
 }
 
 func (o *outbox) idle() bool {
-	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.asked() && !o.stopping.Load() &&
+	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.hellos.due.Load() && !o.asked() && !o.stopping.Load() &&
 		o.leaving.Load() == o.sawLeaving && (len(o.held) == 0 || !o.up.Load())
 }
 
@@ -300,7 +308,11 @@ func (o *outbox) serveHeld() {
 func (o *outbox) serve(s *session, work uint32) {
 	if s.life.born == 0 {
 		s.life.born = o.ep.now()
-		o.schedule(s, s.life.born)
+		look := s.life.born
+		if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
+			look += int64(tickLength(&o.ep.times))
+		}
+		o.schedule(s, look)
 		o.peers.add(s)
 	}
 	end := s.end.Load()
@@ -352,6 +364,9 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	if work&workPackets != 0 && s.peer != "" && w.publishNext(o) {
 		s.mark(workPackets)
+	}
+	if work&workBegin != 0 && w.sent.Next() == 0 && s.life.pings == 0 {
+		o.hellos.expect(s)
 	}
 	if work&workSettle != 0 {
 		o.settle(s)

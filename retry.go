@@ -66,7 +66,7 @@ func (r Retry) wait(n int) time.Duration {
 
 // OpenRetry opens a stream as [Client.OpenMsg] does, waits until its producer answers, and sends the request again while it is
 // refused in a way that is [Retryable]. It never sends it again once a handler may have run. The answer is the producer's first
-// packet, or its word that the handler runs, within 100 ms. Any other end of the stream is returned by its reads.
+// packet, or its word that the handler runs, a few milliseconds after the request. Any other end of the stream is returned by its reads.
 //
 // Errors: the last refusal, after retry.Attempts; those of [Client.OpenMsg]; the context's error; an error for negative
 // fields of retry.

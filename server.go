@@ -227,6 +227,9 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 	go func() {
 		defer end(nil)
 		defer cancel()
+		if !json {
+			session.begin()
+		}
 		if timeout > 0 {
 			stop := context.AfterFunc(ctx, session.canceled)
 			defer stop()

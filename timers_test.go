@@ -234,9 +234,9 @@ func TestHello(t *testing.T) {
 		lost   int // of the handler's PINGs
 		atMost time.Duration
 	}{
-		"reads":              {silent: func(r *Request) { _, _ = r.Recv() }, atMost: 100 * time.Millisecond},
-		"reads later":        {silent: func(*Request) { time.Sleep(time.Second) }, atMost: 100 * time.Millisecond},
-		"does nothing":       {silent: func(r *Request) { <-r.Context().Done() }, atMost: 100 * time.Millisecond},
+		"reads":              {silent: func(r *Request) { _, _ = r.Recv() }, atMost: 2 * helloWait},
+		"reads later":        {silent: func(*Request) { time.Sleep(time.Second) }, atMost: 2 * helloWait},
+		"does nothing":       {silent: func(r *Request) { <-r.Context().Done() }, atMost: 2 * helloWait},
 		"and loses its PING": {silent: func(r *Request) { _, _ = r.Recv() }, lost: 1, atMost: 100*time.Millisecond + defaultAckTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,0 +1,73 @@
+package stream
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// This file is about a handler that neither writes nor reads at first: its consumer cannot write before it knows where the
+// producer is, docs/PROTOCOL.md section 2.3. A handler that reads says so at once, and one that writes need not. The others are
+// given a moment to do so, because most answer at once, and a message would be wasted on them.
+
+// helloWait is the moment: a hello is due one to two of it after the handler began.
+const helloWait = time.Millisecond
+
+// hellos are the sessions whose consumers may not know their producers yet, oldest first. One timer serves all of them. It is
+// armed by the first handler that begins, runs while there are any, and is at rest otherwise.
+type hellos struct {
+	armed atomic.Bool // the timer runs, or due is not acted on yet
+	due   atomic.Bool
+	timer *time.Timer
+
+	// Owned by the outbox.
+	waiting []*session
+	old     int // of them were there when the timer was set last
+}
+
+func (h *hellos) init(o *outbox) {
+	h.timer = time.AfterFunc(helloWait, func() {
+		h.due.Store(true)
+		o.park.Wake()
+	})
+	h.timer.Stop()
+}
+
+// arm starts the timer, unless it runs. Any goroutine may call it.
+func (h *hellos) arm() {
+	if !h.armed.Load() && !h.armed.Swap(true) {
+		h.timer.Reset(helloWait)
+	}
+}
+
+// begin says that the handler of s has begun. Its goroutine calls it. It does not wake the outbox.
+func (s *session) begin() {
+	s.markLater(workBegin)
+	s.ep.outbox.hellos.arm()
+}
+
+// expect notes that a handler has begun. Called by the outbox.
+func (h *hellos) expect(s *session) {
+	h.waiting = append(h.waiting, s)
+	h.arm()
+}
+
+// greet sends the hellos that are due. The outbox calls it when it has nothing else to do: what handlers wrote makes most hellos
+// needless.
+func (o *outbox) greet() {
+	h := &o.hellos
+	h.due.Store(false)
+	for i, s := range h.waiting[:h.old] {
+		h.waiting[i] = nil
+		if s.end.Load() == nil && s.writer.Load().sent.Next() == 0 {
+			o.serve(s, workHello)
+		}
+	}
+	n := copy(h.waiting, h.waiting[h.old:])
+	clear(h.waiting[n:])
+	h.waiting, h.old = h.waiting[:n], n
+	if n > 0 {
+		h.timer.Reset(helloWait)
+		return
+	}
+	h.armed.Store(false) // a handler that begins meanwhile is on the outbox's queue, and expect arms the timer for it
+}
