@@ -131,7 +131,7 @@ type Client struct {
 // connection, that of the subscription, or what is wrong with params.
 func NewClient(params ClientParams) (*Client, error) {
 	if params.Conn == nil {
-		return nil, nats.ErrInvalidConnection
+		return nil, noConnection("ClientParams.Conn", "set it to what nats.Connect returns")
 	}
 	params, err := params.withDefaults()
 	if err != nil {
@@ -207,7 +207,7 @@ func setTimeout(h nats.Header, ctx context.Context) {
 
 func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered chan struct{}) (*Stream, error) {
 	if ctx == nil {
-		return nil, nats.ErrInvalidContext
+		return nil, noContext("Open")
 	}
 	if ctx.Err() != nil {
 		return nil, contextError(ctx)

@@ -7,6 +7,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/nats-io/nats.go"
 )
 
 // CloseError is the end of a stream with a close code: what the peer sent, or what this end found out about it.
@@ -61,6 +63,15 @@ var (
 	// one that fits.
 	ErrCloseCode = errors.New("stream: invalid close code")
 )
+
+// noConnection and noContext are returned for arguments that are nil. The errors of nats.go that they match do not say which.
+func noConnection(field, advice string) error {
+	return fmt.Errorf("stream: %s is nil: %s: %w", field, advice, nats.ErrInvalidConnection)
+}
+
+func noContext(call string) error {
+	return fmt.Errorf("stream: the context of %s is nil: pass context.Background() if there is no other: %w", call, nats.ErrInvalidContext)
+}
 
 // connectionLost is what streams end with when the connection is closed for good under them.
 func connectionLost(cause error) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"strings"
 	"sync"
 	"testing"
 
@@ -141,4 +142,31 @@ func TestDrainingIsClosedByClose(t *testing.T) {
 	if _, err := st.Recv(); !errors.Is(err, &stream.CloseError{Code: stream.CloseGoingAway}) {
 		t.Errorf("the consumer reads %v", err)
 	}
+}
+
+// An argument that is nil is named by the error, which matches that of nats.go.
+func TestErrorsNameWhatIsNil(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	var none context.Context
+	_, noClientConn := stream.NewClient(stream.ClientParams{})
+	_, noServerConn := stream.NewServer(stream.ServerParams{})
+	_, noClient := stream.NewWriter(nil, "x").Write(nil)
+	_, noOpen := p.consumer.Open(none, "x", nil)
+	w, st := newWriterStream(t, p)
+	noSync := w.Sync(none)
+	for name, c := range map[string]struct{ err, is error }{
+		"ClientParams.Conn": {noClientConn, nats.ErrInvalidConnection},
+		"ServerParams.Conn": {noServerConn, nats.ErrInvalidConnection},
+		"NewWriter":         {noClient, nats.ErrInvalidConnection},
+		"Open":              {noOpen, nats.ErrInvalidContext},
+		"Sync":              {noSync, nats.ErrInvalidContext},
+		"Server.Drain":      {s.Drain(none), nats.ErrInvalidContext},
+	} {
+		if !errors.Is(c.err, c.is) || !strings.Contains(c.err.Error(), name) {
+			t.Errorf("%s: %v", name, c.err)
+		}
+	}
+	closeWriter(t, w)
+	wantEOF(t, st)
 }

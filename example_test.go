@@ -216,6 +216,57 @@ func ExampleClient_OpenRetry() {
 	// Output: job 20: line 0 <nil>
 }
 
+// shutdown ends the streams of a program, and then its connection. The program may exit right after.
+func shutdown(ctx context.Context, server *stream.Server, client *stream.Client, nc *nats.Conn) error {
+	err := server.Drain(ctx) // until ctx ends, handlers may finish
+	client.Close()           // after the handlers, which may use it
+	nc.Close()               // last, because streams need it to end
+	return err
+}
+
+// How to end a program: first the server, then the client, then the connection. A handler without an end of its own returns
+// when its server drains.
+func Example_shutdown() {
+	client, server, stop := connect()
+	defer stop()
+	_, err := server.Handle("news", func(w *stream.Writer, r *stream.Request) error {
+		if _, err := fmt.Fprint(w, "nothing new"); err != nil {
+			return err
+		}
+		select {
+		case <-r.Draining():
+			return &stream.CloseError{Code: stream.CloseGoingAway, Text: "come back later"}
+		case <-r.Context().Done():
+			return context.Cause(r.Context())
+		}
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	s, err := client.Open(context.Background(), "news", nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	news, err := s.Recv()
+	fmt.Printf("%s %v\n", news, err)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, err := s.Recv()
+		fmt.Println(err)
+	}()
+
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	err = shutdown(ctx, server, client, client.Conn)
+	<-ended
+	fmt.Println(err)
+	// Output:
+	// nothing new <nil>
+	// nats stream: close 1001 (going away): come back later
+	// <nil>
+}
+
 // The records of a stream as one run of bytes: a Stream is an io.Reader and an io.WriterTo, a Writer is an io.Writer and
 // an io.ReaderFrom, so io.Copy works at both ends.
 func ExampleStream_WriteTo() {

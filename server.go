@@ -142,7 +142,7 @@ type Server struct {
 // that of the subscription, or what is wrong with params.
 func NewServer(params ServerParams) (*Server, error) {
 	if params.Conn == nil {
-		return nil, nats.ErrInvalidConnection
+		return nil, noConnection("ServerParams.Conn", "set it to what nats.Connect returns")
 	}
 	return newServer(natsconn.New(params.Conn), params.Conn.Opts.InboxPrefix, params)
 }
@@ -357,7 +357,7 @@ func (s *Server) checkIdleLocked() {
 // goroutine there: go server.Drain(ctx).
 func (s *Server) Drain(ctx context.Context) error {
 	if ctx == nil {
-		return nats.ErrInvalidContext
+		return noContext("Server.Drain")
 	}
 	quiet, idle := s.retire()
 	var err error

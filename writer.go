@@ -80,7 +80,7 @@ func NewWriter(client *Client, subject string) *Writer { return client.NewWriter
 // NewWriter is the function NewWriter.
 func (c *Client) NewWriter(subject string) *Writer {
 	if c == nil || c.ep == nil {
-		w := &Writer{subject: subject, bad: nats.ErrInvalidConnection}
+		w := &Writer{subject: subject, bad: noConnection("the client given to NewWriter", "pass one made by NewClient")}
 		w.ctx, w.cancel = context.WithCancelCause(context.Background())
 		w.cancel(w.bad)
 		w.session = &session{writer: atomic.Pointer[Writer]{}}
@@ -495,7 +495,7 @@ func (w *Writer) Flush() error {
 // stream to be acknowledged. A peer that speaks only the JSON fallback acknowledges nothing: Sync is [Writer.Flush] then.
 func (w *Writer) Sync(ctx context.Context) error {
 	if ctx == nil {
-		return nats.ErrInvalidContext
+		return noContext("Sync")
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
