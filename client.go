@@ -222,10 +222,17 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered 
 	if err := natsconn.CheckSubjects(len(msg.Subject) + len(ep.prefix) + TokenSize); err != nil {
 		return nil, fmt.Errorf("stream: cannot open: %w", err)
 	}
-	if size, max := requestSize(msg), ep.maxPayload.Load(); size > max {
-		return nil, fmt.Errorf("stream: request of %d bytes, the server takes %d: %w", size, max, nats.ErrMaxPayload)
+	if size := requestSize(msg); size > ep.maxPayload.Load() {
+		if max := ep.freshMaxPayload(ctx); size > max {
+			return nil, fmt.Errorf("stream: %w", tooLarge("request", size, max))
+		}
 	}
 	return ep.open(ctx, msg, codec, answered)
+}
+
+// tooLarge is the error for a message of size bytes that the server, which takes max, would refuse.
+func tooLarge(what string, size, max int64) error {
+	return fmt.Errorf("%s of %d bytes, the server takes %d (max_payload): send less, or have its limit raised: %w", what, size, max, nats.ErrMaxPayload)
 }
 
 // requestSize is what a request counts against the server's max_payload: its data and its header, which is

@@ -2,8 +2,11 @@ package stream
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
@@ -256,6 +259,9 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 			s.mark(workPackets)
 		}
 	}
+	if q.waits {
+		s.mark(workPackets)
+	}
 	switch {
 	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.Ack/2):
 		s.mark(workPackets)
@@ -305,7 +311,10 @@ func (o *outbox) tellAt(s *session, subject, reply string, f Frame) {
 	if w := s.writer.Load(); w != nil {
 		h.Seq = w.sent.Cursor()
 	}
-	o.publish(subject, reply, AppendPacket(o.scratch[:0], h, f))
+	err := o.publish(subject, reply, AppendPacket(o.scratch[:0], h, f))
+	if errors.Is(err, nats.ErrBadSubject) && subject == s.peer {
+		s.requestEnd(unwritable(err))
+	}
 }
 
 // binary reports whether the peer understands packets. Called by the outbox.

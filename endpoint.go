@@ -5,7 +5,8 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
-	"fmt"
+	"errors"
+	"math"
 	"math/bits"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/puzpuzpuz/xsync/v3"
 
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/wheel"
@@ -46,19 +48,21 @@ type endpoint struct {
 	outbox   outbox
 	counters counters
 
-	// What the connection said last.
+	// What the connection said last. maxPayload is the server's max_payload in bytes.
 	maxPayload atomic.Int64
 	draining   atomic.Bool
 
-	unsubscribe func()
-	stopWatch   func()
-	stopErrors  func()
-	watched     chan struct{} // closed when the watcher has ended
-	closing     atomic.Bool
-	closed      chan struct{}          // closed when close has done its work
-	gone        atomic.Pointer[ending] // why there are no new streams: closed, or the connection is
-	ctx         context.Context        // parent of every writer's; ends with gone
-	cancel      context.CancelCauseFunc
+	inbox      inbox
+	onRefused  atomic.Pointer[func(natsconn.Denial, error)] // set by a server: a subscription beside the inbox is refused
+	stopWatch  func()
+	stopErrors func()
+	stopTicker func()
+	watched    chan struct{} // closed when the watcher has ended
+	closing    atomic.Bool
+	closed     chan struct{}          // closed when close has done its work
+	gone       atomic.Pointer[ending] // why there are no new streams: closed, or the connection is
+	ctx        context.Context        // parent of every writer's; ends with gone
+	cancel     context.CancelCauseFunc
 }
 
 // session is one stream at one end: what the mux finds under the stream's token. It has two halves, one to receive and
@@ -134,16 +138,16 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
 	ep.initTime()
-	ep.stopErrors = conn.OnError(ep.denied) // before the subscription, which may be refused at once
-	unsubscribe, err := conn.Subscribe(ep.prefix+"*", "", ep.receive)
-	if err != nil {
+	ep.stopTicker = sync.OnceFunc(ep.ticker.Stop)
+	ep.inbox.init(ep)
+	ep.stopErrors = sync.OnceFunc(conn.OnError(ep.reported)) // before the subscription, which may be refused at once
+	if err := ep.inbox.subscribe(); err != nil {
 		ep.stopErrors()
-		return nil, fmt.Errorf("stream: subscribe to %s*: %w", ep.prefix, err)
+		return nil, err
 	}
-	ep.unsubscribe = unsubscribe
 	changes, stop := conn.StatusChanges()
 	ep.stopWatch = sync.OnceFunc(stop)
-	ep.maxPayload.Store(conn.MaxPayload())
+	ep.lookAtMaxPayload()
 	ep.outbox.up.Store(conn.Status() == nats.CONNECTED)
 	go ep.outbox.run()
 	go ep.watch(changes, ep.outbox.up.Load())
@@ -205,6 +209,10 @@ func (ep *endpoint) receive(m *nats.Msg) {
 // receiveUnknown takes a message for a token that is not, or no longer, in use. Where the sender can be reached, it is
 // told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 9.3.
 func (ep *endpoint) receiveUnknown(m *nats.Msg) {
+	if m.Subject[len(ep.prefix):] == probeToken {
+		ep.inbox.receive(m.Data)
+		return
+	}
 	ep.counters.unknown.Add(1)
 	if len(m.Data) == 0 && m.Header.Get("Status") == "503" { // nobody received the request of a stream that has ended
 		ep.outbox.deliver(control{absent: true})
@@ -272,6 +280,10 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 		return
 	}
 	first := s.bucket.mode == modeUnbound
+	if jsonwire.IsPubAck(m.Data) {
+		ep.counters.pubAcks.Add(1)
+		return
+	}
 	v, err := s.bucket.acceptJSON(m.Data, ep.fallback)
 	if v != accepted {
 		ep.refuse(s, m, v, err)
@@ -309,9 +321,9 @@ func (ep *endpoint) missing(s *session) {
 	}
 }
 
-// register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer. It fails if the
-// endpoint is gone.
-func (ep *endpoint) register(s *session, offer Token) error {
+// register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer. It returns why
+// that cannot be, if so.
+func (ep *endpoint) register(s *session, offer Token) *ending {
 	buf := make([]byte, 0, len(ep.prefix)+TokenSize)
 	buf = append(buf, ep.prefix...)
 	var id [8]byte
@@ -319,13 +331,13 @@ func (ep *endpoint) register(s *session, offer Token) error {
 	offer.ID = binary.BigEndian.Uint64(id[:])
 	s.reply = string(AppendToken(buf, offer))
 	ep.sessions.Store(s.token(), s)
-	// Whoever ends the endpoint sets gone first and visits the sessions afterwards: either it sees this one, or
-	// this sees gone.
-	if e := ep.gone.Load(); e != nil {
+	// The goroutine that ends the endpoint, or finds its inbox refused, says so first and visits the sessions afterwards: either it
+	// sees this one, or this sees the reason.
+	e := ep.barred()
+	if e != nil {
 		s.unregister()
-		return e.err
 	}
-	return nil
+	return e
 }
 
 func (s *session) token() string { return s.reply[len(s.ep.prefix):] }
@@ -385,36 +397,65 @@ func (ep *endpoint) take(n uint64, limit int64) bool {
 	return true
 }
 
-// watch follows the connection's status until the endpoint is closed or the connection is. A connection that drains
-// still takes what is published, until its subscriptions are gone. before says whether the connection has been up.
+// watch follows the connection's status and the inbox until the endpoint is closed or the connection is. before says whether the
+// connection has been up.
 func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 	defer close(ep.watched)
 	defer ep.stopWatch()
-	news := false // the first look is for what came before changes
-	for ok := true; ok; _, ok = <-changes {
-		// What the channel says may be old: it drops news while it is full. That there was news is enough.
-		switch ep.conn.Status() {
-		case nats.CONNECTED:
-			ep.maxPayload.Store(ep.conn.MaxPayload())
-			if before && news {
-				ep.outbox.resume() // before anything is published and its clocks start
+	again := time.NewTimer(never) // to subscribe to a refused inbox again
+	defer again.Stop()
+	first, changed, renew := true, true, false
+	for {
+		if changed {
+			// What the channel says may be old: it drops news while it is full. That there was news is enough.
+			status := ep.conn.Status()
+			if status == nats.CLOSED {
+				ep.lost()
+				return
 			}
-			ep.outbox.up.Store(true) // also where the outbox saw the connection go first
-			if before && news {      // it may have been away too shortly to be seen so
-				ep.probe()
-			}
-			before = true
-			ep.outbox.park.Wake()
-		case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
-			ep.draining.Store(true)
-		case nats.CLOSED:
-			ep.lost()
-			return
-		default:
-			ep.outbox.up.Store(false)
-			ep.ticker.Arm() // DisconnectTimeout runs
+			ep.follow(status, before && !first)
+			before = before || status == nats.CONNECTED
+			renew = !first
 		}
-		news = true
+		again.Stop()
+		if ep.outbox.up.Load() {
+			if next := ep.inbox.look(renew); next != 0 {
+				again.Reset(next)
+			}
+		}
+		first, changed, renew = false, false, false
+		select {
+		case _, ok := <-changes:
+			if !ok {
+				return
+			}
+			changed = true
+		case <-ep.inbox.news:
+		case <-again.C:
+			renew = true
+		}
+	}
+}
+
+// follow takes the connection's status. A connection that drains still takes what is published, until its subscriptions are
+// gone. again says that it has been up before.
+func (ep *endpoint) follow(status nats.Status, again bool) {
+	switch status {
+	case nats.CONNECTED:
+		ep.lookAtMaxPayload()
+		if again {
+			ep.outbox.resume() // before anything is published and its clocks start
+		}
+		ep.outbox.up.Store(true) // also if the outbox saw the connection go first
+		if again {               // it may have been away too shortly to be seen so
+			ep.probe()
+		}
+		ep.outbox.park.Wake()
+	case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
+		ep.draining.Store(true)
+	default:
+		ep.outbox.up.Store(false)
+		ep.ticker.Arm() // DisconnectTimeout runs
 	}
 }
 
@@ -427,26 +468,49 @@ func (ep *endpoint) probe() {
 	})
 }
 
-// lost ends every stream because the connection is closed for good, and the outbox with them. Records that arrived can
-// still be read.
+// lost ends every stream because the connection is closed for good, and with them everything that keeps the endpoint and the
+// connection alive, because nobody may ever call close. Records that arrived can still be read.
 func (ep *endpoint) lost() {
 	ep.outbox.up.Store(false)
 	ep.endAll(&ending{kind: endFault, err: connectionLost(nats.ErrConnectionClosed)})
 	ep.outbox.stop()
+	ep.stopTicker()
+	ep.stopErrors()
 }
 
-// denied takes an error that NATS reported: a stream whose subject this end may not publish to ends, and all of them
-// where it may not receive.
-func (ep *endpoint) denied(err error) {
-	subject, subscribe, ok := natsconn.Denied(err)
+// reported takes an error that NATS reported: a stream whose subject this end may not publish to ends, and all of them if it may
+// not receive.
+func (ep *endpoint) reported(err error) {
+	d, ok := natsconn.Denied(err)
 	switch {
+	case errors.Is(err, nats.ErrMaxSubscriptionsExceeded):
+		ep.inbox.doubt()
+		ep.subscriptionRefused(natsconn.Denial{}, err)
 	case !ok:
-	case !subscribe:
-		ep.outbox.ask(aside{subject: subject, denied: err})
-	case subject == ep.prefix+"*":
-		err = fmt.Errorf("stream: may not subscribe to %s, where answers would come; allow it (docs/PROTOCOL.md section 15): %w", subject, err)
-		ep.endAll(&ending{kind: endFault, err: err})
+	case d.Subscribe && d.Subject == ep.prefix+"*":
+		ep.inbox.denied(err)
+	case d.Subscribe:
+		ep.subscriptionRefused(d, err)
+	case d.Subject == ep.prefix+probeToken:
+		ep.inbox.muted()
+	default:
+		ep.outbox.ask(aside{subject: d.Subject, denied: err})
 	}
+}
+
+// subscriptionRefused tells the server, if there is one, of a refused subscription. d is zero if NATS did not say which.
+func (ep *endpoint) subscriptionRefused(d natsconn.Denial, err error) {
+	if f := ep.onRefused.Load(); f != nil {
+		(*f)(d, err)
+	}
+}
+
+// barred returns why no stream may begin or go on: the endpoint is gone, or its inbox is refused. It returns nil if streams may.
+func (ep *endpoint) barred() *ending {
+	if e := ep.gone.Load(); e != nil {
+		return e
+	}
+	return ep.inbox.refused.Load()
 }
 
 func (ep *endpoint) endAll(e *ending) {
@@ -467,18 +531,54 @@ func (ep *endpoint) close(e *ending) {
 	until := time.Now().Add(natsconn.UnsubscribeTimeout)
 	ep.endAll(e)
 	ep.outbox.awaitAnswers(min(time.Duration(ep.times.Ack), natsconn.UnsubscribeTimeout))
-	ep.unsubscribe()
+	ep.inbox.close()
 	ep.outbox.stop()
 	// The last words are in a buffer of nats.go, and the program may end after this.
 	if left := time.Until(until); left > 0 && isUp(ep.conn.Status()) {
 		_ = ep.conn.Flush(left)
 	}
-	ep.ticker.Stop()
+	ep.stopTicker()
 	ep.outbox.hellos.timer.Stop()
 	ep.stopErrors()
 	ep.stopWatch()
 	<-ep.watched
 	close(ep.closed)
+}
+
+// unknownPayload stands for max_payload until a NATS server has said it, which it has not before the first connect. Nothing is
+// refused or cut because of a limit that is not known.
+const unknownPayload = math.MaxInt32
+
+// lookAtMaxPayload remembers what the connection's server takes. The server changes it at any time: with each INFO, of which
+// nats.go tells nobody. It takes the connection's lock, so only the endpoint's own goroutines call it.
+func (ep *endpoint) lookAtMaxPayload() {
+	n := ep.conn.MaxPayload()
+	if n <= 0 {
+		n = unknownPayload
+	}
+	if ep.maxPayload.Load() != n {
+		ep.maxPayload.Store(n)
+	}
+}
+
+// freshMaxPayload is maxPayload as the connection says now, for a call that fails otherwise. It waits for the outbox, at most
+// AckTimeout, because the connection may take no bytes.
+func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
+	o := &ep.outbox
+	if !o.up.Load() {
+		return ep.maxPayload.Load()
+	}
+	looked := make(chan struct{})
+	o.ask(aside{looked: looked})
+	late := time.NewTimer(time.Duration(ep.times.Ack))
+	defer late.Stop()
+	select {
+	case <-looked:
+	case <-late.C:
+	case <-ctx.Done():
+	case <-o.done:
+	}
+	return ep.maxPayload.Load()
 }
 
 // reasonLimit is the longest reason that a message has room for.

@@ -48,7 +48,7 @@ func parseJSON(b []byte) (record []byte, end, broken *CloseError) {
 func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
 	size := jsonwire.DataSize(len(p))
 	if max := int(w.session.ep.maxPayload.Load()); size > max {
-		return fmt.Errorf("%w: %d bytes make a message of %d, the server takes %d and the consumer knows no pieces",
+		return fmt.Errorf("%w: %d bytes make a message of %d, the server takes %d (max_payload) and the consumer knows no pieces",
 			ErrRecordTooLarge, len(p), size, max)
 	}
 	for !w.creditLocked() {

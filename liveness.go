@@ -117,6 +117,8 @@ func (o *outbox) tick() {
 	now := o.ep.now()
 	o.ep.clock.Store(now)
 	if o.up.Load() {
+		o.ep.lookAtMaxPayload()
+		o.decideDenials(now)
 		o.down = 0
 	} else if o.down == 0 || o.down < o.resumed.Load() { // it was up in between
 		o.down = now
@@ -237,7 +239,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	}
 	if w != nil {
 		f.Unacked = !w.json && !w.sent.Empty()
-		f.Stalled = !f.Unacked && w.stalled()
+		f.Stalled = !f.Unacked && (w.sent.waits || w.stalled())
 		f.Failed = s.returned.Load() && w.sent.failed != nil
 		f.Silent = s.stream == nil && w.sent.Next() == 0 && l.heard == 0
 	}
@@ -279,8 +281,8 @@ func (o *outbox) ping(s *session) {
 	l.pings++
 	l.pinged = o.ep.now()
 	if s.reply == "" {
-		if o.ep.register(s, s.controlToken()) != nil {
-			s.requestEnd(o.ep.gone.Load())
+		if e := o.ep.register(s, s.controlToken()); e != nil {
+			s.requestEnd(e)
 			return
 		}
 	}

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -55,6 +56,8 @@ type outbox struct {
 	unanswered unanswered
 	sawLeaving bool
 	toldAll    bool // told is closed
+
+	denials denials
 }
 
 // aside is a thing to do that belongs to no session the asker knows.
@@ -63,6 +66,10 @@ type aside struct {
 	json    bool        // it speaks only the fallback
 	refuse  *CloseError // tell it that its request is refused
 	denied  error       // NATS does not let this end publish to subject
+
+	looked chan struct{} // look at max_payload, and close this
+
+	silenced *ending // the inbox is refused: end the streams that have no token yet
 }
 
 // Bounds of the asides that wait for the outbox. What finds no room is counted and not done.
@@ -264,11 +271,21 @@ func (o *outbox) aside() bool {
 	}
 	o.mu.Unlock()
 	for _, a := range turn[:n] {
-		if a.denied != nil {
+		switch {
+		case a.looked != nil:
+			o.ep.lookAtMaxPayload()
+			close(a.looked)
+		case a.silenced != nil:
+			if o.ep.inbox.refused.Load() == a.silenced {
+				for s := range o.wheel.All() {
+					s.requestEnd(a.silenced)
+				}
+			}
+		case a.denied != nil:
 			o.deny(a.subject, a.denied)
-		} else if a.json {
+		case a.json:
 			o.publish(a.subject, "", jsonwire.AppendClose(nil, jsonwire.Close(*a.refuse)))
-		} else {
+		default:
 			f := Frame{Type: FrameReset, Code: uint16(a.refuse.Code), Payload: []byte(a.refuse.Text)}
 			o.publish(a.subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: newSender(false)}, f))
 		}
@@ -278,10 +295,15 @@ func (o *outbox) aside() bool {
 
 // deny ends the streams that cannot go on because this end may not publish to subject.
 func (o *outbox) deny(subject string, err error) {
+	found := false
 	o.peers.take(subject, func(s *session) {
+		found = true
 		err := fmt.Errorf("stream: may not publish to %s; allow it (docs/PROTOCOL.md section 15): %w", subject, err)
 		s.requestEnd(&ending{kind: endFault, err: err})
 	})
+	if !found {
+		o.denials.add(subject, err, o.ep.now(), o.ep.times.Ack)
+	}
 }
 
 // hold keeps work for s until the connection is back.
@@ -307,6 +329,9 @@ func (o *outbox) serveHeld() {
 // serve does work for s, of its packets at most one.
 func (o *outbox) serve(s *session, work uint32) {
 	if s.life.born == 0 {
+		if o.up.Load() {
+			o.ep.lookAtMaxPayload() // the ticker may have slept
+		}
 		s.life.born = o.ep.now()
 		look := s.life.born
 		if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
@@ -316,8 +341,8 @@ func (o *outbox) serve(s *session, work uint32) {
 		o.peers.add(s)
 	}
 	end := s.end.Load()
-	if gone := o.ep.gone.Load(); end == nil && gone != nil {
-		s.requestEnd(gone)
+	if e := o.ep.barred(); end == nil && e != nil {
+		s.requestEnd(e)
 		end = s.end.Load()
 	}
 	if end != nil {
@@ -339,7 +364,12 @@ func (o *outbox) serve(s *session, work uint32) {
 	if work&workRequest != 0 {
 		setTimeout(s.request.Header, s.parent)
 		s.life.asked = o.ep.now() // before it may be lost with the connection
+		o.denials.publishes(s.subject, s.life.asked, denialWindow*o.ep.times.Ack)
 		if err := o.ep.conn.PublishMsg(s.request); err != nil {
+			if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did when Open looked
+				o.ep.lookAtMaxPayload()
+				err = fmt.Errorf("stream: %w", tooLarge("request", requestSize(s.request), o.ep.maxPayload.Load()))
+			}
 			s.requestEnd(&ending{kind: endFault, err: err})
 			return
 		}
@@ -398,8 +428,38 @@ func isUp(s nats.Status) bool {
 
 // publish publishes what is not a stream's data. A failure is counted and not the stream's end: credit is said again
 // after a reconnect, and a connection that takes no more bytes is noticed by itself.
-func (o *outbox) publish(subject, reply string, data []byte) {
-	if err := o.ep.conn.Publish(subject, reply, data); err != nil {
+func (o *outbox) publish(subject, reply string, data []byte) error {
+	err := o.send(subject, reply, data)
+	if err != nil {
 		o.ep.counters.unsent.Add(1)
 	}
+	return err
+}
+
+// send publishes data to a subject that a peer named. All publishing does, except for requests.
+func (o *outbox) send(subject, reply string, data []byte) error {
+	if most := o.ep.longestPeer(); len(subject) > most {
+		return fmt.Errorf("subject of %d bytes, which may be longer than this connection's NATS server takes (max_control_line); "+
+			"use an inbox prefix that makes it %d at most: %w", len(subject), most, nats.ErrBadSubject)
+	}
+	return o.ep.conn.Publish(subject, reply, data)
+}
+
+// Peers on other nodes of a cluster name subjects that their own node takes. This connection's node may take less, and closes
+// the connection, with all its streams, over a control line that is too long. It does not say how much it takes: INFO
+// has no max_control_line. Servers take 4,096 bytes by default.
+const (
+	safeControlLine = 512 - len(" 1048576 1048576 ") // for subject and reply subject, of any server that is in use
+	ordinaryPeer    = 128                            // an inbox without a prefix of its own has about 50
+)
+
+// longestPeer is how long the subject of a peer may be. The line also has this end's own subject, because the first packet and
+// each PING carry it. Its length is this connection's own choice, so it always leaves room for an ordinary peer.
+func (ep *endpoint) longestPeer() int {
+	return max(safeControlLine-len(ep.prefix)-TokenSize, ordinaryPeer)
+}
+
+// unwritable is how a stream ends whose peer has named a subject that cannot be published to.
+func unwritable(err error) *ending {
+	return &ending{kind: endFault, err: fmt.Errorf("stream: the peer cannot be written to: %w", err)}
 }

@@ -241,6 +241,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		return w.publishAgain(o, p)
 	}
 	retry := w.sent.failed != nil
+	w.sent.waits = false
 	p := w.nextReady()
 	if p == nil {
 		if p = w.sealOpen(); p == nil {
@@ -248,11 +249,21 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		}
 	}
 	last := p.last
+	if w.shifted != 0 && !w.creditFor(p) { // it was cut into more packets than the writers had credit for
+		w.sent.failed, w.sent.waits = p, true
+		return false
+	}
 	err := w.publish(o, p, w.sent.Next())
 	if err != nil && !w.json && isLoss(err) {
 		err = nil // it is missed and asked for, like any other that was under way
 	}
 	if err != nil {
+		if errors.Is(err, nats.ErrMaxPayload) {
+			if w.recut(p, int(o.ep.maxPayload.Load())) {
+				return true
+			}
+			s.requestEnd(o.ep.exceeds(p))
+		}
 		if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadSubject) {
 			putPacket(p)
 			return false
@@ -272,6 +283,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		w.sentJSON(p)
 	} else {
 		w.sent.Push(p)
+		w.sent.bytes += uint64(len(p.buf))
 		if due := s.life.node.Due(); due == 0 || due > now+2*o.ep.times.Ack { // it was idle
 			s.life.sent = o.ep.now()
 			o.schedule(s, s.life.sent+o.ep.times.Ack)
@@ -313,6 +325,10 @@ func isLoss(err error) bool {
 // publishAgain publishes p, the next of the packets that the peer misses.
 func (w *Writer) publishAgain(o *outbox, p *packet) (more bool) {
 	if err := w.publish(o, p, w.sent.Cursor()); err != nil {
+		if errors.Is(err, nats.ErrMaxPayload) { // its number is taken, and the peer may have it
+			w.session.requestEnd(o.ep.exceeds(p))
+			return false
+		}
 		w.sent.GiveUp() // asked for again, if the connection comes back
 		return true     // records may have been written meanwhile
 	}
@@ -327,8 +343,9 @@ func (w *Writer) publishAgain(o *outbox, p *packet) (more bool) {
 func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 	s := w.session
 	if s.reply == "" {
-		if err = s.ep.register(s, s.controlToken()); err != nil {
-			s.requestEnd(s.ep.gone.Load())
+		if e := s.ep.register(s, s.controlToken()); e != nil {
+			s.requestEnd(e)
+			err = e.err
 		}
 	}
 	reply := ""
@@ -336,16 +353,107 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 		reply = s.reply
 	}
 	if err == nil {
-		err = o.ep.conn.Publish(s.peer, reply, p.buf)
+		err = o.send(s.peer, reply, p.buf)
 	}
-	switch { // these never go
-	case errors.Is(err, nats.ErrMaxPayload): // the server takes less than it did
-		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("stream: packet of %d bytes was written before the server's max_payload shrank: %w", len(p.buf), err),
-			reset: CloseError{CloseInternalServerErr, "packet exceeds the server's max_payload"}})
+	switch { // these do not go as they are
+	case errors.Is(err, nats.ErrMaxPayload):
+		o.ep.lookAtMaxPayload()
 	case errors.Is(err, nats.ErrBadSubject):
-		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("stream: the peer cannot be written to: %w", err)})
+		s.requestEnd(unwritable(err))
 	}
 	return err
+}
+
+// exceeds is how a stream ends whose packet p the server does not take any more, and which cannot be cut.
+func (ep *endpoint) exceeds(p *packet) *ending {
+	err := tooLarge("packet", int64(len(p.buf)), ep.maxPayload.Load())
+	return &ending{
+		kind:  endFault,
+		err:   fmt.Errorf("stream: max_payload shrank under a stream: %w", err),
+		reset: CloseError{CloseInternalServerErr, cutReason(err.Error(), ep.reasonLimit())},
+	}
+}
+
+// recut makes smaller packets of p and of all that is sealed behind it, for a server that takes limit bytes. p was refused
+// before it left, so none of them has been seen by the peer, and they may have other numbers. It reports false, and changes
+// nothing, if p holds a frame that must stay whole and is too large. Called by the outbox.
+func (w *Writer) recut(p *packet, limit int) bool {
+	pieces, ok := cutPacket(p.buf, limit)
+	if w.json || !ok || len(pieces) < 2 {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.sealedBytes -= uint64(len(p.buf))
+	all := make([]*packet, 0, len(pieces))
+	for i, piece := range pieces {
+		w.sealedBytes += uint64(len(piece))
+		all = append(all, &packet{buf: piece, class: unpooled, last: p.last && i == len(pieces)-1})
+	}
+	putPacket(p)
+	extra := uint32(len(pieces) - 1)
+	w.sealed += extra
+	w.shifted += extra
+	for next := w.nextReady(); next != nil; next = w.nextReady() {
+		all = append(all, next)
+	}
+	for i, packet := range all {
+		if h, _, err := ParsePacketHeader(packet.buf); err == nil { // this end has made it
+			putPacketHeader(packet.buf, h.Flags, h.Sender, w.sent.Next()+uint32(i), len(packet.buf))
+		}
+	}
+	w.sent.cut = all
+	return true
+}
+
+// cutPacket distributes the frames of a packet over packets of at most limit bytes. It cuts DATA frames that are too large, and
+// reports false if another frame is.
+func cutPacket(p []byte, limit int) (pieces [][]byte, ok bool) {
+	h, body, err := ParsePacketHeader(p)
+	room := limit - PacketHeaderSize - FrameHeaderSize
+	if err != nil || room < 1 {
+		return nil, false
+	}
+	var frames []Frame
+	size := PacketHeaderSize
+	flush := func(flags PacketFlags) {
+		pieces = append(pieces, AppendPacket(make([]byte, 0, size), PacketHeader{Flags: flags, Sender: h.Sender, Seq: h.Seq}, frames...))
+		frames, size = nil, PacketHeaderSize
+	}
+	add := func(f Frame) {
+		n := FrameHeaderSize + len(f.Payload)
+		if size+n > limit && len(frames) > 0 {
+			flush(PacketSeq)
+		}
+		frames = append(frames, f)
+		size += n
+	}
+	for len(body) > 0 {
+		var f Frame
+		if f, body, err = ParseFrame(body); err != nil || f.Type != FrameData && len(f.Payload) > room {
+			return nil, false
+		}
+		rest := f.Payload
+		for len(rest) > room {
+			piece := f
+			piece.Flags |= FlagMore
+			piece.Payload, rest = rest[:room], rest[room:]
+			add(piece)
+		}
+		f.Payload = rest
+		add(f)
+	}
+	flush(h.Flags)
+	return pieces, true
+}
+
+// creditFor reports whether the peer's credit allows p now. Writers look at it when they open a packet, but a packet that was
+// cut takes more of it. One that only closes needs none. Called by the outbox.
+func (w *Writer) creditFor(p *packet) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	q := &w.sent
+	return w.json || int32(q.Next()-w.granted.packets) < 0 && q.bytes < w.granted.bytes || onlyClose(p.buf[PacketHeaderSize:])
 }
 
 // nextReady returns the packet to publish next among those sealed.
@@ -353,6 +461,10 @@ func (w *Writer) nextReady() *packet {
 	if p := w.sent.failed; p != nil {
 		w.sent.failed = nil
 		return p
+	}
+	if cut := w.sent.cut; len(cut) > 0 {
+		w.sent.cut = cut[1:]
+		return cut[0]
 	}
 	p, _ := w.ready.Pop()
 	return p
@@ -396,7 +508,10 @@ func (w *Writer) sentJSON(p *packet) {
 type sentPackets struct {
 	flow.Unacked[*packet]
 	loss   flow.Loss
-	failed *packet // could not be published; to be tried again before any other
+	failed *packet   // could not be published; to be tried again before any other
+	cut    []*packet // were sealed, and cut or numbered again since: they go before what is ready
+	bytes  uint64    // of all packets that were published
+	waits  bool      // failed waits for credit
 }
 
 // again sees to it that everything from seq on is published again, and reports whether there is anything.

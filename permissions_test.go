@@ -696,6 +696,34 @@ func TestAccountReconnect(t *testing.T) {
 	}
 }
 
+// The server checks permissions after it maps subjects, and names the one that it has mapped. The request hears of it all the same,
+// and no other stream does.
+func TestPermissionMappedSubject(t *testing.T) {
+	p := newRestricted(t, `mappings: { "svc.v1": "svc.v2" }`+fmt.Sprintf(restrictedUsers, `"_SINBOX.alice.>"`, `"_SINBOX.alice.>"`,
+		`[ "svc.v1", "svc.echo", "_SINBOX.producer.>" ]`))
+	srv := newService(t, p, stream.ServerParams{}, user("producer")...)
+	srv.handle(t, "svc.echo", echo)
+	alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
+	goesOn := open(t, alice, "svc.echo")
+	exchange(t, goesOn, 1)
+	for range 3 {
+		s := open(t, alice, "svc.v1")
+		other := open(t, alice, "svc.echo") // at the same time
+		_, err := s.Recv()
+		wantRefused(t, err, "svc.v2")
+		exchange(t, other, 2)
+		if err := other.CloseSend(); err != nil {
+			t.Error(err)
+		}
+		wantEOF(t, other)
+	}
+	exchange(t, goesOn, 3)
+	if err := goesOn.CloseSend(); err != nil {
+		t.Error(err)
+	}
+	wantEOF(t, goesOn)
+}
+
 // The server quotes the subject that it names.
 func TestPermissionSubjectQuoted(t *testing.T) {
 	const odd = `svc.odd"\\.'é`

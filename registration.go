@@ -25,7 +25,14 @@ type Registration struct {
 	unsubscribe func()        // nil while there is no subscription
 	since       time.Time     // when it was made
 	changing    chan struct{} // not nil while a goroutine runs settle; closed when it is done
+
+	refused      error // why NATS does not let the server subscribe, nil if it does as far as is known
+	refusals     int
+	refusedSince time.Time
 }
+
+// confirmation is how long a subscription that was refused must last to count as accepted. NATS refuses it within a round trip.
+const confirmation = time.Second
 
 // minStay is how long a subscription lasts before a server leaves a queue group because it is full. Handlers that are shorter
 // than it takes to leave would have it leave and return all the time.
@@ -36,6 +43,8 @@ type suspension uint8
 
 const (
 	suspendedFull    suspension = 1 << iota // the server has no room for another stream
+	suspendedRefused                        // NATS refuses the subject, and is asked again later
+	suspendedUnheard                        // the inbox is refused, so no stream could go on
 	suspendedStopped                        // for good: by Stop, Drain or Close, or because NATS takes no subscription any more
 )
 
@@ -72,8 +81,10 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, e
 		return nil, ErrServerClosed
 	}
 	var err error
-	if e := s.ep.gone.Load(); e != nil { // the connection is closed, or the inbox is not permitted
+	if e := s.ep.gone.Load(); e != nil { // the connection is closed
 		err = fmt.Errorf("%w: %w", ErrServerClosed, e.err)
+	} else if e := s.ep.inbox.refused.Load(); e != nil {
+		err = fmt.Errorf("stream: handle %s: %w", subject, e.err)
 	} else {
 		err = r.subscribe() // also if r begins suspended: NATS then says if it does not take the subject
 	}
@@ -99,6 +110,58 @@ func (r *Registration) Stop() {
 	}
 	r.ending.Wait() // nothing is added to it any more
 	r.server.forget(r)
+}
+
+// Err returns nil while NATS lets the server subscribe to the subject, as far as is known, and otherwise the refusal. NATS tells it
+// some time after [Server.Handle] has returned, and perhaps later, if permissions change. Requests do not reach the handler then. The
+// server goes on trying, every five seconds at least. The refusal is logged to [ServerParams].Logger as well. A refusal because
+// of max_subscriptions names no subject, so it is only logged.
+func (r *Registration) Err() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.refused
+}
+
+// refuse takes NATS's word that the server may not subscribe to the subject, and sees to it that it tries again. Callbacks of NATS
+// call it.
+func (r *Registration) refuse(err error) {
+	err = fmt.Errorf("stream: may not subscribe to %s; allow it (docs/PROTOCOL.md section 15): %w", r.subject, err)
+	r.mu.Lock()
+	first := r.refused == nil
+	if first {
+		r.refusedSince = time.Now()
+	}
+	r.refused = err
+	r.refusals++
+	n, again := r.refusals, renewal(r.refusedSince)
+	r.mu.Unlock()
+	if first {
+		r.server.log.Error("stream: a subject is not served", "subject", r.subject, "queue", r.queue, "error", err)
+	}
+	r.change(suspendedRefused, 0)
+	time.AfterFunc(again, func() { r.retry(n) })
+}
+
+// retry subscribes again after refusal number n, and finds out whether that was accepted.
+func (r *Registration) retry(n int) {
+	r.mu.Lock()
+	stale := r.refusals != n || r.reasons&suspendedStopped != 0
+	r.mu.Unlock()
+	if stale {
+		return
+	}
+	r.change(0, suspendedRefused)
+	time.AfterFunc(confirmation, func() {
+		r.mu.Lock()
+		accepted := r.refusals == n && r.unsubscribe != nil
+		if accepted {
+			r.refused = nil
+		}
+		r.mu.Unlock()
+		if accepted {
+			r.server.log.Info("stream: a subject is served again", "subject", r.subject, "queue", r.queue)
+		}
+	})
 }
 
 // heeds returns the reasons that count for r. If a server outside any queue group left its subject, nobody would get the

@@ -3,7 +3,9 @@ package stream_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -258,5 +260,43 @@ func TestEndOfAFullServer(t *testing.T) {
 	}
 	if n := h.calls.Load(); n != 1 {
 		t.Errorf("%d handlers ran", n)
+	}
+}
+
+// NATS refuses a subject that a server handles, at first or by a reload. The registration says so, and serves it when NATS lets it.
+func TestRegistrationRefused(t *testing.T) {
+	config := func(subjects string) string {
+		return fmt.Sprintf(`authorization { users: [
+			{ user: producer, password: secret-of-producer, permissions: { subscribe: [ "_SINBOX.producer.>", %s ], publish: ">" } }
+			{ user: alice, password: secret-of-alice } ] }`, subjects)
+	}
+	for _, queue := range []string{"", "q"} {
+		p := newRestricted(t, config(`"svc.always"`))
+		s := newService(t, p, stream.ServerParams{Logger: slog.New(slog.DiscardHandler)}, user("producer")...)
+		always := s.register(t, "svc.always", queue, echo)
+		r := s.register(t, "svc.x", queue, echo)
+		alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
+		verifyEcho(t, alice, "svc.always", 3, 10)
+		for range 2 {
+			eventually(t, "the registration tells", func() bool { return r.Err() != nil })
+			wantRefused(t, r.Err(), "svc.x")
+			if _, err := readAll(open(t, alice, "svc.x")); !errors.Is(err, nats.ErrNoResponders) {
+				t.Errorf("a stream on the refused subject: %v", err)
+			}
+			if err := always.Err(); err != nil {
+				t.Errorf("the other registration: %v", err)
+			}
+			wantNotDone(t, s.Done(), s.Err())
+			reload(t, p.server, config(`"svc.always", "svc.x"`))
+			eventually(t, "the registration is accepted", func() bool { return r.Err() == nil })
+			verifyEcho(t, alice, "svc.x", 3, 10)
+			verifyEcho(t, alice, "svc.always", 3, 10)
+			reload(t, p.server, config(`"svc.always"`))
+		}
+		eventually(t, "the registration tells", func() bool { return r.Err() != nil })
+		r.Stop()
+		if _, err := readAll(open(t, alice, "svc.x")); !errors.Is(err, nats.ErrNoResponders) {
+			t.Errorf("after Stop: %v", err)
+		}
 	}
 }

@@ -172,7 +172,41 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	if s.ep, err = newEndpoint(conn, inbox, common); err != nil {
 		return nil, err
 	}
+	s.ep.inbox.onChange(s.inboxChanged)
+	refused := s.subscriptionRefused
+	s.ep.onRefused.Store(&refused)
 	return s, nil
+}
+
+// subscriptionRefused takes NATS's word that it refuses a subscription of the connection, which may be one of the server's.
+func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
+	if d.Subject == "" { // it did not say which
+		if s.ep.inbox.refused.Load() == nil {
+			s.log.Error("stream: NATS refused a subscription of the server's connection; if it is one of the server's, its subject is not served", "error", err)
+		}
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for r := range s.registrations {
+		if r.subject == d.Subject && r.queue == d.Queue {
+			r.refuse(err)
+		}
+	}
+}
+
+// inboxChanged takes the server off its subjects while its inbox is refused, with the reason, and back when it is heard again, with
+// nil: others can serve the requests.
+func (s *Server) inboxChanged(refused error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if refused != nil {
+		s.log.Error("stream: the server serves nothing until its inbox is heard", "error", refused)
+		s.suspendLocked(suspendedUnheard)
+	} else {
+		s.log.Info("stream: the server's inbox is heard again")
+		s.resumeLocked(suspendedUnheard)
+	}
 }
 
 // request takes one message that arrived at the handler of pattern. It is called in a subscription's goroutine and waits for
@@ -203,6 +237,9 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 		return
 	case refused:
 		refuse(CloseGoingAway, "server is shutting down")
+		return
+	case unheard:
+		refuse(CloseTryAgainLater, "the NATS server refuses this server's inbox")
 		return
 	}
 
@@ -296,6 +333,7 @@ const (
 	entered admission = iota
 	full
 	refused
+	unheard
 )
 
 // enter counts a request in, if there is room.
@@ -305,6 +343,8 @@ func (s *Server) enter() admission {
 	switch {
 	case s.refusing || s.ep.gone.Load() != nil:
 		return refused
+	case s.ep.inbox.refused.Load() != nil:
+		return unheard
 	case s.room.full(s.handlers, s.sessions, false):
 		return full
 	}

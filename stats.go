@@ -21,6 +21,7 @@ type Stats struct {
 	DroppedDuplicate uint64 // packets that arrived before
 	DroppedForeign   uint64 // packets of another sender than the one a stream is bound to
 	DroppedMalformed uint64 // packets with an unreadable header
+	DroppedPubAck    uint64 // acknowledgements of a JetStream stream that keeps the requests: nobody asked for them
 	DroppedControl   uint64 // control packets that came faster than they could be acted on
 	UnsentControl    uint64 // control packets that NATS did not take
 }
@@ -29,7 +30,7 @@ type counters struct {
 	packets, bytes                                  atomic.Uint64 // stored by the outbox alone
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
 	unsent, resent, early, requests, strays         atomic.Uint64
-	unreported                                      atomic.Uint64
+	unreported, pubAcks                             atomic.Uint64
 }
 
 func (c *counters) sent(n int) {
@@ -59,6 +60,7 @@ func (ep *endpoint) stats() Stats {
 		DroppedDuplicate: n.duplicate.Load(),
 		DroppedForeign:   n.foreign.Load(),
 		DroppedMalformed: n.malformed.Load(),
+		DroppedPubAck:    n.pubAcks.Load(),
 		DroppedControl:   n.overrun.Load(),
 		UnsentControl:    n.unsent.Load(),
 	}

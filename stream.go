@@ -50,9 +50,9 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 	s.request, s.subject = req, req.Subject
 
 	st.ctx, st.cancel = context.WithCancelCause(ctx)
-	if err := ep.register(s, offer); err != nil {
-		s.release(&ending{err: err})
-		return nil, err
+	if e := ep.register(s, offer); e != nil {
+		s.release(e)
+		return nil, e.err
 	}
 	req.Reply = s.reply
 	s.mark(workRequest)

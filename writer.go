@@ -49,6 +49,7 @@ type Writer struct {
 
 	sealed      uint32 // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64 // of all packets before it
+	shifted     uint32 // by how much sealed grew because packets were cut; changed by the outbox with the lock held
 	object      int    // size of the object encoded last, at most an eighth of a packet
 
 	mu sync.Mutex // guards what is not the outbox's
@@ -87,6 +88,7 @@ func (c *Client) NewWriter(subject string) *Writer {
 		return w
 	}
 	offer, err := ParseToken(lastToken(subject))
+	refused := c.ep.inbox.refused.Load()
 	switch {
 	case subject == "":
 		err = fmt.Errorf("stream: the request has no reply subject, so nobody waits for a stream: %w", nats.ErrBadSubject)
@@ -94,6 +96,8 @@ func (c *Client) NewWriter(subject string) *Writer {
 		err = fmt.Errorf("stream: cannot write to %s: %w", subject, err)
 	case checkAnswer(subject) != nil:
 		err = checkAnswer(subject)
+	case refused != nil:
+		err = refused.err
 	default:
 		w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, err != nil, 0)
 		w.session.readDone.Store(true)
@@ -511,10 +515,10 @@ func (w *Writer) Sync(ctx context.Context) error {
 	if w.open != nil && w.n > PacketHeaderSize {
 		w.sealLocked()
 	}
-	s, target, asked := w.session, w.sealed, false
+	s, target, asked := w.session, w.sealed-w.shifted, false
 	for {
 		wake := w.announceLocked()
-		if int32(w.acked.packets-target) >= 0 {
+		if int32(w.acked.packets-w.shifted-target) >= 0 {
 			return nil
 		}
 		if s.end.Load() != nil {
@@ -524,7 +528,7 @@ func (w *Writer) Sync(ctx context.Context) error {
 			return w.failedLocked()
 		}
 		w.markLocked()
-		if !asked && !w.json && int32(w.published.Load()-target) >= 0 {
+		if !asked && !w.json && w.publishedLocked(target) {
 			asked = true
 			s.mark(workProbe)
 		}
@@ -564,20 +568,26 @@ func (w *Writer) flushLocked() error {
 	if w.open != nil && w.n > PacketHeaderSize {
 		w.sealLocked()
 	}
-	target := w.sealed
+	target := w.sealed - w.shifted
 	for {
 		wake := w.announceLocked()
-		if int32(w.published.Load()-target) >= 0 {
+		if w.publishedLocked(target) {
 			return nil
 		}
 		if err := w.failedLocked(); err != nil {
 			return err
 		}
 		w.markLocked()
-		if err := w.sleepLocked(wake); err != nil && int32(w.published.Load()-target) < 0 {
+		if err := w.sleepLocked(wake); err != nil && !w.publishedLocked(target) {
 			return err
 		}
 	}
+}
+
+// publishedLocked reports whether the packets are published that were sealed when sealed-shifted was target. What was cut
+// since shifts the number: perhaps by too much, which only makes the caller wait for what is published next.
+func (w *Writer) publishedLocked(target uint32) bool {
+	return int32(w.published.Load()-w.shifted-target) >= 0
 }
 
 // Close ends the stream: the reader sees [io.EOF] after the last record. It returns when everything was handed to NATS.

@@ -52,17 +52,11 @@ func newFaulty(t *testing.T) (*faulty, *Client) {
 	return f, c
 }
 
-// hasty is a connection that refuses each subscription before Subscribe returns.
-type hasty struct{ *fake.Conn }
-
-func (h hasty) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
-	h.DenySubscribe(subject)
-	return h.Conn.Subscribe(subject, queue, f)
-}
-
 // The server may refuse a client's subscription before anything else is done.
 func TestSubscriptionRefusedAtOnce(t *testing.T) {
-	c := fakeClient(t, hasty{fake.New()}, ClientParams{})
+	conn := fake.New()
+	conn.Refuse = func(subject, _ string) error { return fake.SubscriptionDenied(subject) }
+	c := fakeClient(t, conn, ClientParams{})
 	if _, err := c.Open(t.Context(), "x", nil); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("Open: %v", err)
 	}

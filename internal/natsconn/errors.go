@@ -74,18 +74,37 @@ func (c conn) OnError(f func(error)) (stop func()) {
 	}
 }
 
-// Denied returns the subject that a permissions error says this end may not publish or subscribe to. ok is false for any
-// other error.
-func Denied(err error) (subject string, subscribe, ok bool) {
+// Denial is what a permissions error says that this end may not do.
+type Denial struct {
+	Subject   string
+	Queue     string // of a subscription
+	Subscribe bool   // else publish
+}
+
+// Denied returns what a permissions error denies. ok is false for any other error.
+func Denied(err error) (d Denial, ok bool) {
 	if !errors.Is(err, nats.ErrPermissionViolation) {
-		return "", false, false
+		return d, false
 	}
 	text := err.Error()
 	start := strings.IndexByte(text, '"')
 	if start < 0 {
-		return "", false, false
+		return d, false
 	}
-	quoted, qerr := strconv.QuotedPrefix(text[start:]) // the server writes it with %q
-	subject, uerr := strconv.Unquote(quoted)
-	return subject, strings.Contains(strings.ToLower(text[:start]), "for subscription"), qerr == nil && uerr == nil
+	d.Subscribe = strings.Contains(strings.ToLower(text[:start]), "for subscription")
+	d.Subject, text, ok = unquote(text[start:])
+	if rest, queue := strings.CutPrefix(strings.ToLower(text), " using queue "); ok && queue {
+		d.Queue, _, ok = unquote(text[len(text)-len(rest):])
+	}
+	return d, ok
+}
+
+// unquote takes what the server writes with %q off the front of text.
+func unquote(text string) (value, rest string, ok bool) {
+	quoted, err := strconv.QuotedPrefix(text)
+	if err != nil {
+		return "", "", false
+	}
+	value, err = strconv.Unquote(quoted)
+	return value, text[len(quoted):], err == nil
 }

@@ -21,12 +21,16 @@ type Conn interface {
 	// lets f have all that the server sent before it stopped sending, if the connection delivers it within
 	// UnsubscribeTimeout. queue is a queue group, or empty.
 	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
-	// Flush returns when the server has taken all that was published before, or after the timeout.
+	// Flush returns when the server has taken all that was sent before, and has said what it says about it, or after the
+	// timeout.
 	Flush(timeout time.Duration) error
 	// OnError calls f for each error that the server reports and no call returns, until stop.
 	OnError(f func(error)) (stop func())
 	// StatusChanges delivers changes of status until stop. It drops a change if ten are waiting.
 	StatusChanges() (changes <-chan nats.Status, stop func())
+	// LastError returns the last error that the server reported, which OnError may report a moment later. It is the same
+	// value there.
+	LastError() error
 	// Status and MaxPayload take the connection's lock, which nats.go holds while a peer takes no bytes. So only the
 	// endpoint's own goroutines call them; calls of the user look at what the endpoint remembers.
 	Status() nats.Status
@@ -94,6 +98,8 @@ func (c conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error
 		_ = sub.Unsubscribe() // fails if the connection has dropped the subscription already
 	}, nil
 }
+
+func (c conn) LastError() error { return c.nc.LastError() }
 
 func (c conn) Status() nats.Status { return c.nc.Status() }
 func (c conn) MaxPayload() int64   { return c.nc.MaxPayload() }

@@ -32,25 +32,25 @@ func receive[T any](t *testing.T, what string, ch <-chan T) T {
 func TestDenied(t *testing.T) {
 	violation := func(text string) error { return fmt.Errorf("%w: %s", nats.ErrPermissionViolation, text) }
 	for name, c := range map[string]struct {
-		err       error
-		subject   string
-		subscribe bool
-		ok        bool
+		err  error
+		want natsconn.Denial
+		ok   bool
 	}{
-		"publish":         {err: violation(`Permissions Violation for Publish to "a.b"`), subject: "a.b", ok: true},
-		"subscribe":       {err: violation(`Permissions Violation for Subscription to "a.*"`), subject: "a.*", subscribe: true, ok: true},
-		"queue":           {err: violation(`Permissions Violation for Subscription to "a" using queue "q"`), subject: "a", subscribe: true, ok: true},
-		"quoted":          {err: violation(`Permissions Violation for Publish to "a\"\\b"`), subject: `a"\b`, ok: true},
-		"named like one":  {err: violation(`Permissions Violation for Publish to "for subscription"`), subject: "for subscription", ok: true},
-		"reply":           {err: violation(`Permissions Violation for Publish with Reply of "r"`), subject: "r", ok: true},
+		"publish":         {err: violation(`Permissions Violation for Publish to "a.b"`), want: natsconn.Denial{Subject: "a.b"}, ok: true},
+		"subscribe":       {err: violation(`Permissions Violation for Subscription to "a.*"`), want: natsconn.Denial{Subject: "a.*", Subscribe: true}, ok: true},
+		"queue":           {err: violation(`Permissions Violation for Subscription to "a" using queue "q\"1"`), want: natsconn.Denial{Subject: "a", Queue: `q"1`, Subscribe: true}, ok: true},
+		"reload":          {err: violation(`Permissions Violation for Subscription to "a" (sid "3")`), want: natsconn.Denial{Subject: "a", Subscribe: true}, ok: true},
+		"reload of queue": {err: violation(`Permissions Violation for Subscription to "a" using queue "q" (sid "3")`), want: natsconn.Denial{Subject: "a", Queue: "q", Subscribe: true}, ok: true},
+		"quoted":          {err: violation(`Permissions Violation for Publish to "a\"\\b"`), want: natsconn.Denial{Subject: `a"\b`}, ok: true},
+		"named like one":  {err: violation(`Permissions Violation for Publish to "for subscription"`), want: natsconn.Denial{Subject: "for subscription"}, ok: true},
+		"reply":           {err: violation(`Permissions Violation for Publish with Reply of "r"`), want: natsconn.Denial{Subject: "r"}, ok: true},
 		"no subject":      {err: violation("Permissions Violation")},
 		"no end of quote": {err: violation(`Permissions Violation for Publish to "a`)},
 		"another error":   {err: errors.New(`Permissions Violation for Publish to "a"`)},
 		"none":            {},
 	} {
-		subject, subscribe, ok := natsconn.Denied(c.err)
-		if ok != c.ok || ok && (subject != c.subject || subscribe != c.subscribe) {
-			t.Errorf("%s: %q, %v, %v", name, subject, subscribe, ok)
+		if got, ok := natsconn.Denied(c.err); ok != c.ok || ok && got != c.want {
+			t.Errorf("%s: %+v, %v", name, got, ok)
 		}
 	}
 }
@@ -86,8 +86,8 @@ func TestErrorHandlersAreChained(t *testing.T) {
 	heard := make(chan string, 10)
 	note := func(name string) func(error) {
 		return func(err error) {
-			if subject, _, ok := natsconn.Denied(err); ok {
-				heard <- name + " " + subject
+			if d, ok := natsconn.Denied(err); ok {
+				heard <- name + " " + d.Subject
 			}
 		}
 	}

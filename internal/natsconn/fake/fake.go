@@ -17,7 +17,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// MaxPayload is what connections say that their server takes, in bytes.
+// MaxPayload is what connections say that their server takes, in bytes, unless SetMaxPayload changes it.
 const MaxPayload = 1 << 20
 
 // Bus is a NATS server in memory. It knows subjects, a wildcard as their last token, queue groups and the 503 of a subject
@@ -66,21 +66,27 @@ type Conn struct {
 	Published func(subject, reply string, data []byte) error
 	// Requested is called in the same way for messages with headers. If it is nil, Published gets them.
 	Requested func(*nats.Msg) error
+	// Refuse is asked about each subscription. If it returns an error, the server refuses the subscription as NATS does: Subscribe
+	// succeeds, nothing is delivered, and the error is reported.
+	Refuse func(subject, queue string) error
 
-	bus   *Bus // nil for a connection of its own
-	state atomic.Int64
+	bus        *Bus // nil for a connection of its own
+	state      atomic.Int64
+	maxPayload atomic.Int64
 
 	mu      sync.Mutex
 	receive nats.MsgHandler // of the first subscription, for Deliver
 	changes []chan nats.Status
 	onError map[int]func(error)
 	next    int
+	last    error // of those reported
 }
 
 // New returns a connection without a bus, which is up.
 func New() *Conn {
 	c := &Conn{onError: make(map[int]func(error))}
 	c.state.Store(int64(nats.CONNECTED))
+	c.maxPayload.Store(MaxPayload)
 	return c
 }
 
@@ -108,8 +114,12 @@ func matches(pattern, subject string) bool {
 }
 
 // Publish implements natsconn.Conn. It fails with nats.ErrConnectionClosed on a bus once the connection is closed. On a
-// bus, a message that is published while the connection is down is lost.
+// bus, a message that is published while the connection is down is lost. A message that is larger than the server takes fails
+// with nats.ErrMaxPayload before anybody sees it.
 func (c *Conn) Publish(subject, reply string, data []byte) error {
+	if !c.fits(data) {
+		return nats.ErrMaxPayload
+	}
 	if c.Published != nil {
 		if err := c.Published(subject, reply, data); err != nil {
 			return err
@@ -123,6 +133,9 @@ func (c *Conn) Publish(subject, reply string, data []byte) error {
 
 // PublishMsg implements natsconn.Conn as Publish does.
 func (c *Conn) PublishMsg(m *nats.Msg) (err error) {
+	if !c.fits(m.Data) {
+		return nats.ErrMaxPayload
+	}
 	switch {
 	case c.Requested != nil:
 		err = c.Requested(m)
@@ -189,6 +202,12 @@ func (b *Bus) deliverLocked(from *Conn, sub *subscription, m *nats.Msg) {
 
 // Subscribe implements natsconn.Conn. Without a bus, messages come from Deliver alone.
 func (c *Conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+	if c.Refuse != nil {
+		if err := c.Refuse(subject, queue); err != nil {
+			c.Report(err)
+			return func() {}, nil
+		}
+	}
 	if c.bus == nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -275,10 +294,18 @@ func (c *Conn) OnError(f func(error)) func() {
 func (c *Conn) Report(err error) {
 	c.mu.Lock()
 	calls := slices.Collect(maps.Values(c.onError))
+	c.last = err
 	c.mu.Unlock()
 	for _, f := range calls {
 		f(err)
 	}
+}
+
+// LastError implements natsconn.Conn.
+func (c *Conn) LastError() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.last
 }
 
 // DenyPublish reports that the connection may not publish to subject, as NATS does some time after the publish.
@@ -287,8 +314,11 @@ func (c *Conn) DenyPublish(subject string) {
 }
 
 // DenySubscribe reports that the connection may not subscribe to subject.
-func (c *Conn) DenySubscribe(subject string) {
-	c.Report(fmt.Errorf("%w: Permissions Violation for Subscription to %q", nats.ErrPermissionViolation, subject))
+func (c *Conn) DenySubscribe(subject string) { c.Report(SubscriptionDenied(subject)) }
+
+// SubscriptionDenied is the error of a server that does not let a connection subscribe to subject.
+func SubscriptionDenied(subject string) error {
+	return fmt.Errorf("%w: Permissions Violation for Subscription to %q", nats.ErrPermissionViolation, subject)
 }
 
 // StatusChanges implements natsconn.Conn.
@@ -328,4 +358,13 @@ func (c *Conn) isUp() bool {
 func (c *Conn) Status() nats.Status { return nats.Status(c.state.Load()) }
 
 // MaxPayload implements natsconn.Conn.
-func (c *Conn) MaxPayload() int64 { return MaxPayload }
+func (c *Conn) MaxPayload() int64 { return c.maxPayload.Load() }
+
+// SetMaxPayload changes what the server takes, of which nobody is told. 0 is that of a connection that has never been up.
+func (c *Conn) SetMaxPayload(bytes int64) { c.maxPayload.Store(bytes) }
+
+// fits reports whether the server takes data. Headers are not counted.
+func (c *Conn) fits(data []byte) bool {
+	max := c.maxPayload.Load()
+	return max == 0 || int64(len(data)) <= max
+}

@@ -123,14 +123,14 @@ func TestReports(t *testing.T) {
 	c := New()
 	var got []string
 	note := func(err error) {
-		subject, subscribe, ok := natsconn.Denied(err)
+		d, ok := natsconn.Denied(err)
 		if !ok {
 			t.Errorf("%v is no denial", err)
 		}
-		if subscribe {
-			subject += " subscribe"
+		if d.Subscribe {
+			d.Subject += " subscribe"
 		}
-		got = append(got, subject)
+		got = append(got, d.Subject)
 	}
 	stop := c.OnError(note)
 	stopOther := c.OnError(note)
@@ -141,6 +141,71 @@ func TestReports(t *testing.T) {
 	c.DenyPublish("c")
 	if want := []string{"a", "a", "b.* subscribe"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// A subscription that is refused succeeds, receives nothing, and its error is reported.
+func TestRefuse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		bus := new(Bus)
+		c := bus.Connect("c")
+		refused := true
+		c.Refuse = func(subject, queue string) error {
+			if refused {
+				return SubscriptionDenied(subject + queue)
+			}
+			return nil
+		}
+		var reported []error
+		defer c.OnError(func(err error) { reported = append(reported, err) })()
+		got := 0
+		for _, want := range []int{0, 1} {
+			stop, err := c.Subscribe("a", "q", func(*nats.Msg) { got++ })
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(c.Publish("a", "", nil), c.Flush(0)); err != nil {
+				t.Error(err)
+			}
+			stop()
+			if got != want {
+				t.Errorf("%d messages, want %d", got, want)
+			}
+			refused = false
+		}
+		if len(reported) != 1 || reported[0] != c.LastError() {
+			t.Errorf("reported %v, LastError %v", reported, c.LastError())
+		}
+		c.Set(nats.RECONNECTING)
+		if c.Flush(0) == nil {
+			t.Error("a flush without a connection")
+		}
+	})
+}
+
+// A message that is too large for the server fails, and is seen by nobody.
+func TestMaxPayload(t *testing.T) {
+	c := New()
+	seen := 0
+	c.Published = func(string, string, []byte) error { seen++; return nil }
+	for _, step := range []struct {
+		max  int64
+		size int
+		ok   bool
+	}{{MaxPayload, MaxPayload, true}, {MaxPayload, MaxPayload + 1, false}, {10, 10, true}, {10, 11, false}, {0, 11, true}} {
+		c.SetMaxPayload(step.max)
+		before := seen
+		for what, err := range map[string]error{
+			"Publish":    c.Publish("a", "", make([]byte, step.size)),
+			"PublishMsg": c.PublishMsg(&nats.Msg{Subject: "a", Data: make([]byte, step.size)}),
+		} {
+			if step.ok && err != nil || !step.ok && !errors.Is(err, nats.ErrMaxPayload) {
+				t.Errorf("%s of %d bytes, %d are taken: %v", what, step.size, step.max, err)
+			}
+		}
+		if step.ok != (seen > before) || c.MaxPayload() != step.max {
+			t.Errorf("%+v: %d were seen, MaxPayload is %d", step, seen-before, c.MaxPayload())
+		}
 	}
 }
 

@@ -1,0 +1,139 @@
+package stream
+
+import (
+	"fmt"
+	"slices"
+)
+
+// denials are refusals of publishes that name no subject a stream of this endpoint publishes to. The NATS server checks
+// permissions after it maps subjects, so such a refusal may be that of a request; it may also be that of a publish of the user's own
+// on the same connection. Nothing in it says which. So it is taken for that of a request only if the request is still not
+// answered AckTimeout later, and no request to another subject could be meant. Owned by the outbox.
+type denials struct {
+	// requested holds the subjects of requests that were published lately, and when. A refusal that names one of them was not mapped;
+	// its stream may have ended before.
+	requested map[string]int64
+	last      int64 // when a request was published last, 0 if none was
+	pending   []denial
+}
+
+// denial is one refusal, until it is decided about.
+type denial struct {
+	subject string
+	err     error
+	at, due int64
+}
+
+const (
+	// A refusal comes a round trip after the publish. AckTimeout is meant to be longer than that; a busy connection may take more.
+	denialWindow = 4 // times AckTimeout
+
+	maxRequested = 1 << 10 // subjects that are remembered
+	maxDenials   = 1 << 6  // refusals that wait to be decided about
+)
+
+// publishes notes that a request is published to subject.
+func (d *denials) publishes(subject string, now, window int64) {
+	if d.requested == nil {
+		d.requested = make(map[string]int64)
+	}
+	if len(d.requested) >= maxRequested {
+		for subject, at := range d.requested {
+			if now-at > window {
+				delete(d.requested, subject)
+			}
+		}
+		if len(d.requested) >= maxRequested {
+			clear(d.requested) // with so many subjects at once no refusal is attributed anyway
+		}
+	}
+	d.requested[subject], d.last = now, now
+}
+
+// add takes a refusal that named no stream's subject.
+func (d *denials) add(subject string, err error, now, patience int64) {
+	if d.last == 0 || now-d.last > denialWindow*patience {
+		return // no request can be meant, so nobody needs to look for it: an end that only serves never does
+	}
+	if _, ours := d.requested[subject]; ours {
+		return
+	}
+	if _, err := ParseToken(lastToken(subject)); err == nil {
+		return // a stream's peer, and the stream has ended
+	}
+	same := func(p denial) bool { return p.subject == subject }
+	if i := slices.IndexFunc(d.pending, same); i >= 0 {
+		d.pending[i].at = now
+	} else if len(d.pending) < maxDenials {
+		d.pending = append(d.pending, denial{subject: subject, err: err, at: now, due: now + patience})
+	}
+}
+
+// waiting is a request that is not answered.
+type waiting struct {
+	subject string
+	asked   int64 // when it was published
+}
+
+// attribute returns the subject of the requests that a refusal at the given time is about: the only one that was published within
+// window before it. It returns false if there is none, or if there are several; undecided is true then.
+func attribute(requests []waiting, at, window int64) (subject string, ok, undecided bool) {
+	for _, r := range requests {
+		switch {
+		case r.asked > at || at-r.asked > window:
+		case !ok:
+			subject, ok = r.subject, true
+		case r.subject != subject:
+			return "", false, true
+		}
+	}
+	return subject, ok, false
+}
+
+// decideDenials ends the streams that pending refusals are about. Called by the outbox at each tick.
+func (o *outbox) decideDenials(now int64) {
+	d := &o.denials
+	if !slices.ContainsFunc(d.pending, func(p denial) bool { return now >= p.due }) {
+		return
+	}
+	var (
+		sessions []*session
+		requests []waiting
+	)
+	o.ep.sessions.Range(func(_ string, s *session) bool {
+		if s.unanswered() {
+			sessions = append(sessions, s)
+			requests = append(requests, waiting{s.subject, s.life.asked})
+		}
+		return true
+	})
+	window := denialWindow * o.ep.times.Ack
+	left := d.pending[:0]
+	for _, p := range d.pending {
+		if now < p.due {
+			left = append(left, p)
+			continue
+		}
+		subject, ok, undecided := attribute(requests, p.at, window)
+		if undecided {
+			p.due = now + o.ep.times.Ack
+			left = append(left, p)
+		}
+		if ok {
+			err := fmt.Errorf("stream: may not publish to %s, to which the NATS server seems to map %s; allow it (docs/PROTOCOL.md section 15): %w",
+				p.subject, subject, p.err)
+			for _, s := range sessions {
+				if s.subject == subject && s.life.asked <= p.at && p.at-s.life.asked <= window {
+					s.requestEnd(&ending{kind: endFault, err: err})
+				}
+			}
+		}
+	}
+	clear(d.pending[len(left):])
+	d.pending = left
+}
+
+// unanswered reports whether the session is a consumer's whose request was published, and to which nothing came.
+func (s *session) unanswered() bool {
+	return s.stream != nil && s.life.asked != 0 && s.peer == "" && !s.oneWay.Load() && s.bucket.ring.Pushed() == 0 && s.end.Load() == nil
+}

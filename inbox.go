@@ -1,0 +1,269 @@
+package stream
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
+)
+
+// inbox is the one wildcard subscription of an endpoint, and whether the NATS server delivers to it. Subscribing never fails: a
+// server that refuses the subscription says so later, by an error on the connection, and one that drops it at a reload says it in
+// the same way. While the inbox is refused, streams end and none begins, because nothing would arrive. The watcher subscribes
+// again until the server accepts.
+type inbox struct {
+	ep      *endpoint
+	refused atomic.Pointer[ending] // why nothing arrives; nil if something may
+
+	news    chan struct{} // capacity 1: the watcher is to look
+	doubted atomic.Bool   // the server refused a subscription and did not say which
+
+	asked   atomic.Uint64 // number of the last probe
+	arrived atomic.Uint64 // number of the last probe that arrived
+	answer  chan struct{} // capacity 1: a probe arrived, or was refused
+	mute    atomic.Bool   // the server does not let this end publish to its own inbox
+
+	subscribing sync.Mutex // held while NATS is asked
+	unsubscribe func()
+	closed      bool
+
+	mu      sync.Mutex // guards the change of refused, and what follows
+	known   error      // the refusal that was seen last: its report may come twice
+	since   time.Time  // of refused
+	changed func(error)
+}
+
+const (
+	probeToken   = "probe"                // of a message to the own inbox. Tokens of streams begin with another character
+	probeTimeout = 2 * time.Second        // for the server to answer
+	probeDelay   = 250 * time.Millisecond // for the mux to take what has arrived. A probe that takes longer is not lost
+
+	// A refused subject is subscribed to again after a quarter of the time that it has been refused for, within these bounds: a
+	// reload that goes wrong is often mended at once, and each try is an error in the server's log.
+	minRenewal = 25 * time.Millisecond
+	maxRenewal = 5 * time.Second
+)
+
+func (b *inbox) init(ep *endpoint) {
+	b.ep = ep
+	b.news, b.answer = make(chan struct{}, 1), make(chan struct{}, 1)
+}
+
+// subscribe makes the subscription. It is made again while the endpoint lives; the old one has ended then.
+func (b *inbox) subscribe() error {
+	b.subscribing.Lock()
+	defer b.subscribing.Unlock()
+	if b.closed {
+		return ErrClosed
+	}
+	if b.unsubscribe != nil {
+		b.unsubscribe()
+		b.unsubscribe = nil
+	}
+	unsubscribe, err := b.ep.conn.Subscribe(b.ep.prefix+"*", "", b.ep.receive)
+	if err != nil {
+		return fmt.Errorf("stream: subscribe to %s*: %w", b.ep.prefix, err)
+	}
+	b.unsubscribe = unsubscribe
+	return nil
+}
+
+func (b *inbox) close() {
+	b.subscribing.Lock()
+	defer b.subscribing.Unlock()
+	b.closed = true
+	if b.unsubscribe != nil {
+		b.unsubscribe()
+	}
+}
+
+// onChange has f called with the reason when the inbox is refused, and with nil when it is heard again.
+func (b *inbox) onChange(f func(error)) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.changed = f
+	if e := b.refused.Load(); e != nil {
+		f(e.err)
+	}
+}
+
+// denied takes the server's word that this end may not subscribe to its inbox. It is called with each error once, but the watcher
+// may have seen it before.
+func (b *inbox) denied(err error) {
+	b.mu.Lock()
+	seen := b.known == err
+	b.known = err
+	b.mu.Unlock()
+	if !seen {
+		b.refuse(fmt.Errorf("stream: may not subscribe to %s*, where answers would come; allow it (docs/PROTOCOL.md section 15): %w", b.ep.prefix, err))
+	}
+}
+
+// doubt notes that the server refused a subscription, which may be the inbox.
+func (b *inbox) doubt() {
+	b.doubted.Store(true)
+	b.wake()
+}
+
+func (b *inbox) wake() {
+	select {
+	case b.news <- struct{}{}:
+	default:
+	}
+}
+
+// refuse ends all streams, until heard.
+func (b *inbox) refuse(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	// The peers of streams that have one are told, because nothing says so to them: publishing still works.
+	e := &ending{kind: endFault, err: err, reset: CloseError{CloseGoingAway, "the NATS server refuses this end's inbox"}}
+	if !b.refused.CompareAndSwap(nil, e) {
+		return
+	}
+	b.since = time.Now()
+	b.ep.sessions.Range(func(_ string, s *session) bool {
+		s.requestEnd(e)
+		return true
+	})
+	b.ep.outbox.ask(aside{silenced: e})
+	if b.changed != nil {
+		b.changed(err)
+	}
+	b.wake()
+}
+
+// heard lets streams begin again.
+func (b *inbox) heard() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refused.Store(nil)
+	if b.changed != nil {
+		b.changed(nil)
+	}
+}
+
+// look finds out whether the inbox is heard, and subscribes again if it is not and renew says so. It returns when to look again, 0
+// if only after news. Called by the watcher, while the connection is up.
+func (b *inbox) look(renew bool) time.Duration {
+	if b.refused.Load() == nil && b.doubted.Swap(false) && b.silent() {
+		b.refuse(fmt.Errorf("stream: the NATS server does not deliver to %s*, because the connection has too many subscriptions; "+
+			"raise max_subscriptions: %w", b.ep.prefix, nats.ErrMaxSubscriptionsExceeded))
+		renew = false
+	}
+	e := b.refused.Load()
+	if e == nil {
+		return 0
+	}
+	if renew && b.renew(errors.Is(e.err, nats.ErrMaxSubscriptionsExceeded)) {
+		b.heard()
+		return 0
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return renewal(b.since)
+}
+
+// renewal returns when to subscribe again to a subject that has been refused since then.
+func renewal(since time.Time) time.Duration {
+	return min(max(time.Since(since)/4, minRenewal), maxRenewal)
+}
+
+// silent reports whether the inbox is surely not heard, and leaves it subscribed to.
+func (b *inbox) silent() bool {
+	n, ok := b.probe()
+	if !ok || b.arrived.Load() >= n {
+		return false
+	}
+	// Ending the subscription waits for what has arrived and was not handed over yet, so nothing is left that could be the probe.
+	// If it was only late, the new subscription is as good as the old one: what is lost meanwhile is sent again.
+	return b.subscribe() == nil && b.arrived.Load() < n && !b.mute.Load()
+}
+
+// probe publishes a message to the inbox, and waits for it. It returns its number, and false if the answer says nothing: if this end
+// may not publish there, or if the connection is in trouble, after which the watcher looks again.
+func (b *inbox) probe() (n uint64, ok bool) {
+	ep := b.ep
+	n = b.asked.Add(1)
+	b.mute.Store(false)
+	err := ep.conn.Publish(ep.prefix+probeToken, "", binary.BigEndian.AppendUint64(nil, n))
+	if err == nil {
+		err = ep.conn.Flush(probeTimeout)
+	}
+	if err != nil {
+		b.doubted.Store(true)
+		return n, false
+	}
+	late := time.NewTimer(probeDelay)
+	defer late.Stop()
+	for b.arrived.Load() < n {
+		if b.mute.Load() || ep.isProbe(ep.conn.LastError()) {
+			return n, false
+		}
+		select {
+		case <-b.answer:
+		case <-late.C:
+			return n, true
+		case <-ep.ctx.Done(): // close waits for the watcher
+			return n, false
+		}
+	}
+	return n, true
+}
+
+// isProbe reports whether err says that this end may not publish a probe.
+func (ep *endpoint) isProbe(err error) bool {
+	d, ok := natsconn.Denied(err)
+	return ok && !d.Subscribe && d.Subject == ep.prefix+probeToken
+}
+
+// renew subscribes again, and reports whether the server accepts. crowded says that it refused the inbox because of the number of
+// subscriptions, which its error does not tell from others.
+func (b *inbox) renew(crowded bool) bool {
+	conn := b.ep.conn
+	before := conn.LastError()
+	if b.subscribe() != nil || conn.Flush(probeTimeout) != nil {
+		return false
+	}
+	// nats.go notes an error before it reports it, and before it takes the answer to the flush.
+	last := conn.LastError()
+	if d, ok := natsconn.Denied(last); ok && d.Subscribe && d.Subject == b.ep.prefix+"*" && last != before {
+		b.mu.Lock()
+		b.known = last
+		b.mu.Unlock()
+		return false
+	}
+	if crowded {
+		n, ok := b.probe()
+		return !ok && !b.doubted.Load() || b.arrived.Load() >= n
+	}
+	return true
+}
+
+// receive takes a message to the probe's subject. Called by the mux.
+func (b *inbox) receive(data []byte) {
+	if len(data) != 8 {
+		return
+	}
+	b.arrived.Store(binary.BigEndian.Uint64(data))
+	b.answered()
+}
+
+// muted notes that this end may not publish to its own inbox.
+func (b *inbox) muted() {
+	b.mute.Store(true)
+	b.answered()
+}
+
+func (b *inbox) answered() {
+	select {
+	case b.answer <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,32 @@
+package jsonwire
+
+import (
+	"bytes"
+	"encoding/json"
+)
+
+// maxPubAck is more than any acknowledgement of JetStream takes: two names of at most 255 bytes, a description of an error,
+// numbers. Longer messages are not looked at, so that the mux spends little on them.
+const maxPubAck = 4 << 10
+
+// IsPubAck reports whether b is how JetStream acknowledges that it keeps a message, or says that it does not. A JetStream stream
+// on the subject of a request sends that to the request's reply subject. Messages of the fallback have a type, which these never
+// have.
+func IsPubAck(b []byte) bool {
+	if len(b) > maxPubAck || bytes.HasPrefix(b, []byte(`{"type":`)) || len(b) == 0 || b[0] != '{' {
+		return false
+	}
+	var m struct {
+		Type   json.RawMessage `json:"type"`
+		Stream *string         `json:"stream"`
+		Seq    *uint64         `json:"seq"`
+		Error  *struct {
+			Code    int `json:"code"`
+			ErrCode int `json:"err_code"`
+		} `json:"error"`
+	}
+	if json.Unmarshal(b, &m) != nil || m.Type != nil {
+		return false
+	}
+	return m.Stream != nil && *m.Stream != "" && m.Seq != nil || m.Error != nil && m.Error.Code != 0 && m.Error.ErrCode != 0
+}
