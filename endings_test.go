@@ -33,7 +33,7 @@ func TestHandlerErrorIsNeverANormalEnd(t *testing.T) {
 	normal := &stream.CloseError{Code: stream.CloseNormalClosure, Text: "done"}
 	own := &stream.CloseError{Code: 4321, Text: "mine"}
 	var results sync.Map
-	p, _ := newServed(t, stream.ServerParams{Logger: slog.New(slog.DiscardHandler)}, func(w *stream.Writer, r *stream.Request) error {
+	p, _ := newServed(t, stream.ServerParams{MaxFallback: 10, Logger: slog.New(slog.DiscardHandler)}, func(w *stream.Writer, r *stream.Request) error {
 		write(t, w, []byte("row"))
 		err, _ := results.Load(string(r.Data))
 		result, _ := err.(error)
@@ -552,7 +552,7 @@ func TestCloseOfAHandlerThatSucceeds(t *testing.T) {
 
 // A record that the sender refuses because of its size ends the stream with 1009, if the handler returns that error.
 func TestRecordTooLargeEndsTheStreamWith1009(t *testing.T) {
-	p, _ := newServed(t, stream.ServerParams{MaxRecordSize: 1000}, func(w *stream.Writer, r *stream.Request) error {
+	p, _ := newServed(t, stream.ServerParams{MaxRecordSize: 1000, MaxFallback: 10}, func(w *stream.Writer, r *stream.Request) error {
 		write(t, w, []byte("row"))
 		var err error
 		if strings.HasPrefix(string(r.Data), "object") {

@@ -294,11 +294,26 @@ func (o *outbox) ping(s *session) {
 // be coming back.
 func (o *outbox) absent(s *session) {
 	l := &s.life
+	if !s.binary() { // what nobody received is lost, and cannot be sent again
+		e := &CloseError{CloseAbnormalClosure, "nobody receives the stream"}
+		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("%w: %w", e, nats.ErrNoResponders)})
+		return
+	}
 	l.absent = true
 	if l.suspect == 0 {
 		l.suspect = o.ep.now()
 		o.schedule(s, l.suspect+o.ep.times.Ack)
 	}
+}
+
+// probeDue reports whether the fallback message p is to carry a reply subject, so that NATS says if nobody receives it. A
+// fallback peer cannot be asked. The first message of a handler does, and then one in each KeepAlive. Those of NewWriter do not:
+// they are what the original library would send.
+func (o *outbox) probeDue(s *session, p *packet) bool {
+	const header = len("NATS/1.0\r\n" + headerProbe + ": 1\r\n\r\n")
+	l := &s.life
+	return s.server != nil && (l.pinged == 0 || o.ep.clock.Load()-l.pinged >= o.ep.times.KeepAlive) &&
+		int64(len(p.buf)+header) <= o.ep.maxPayload.Load() && len(s.peer) <= o.ep.longestPeer()
 }
 
 // jitter is by how much an interval of d is made shorter, at random: up to a tenth.

@@ -436,7 +436,8 @@ func (o *outbox) publish(subject, reply string, data []byte) error {
 	return err
 }
 
-// send publishes data to a subject that a peer named. All publishing does, except for requests.
+// send publishes data to a subject that a peer named. All publishing does, except for requests
+// and the questions to NATS in the fallback.
 func (o *outbox) send(subject, reply string, data []byte) error {
 	if most := o.ep.longestPeer(); len(subject) > most {
 		return fmt.Errorf("subject of %d bytes, which may be longer than this connection's NATS server takes (max_control_line); "+

@@ -352,7 +352,12 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 	if seq == 0 && !w.json && s.stream == nil {
 		reply = s.reply
 	}
-	if err == nil {
+	switch {
+	case err != nil:
+	case w.json && o.probeDue(s, p):
+		s.life.pinged = o.ep.now()
+		err = o.ep.conn.PublishMsg(&nats.Msg{Subject: s.peer, Reply: s.reply, Header: nats.Header{headerProbe: {"1"}}, Data: p.buf})
+	default:
 		err = o.send(s.peer, reply, p.buf)
 	}
 	switch { // these do not go as they are

@@ -80,7 +80,7 @@ func TestWildcardHandlerLeavesJetStreamAlone(t *testing.T) {
 	p := newPair(t, pairOptions{server: []streamtest.Option{streamtest.WithOptions(func(o *server.Options) {
 		o.JetStream, o.StoreDir = true, dir
 	})}})
-	s := newService(t, p, stream.ServerParams{})
+	s := newService(t, p, stream.ServerParams{MaxFallback: 10})
 	var calls atomic.Int64
 	s.handle(t, ">", func(*stream.Writer, *stream.Request) error {
 		calls.Add(1)
@@ -179,7 +179,7 @@ var oddReplies = []string{">", "*", "foo.*", "foo.>", "*.foo", "a..b", "a.", ".a
 func TestOddReplySubjectsAreNotWrittenTo(t *testing.T) {
 	pedantic := func(o *nats.Options) error { o.Pedantic = true; return nil }
 	p := newPair(t, pairOptions{producerConn: []nats.Option{pedantic}})
-	s := newService(t, p, stream.ServerParams{}, pedantic)
+	s := newService(t, p, stream.ServerParams{MaxFallback: 10}, pedantic)
 	s.handle(t, "svc", func(w *stream.Writer, _ *stream.Request) error {
 		_, err := w.Write([]byte("x"))
 		return err
@@ -240,7 +240,7 @@ func controlOf(t *testing.T, p *pair) string {
 // Handlers whose requests name a request subject as their reply would answer each other for ever.
 func TestRequestSubjectsAreNoReplySubjects(t *testing.T) {
 	p := newPair(t)
-	s := newService(t, p, stream.ServerParams{KeepAlive: 100 * time.Millisecond, AckTimeout: 20 * time.Millisecond, ResumeTimeout: 100 * time.Millisecond})
+	s := newService(t, p, stream.ServerParams{MaxFallback: 10, KeepAlive: 100 * time.Millisecond, AckTimeout: 20 * time.Millisecond, ResumeTimeout: 100 * time.Millisecond})
 	var calls atomic.Int64
 	h := func(w *stream.Writer, r *stream.Request) error {
 		calls.Add(1)

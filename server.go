@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -35,6 +36,14 @@ type ServerParams struct {
 	// all members of a group are full, consumers get nats.ErrNoResponders then instead of CloseTryAgainLater.
 	// Subjects outside queue groups are not affected.
 	StayWhenFull bool
+	// MaxFallback is how many handlers may serve consumers that speak only the JSON fallback, at the same time and within
+	// MaxStreams. By default it is 0: such requests are refused with [CloseUnsupportedData]. A fallback consumer acknowledges
+	// nothing and cannot be asked whether it is there, so a request of a few bytes can have a stream sent to any subject. Set
+	// it if consumers use the original API. Writers made by [NewWriter] are not affected.
+	MaxFallback int
+	// FallbackTimeout is how long a stream to a fallback consumer may last, 10 minutes by default. Then it ends with
+	// [CloseDeadlineExceeded], as at a consumer's own deadline.
+	FallbackTimeout time.Duration
 	// Logger gets the panics of handlers, and the errors that handlers return after their consumers have read the normal end.
 	// slog.Default() by default.
 	Logger *slog.Logger
@@ -44,7 +53,10 @@ type ServerParams struct {
 	KeepAlive, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
 }
 
-const defaultMaxStreams = 10_000
+const (
+	defaultMaxStreams      = 10_000
+	defaultFallbackTimeout = 10 * time.Minute
+)
 
 // lingering is how many streams beside twice MaxStreams may wait for the acknowledgement of their end: enough for handlers that
 // return at once, tens of thousands in a second, on a slow network, and a bound for consumers that never acknowledge.
@@ -121,7 +133,11 @@ func (r *Request) WriteTo(w io.Writer) (int64, error) { return r.session.writeTo
 // Server answers requests with streams, each from a [Handler] in a goroutine of its own. It is safe for use by many
 // goroutines at once. End it with [Server.Drain] or [Server.Close].
 type Server struct {
-	ep    *endpoint
+	ep              *endpoint
+	maxFallback     int64
+	fallbackTimeout time.Duration
+	fallbacks       atomic.Int64 // handlers that serve fallback consumers
+
 	room  room
 	stays bool // in its queue groups when it is full
 	log   *slog.Logger
@@ -162,7 +178,16 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	if params.MaxStreams == 0 {
 		params.MaxStreams = defaultMaxStreams
 	}
+	switch {
+	case params.MaxFallback < 0:
+		return nil, fmt.Errorf("stream: parameter MaxFallback is %d: it must be at least 1, or 0 to refuse the JSON fallback", params.MaxFallback)
+	case params.FallbackTimeout == 0:
+		params.FallbackTimeout = defaultFallbackTimeout
+	case params.FallbackTimeout < time.Millisecond:
+		return nil, fmt.Errorf("stream: parameter FallbackTimeout is %v: it must be at least 1ms, or 0 for %v", params.FallbackTimeout, defaultFallbackTimeout)
+	}
 	s := &Server{
+		maxFallback: int64(params.MaxFallback), fallbackTimeout: params.FallbackTimeout,
 		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
 		draining: make(chan struct{}), registrations: make(map[*Registration]struct{}),
 	}
@@ -230,8 +255,22 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 		refuse(CloseBadRequest, err.Error())
 		return
 	}
-	switch s.enter() {
-	case entered:
+	leave := func() {}
+	if json {
+		if ce := s.enterFallback(); ce != nil {
+			refuse(ce.Code, ce.Text)
+			return
+		}
+		leave = func() { s.fallbacks.Add(-1) }
+		if timeout == 0 || timeout > s.fallbackTimeout {
+			timeout = s.fallbackTimeout
+		}
+	}
+	admitted := s.enter()
+	if admitted != entered {
+		leave()
+	}
+	switch admitted {
 	case full:
 		refuse(CloseTryAgainLater, fmt.Sprintf("%d handlers run, or as many streams as this server takes wait for their consumers", s.room.handlers))
 		return
@@ -262,6 +301,7 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 	}
 	session.markLater(workWait)
 	go func() {
+		defer leave()
 		defer end(nil)
 		defer cancel()
 		if !json {
@@ -352,6 +392,18 @@ func (s *Server) enter() admission {
 	s.sessions++
 	s.checkRoomLocked()
 	return entered
+}
+
+// enterFallback counts a fallback consumer's request in, or returns why it is refused.
+func (s *Server) enterFallback() *CloseError {
+	switch {
+	case s.maxFallback == 0:
+		return &CloseError{CloseUnsupportedData, "this server does not serve the JSON fallback: use a client that sends the header Stream-Open, or set ServerParams.MaxFallback"}
+	case s.fallbacks.Add(1) > s.maxFallback:
+		s.fallbacks.Add(-1)
+		return &CloseError{CloseTryAgainLater, fmt.Sprintf("%d handlers serve fallback consumers", s.maxFallback)}
+	}
+	return nil
 }
 
 // exit counts a handler out. Its session goes on until the consumer has everything.

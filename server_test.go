@@ -225,7 +225,7 @@ func TestMaxStreams(t *testing.T) {
 		<-release
 		return nil
 	}
-	p, s := newServed(t, stream.ServerParams{MaxStreams: 2}, h)
+	p, s := newServed(t, stream.ServerParams{MaxStreams: 2, MaxFallback: 2}, h)
 	s.handle(t, "other", h)
 	a := open(t, p.consumer, "svc")
 	<-began
@@ -279,7 +279,7 @@ func nextJSON(t testing.TB, sub *nats.Subscription) stream.StreamingMsg {
 // Old consumers are served by the same handler. It reads nothing from them.
 func TestServerFallback(t *testing.T) {
 	result := make(chan error, 1)
-	p, _ := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
+	p, _ := newServed(t, stream.ServerParams{MaxFallback: 10}, func(w *stream.Writer, r *stream.Request) error {
 		_, err := r.Recv()
 		result <- err
 		if err := w.SetHeader(nats.Header{"K": {"v"}}); err != nil {
@@ -610,6 +610,8 @@ func TestServerParams(t *testing.T) {
 	}
 	for want, params := range map[string]stream.ServerParams{
 		"MaxStreams":        {MaxStreams: -1},
+		"MaxFallback":       {MaxFallback: -1},
+		"FallbackTimeout":   {FallbackTimeout: -1},
 		"Window":            {Window: 1},
 		"MaxBuffered":       {MaxBuffered: -1},
 		"MaxRecordSize":     {MaxRecordSize: -1},

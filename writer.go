@@ -125,6 +125,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	w.init(s, ctx)
 	w.subject = subject
 	if w.json = json; json {
+		s.bucket.mode = modeJSON // its consumer sends nothing: packets are of somebody else
 		w.codec = FlagJSON
 		w.granted = credited{fallbackQueue, fallbackQueueBytes}
 	} else {
