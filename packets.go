@@ -258,23 +258,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		err = nil // it is missed and asked for, like any other that was under way
 	}
 	if err != nil {
-		if errors.Is(err, nats.ErrMaxPayload) {
-			if w.recut(p, int(o.ep.maxPayload.Load())) {
-				return true
-			}
-			s.requestEnd(o.ep.exceeds(p))
-		}
-		if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadSubject) {
-			putPacket(p)
-			return false
-		}
-		w.sent.failed = p
-		w.mu.Lock()
-		w.fault = err
-		w.queued = false
-		w.wakeLocked()
-		w.mu.Unlock()
-		return false
+		return w.publishFailed(o, p, err)
 	}
 	s.ep.counters.sent(len(p.buf))
 	now := o.ep.clock.Load()
@@ -313,6 +297,29 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		}
 	}
 	return !last
+}
+
+// publishFailed takes a new packet back that could not be published, and reports whether there is something to publish in its
+// place.
+func (w *Writer) publishFailed(o *outbox, p *packet, err error) (more bool) {
+	switch {
+	case errors.Is(err, nats.ErrMaxPayload):
+		if w.recut(p, int(o.ep.maxPayload.Load())) {
+			return true
+		}
+		w.session.requestEnd(o.ep.exceeds(p))
+		putPacket(p)
+	case errors.Is(err, nats.ErrBadSubject): // the stream has ended
+		putPacket(p)
+	default:
+		w.sent.failed = p
+		w.mu.Lock()
+		w.fault = err
+		w.queued = false
+		w.wakeLocked()
+		w.mu.Unlock()
+	}
+	return false
 }
 
 // isLoss reports whether a publish failed because the connection broke under it: nats.go writes its buffer out there. The
