@@ -128,14 +128,14 @@ func (b *inbox) refuse(err error) {
 		return
 	}
 	b.since = time.Now()
+	if b.changed != nil {
+		b.changed(err)
+	}
 	b.ep.sessions.Range(func(_ string, s *session) bool {
 		s.requestEnd(e)
 		return true
 	})
 	b.ep.outbox.ask(aside{silenced: e})
-	if b.changed != nil {
-		b.changed(err)
-	}
 	b.wake()
 }
 

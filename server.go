@@ -226,8 +226,8 @@ func (s *Server) inboxChanged(refused error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if refused != nil {
+		s.suspendLocked(suspendedUnheard) // first: each request that still comes has to be refused
 		s.log.Error("stream: the server serves nothing until its inbox is heard", "error", refused)
-		s.suspendLocked(suspendedUnheard)
 	} else {
 		s.log.Info("stream: the server's inbox is heard again")
 		s.resumeLocked(suspendedUnheard)
