@@ -32,7 +32,8 @@ type ClientParams struct {
 	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Windows grow within an eighth
 	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. What has arrived of records
 	// that come in pieces is in it, and where there is no room for more of one its stream ends with CloseTryAgainLater.
-	// Fallback peers are not in it.
+	// Fallback peers are not in it. It bounds once more what writers keep until peers acknowledge it: as less is left, each
+	// stream may keep less, down to a packet, and writes wait. SECURITY.md in the repository lists what is in no budget.
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default, or MaxBuffered if that is less,
 	// but at least 256 KiB. It may not exceed MaxBuffered, which a record in pieces has to fit into, together with the window of

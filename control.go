@@ -252,8 +252,8 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 	s, q := w.session, &w.sent
 	if n := q.Acked() - before; n != 0 {
 		s.life.asks = 0
-		if s.life.closed != 0 { // a peer that gets there bit by bit is not given up
-			s.life.closed = o.ep.now()
+		if now := o.ep.now(); s.life.closed != 0 && o.lingers(s, now) {
+			s.life.closed = now
 		}
 		if q.loss.Arrived(n, maxPackets) {
 			s.mark(workPackets)

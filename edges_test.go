@@ -48,8 +48,8 @@ func TestAcknowledgementFromAfar(t *testing.T) {
 	write()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.acked.packets != 1 {
-		t.Errorf("%d packets count as acknowledged, 1 was", w.acked.packets)
+	if w.acked != 1 {
+		t.Errorf("%d packets count as acknowledged, 1 was", w.acked)
 	}
 }
 

@@ -34,7 +34,7 @@ type endpoint struct {
 	window    uint64 // upper bound of one stream's window, bytes, a power of two
 	maxRecord int
 	fallback  uint64 // bytes a fallback peer may pile up
-	budget    int64  // for all windows together
+	budget    int64  // for all windows together, and once more for all that is kept
 	reserved  atomic.Int64
 	times     liveness.Intervals
 
@@ -46,6 +46,7 @@ type endpoint struct {
 
 	sessions *xsync.MapOf[string, *session] // by token
 	outbox   outbox
+	kept     atomic.Int64 // bytes of all buffers that writers keep; it changes with each packet
 	counters counters
 
 	// What the connection said last. maxPayload is the server's max_payload in bytes.

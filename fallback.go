@@ -57,6 +57,7 @@ func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
 		}
 	}
 	w.open = getPacket(size)
+	w.keepLocked(w.open)
 	w.n = len(jsonwire.AppendData(w.open.buf[:0], p))
 	w.sealLocked()
 	w.markLocked()
@@ -87,6 +88,7 @@ func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
 func (w *Writer) appendCloseJSONLocked(code int, reason string) error {
 	m := jsonwire.AppendClose(nil, jsonwire.Close{Code: code, Text: cutReason(reason, w.session.ep.reasonLimit())})
 	w.open = getPacket(len(m))
+	w.keepLocked(w.open)
 	w.n = copy(w.open.buf, m)
 	w.closed.Store(true)
 	w.closing = CloseError{code, reason}

@@ -90,8 +90,8 @@ func (p *pair) finish(t testing.TB) {
 				t.Errorf("Client.Close: %v", err)
 			}
 		})
-		if s := c.Stats(); s.Streams != 0 || s.Reserved != 0 {
-			t.Errorf("after Client.Close: %d streams, %d bytes reserved", s.Streams, s.Reserved)
+		if s := c.Stats(); s.Streams != 0 || s.Reserved != 0 || s.Kept != 0 {
+			t.Errorf("after Client.Close: %d streams, %d bytes reserved, %d kept", s.Streams, s.Reserved, s.Kept)
 		}
 	}
 	for _, c := range p.clients {
@@ -111,12 +111,12 @@ func (p *pair) settle(t testing.TB) {
 	}
 }
 
-// verifyIdle waits until c holds no stream and no part of a window.
+// verifyIdle waits until c holds no stream, no part of a window and no packet.
 func verifyIdle(t testing.TB, c *stream.Client) {
 	t.Helper()
 	var s stream.Stats
-	if !poll(func() bool { s = c.Stats(); return s.Streams == 0 && s.Reserved == 0 }) {
-		t.Errorf("not given back: %d streams, %d bytes reserved", s.Streams, s.Reserved)
+	if !poll(func() bool { s = c.Stats(); return s.Streams == 0 && s.Reserved == 0 && s.Kept == 0 }) {
+		t.Errorf("not given back: %d streams, %d bytes reserved, %d kept", s.Streams, s.Reserved, s.Kept)
 	}
 }
 

@@ -31,7 +31,8 @@ const (
 type life struct {
 	born, heard, sent, pinged int64
 	suspect                   int64 // since when the peer may be gone
-	closed                    int64 // since when everything was sent, and waits to be acknowledged
+	closeSent                 int64 // since when everything was sent
+	closed                    int64 // since when what was sent waits for any of it to be acknowledged
 	asked                     int64 // when the request was published
 	closeAt                   int64 // when a CLOSE that is held back for a handler's result is published
 	pings                     int32 // since the peer was heard
@@ -270,6 +271,20 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 		end.err = fmt.Errorf("%w: %w", &e, nats.ErrNoResponders)
 	}
 	s.requestEnd(end)
+}
+
+// maxLinger is for how long what is left of a stream is kept for a peer that acknowledges it bit by bit. A slow line may
+// take minutes for a window.
+const maxLinger = int64(time.Hour)
+
+// lingers reports whether to go on waiting for a peer that acknowledged some of what is left of a stream that has closed: for
+// maxLinger in all, and no longer than for one that acknowledges nothing while half of what may be kept is in use.
+func (o *outbox) lingers(s *session, now int64) bool {
+	limit := max(maxLinger, o.ep.times.Resume)
+	if o.ep.kept.Load() > o.ep.budget/2 {
+		limit = o.ep.times.Resume
+	}
+	return now-s.life.closeSent < limit
 }
 
 // ping asks the peer for a CREDIT.

@@ -158,6 +158,9 @@ func (m *memoryPair) left() error {
 		if n := ep.reserved.Load(); n != 0 {
 			all = append(all, fmt.Errorf("%s: %d bytes are reserved", name, n))
 		}
+		if n := ep.kept.Load(); n != 0 {
+			all = append(all, fmt.Errorf("%s: %d bytes are kept", name, n))
+		}
 	}
 	m.server.mu.Lock()
 	defer m.server.mu.Unlock()

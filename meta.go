@@ -98,7 +98,8 @@ func (w *Writer) SetTrailer(h nats.Header) error {
 // meta encodes h, if it fits.
 func (w *Writer) meta(h nats.Header) ([]byte, error) {
 	meta, err := appendMeta(nil, h)
-	if max := min(maxMeta, w.singleLimit()-2*FrameHeaderSize-MaxReason); err == nil && len(meta) > max {
+	most := int(w.session.ep.maxPayload.Load()) - PacketHeaderSize - 3*FrameHeaderSize - MaxReason // CLOSE goes with trailers
+	if max := min(maxMeta, most); err == nil && len(meta) > max {
 		err = fmt.Errorf("%w: %d bytes, at most %d can be sent", ErrHeader, len(meta), max)
 	}
 	return meta, err

@@ -103,17 +103,41 @@ func (w *Writer) coalesceLimit() int {
 // large packets, an idle one small ones.
 func (w *Writer) openLocked(n int) {
 	w.open = getPacket(max(n, min(w.size, coalesceSize)))
+	w.keepLocked(w.open)
 	w.n = PacketHeaderSize
 	w.roomLocked()
 }
 
-// growLocked moves the open packet into a buffer of at least n bytes.
+// growLocked moves the open packet into a buffer of at least n bytes. A stream under load has large packets in few steps.
 func (w *Writer) growLocked(n int) {
+	w.moveLocked(max(n, min(growthFactor*len(w.open.buf), coalesceSize)))
+	w.roomLocked()
+}
+
+// moveLocked moves the open packet into another buffer of at least n bytes.
+func (w *Writer) moveLocked(n int) {
 	p := getPacket(n)
 	copy(p.buf, w.open.buf[:w.n])
+	w.keepLocked(p)
+	w.freeLocked(w.open.memory())
 	putPacket(w.open)
 	w.open = p
-	w.roomLocked()
+}
+
+// growthFactor is by how much a packet grows at least.
+const growthFactor = 4
+
+// keepLocked counts the buffer of p from when it is opened until it is acknowledged; freeLocked ends that for n bytes.
+func (w *Writer) keepLocked(p *packet) {
+	w.kept += p.memory()
+	w.session.ep.kept.Add(int64(p.memory()))
+}
+
+func (w *Writer) freeLocked(n uint64) {
+	if n != 0 { // the endpoint's count is shared with all writers
+		w.kept -= n
+		w.session.ep.kept.Add(-int64(n))
+	}
 }
 
 // roomLocked lets Write use the open packet, unless somebody has the turn.
@@ -127,6 +151,9 @@ func (w *Writer) roomLocked() {
 // sealLocked ends the open packet: no more records go in, and it is the outbox's from here on. A packet that uses up
 // the credit asks for more.
 func (w *Writer) sealLocked() {
+	if n := len(w.open.buf); n >= wasteful*w.n && n > packetClasses[0] { // what is kept is the buffer
+		w.moveLocked(w.n)
+	}
 	p := w.open
 	p.buf = p.buf[:w.n]
 	p.last = w.closed.Load()
@@ -153,11 +180,22 @@ func (w *Writer) closeSoon() bool {
 	return s.server != nil && !s.readDone.Load() && s.bucket.ring.Pushed() > 0
 }
 
+// wasteful is how many times as large as its packet a buffer is that is exchanged for a smaller one.
+const wasteful = 2
+
 // creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Beside what the peer granted
-// it heeds this end's own window, so that a peer cannot make it keep more than that until it acknowledges.
+// it heeds what this end may keep, so that a peer that does not acknowledge cannot make it keep more.
 func (w *Writer) creditLocked() bool {
 	return int32(w.sealed-w.granted.packets) < 0 && w.sealedBytes < w.granted.bytes &&
-		w.sealed-w.acked.packets < maxUnacked && w.sealedBytes-w.acked.bytes < w.session.ep.window
+		w.sealed-w.acked < maxUnacked && mayKeep(w.kept, w.session.ep.kept.Load(), w.session.ep.window, w.session.ep.budget)
+}
+
+// mayKeep reports whether a stream that keeps kept bytes may open another packet, at an endpoint whose streams keep all bytes
+// together. Each may keep its window and as much as is left of the budget: a few streams get all they ask for, the budget is
+// never used up, and streams that come later find as much as those that are there have (Choudhury and Hahne, "Dynamic queue
+// length thresholds for shared-memory packet switches", 1998). Every stream may keep minWindow, so that none stands still.
+func mayKeep(kept uint64, all int64, window uint64, budget int64) bool {
+	return kept < window && (kept < minWindow || int64(kept) < budget-all)
 }
 
 // stalled reports whether writes wait for the peer's credit.
@@ -179,17 +217,25 @@ func (w *Writer) credit(c Credit) error {
 	if next := w.sent.Next(); int32(c.Ack-next) > 0 {
 		return fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, next)
 	}
-	n, bytes := w.sent.release(c.Ack)
+	n, memory := w.sent.release(c.Ack)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.acked.packets += n
-	w.acked.bytes += bytes
+	w.acked += n
+	w.freeLocked(memory)
 	if int32(c.Packets-w.granted.packets) > 0 {
 		w.granted.packets = c.Packets
 	}
 	w.granted.bytes = max(w.granted.bytes, c.Bytes)
 	w.wakeLocked()
 	return nil
+}
+
+// releaseSent lets go of what was published. Called by the outbox.
+func (w *Writer) releaseSent() {
+	_, memory := w.sent.release(w.sent.Next())
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.freeLocked(memory)
 }
 
 // ended lets go of everything, because the stream has. Called by the outbox.
@@ -202,6 +248,7 @@ func (w *Writer) ended() {
 		w.sealed++ // records that are thrown away are never acknowledged
 	}
 	w.open, w.n, w.room = nil, 0, nil
+	w.freeLocked(w.kept)
 	w.wakeLocked()
 	w.mu.Unlock()
 	for p := w.nextReady(); p != nil; p = w.nextReady() {
@@ -293,6 +340,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 			o.step(s, lifecycle.CloseAcked)
 		} else {
 			s.life.closed = o.ep.now()
+			s.life.closeSent = s.life.closed
 			o.schedule(s, s.life.closed+min(o.ep.times.Ack, o.ep.times.Resume))
 		}
 	}
@@ -401,7 +449,9 @@ func (w *Writer) recut(p *packet, limit int) bool {
 	for i, piece := range pieces {
 		w.sealedBytes += uint64(len(piece))
 		all = append(all, &packet{buf: piece, class: unpooled, last: p.last && i == len(pieces)-1})
+		w.keepLocked(all[i])
 	}
+	w.freeLocked(p.memory())
 	putPacket(p)
 	extra := uint32(len(pieces) - 1)
 	w.sealed += extra
@@ -505,12 +555,12 @@ func (w *Writer) sealOpen() *packet {
 // own bound on what waits to be published.
 func (w *Writer) sentJSON(p *packet) {
 	w.sent.Skip()
-	n := uint64(len(p.buf))
+	n, memory := uint64(len(p.buf)), p.memory()
 	putPacket(p)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.acked.packets++
-	w.acked.bytes += n
+	w.acked++
+	w.freeLocked(memory)
 	w.granted.packets++
 	w.granted.bytes += n
 	w.wakeLocked()
@@ -535,13 +585,13 @@ func (q *sentPackets) again(seq uint32, now, patience int64) bool {
 	return again
 }
 
-// release gives the packets before seq back to the pool and returns how many they were, and their bytes.
-func (q *sentPackets) release(seq uint32) (n uint32, bytes uint64) {
+// release gives the packets before seq back to the pool and returns how many they were, and the bytes that they kept.
+func (q *sentPackets) release(seq uint32) (n uint32, memory uint64) {
 	n = q.Release(seq, func(p *packet) {
-		bytes += uint64(len(p.buf))
+		memory += p.memory()
 		putPacket(p)
 	})
-	return n, bytes
+	return n, memory
 }
 
 // controlToken is what the token in a producer's control subject says: the window for what its consumer sends. Objects that

@@ -18,9 +18,13 @@ const (
 	singleSize   = 256<<10 + PacketHeaderSize + FrameHeaderSize
 )
 
-// packetClasses are the buffer sizes. An idle stream's lone record must not pin 32 KiB until it is acknowledged, and a
-// stream under load should reach 32 KiB in few steps.
-var packetClasses = [...]int{512, 4 << 10, coalesceSize, singleSize}
+// packetClasses are the buffer sizes. What a sealed packet keeps until it is acknowledged is its buffer, so there is a class
+// near each size that a lone record may have: above 4 KiB at most a quarter of the buffer is not used.
+var packetClasses = [...]int{
+	512, 1 << 10, 2 << 10, 4 << 10,
+	5 << 10, 6 << 10, 7 << 10, 8 << 10, 10 << 10, 12 << 10, 14 << 10, 16 << 10, 20 << 10, 24 << 10, 28 << 10, coalesceSize,
+	40 << 10, 48 << 10, 56 << 10, 64 << 10, 80 << 10, 96 << 10, 112 << 10, 128 << 10, 160 << 10, 192 << 10, 224 << 10, singleSize,
+}
 
 // unpooled marks a buffer larger than every class: a JSON fallback message, left to the garbage collector.
 const unpooled = int8(-1)
@@ -34,6 +38,9 @@ type packet struct {
 }
 
 var packetPools [len(packetClasses)]sync.Pool
+
+// memory returns the bytes that p keeps.
+func (p *packet) memory() uint64 { return uint64(cap(p.buf)) }
 
 // getPacket returns a packet with room for at least n bytes.
 func getPacket(n int) *packet {

@@ -46,8 +46,8 @@ func newService(t testing.TB, p *pair, params stream.ServerParams, opts ...nats.
 	}
 	t.Cleanup(func() {
 		var left stream.Stats
-		if !t.Failed() && !poll(func() bool { left = s.Stats(); return left.Streams == 0 && left.Reserved == 0 }) {
-			t.Errorf("server has not given back: %d streams, %d bytes reserved", left.Streams, left.Reserved)
+		if !t.Failed() && !poll(func() bool { left = s.Stats(); return left.Streams == 0 && left.Reserved == 0 && left.Kept == 0 }) {
+			t.Errorf("server has not given back: %d streams, %d bytes reserved, %d kept", left.Streams, left.Reserved, left.Kept)
 		}
 		verifyPromptly(t, "Server.Close", func() { _ = s.Close() })
 		nc.Close()

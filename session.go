@@ -113,7 +113,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 		w.bind(s.peer)
 		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
 	case before.Send == lifecycle.Closing && next.Send == lifecycle.Settled:
-		w.sent.release(w.sent.Next())
+		w.releaseSent()
 		s.life.closed = 0
 	}
 	if do&lifecycle.FailWrites != 0 {

@@ -7,6 +7,7 @@ import "sync/atomic"
 type Stats struct {
 	Streams  int   // streams and writers that the peer can reach now
 	Reserved int64 // bytes of all windows granted now, the most that peers may send unread, and of records being put together
+	Kept     int64 // bytes of the buffers of packets that are written and that peers have not acknowledged
 
 	PacketsSent uint64 // packets of records and fallback messages published, each once: requests and control packets are not counted
 	BytesSent   uint64 // their bytes
@@ -49,6 +50,7 @@ func (ep *endpoint) stats() Stats {
 	return Stats{
 		Streams:          ep.sessions.Size(),
 		Reserved:         ep.reserved.Load(),
+		Kept:             ep.kept.Load(),
 		PacketsSent:      n.packets.Load(),
 		BytesSent:        n.bytes.Load(),
 		PacketsResent:    n.resent.Load(),

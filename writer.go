@@ -44,12 +44,13 @@ type Writer struct {
 	subject string // of the peer; a consumer's send half does not know it at first
 	cancel  context.CancelCauseFunc
 	fault   error    // the last publish failed; its packet is kept and published again by the next call
-	acked   credited // what the consumer acknowledged
+	acked   uint32   // how many packets the consumer acknowledged
 	granted credited // what it granted
 
 	sealed      uint32 // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64 // of all packets before it
 	shifted     uint32 // by how much sealed grew because packets were cut; changed by the outbox with the lock held
+	kept        uint64 // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
 	object      int    // size of the object encoded last, at most an eighth of a packet
 
 	mu sync.Mutex // guards what is not the outbox's
@@ -228,9 +229,14 @@ func (w *Writer) appendRecordLocked(p []byte, flags FrameFlags) error {
 	return w.appendPiecesLocked(p, flags)
 }
 
-// singleLimit is the largest payload that travels in one frame. It follows the server's max_payload.
+// singleLimit is the largest payload that travels in one frame. It follows the server's max_payload. While most of what may be
+// kept is in use, pieces are smaller: every stream may open one packet.
 func (w *Writer) singleLimit() int {
-	return max(1, min(singleSize, int(w.session.ep.maxPayload.Load()))-PacketHeaderSize-FrameHeaderSize)
+	ep, size := w.session.ep, singleSize
+	if ep.kept.Load() > ep.budget-ep.budget/4 {
+		size = coalesceSize
+	}
+	return max(1, min(size, int(ep.maxPayload.Load()))-PacketHeaderSize-FrameHeaderSize)
 }
 
 // appendLocked appends one DATA frame, opening a packet where the open one has no room. It may wait for credit, and
@@ -519,7 +525,7 @@ func (w *Writer) Sync(ctx context.Context) error {
 	s, target, asked := w.session, w.sealed-w.shifted, false
 	for {
 		wake := w.announceLocked()
-		if int32(w.acked.packets-w.shifted-target) >= 0 {
+		if int32(w.acked-w.shifted-target) >= 0 {
 			return nil
 		}
 		if s.end.Load() != nil {
