@@ -21,8 +21,9 @@ type inbox struct {
 	ep      *endpoint
 	refused atomic.Pointer[ending] // why nothing arrives; nil if something may
 
-	news    chan struct{} // capacity 1: the watcher is to look
-	doubted atomic.Bool   // the server refused a subscription and did not say which
+	news      chan struct{} // capacity 1: the watcher is to look
+	confirmed atomic.Bool   // confirm has had its answer
+	doubted   atomic.Bool   // the server refused a subscription and did not say which
 
 	asked   atomic.Uint64 // number of the last probe
 	arrived atomic.Uint64 // number of the last probe that arrived
@@ -102,6 +103,20 @@ func (b *inbox) denied(err error) {
 	b.mu.Unlock()
 	if !seen {
 		b.refuse(fmt.Errorf("stream: may not subscribe to %s*, where answers would come; allow it (docs/PROTOCOL.md section 15): %w", b.ep.prefix, err))
+	}
+}
+
+// confirm finds out, once and while the connection is up, whether the server has refused the inbox. A subject that is subscribed
+// to before that is known would take requests that cannot be served.
+func (b *inbox) confirm() {
+	conn := b.ep.conn
+	if b.confirmed.Load() || conn.Status() != nats.CONNECTED || conn.Flush(probeTimeout) != nil {
+		return
+	}
+	b.confirmed.Store(true)
+	last := conn.LastError()
+	if d, ok := natsconn.Denied(last); ok && d.Subscribe && d.Subject == b.ep.prefix+"*" {
+		b.denied(last)
 	}
 }
 

@@ -85,7 +85,7 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, e
 		err = fmt.Errorf("%w: %w", ErrServerClosed, e.err)
 	} else if e := s.ep.inbox.refused.Load(); e != nil {
 		err = fmt.Errorf("stream: handle %s: %w", subject, e.err)
-	} else {
+	} else if s.ep.inbox.confirm(); s.ep.inbox.refused.Load() == nil { // else r is subscribed to when the inbox is heard
 		err = r.subscribe() // also if r begins suspended: NATS then says if it does not take the subject
 	}
 	if err != nil {
