@@ -24,12 +24,13 @@ type bucket struct {
 	asked    bool   // for packet askedSeq to be sent again, at askedAt by the endpoint's clock
 	expect   uint32 // sequence number of the next packet
 	want     uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender
-	askedSeq uint32
 	received uint64 // bytes of all packets pushed
 
 	// What the peer was granted: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
 	grantedBytes   atomic.Uint64
 	grantedPackets atomic.Uint32
+
+	askedSeq uint32 // the mux's: see asked
 
 	park ring.Parker       // the reader waits here; the mux, and whoever ends the stream, wakes it
 	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader

@@ -45,7 +45,7 @@ func (o *outbox) deliver(c control) {
 	} else {
 		o.delivered += n
 		if s := c.session; s != nil {
-			s.delivered++
+			s.controls++
 		}
 	}
 	o.park.Wake()
@@ -59,7 +59,7 @@ func (o *outbox) hasRoom(s *session, n uint64) bool {
 	if s == nil {
 		return n <= maxInboundBytes/4 && o.inbound.Len() <= maxInbound/4
 	}
-	return n <= maxInboundBytes && s.delivered-s.acted.Load() < maxControls
+	return n <= maxInboundBytes && s.controls-s.acted.Load() < maxControls
 }
 
 // receive acts on the next control packets, at most controlTurn of them: more may come as fast as it is.

@@ -70,10 +70,11 @@ type endpoint struct {
 // one to send, which are the same at both ends.
 type session struct {
 	// What the mux looks at comes first, on two cache lines: with thousands of streams none of them is at hand.
-	end    atomic.Pointer[ending] // set once, by whoever ends the stream first
-	role   lifecycle.Role
-	sender uint64 // this end's sender number
-	bucket bucket // the receive half: what arrived
+	end      atomic.Pointer[ending] // set once, by whoever ends the stream first
+	role     lifecycle.Role
+	controls uint32 // control words ever handed to the outbox; the mux's
+	sender   uint64 // this end's sender number
+	bucket   bucket // the receive half: what arrived
 
 	// Set once. These lie apart from what changes with each packet.
 	ep     *endpoint
@@ -100,12 +101,9 @@ type session struct {
 	held     uint32        // work that waits for the connection; not zero while in outbox.held
 	owed     uint32        // work for the peer that was due before its subject was known
 	state    lifecycle.State
-	listing  peerLink // in outbox.peers
+	listed   bool          // in outbox.peers
+	acted    atomic.Uint32 // control words ever acted on
 	life     life
-
-	// Control words that the mux handed to the outbox, and those that the outbox acted on.
-	delivered uint32
-	acted     atomic.Uint32
 
 	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
 }

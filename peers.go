@@ -3,21 +3,17 @@ package stream
 import "hash/maphash"
 
 // peers finds the sessions that write to a subject, so that a refused publish costs the same however many streams there
-// are. The outbox owns it. It holds a session from when the outbox first serves it until it finishes it.
+// are. The outbox owns it. It holds a session from when the outbox first serves it until it forgets it.
 type peers struct {
 	seed  maphash.Seed
-	first map[uint64]*session // by the hash of the subject; sessions with the same hash are linked
-}
-
-// peerLink is a session's place in peers.
-type peerLink struct {
-	prev, next *session
-	listed     bool
+	first map[uint64]*session              // by the hash of the subject
+	more  map[uint64]map[*session]struct{} // the others with the same hash: seldom any, so that a session needs no links
 }
 
 func (p *peers) init() {
 	p.seed = maphash.MakeSeed()
 	p.first = make(map[uint64]*session)
+	p.more = make(map[uint64]map[*session]struct{})
 }
 
 // target returns the subject that s writes to: its peer's, or, until a consumer knows that, its request's.
@@ -30,32 +26,37 @@ func (s *session) target() string {
 
 // add lists s under its target.
 func (p *peers) add(s *session) {
+	s.listed = true
 	h := maphash.String(p.seed, s.target())
-	first := p.first[h]
-	s.listing = peerLink{next: first, listed: true}
-	if first != nil {
-		first.listing.prev = s
+	if p.first[h] == nil {
+		p.first[h] = s
+		return
 	}
-	p.first[h] = s
+	if p.more[h] == nil {
+		p.more[h] = make(map[*session]struct{})
+	}
+	p.more[h][s] = struct{}{}
 }
 
 // remove takes s off the list, if it is on it. Its target is the same as when it was added.
 func (p *peers) remove(s *session) {
-	l := s.listing
-	if !l.listed {
+	if !s.listed {
 		return
 	}
-	s.listing = peerLink{}
-	if l.next != nil {
-		l.next.listing.prev = l.prev
+	s.listed = false
+	h := maphash.String(p.seed, s.target())
+	if p.first[h] == s {
+		delete(p.first, h)
+		for next := range p.more[h] {
+			p.first[h] = next
+			s = next
+			break
+		}
 	}
-	switch {
-	case l.prev != nil:
-		l.prev.listing.next = l.next
-	case l.next != nil:
-		p.first[maphash.String(p.seed, s.target())] = l.next
-	default:
-		delete(p.first, maphash.String(p.seed, s.target()))
+	if more := p.more[h]; more != nil {
+		if delete(more, s); len(more) == 0 {
+			delete(p.more, h)
+		}
 	}
 }
 
@@ -64,7 +65,7 @@ func (p *peers) move(s *session, subject string) {
 	if s.peer == subject {
 		return
 	}
-	listed := s.listing.listed
+	listed := s.listed
 	p.remove(s)
 	s.peer = subject
 	if listed {
@@ -74,12 +75,15 @@ func (p *peers) move(s *session, subject string) {
 
 // take removes the sessions whose target is subject, and calls f for each.
 func (p *peers) take(subject string, f func(*session)) {
-	for s := p.first[maphash.String(p.seed, subject)]; s != nil; {
-		next := s.listing.next
+	h := maphash.String(p.seed, subject)
+	for s := range p.more[h] {
 		if s.target() == subject {
 			p.remove(s)
 			f(s)
 		}
-		s = next
+	}
+	if s := p.first[h]; s != nil && s.target() == subject {
+		p.remove(s)
+		f(s)
 	}
 }
