@@ -20,7 +20,8 @@ type control struct {
 	session *session // nil for a token that is not in use
 	reply   string   // the peer's subject, where the message had one
 	packet  []byte   // frames to act on, or nil
-	sender  uint64   // of a packet for a token that is not in use
+	token   string   // that is not in use
+	sender  uint64   // of a packet for it
 	absent  bool     // NATS says that nobody received a PING
 }
 
@@ -42,6 +43,9 @@ const maxControlPacket = 4 << 10
 func (o *outbox) deliver(c control) {
 	if n := c.size(); !o.hasRoom(c.session, n) || !o.inbound.Push(c) {
 		o.ep.counters.overrun.Add(1)
+		if s := c.session; s != nil && s.delivered-s.acted.Load() < maxControls { // else more than enough of it is heard
+			o.dropped.Store(true)
+		}
 	} else {
 		o.delivered += n
 		if s := c.session; s != nil {
@@ -140,7 +144,7 @@ func (o *outbox) refuse(c control) {
 		o.unanswered.remove()
 		return
 	}
-	if !o.up.Load() || checkAnswer(c.reply) != nil {
+	if !o.up.Load() || checkAnswer(c.reply) != nil || o.repeatEnd(c) {
 		return
 	}
 	o.unanswered.remove()
@@ -252,7 +256,7 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 	s, q := w.session, &w.sent
 	if n := q.Acked() - before; n != 0 {
 		s.life.asks = 0
-		if now := o.ep.now(); s.life.closed != 0 && o.lingers(s, now) {
+		if now := o.time(); s.life.closed != 0 && o.lingers(s, now) {
 			s.life.closed = now
 		}
 		if q.loss.Arrived(n, maxPackets) {
@@ -263,7 +267,7 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 		s.mark(workPackets)
 	}
 	switch {
-	case missing && w.sent.again(c.Ack, o.ep.now(), o.ep.times.Ack/2):
+	case missing && w.sent.again(c.Ack, o.time(), o.ep.times.Ack/2):
 		s.mark(workPackets)
 	case s.life.closed != 0 && w.sent.Empty():
 		o.step(s, lifecycle.CloseAcked)
@@ -282,7 +286,7 @@ func (o *outbox) tellCredit(s *session, flags FrameFlags) {
 		}
 		s.owed |= workGap
 		if l := &s.life; l.suspect == 0 { // or the subject is missing as well
-			l.suspect = o.ep.now()
+			l.suspect = o.time()
 			o.schedule(s, l.suspect+o.ep.times.Resume)
 		}
 	default:

@@ -38,8 +38,8 @@ type endpoint struct {
 	reserved  atomic.Int64
 	times     liveness.Intervals
 
-	// clock is the time of the last tick, in nanoseconds since started: near enough for what is looked at by each
-	// packet. Stored by the ticker and the outbox.
+	// clock is the outbox's clock at its last tick: near enough for what is looked at by each packet. Stored by the
+	// outbox.
 	clock   atomic.Int64
 	started time.Time
 	ticker  wheel.Ticker
@@ -226,7 +226,7 @@ func (ep *endpoint) answer(m *nats.Msg) {
 		return
 	}
 	if h, _, err := ParsePacketHeader(m.Data); err == nil {
-		ep.outbox.deliver(control{reply: m.Reply, sender: h.Sender})
+		ep.outbox.deliver(control{reply: m.Reply, token: m.Subject[len(ep.prefix):], sender: h.Sender})
 	}
 }
 

@@ -25,18 +25,23 @@ const (
 
 	minTick = time.Millisecond
 	maxTick = 50 * time.Millisecond
+	// A tick that comes later than this many, and maxTick, after the one before was late: the process did not run.
+	lateTicks = 2
 )
 
-// life is what the outbox knows of a session in time, in nanoseconds of the endpoint's time; 0 is never.
+// life is what the outbox knows of a session in time, in nanoseconds of its clock; 0 is never.
 type life struct {
+	waits                     int64 // since when the session exists, by the endpoint's time: for DisconnectTimeout
 	born, heard, sent, pinged int64
-	suspect                   int64 // since when the peer may be gone
-	closeSent                 int64 // since when everything was sent
-	closed                    int64 // since when what was sent waits for any of it to be acknowledged
-	asked                     int64 // when the request was published
-	closeAt                   int64 // when a CLOSE that is held back for a handler's result is published
-	pings                     int32 // since the peer was heard
-	asks                      int32 // that were answered or may be, since something was sent
+	suspect                   int64  // since when the peer may be gone
+	closeSent                 int64  // since when everything was sent
+	closed                    int64  // since when what was sent waits for any of it to be acknowledged
+	lost                      int64  // since when the request may be lost, with the connection that took it
+	closeAt                   int64  // when a CLOSE that is held back for a handler's result is published, by the endpoint's time
+	asked                     int64  // when the request was published, by the endpoint's time
+	took                      uint32 // which of this end's connections in turn took the request, from 1 on
+	pings                     int32  // since the peer was heard
+	asks                      int32  // that were answered or may be, since something was sent
 	seen                      uint32
 	absent                    bool // suspect because NATS said that nobody received a question
 
@@ -55,16 +60,13 @@ func tickLength(t *liveness.Intervals) time.Duration {
 func (ep *endpoint) initTime() {
 	tick := tickLength(&ep.times)
 	ep.ticker.Init(tick, time.Duration(ep.times.KeepAlive+ep.times.Resume))
+	ep.outbox.clock = liveness.NewClock(int64(max(lateTicks*tick, maxTick)))
 	ep.outbox.wheel.Init(tick, func(s *session) *wheel.Node[session] { return &s.life.node })
 }
 
 // runTicker is the ticker's goroutine. It wakes the outbox at every tick, for as long as there is a session on its wheel.
 func (ep *endpoint) runTicker() {
-	ep.ticker.Run(wheel.Hooks{
-		Tick:  func() { ep.clock.Store(ep.now()) },
-		Wake:  ep.outbox.park.Wake,
-		Stuck: ep.stuck,
-	})
+	ep.ticker.Run(wheel.Hooks{Wake: ep.outbox.park.Wake, Stuck: ep.stuck})
 }
 
 // stuck ends all streams for the outbox, which waits in a publish: the connection has taken no bytes for longer than a
@@ -82,27 +84,44 @@ func (ep *endpoint) stuck() {
 // now is the time since the endpoint was made, never 0.
 func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
 
-// schedule sees to it that the session is checked when at is over, or earlier. Called by the outbox.
-func (o *outbox) schedule(s *session, at int64) {
+// time reads the clock by which peers are judged. It stands still while this end cannot hear them.
+func (o *outbox) time() int64 { return o.clock.Now(o.ep.now()) }
+
+// schedule sees to it that the session is checked when the clock reads at, or earlier. Called by the outbox.
+func (o *outbox) schedule(s *session, at int64) { o.lookAt(s, o.clock.Until(at)) }
+
+// lookAt is schedule by the endpoint's time.
+func (o *outbox) lookAt(s *session, at int64) {
 	if s.state.Phase == lifecycle.Gone {
 		return
 	}
 	o.wheel.Set(s, at)
 	if o.wheel.Len() == 1 && !o.ep.ticker.Armed() {
-		o.ep.clock.Store(o.ep.now())
+		now := o.ep.now()
+		o.clock.Start(now)
+		o.ep.clock.Store(o.clock.Now(now))
 		o.ep.ticker.Arm()
 	}
+}
+
+// dueBy reports whether the session is looked at before the clock reads at.
+func (o *outbox) dueBy(s *session, at int64) bool {
+	due := s.life.node.Due()
+	return due != 0 && due <= o.clock.Until(at)
 }
 
 // hear notes a sign of life.
 func (o *outbox) hear(s *session) {
 	l := &s.life
-	l.heard = o.ep.now()
+	l.heard = o.time()
 	l.pings, l.suspect, l.absent = 0, 0, false
 }
 
-// resume says that the connection is there again: clocks stood still meanwhile.
-func (o *outbox) resume() { o.resumed.Store(o.ep.now()) }
+// resume says that the connection is there again. Called by the watcher.
+func (o *outbox) resume() {
+	o.resumed.Store(o.ep.now())
+	o.connection.Add(1)
+}
 
 // tickIfDue ticks if the ticker did. With many streams and a slow connection the outbox is long under way with its queue.
 func (o *outbox) tickIfDue() bool {
@@ -116,12 +135,15 @@ func (o *outbox) tickIfDue() bool {
 // tick looks at what is due. Called by the outbox.
 func (o *outbox) tick() {
 	now := o.ep.now()
-	o.ep.clock.Store(now)
-	if o.up.Load() {
+	up, resumed := o.up.Load(), o.resumed.Load()
+	o.clock.Tick(now, up && !o.dropped.Swap(false), resumed > o.ticked)
+	o.ticked = now
+	o.ep.clock.Store(o.clock.Now(now))
+	if up {
 		o.ep.lookAtMaxPayload()
 		o.decideDenials(now)
 		o.down = 0
-	} else if o.down == 0 || o.down < o.resumed.Load() { // it was up in between
+	} else if o.down == 0 || o.down < resumed { // it was up in between
 		o.down = now
 	} else if now-o.down >= o.ep.times.Disconnect {
 		o.abandon(now)
@@ -147,7 +169,7 @@ func (o *outbox) tick() {
 // abandon ends the streams that have waited for the connection for DisconnectTimeout.
 func (o *outbox) abandon(now int64) {
 	end := func(s *session) {
-		if born := s.life.born; born != 0 && now-born >= o.ep.times.Disconnect { // else it is about to be served
+		if waits := s.life.waits; waits != 0 && now-waits >= o.ep.times.Disconnect { // else it is about to be served
 			s.requestEnd(disconnected())
 		}
 	}
@@ -168,7 +190,6 @@ func (o *outbox) check(s *session, now int64) {
 	if s.state.Phase == lifecycle.Gone {
 		return
 	}
-	o.noteArrivals(s, now)
 	f := o.facts(s, now)
 	d := liveness.Decide(&f)
 	if d.GiveUp != liveness.Alive {
@@ -188,7 +209,11 @@ func (o *outbox) check(s *session, now int64) {
 		}
 		o.ping(s)
 	}
-	o.schedule(s, d.Next)
+	if f.Disconnected {
+		o.lookAt(s, d.Next)
+	} else {
+		o.schedule(s, d.Next)
+	}
 }
 
 // checkHeldClose publishes a CLOSE that was held back for the result of a handler which takes its time. A look that is late says
@@ -206,15 +231,12 @@ func (o *outbox) checkHeldClose(s *session, now int64) {
 		s.writer.Load().publishHeld()
 		return
 	}
-	o.schedule(s, l.closeAt)
+	o.lookAt(s, l.closeAt)
 }
 
 // noteArrivals notes the signs of life that the outbox does not see itself: packets that the reader took, by the clock of
 // when it did, and packets that wait for the reader.
 func (o *outbox) noteArrivals(s *session, now int64) {
-	if !o.up.Load() || s.end.Load() != nil {
-		return
-	}
 	l := &s.life
 	if n := s.bucket.ring.Pushed(); n != l.seen {
 		if l.seen = n; s.bucket.ring.Len() > 0 {
@@ -230,12 +252,22 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 // facts gathers what liveness.Decide goes by.
 func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	l, w := &s.life, s.writer.Load()
+	if !o.up.Load() {
+		return liveness.Facts{
+			Now: now, Times: &o.ep.times, Born: l.waits, Down: o.down,
+			Ending: s.end.Load() != nil, Disconnected: true, Consumer: s.stream != nil, Registered: s.reply != "",
+		}
+	}
+	now = o.clock.Now(now)
+	if s.end.Load() == nil {
+		o.noteArrivals(s, now)
+	}
 	f := liveness.Facts{
 		Now: now, Times: &o.ep.times, Jitter: jitter(o.ep.times.KeepAlive),
-		Born: l.born, Heard: l.heard, Sent: l.sent, Asked: l.asked, Pinged: l.pinged,
-		Suspect: l.suspect, Closed: l.closed, Resumed: o.resumed.Load(), Down: o.down,
+		Born: l.born, Heard: l.heard, Sent: l.sent, Lost: l.lost, Pinged: l.pinged,
+		Suspect: l.suspect, Closed: l.closed, Resumed: o.clock.Resumed(),
 		Pings: l.pings, Asks: l.asks,
-		Ending: s.end.Load() != nil, Disconnected: !o.up.Load(), Consumer: s.stream != nil, Registered: s.reply != "",
+		Ending: s.end.Load() != nil, Consumer: s.stream != nil, Registered: s.reply != "",
 		Received: l.seen != 0, NoPeer: s.stream != nil && s.peer == "" || w != nil && w.json,
 	}
 	if w != nil {
@@ -291,10 +323,10 @@ func (o *outbox) lingers(s *session, now int64) bool {
 func (o *outbox) ping(s *session) {
 	l := &s.life
 	if l.pings >= liveness.SuspectPings && l.suspect == 0 {
-		l.suspect = o.ep.now()
+		l.suspect = o.time()
 	}
 	l.pings++
-	l.pinged = o.ep.now()
+	l.pinged = o.time()
 	if s.reply == "" {
 		if e := o.ep.register(s, s.controlToken()); e != nil {
 			s.requestEnd(e)
@@ -316,7 +348,7 @@ func (o *outbox) absent(s *session) {
 	}
 	l.absent = true
 	if l.suspect == 0 {
-		l.suspect = o.ep.now()
+		l.suspect = o.time()
 		o.schedule(s, l.suspect+o.ep.times.Ack)
 	}
 }

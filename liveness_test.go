@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"runtime"
 	"testing"
@@ -441,5 +442,270 @@ func TestSenderNumbers(t *testing.T) {
 	}
 	if ones != maxSender || zeros&maxSender != maxSender {
 		t.Errorf("bits that were ever set: %#x, ever clear: %#x", ones, zeros&maxSender)
+	}
+}
+
+// flap breaks the connections again and again until stop is called: up for up, down for down.
+func flap(up, down time.Duration, conns ...*fake.Conn) (stop func()) {
+	quit, ended := make(chan struct{}), make(chan struct{})
+	set := func(s nats.Status, d time.Duration) bool {
+		for _, c := range conns {
+			c.Set(s)
+		}
+		select {
+		case <-quit:
+			return false
+		case <-time.After(d):
+			return true
+		}
+	}
+	go func() {
+		defer close(ended)
+		for set(nats.RECONNECTING, down) && set(nats.CONNECTED, up) {
+		}
+	}()
+	return func() {
+		close(quit)
+		<-ended
+		for _, c := range conns {
+			c.Set(nats.CONNECTED)
+		}
+	}
+}
+
+// Time that the connection was up counts, also if it breaks again and again. A peer that is gone is given up, a request
+// that was lost is, and so is an end that nobody acknowledges.
+func TestTimeAddsUpOverReconnects(t *testing.T) {
+	for _, up := range []time.Duration{3 * time.Second, 700 * time.Millisecond, 200 * time.Millisecond} {
+		down := up / 2
+		// limit is how long d of connected time takes, at most.
+		limit := func(d time.Duration) time.Duration { return d + (d/up+2)*down + time.Second }
+		ends := func(name string, most func(p ClientParams) time.Duration, f func(t *testing.T, m *memoryPair, stop func()) error) {
+			t.Run(fmt.Sprintf("%s/up=%v", name, up), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					m := memoryTest(t, ClientParams{})
+					stop := func() {}
+					start := time.Now()
+					if err := f(t, m, func() { start, stop = time.Now(), flap(up, down, m.conn, m.back) }); !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) {
+						t.Errorf("ended with %v", err)
+					}
+					took(t, "the end", start, 0, limit(most(m.times)))
+					stop()
+					m.bus.SetFilter(nil)
+					time.Sleep(time.Minute)
+					m.nothingLeft(t)
+				})
+			})
+		}
+		silence := func(p ClientParams) time.Duration { return p.KeepAlive + 4*p.AckTimeout + 2*p.ResumeTimeout }
+		resume := func(p ClientParams) time.Duration { return 2 * p.ResumeTimeout }
+		ends("producer gone", silence, func(t *testing.T, m *memoryPair, broken func()) error {
+			m.handle(t, "wait", waits(make(chan error, 1)))
+			s := openForAnHour(t, m, "wait")
+			time.Sleep(time.Second)
+			m.bus.SetFilter(fake.BlackHole(nil, nil))
+			broken()
+			_, err := s.Recv()
+			return err
+		})
+		ends("consumer gone", silence, func(t *testing.T, m *memoryPair, broken func()) error {
+			ended := make(chan error, 1)
+			m.handle(t, "wait", waits(ended))
+			s := openForAnHour(t, m, "wait")
+			time.Sleep(time.Second)
+			m.bus.SetFilter(fake.BlackHole(nil, nil))
+			broken()
+			err := <-ended
+			_ = s.Close()
+			return err
+		})
+		ends("request lost", resume, func(t *testing.T, m *memoryPair, broken func()) error {
+			m.handle(t, "wait", waits(make(chan error, 1)))
+			m.bus.SetFilter(fake.BlackHole(m.conn, nil))
+			s := openForAnHour(t, m, "wait")
+			synctest.Wait()
+			broken()
+			_, err := s.Recv()
+			return err
+		})
+		ends("end not acknowledged", resume, func(t *testing.T, m *memoryPair, broken func()) error {
+			ended := make(chan error, 1)
+			m.handle(t, "close", func(w *Writer, _ *Request) error {
+				m.bus.SetFilter(fake.BlackHole(nil, nil))
+				if err := w.Close(); err != nil {
+					return err
+				}
+				broken()
+				ended <- w.Sync(context.Background())
+				return nil
+			})
+			s := openForAnHour(t, m, "close")
+			err := <-ended
+			_ = s.Close()
+			return err
+		})
+	}
+}
+
+// A connection that breaks again and again does no harm to streams whose ends both live.
+func TestStreamsSurviveReconnects(t *testing.T) {
+	for _, up := range []time.Duration{3 * time.Second, 700 * time.Millisecond} {
+		t.Run(fmt.Sprintf("up=%v", up), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				m.handle(t, "echo", func(w *Writer, r *Request) error { _, err := r.WriteTo(w); return err })
+				quiet, busy := openForAnHour(t, m, "echo"), openForAnHour(t, m, "echo")
+				time.Sleep(time.Second)
+				stop := flap(up, up/2, m.conn)
+				read := make(chan int)
+				go func() {
+					n := 0
+					for _, err := range busy.All() {
+						if err != nil {
+							t.Error(err)
+						}
+						n++
+					}
+					read <- n
+				}()
+				for i := range 300 {
+					if _, err := busy.Write([]byte{byte(i)}); err != nil {
+						t.Error(err)
+						break
+					}
+					time.Sleep(time.Second)
+				}
+				stop()
+				for _, s := range []*Stream{quiet, busy} {
+					if err := s.CloseSend(); err != nil {
+						t.Error(err)
+					}
+				}
+				if n := <-read; n != 300 {
+					t.Errorf("%d records", n)
+				}
+				if _, err := quiet.Recv(); err != io.EOF {
+					t.Error(err)
+				}
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// An end whose process stood still, or whose clock was set, has not heard its peers meanwhile: that is no silence of theirs.
+func TestStandstillIsNoSilence(t *testing.T) {
+	for _, jump := range []time.Duration{time.Second, 6 * time.Second, time.Minute, 24 * time.Hour} {
+		for _, consumer := range []bool{true, false} { // whose clock jumps
+			for _, state := range []string{"idle", "asked", "suspect", "closing"} {
+				t.Run(fmt.Sprintf("jump=%v/consumer=%v/%s", jump, consumer, state), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						m := memoryTest(t, ClientParams{})
+						ep, conn := m.server.ep, m.back
+						if consumer {
+							ep, conn = m.client.ep, m.conn
+						}
+						ended := make(chan error, 1)
+						m.handle(t, "wait", func(w *Writer, r *Request) error {
+							for _, err := range r.All() {
+								if err != nil {
+									ended <- err
+									return err
+								}
+							}
+							err := w.Close()
+							if err == nil {
+								err = w.Sync(t.Context())
+							}
+							ended <- err
+							return err
+						})
+						s := openForAnHour(t, m, "wait")
+						time.Sleep(time.Second)
+						switch state {
+						case "idle":
+						case "asked":
+							m.bus.SetFilter(fake.BlackHole(nil, nil))
+							time.Sleep(m.times.KeepAlive + m.times.AckTimeout)
+						case "suspect":
+							m.bus.SetFilter(fake.BlackHole(nil, nil))
+							time.Sleep(m.times.KeepAlive + 4*m.times.AckTimeout + m.times.ResumeTimeout/4)
+						case "closing":
+							m.bus.SetFilter(lose(-1, frameOf(conn, FrameCredit)))
+							if err := s.CloseSend(); err != nil {
+								t.Fatal(err)
+							}
+							time.Sleep(m.times.ResumeTimeout / 2)
+						}
+						synctest.Wait()
+						ep.started = ep.started.Add(-jump)
+						m.bus.SetFilter(nil)
+						time.Sleep(m.times.ResumeTimeout / 4)
+						if s.Context().Err() != nil && state != "closing" {
+							t.Errorf("the stream ended with %v", context.Cause(s.Context()))
+						}
+						if err := s.CloseSend(); err != nil {
+							t.Error(err)
+						}
+						if err := s.Sync(t.Context()); err != nil {
+							t.Errorf("Sync: %v", err)
+						}
+						if _, err := s.Recv(); err != io.EOF {
+							t.Errorf("Recv: %v", err)
+						}
+						if err := <-ended; err != nil {
+							t.Errorf("the handler: %v", err)
+						}
+						m.nothingLeft(t)
+					})
+				})
+			}
+		}
+	}
+}
+
+// No peer is given up while this end drops answers for want of room.
+func TestDroppedAnswersAreNoSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "wait", waits(make(chan error, 1)))
+		s := openForAnHour(t, m, "wait")
+		time.Sleep(time.Second)
+		m.bus.SetFilter(fake.BlackHole(nil, nil))
+		for range 10 * 60 * 20 { // ten minutes
+			m.client.ep.outbox.dropped.Store(true)
+			time.Sleep(maxTick)
+		}
+		if s.Context().Err() != nil {
+			t.Errorf("given up: %v", context.Cause(s.Context()))
+		}
+		start := time.Now()
+		if _, err := s.Recv(); !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) {
+			t.Errorf("ended with %v", err)
+		}
+		took(t, "noticing it", start, 0, m.times.KeepAlive+4*m.times.AckTimeout+m.times.ResumeTimeout+timerSlack)
+		m.bus.SetFilter(nil)
+		time.Sleep(time.Minute)
+		m.nothingLeft(t)
+	})
+}
+
+// What finds no room on the way to the outbox is noted, if it belongs to a stream: it may be an answer.
+func TestDroppedAnswersAreNoted(t *testing.T) {
+	var o outbox
+	ep := new(endpoint)
+	ep.outbox.init(ep)
+	o.init(ep)
+	for range maxInbound {
+		o.deliver(control{session: new(session)})
+	}
+	if o.deliver(control{}); o.dropped.Load() {
+		t.Error("a stranger's packet was noted")
+	}
+	if o.deliver(control{session: new(session)}); !o.dropped.Load() {
+		t.Error("a stream's packet was not noted")
+	}
+	if n := ep.counters.overrun.Load(); n != 2 {
+		t.Errorf("%d packets counted, want 2", n)
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/ring"
 	"github.com/natsstream/stream/internal/wheel"
 )
@@ -37,7 +38,10 @@ type outbox struct {
 	asides     []aside
 	asideBytes int // of their subjects
 
-	resumed atomic.Int64 // when the connection came back last
+	resumed atomic.Int64 // when the connection came back last, by the endpoint's time
+	// connection counts how often the connection came back: what was published before may be lost.
+	connection atomic.Uint32
+	dropped    atomic.Bool // the mux found no room in inbound since the last tick
 
 	leaving  atomic.Bool // the endpoint closes: told is waited for
 	stopping atomic.Bool
@@ -48,7 +52,10 @@ type outbox struct {
 	peers   peers
 	held    []*session           // have something to publish, and the connection is down
 	wheel   wheel.Wheel[session] // sessions by the time at which to look at them
-	down    int64                // since when the connection is down
+	clock   liveness.Clock       // by which peers are judged
+	ticked  int64                // when tick was called last, by the endpoint's time
+	down    int64                // since when the connection is down, by the endpoint's time
+	ended   endedStreams
 	scratch []byte
 
 	hellos hellos
@@ -332,12 +339,12 @@ func (o *outbox) serve(s *session, work uint32) {
 		if o.up.Load() {
 			o.ep.lookAtMaxPayload() // the ticker may have slept
 		}
-		s.life.born = o.ep.now()
-		look := s.life.born
+		s.life.waits, s.life.born = o.ep.now(), o.time()
+		look := s.life.waits
 		if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
 			look += int64(tickLength(&o.ep.times))
 		}
-		o.schedule(s, look)
+		o.lookAt(s, look)
 		o.peers.add(s)
 	}
 	end := s.end.Load()
@@ -359,11 +366,11 @@ func (o *outbox) serve(s *session, work uint32) {
 	w := s.writer.Load()
 	if work&workClose != 0 {
 		s.life.closeAt = o.ep.now() + int64(closeDelay)
-		o.schedule(s, s.life.closeAt)
+		o.lookAt(s, s.life.closeAt)
 	}
 	if work&workRequest != 0 {
 		setTimeout(s.request.Header, s.parent)
-		s.life.asked = o.ep.now() // before it may be lost with the connection
+		s.life.asked, s.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
 		o.denials.publishes(s.subject, s.life.asked, denialWindow*o.ep.times.Ack)
 		if err := o.ep.conn.PublishMsg(s.request); err != nil {
 			if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did when Open looked
@@ -379,8 +386,11 @@ func (o *outbox) serve(s *session, work uint32) {
 		o.bind(s)
 	}
 	resume := work&workResume != 0 && s.peer != ""
-	if work&workResume != 0 && !resume { // the request, or its answer, may be lost
-		o.schedule(s, o.resumed.Load()+o.ep.times.Resume)
+	if l := &s.life; work&workResume != 0 {
+		o.schedule(s, o.time()) // what was due while the connection was down is due now
+		if !resume && l.lost == 0 && l.took != 0 && l.took <= o.connection.Load() {
+			l.lost = o.time() // the request, or its answer, may be
+		}
 	}
 	if work&workGap != 0 || resume {
 		o.tellCredit(s, FlagGap)

@@ -315,8 +315,8 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 	} else {
 		w.sent.Push(p)
 		w.sent.bytes += uint64(len(p.buf))
-		if due := s.life.node.Due(); due == 0 || due > now+2*o.ep.times.Ack { // it was idle
-			s.life.sent = o.ep.now()
+		if !o.dueBy(s, now+2*o.ep.times.Ack) { // it was idle
+			s.life.sent = o.time()
 			o.schedule(s, s.life.sent+o.ep.times.Ack)
 		}
 	}
@@ -339,7 +339,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		if w.json {
 			o.step(s, lifecycle.CloseAcked)
 		} else {
-			s.life.closed = o.ep.now()
+			s.life.closed = o.time()
 			s.life.closeSent = s.life.closed
 			o.schedule(s, s.life.closed+min(o.ep.times.Ack, o.ep.times.Resume))
 		}

@@ -1,11 +1,14 @@
 // Package liveness decides about a stream in time: when its peer is asked whether it lives, when the stream is given up,
 // and when to look again. It is a pure function over facts. The outbox of package stream gathers the facts and acts.
 //
-// All times are in nanoseconds of one monotonic clock that never reads 0; 0 means never.
+// All times are in nanoseconds of a [Clock], which never reads 0; 0 means never.
 package liveness
 
 // SuspectPings is the number of unanswered questions that make a peer suspect.
 const SuspectPings = 3
+
+// graceAcks is how many times Ack nothing is given up after the clock began to run again: a question and its answer.
+const graceAcks = 2
 
 // maxBackoff is the largest power of two by which a question about an acknowledgement is put off.
 const maxBackoff = 6
@@ -25,11 +28,11 @@ type Facts struct {
 	Born    int64 // when the outbox first saw the stream
 	Heard   int64 // last sign of life of the peer
 	Sent    int64 // when the last packet was published
-	Asked   int64 // when the request was published
+	Lost    int64 // since when the request may be lost, with the connection that took it
 	Pinged  int64 // when the last PING was published
 	Suspect int64 // since when the peer may be gone
 	Closed  int64 // since when CLOSE waits to be acknowledged
-	Resumed int64 // when the connection came back last
+	Resumed int64 // when the clock began to run again, at a reconnect or after a standstill of this end
 	Down    int64 // when the connection was seen to be down, if it is
 
 	Pings int32 // unanswered since the last sign of life
@@ -97,13 +100,18 @@ func Decide(f *Facts) Decision {
 
 func giveUp(r Reason) Decision { return Decision{GiveUp: r} }
 
-// since is t, or when the connection came back after it.
+// since is t, or when the clock began to run again after it.
 func (f *Facts) since(t int64) int64 { return max(t, f.Resumed) }
 
-// overdue is when Resume is over, which began at t.
-func (f *Facts) overdue(t int64) int64 { return f.since(t) + f.Times.Resume }
+// overdue is when Resume is over, which began at t. A connection that has just come back, or a process that has just gone
+// on, first hears what there is to hear. That does not put the end off for ever: a connection may never last that long.
+func (f *Facts) overdue(t int64) int64 {
+	end := t + f.Times.Resume
+	return max(end, min(f.Resumed+graceAcks*f.Times.Ack, end+f.Times.Resume))
+}
 
-// waitForConnection is Decide while the connection is down. All clocks but one stand still.
+// waitForConnection is Decide while the connection is down. Now, Born, Down and the next look are times that run on
+// meanwhile, and the other facts are not looked at.
 func (f *Facts) waitForConnection(d Decision) Decision {
 	down := f.Down
 	if down == 0 { // the outbox has not seen it yet
@@ -123,8 +131,8 @@ func (f *Facts) waitForConnection(d Decision) Decision {
 
 // waitForPeer is Decide when nobody can be asked.
 func (f *Facts) waitForPeer(d Decision) Decision {
-	if f.Consumer && !f.Received && f.Asked != 0 && f.Asked < f.Resumed {
-		if end := f.Resumed + f.Times.Resume; f.Now >= end {
+	if f.Lost != 0 && !f.Received {
+		if end := f.overdue(f.Lost); f.Now >= end {
 			return giveUp(RequestLost)
 		} else {
 			d.until(end)

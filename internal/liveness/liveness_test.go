@@ -44,7 +44,9 @@ func TestDecide(t *testing.T) {
 		"suspect":                    {Facts{Pings: 4, Pinged: now, Suspect: now - resume + 2}, Decision{Next: now + 2}},
 		"suspect by the server":      {Facts{Suspect: now, Pinged: now - 1}, Decision{Next: now + ack - 1}},
 		"suspect for long":           {Facts{Pings: 9, Pinged: now, Suspect: now - resume}, Decision{GiveUp: PeerGone}},
-		"suspect before reconnect":   {Facts{Pings: 9, Pinged: now, Suspect: 1, Resumed: now - 1}, Decision{Next: now + ack}},
+		"suspect, connection broke":  {Facts{Pings: 9, Pinged: now, Suspect: now - resume, Resumed: now - ack}, Decision{Next: now + ack}},
+		"suspect, it breaks again":   {Facts{Pings: 9, Pinged: now, Suspect: now - resume, Resumed: now - 2*ack}, Decision{GiveUp: PeerGone}},
+		"suspect, it always breaks":  {Facts{Pings: 9, Pinged: now, Suspect: now - 2*resume, Resumed: now}, Decision{GiveUp: PeerGone}},
 
 		"acknowledgement outstanding":  {Facts{Heard: now, Unacked: true, Sent: now - 1}, Decision{Next: now + ack - 1}},
 		"acknowledgement overdue":      {Facts{Heard: now, Unacked: true, Sent: now - ack}, Decision{Ping: true, Next: now + ack}},
@@ -56,15 +58,14 @@ func TestDecide(t *testing.T) {
 
 		"end outstanding":      {Facts{Heard: now, Closed: now - 1}, Decision{Next: now + resume - 1}},
 		"end unconfirmed":      {Facts{Heard: now, Closed: now - resume}, Decision{GiveUp: EndUnconfirmed}},
-		"end before reconnect": {Facts{Heard: now, Closed: 1, Resumed: now}, Decision{Next: now + resume}},
+		"end before reconnect": {Facts{Heard: now, Closed: now - resume, Resumed: now}, Decision{Next: now + 2*ack}},
 
-		"not answered yet":         {Facts{NoPeer: true, Consumer: true, Asked: 1}, Decision{Next: now + keepAlive}},
-		"request before reconnect": {Facts{NoPeer: true, Consumer: true, Asked: 1, Resumed: now - 1}, Decision{Next: now + resume - 1}},
-		"request after reconnect":  {Facts{NoPeer: true, Consumer: true, Asked: now, Resumed: now - 200}, Decision{Next: now + keepAlive}},
-		"request lost":             {Facts{NoPeer: true, Consumer: true, Asked: 1, Resumed: now - resume}, Decision{GiveUp: RequestLost}},
-		"answered, subject lost":   {Facts{NoPeer: true, Consumer: true, Asked: 1, Resumed: now - resume, Received: true}, Decision{Next: now + keepAlive}},
-		"nobody to ask":            {Facts{NoPeer: true, Consumer: true, Suspect: now - 1}, Decision{Next: now + resume - 1}},
-		"nobody to ask for long":   {Facts{NoPeer: true, Consumer: true, Suspect: now - resume}, Decision{GiveUp: NobodyToAsk}},
+		"not answered yet":       {Facts{NoPeer: true, Consumer: true}, Decision{Next: now + keepAlive}},
+		"request may be lost":    {Facts{NoPeer: true, Consumer: true, Lost: now - 1}, Decision{Next: now + resume - 1}},
+		"request lost":           {Facts{NoPeer: true, Consumer: true, Lost: now - resume}, Decision{GiveUp: RequestLost}},
+		"answered, subject lost": {Facts{NoPeer: true, Consumer: true, Lost: now - resume, Received: true}, Decision{Next: now + keepAlive}},
+		"nobody to ask":          {Facts{NoPeer: true, Consumer: true, Suspect: now - 1}, Decision{Next: now + resume - 1}},
+		"nobody to ask for long": {Facts{NoPeer: true, Consumer: true, Suspect: now - resume}, Decision{GiveUp: NobodyToAsk}},
 
 		"down":                      {Facts{Disconnected: true, Registered: true, Down: now - 1}, Decision{Next: now + disconnect - 1}},
 		"down, not seen yet":        {Facts{Disconnected: true, Registered: true}, Decision{Next: now + disconnect}},

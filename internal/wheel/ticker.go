@@ -24,7 +24,6 @@ type Ticker struct {
 
 // Hooks are what a [Ticker] calls, one after the other, on its goroutine. None of them may block.
 type Hooks struct {
-	Tick  func() // first at each tick, whether the ticker is armed or not: sets a clock, for example
 	Wake  func() // wakes the owner, which then finds a tick due
 	Stuck func() // called at each tick from when the owner has taken no tick for patience
 }
@@ -49,7 +48,6 @@ func (t *Ticker) Run(h Hooks) {
 		case <-t.quit:
 			return
 		}
-		h.Tick()
 		if t.armed.Load() {
 			if !t.due.Swap(true) {
 				missed = 0

@@ -1,0 +1,121 @@
+package stream
+
+import (
+	"hash/maphash"
+
+	"github.com/natsstream/stream/internal/lifecycle"
+)
+
+// This file is about streams that are over at this end while the peer may still ask about them, because the last word to it
+// was lost; docs/PROTOCOL.md section 9.4. TCP calls this state TIME-WAIT.
+
+// maxEnded bounds the streams that an endpoint remembers after their end. Each takes 72 bytes.
+const maxEnded = 1 << 14
+
+const (
+	minEnded = 1 << 6 // places that an endpoint makes at first
+	endedWay = 4      // places in which a stream may be kept
+)
+
+// endedStream is what an endpoint remembers of a stream that came to its normal end.
+type endedStream struct {
+	token  [TokenSize]byte
+	until  int64  // by the outbox's clock, which may stand still while no stream is open; 0 if the place is free
+	credit Credit // acknowledges the peer's CLOSE, if code is 0
+	code   uint16 // else the RESET to repeat
+	sender uint64 // of this end
+	peer   uint64 // the peer's sender number
+}
+
+// endedStreams is a table of places, of which a stream may take endedWay, by a hash of its token. While all of these are
+// taken the table doubles, up to maxEnded. After that the stream takes the place of the one whose time is over first. The
+// outbox owns the table.
+type endedStreams struct {
+	seed   maphash.Seed
+	places []endedStream
+}
+
+// set returns the places in which the stream with a token of this hash may be kept.
+func (t *endedStreams) set(hash uint64) []endedStream {
+	i := int(hash&uint64(len(t.places)/endedWay-1)) * endedWay
+	return t.places[i : i+endedWay]
+}
+
+// first returns the place in set whose time is over first.
+func first(set []endedStream) *endedStream {
+	p := &set[0]
+	for i := range set {
+		if set[i].until < p.until {
+			p = &set[i]
+		}
+	}
+	return p
+}
+
+// add remembers e until its time is over.
+func (t *endedStreams) add(e endedStream, now int64) {
+	if t.places == nil {
+		t.seed = maphash.MakeSeed()
+		t.places = make([]endedStream, minEnded)
+	}
+	hash := maphash.Bytes(t.seed, e.token[:])
+	p := first(t.set(hash))
+	for p.until > now && len(t.places) < maxEnded {
+		old := t.places
+		t.places = make([]endedStream, 2*len(old))
+		for i := range old {
+			if e := &old[i]; e.until > now {
+				*first(t.set(maphash.Bytes(t.seed, e.token[:]))) = *e
+			}
+		}
+		p = first(t.set(hash))
+	}
+	*p = e
+}
+
+// find returns what is remembered of the stream with token, nil if nothing is.
+func (t *endedStreams) find(token string, now int64) *endedStream {
+	if t.places == nil {
+		return nil
+	}
+	set := t.set(maphash.String(t.seed, token))
+	for i := range set {
+		if p := &set[i]; p.until > now && string(p.token[:]) == token {
+			return p
+		}
+	}
+	return nil
+}
+
+// remember keeps the last word about a stream that came to its normal end. The peer asks for it if it was lost, for as
+// long as its connection may be down and it waits for an acknowledgement.
+func (o *outbox) remember(s *session) {
+	end := s.end.Load()
+	if end.kind != endComplete && end.kind != endPeerClosed || s.reply == "" || !s.binary() || s.bucket.mode != modeBinary {
+		return // only after a normal end the mux has bound the bucket, and no longer changes mode and want
+	}
+	now := o.time()
+	e := endedStream{until: now + max(o.ep.times.Resume, o.ep.times.Disconnect), sender: s.sender, peer: s.bucket.sender()}
+	copy(e.token[:], s.token())
+	if s.closeRead(end) || s.role == lifecycle.Handler && s.readDone.Load() {
+		e.credit = s.bucket.credit()
+	} else {
+		e.code = uint16(s.writer.Load().closing.Code)
+	}
+	o.ended.add(e, now)
+}
+
+// repeatEnd answers a packet for a stream that is remembered, and reports whether it is.
+func (o *outbox) repeatEnd(c control) bool {
+	e := o.ended.find(c.token, o.time())
+	if e == nil || e.peer != c.sender {
+		return false
+	}
+	f := Frame{Type: FrameReset, Code: e.code}
+	if e.code == 0 {
+		var payload [creditSize]byte
+		f = Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], e.credit)}
+	}
+	o.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: e.sender}, f))
+	return true
+}

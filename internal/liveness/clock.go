@@ -1,0 +1,44 @@
+package liveness
+
+// Clock is the time by which peers are judged. It runs only while this end can hear them: it stands still while the
+// connection is down, while this end drops answers, and while the process does not run. So time that the connection was
+// up adds up over any number of reconnects, and a standstill of this end is not silence of its peers.
+//
+// The clock learns what happened at its ticks. Between two ticks it runs, for limit at most.
+type Clock struct {
+	limit   int64
+	at      int64 // time of the last tick
+	stopped int64 // for how long the clock stood still, altogether
+	resumed int64 // when it began to run again, on this clock
+	running bool
+}
+
+// NewClock returns a clock. A tick that comes more than limit after the one before came late: the process stood still.
+func NewClock(limit int64) Clock { return Clock{limit: limit, running: true} }
+
+// Tick says that it is now. hears tells whether this end can hear its peers, broke whether that was interrupted since the
+// last tick.
+func (c *Clock) Tick(now int64, hears, broke bool) {
+	reads := c.Now(now)
+	if hears && (broke || !c.running || now-c.at > c.limit) {
+		c.resumed = reads
+	}
+	c.at, c.stopped, c.running = now, now-reads, hears
+}
+
+// Start says that it is now, and that nobody needed the clock since the last tick.
+func (c *Clock) Start(now int64) { c.at, c.stopped = now, now-c.Now(now) }
+
+// Now reads the clock. now is the time, as in Tick.
+func (c *Clock) Now(now int64) int64 {
+	if !c.running {
+		now = c.at
+	}
+	return min(now, c.at+c.limit) - c.stopped
+}
+
+// Resumed reads when the clock began to run again, 0 if it never stood still.
+func (c *Clock) Resumed() int64 { return c.resumed }
+
+// Until returns when, at the earliest, the clock will read t.
+func (c *Clock) Until(t int64) int64 { return t + c.stopped }
