@@ -27,6 +27,7 @@ func (o *outbox) setPeer(s *session, subject string) {
 	case subject == s.peer || checkAnswer(subject) != nil:
 	case s.peer == "":
 		o.peers.move(s, subject)
+		o.joinRemote(s)
 		o.learned(s)
 	default:
 		o.challenge(s, subject)
@@ -50,6 +51,7 @@ func (o *outbox) challenge(s *session, subject string) {
 func (o *outbox) proved(s *session, nonce []byte) {
 	if m := s.move; m != nil && string(nonce) == string(m.nonce[:]) && s.state.Phase != lifecycle.Gone {
 		o.peers.move(s, m.subject)
+		o.joinRemote(s)
 		s.move = nil
 		o.step(s, lifecycle.PeerKnown)
 		s.mark(workCredit)

@@ -10,6 +10,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/liveness"
+
 	"github.com/natsstream/stream/concurrency"
 	"github.com/natsstream/stream/internal/natsconn"
 )
@@ -46,14 +48,20 @@ type ClientParams struct {
 
 	// The times are at least a millisecond.
 
-	// KeepAlive is how long nothing may be heard from a stream's peer before it is asked whether it lives: 15 s by default.
+	// KeepAlive is how long nothing may be heard from a peer, on any stream, before it is asked whether it lives: 500 ms
+	// by default. One question asks for all streams that two ends share, so their number does not matter.
 	KeepAlive time.Duration
+	// PeerTimeout is how long nothing may be heard from a peer, on any stream, before its streams end with
+	// [CloseAbnormalClosure]: 3.8 s by default, and otherwise the sum of KeepAlive and 3.3 s, or ResumeTimeout if that is
+	// less. KeepAlive is a quarter of it if it would not be less. Times are up to 100 ms longer, and longer if what was sent before a question is still on its way.
+	// [Stream.SetPeerTimeout] and [Writer.SetPeerTimeout] set it for one stream.
+	PeerTimeout time.Duration
 	// AckTimeout is how long an acknowledgement or an answer may take before it is asked for, again if need be: 250 ms
 	// by default. Make it longer than a round trip between the peers.
 	AckTimeout time.Duration
-	// ResumeTimeout is how long a peer that does not answer may take to come back, and how long what was not
-	// acknowledged is kept after the end of a stream: 5 s by default. A peer does not answer when NATS says that nobody
-	// received the question, or when three were not answered. Then the stream ends with CloseAbnormalClosure.
+	// ResumeTimeout is how long what was not acknowledged is kept after the end of a stream, how long a request or its answer
+	// may be missed after a reconnect, and how long a single stream of a living peer may be without answers: 5 s by default.
+	// Then the stream ends with CloseAbnormalClosure.
 	ResumeTimeout time.Duration
 	// DisconnectTimeout is how long this end's own connection may be down before its streams end with
 	// CloseAbnormalClosure: 30 s by default. The other times stand still meanwhile.
@@ -108,11 +116,28 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 		}
 		*f.field = min(*f.field, never)
 	}
+	switch {
+	case p.PeerTimeout == 0:
+		p.PeerTimeout = p.KeepAlive + min(p.ResumeTimeout, defaultPatience)
+	case p.PeerTimeout < time.Millisecond:
+		return p, fmt.Errorf("stream: parameter PeerTimeout is %v: it must be at least 1ms, or 0 for %v", p.PeerTimeout, p.KeepAlive+min(p.ResumeTimeout, defaultPatience))
+	}
+	if p.PeerTimeout = min(p.PeerTimeout, 2*never); p.KeepAlive >= p.PeerTimeout {
+		p.KeepAlive = p.PeerTimeout / patienceParts
+	}
 	return p, nil
 }
 
 // onePacket is the largest record that travels in one packet, and so takes nothing of MaxBuffered but its stream's window.
 const onePacket = singleSize - PacketHeaderSize - FrameHeaderSize
+
+// intervals returns the times of p for package liveness.
+func (p *ClientParams) intervals() liveness.Intervals {
+	return liveness.Intervals{
+		KeepAlive: int64(p.KeepAlive), Ack: int64(p.AckTimeout), Resume: int64(p.ResumeTimeout),
+		Disconnect: int64(p.DisconnectTimeout), Patience: int64(p.PeerTimeout - p.KeepAlive),
+	}
+}
 
 // never is the longest time that a parameter may be, two years. What is made of it, up to 64 times as long, added to a time
 // since the start does not overflow.

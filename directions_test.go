@@ -387,3 +387,45 @@ func TestLeaveAfterEnd(t *testing.T) {
 		cancel()
 	}
 }
+
+// With default parameters, handlers of a consumer whose process is gone notice that soon, also those that only read: NATS
+// says that nobody receives the question, and one question asks for all.
+func TestConsumerIsKilled(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	streams := scaled(1000)
+	ended := make(chan error, streams)
+	s.handle(t, "read", func(_ *stream.Writer, r *stream.Request) error {
+		_, err := r.Recv()
+		ended <- err
+		return err
+	})
+	nc, err := p.server.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := stream.NewClient(stream.ClientParams{Conn: nc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range streams {
+		if _, err := other.Open(testContext(t), "read", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "all handlers run", func() bool { return s.Stats().Streams == streams })
+	nc.Close() // nobody says goodbye
+	start := time.Now()
+	for range streams {
+		waitFor(t, "a handler", func() {
+			if err := <-ended; !errors.Is(err, &stream.CloseError{Code: stream.CloseAbnormalClosure}) || !errors.Is(err, nats.ErrNoResponders) {
+				t.Errorf("Recv: %v", err)
+			}
+		})
+	}
+	if took := time.Since(start); took > 4*4*time.Second { // four on a machine that has nothing else to do
+		t.Errorf("noticed after %v", took)
+	}
+	_ = other.Close()
+	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
+}

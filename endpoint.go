@@ -105,6 +105,11 @@ type session struct {
 	acted    atomic.Uint32 // control words ever acted on
 	life     life
 
+	remote        *remote  // whose stream this is
+	after, before *session // in the circle of its streams
+	patience      int64    // how long it may be silent on this stream, nanoseconds; 0 is as long as on others
+
+	wanted atomic.Int64 // patience, as the user has set it
 	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
 }
 
@@ -131,7 +136,7 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 		sessions:  xsync.NewMapOf[string, *session](),
 		watched:   make(chan struct{}),
 		closed:    make(chan struct{}),
-		times:     liveness.Intervals{KeepAlive: int64(p.KeepAlive), Ack: int64(p.AckTimeout), Resume: int64(p.ResumeTimeout), Disconnect: int64(p.DisconnectTimeout)},
+		times:     p.intervals(),
 		started:   time.Now(),
 	}
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())

@@ -94,7 +94,7 @@ func TestRefusedInboxRecovers(t *testing.T) {
 func TestAnotherSubscriptionRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, delay := range []time.Duration{0, 10 * time.Millisecond, 2 * time.Second} { // more than AckTimeout
-			m := memoryTest(t, ClientParams{})
+			m := memoryTest(t, ClientParams{PeerTimeout: time.Minute}) // a round trip may take four seconds
 			m.bus.Delay = delay
 			m.handle(t, "echo", func(w *Writer, r *Request) error {
 				_, err := io.Copy(w, r)

@@ -18,10 +18,15 @@ import (
 // all of this, looks at those that are due. A stream has neither a timer nor a goroutine.
 
 const (
-	defaultKeepAlive         = 15 * time.Second
+	defaultKeepAlive         = 500 * time.Millisecond
 	defaultAckTimeout        = 250 * time.Millisecond
 	defaultResumeTimeout     = 5 * time.Second
 	defaultDisconnectTimeout = 30 * time.Second
+
+	// defaultPatience is how long a peer that was asked may take, if ResumeTimeout is not less. A client of NATS whose
+	// server went away is back after 2.1 s by default, and a network may be silent for three. With KeepAlive it makes less
+	// than four seconds.
+	defaultPatience = 3300 * time.Millisecond
 
 	minTick = time.Millisecond
 	maxTick = 50 * time.Millisecond
@@ -43,7 +48,6 @@ type life struct {
 	pings                     int32  // since the peer was heard
 	asks                      int32  // that were answered or may be, since something was sent
 	seen                      uint32
-	absent                    bool // suspect because NATS said that nobody received a question
 
 	node wheel.Node[session]
 }
@@ -62,6 +66,9 @@ func (ep *endpoint) initTime() {
 	ep.ticker.Init(tick, time.Duration(ep.times.KeepAlive+ep.times.Resume))
 	ep.outbox.clock = liveness.NewClock(int64(max(lateTicks*tick, maxTick)))
 	ep.outbox.wheel.Init(tick, func(s *session) *wheel.Node[session] { return &s.life.node })
+	ep.outbox.remoteWheel.Init(tick, func(p *remote) *wheel.Node[remote] { return &p.node })
+	ep.outbox.remotes = make(map[string]*remote)
+	ep.outbox.streamTimes, ep.outbox.repeat = ep.times, ep.times.Ack
 }
 
 // runTicker is the ticker's goroutine. It wakes the outbox at every tick, for as long as there is a session on its wheel.
@@ -69,8 +76,8 @@ func (ep *endpoint) runTicker() {
 	ep.ticker.Run(wheel.Hooks{Wake: ep.outbox.park.Wake, Stuck: ep.stuck})
 }
 
-// stuck ends all streams for the outbox, which waits in a publish: the connection has taken no bytes for longer than a
-// peer may be silent. NATS notices only after its FlusherTimeout.
+// stuck ends all streams for the outbox, which waits in a publish: the connection has taken no bytes for KeepAlive and
+// ResumeTimeout. NATS notices only after its FlusherTimeout.
 func (ep *endpoint) stuck() {
 	e := CloseError{CloseAbnormalClosure, "the connection takes no bytes"}
 	ep.sessions.Range(func(_ string, s *session) bool {
@@ -112,9 +119,20 @@ func (o *outbox) dueBy(s *session, at int64) bool {
 
 // hear notes a sign of life.
 func (o *outbox) hear(s *session) {
+	s.life.heard = o.time()
+	o.answered(s)
+	if s.remote != nil {
+		s.remote.hear(s.life.heard)
+	}
+}
+
+// answered notes that no question of the session waits for an answer any longer.
+func (o *outbox) answered(s *session) {
 	l := &s.life
-	l.heard = o.time()
-	l.pings, l.suspect, l.absent = 0, 0, false
+	if l.pings > 0 {
+		o.asking--
+	}
+	l.pings, l.suspect = 0, 0
 }
 
 // resume says that the connection is there again. Called by the watcher.
@@ -137,8 +155,14 @@ func (o *outbox) tick() {
 	now := o.ep.now()
 	up, resumed := o.up.Load(), o.resumed.Load()
 	o.clock.Tick(now, up && !o.dropped.Swap(false), resumed > o.ticked)
+	if resumed > o.ticked {
+		for _, p := range o.remotes {
+			o.lookAtRemote(p, now) // what was due while the connection was down is due now
+		}
+	}
 	o.ticked = now
 	o.ep.clock.Store(o.clock.Now(now))
+	o.spread()
 	if up {
 		o.ep.lookAtMaxPayload()
 		o.decideDenials(now)
@@ -158,12 +182,21 @@ func (o *outbox) tick() {
 		})
 	}
 	o.wheel.Advance(now, func(s *session) { o.check(s, now) })
+	o.remoteWheel.Advance(now, func(p *remote) { o.checkRemote(p, now) })
 	if o.wheel.Len() == 0 && o.up.Load() {
 		o.ep.ticker.Disarm()
 		if !o.up.Load() { // the watcher arms the ticker after it stores up: the second of the two sees the first
 			o.ep.ticker.Arm()
 		}
 	}
+}
+
+// spread sets the times of questions about single streams: the more streams, the rarer.
+func (o *outbox) spread() {
+	t := &o.ep.times
+	few := min(keepAlivesPerStream*t.KeepAlive, streamSilence)
+	o.streamTimes.KeepAlive = max(t.KeepAlive, few, int64(o.wheel.Len())*streamQuestion)
+	o.repeat = max(t.Ack, int64(o.asking)*repeatedQuestion)
 }
 
 // abandon ends the streams that have waited for the connection for DisconnectTimeout.
@@ -238,6 +271,7 @@ func (o *outbox) checkHeldClose(s *session, now int64) {
 // when it did, and packets that wait for the reader.
 func (o *outbox) noteArrivals(s *session, now int64) {
 	l := &s.life
+	before := l.heard
 	if n := s.bucket.ring.Pushed(); n != l.seen {
 		if l.seen = n; s.bucket.ring.Len() > 0 {
 			l.heard = now
@@ -245,7 +279,10 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 	}
 	l.heard = max(l.heard, s.popped.Load())
 	if l.pings > 0 && l.heard > l.pinged {
-		l.pings, l.suspect, l.absent = 0, 0, false
+		o.answered(s)
+	}
+	if s.remote != nil && l.heard != before {
+		s.remote.hear(l.heard)
 	}
 }
 
@@ -254,7 +291,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	l, w := &s.life, s.writer.Load()
 	if !o.up.Load() {
 		return liveness.Facts{
-			Now: now, Times: &o.ep.times, Born: l.waits, Down: o.down,
+			Now: now, Times: &o.streamTimes, Born: l.waits, Down: o.down,
 			Ending: s.end.Load() != nil, Disconnected: true, Consumer: s.stream != nil, Registered: s.reply != "",
 		}
 	}
@@ -263,7 +300,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		o.noteArrivals(s, now)
 	}
 	f := liveness.Facts{
-		Now: now, Times: &o.ep.times, Jitter: jitter(o.ep.times.KeepAlive),
+		Now: now, Times: &o.streamTimes, Repeat: o.repeat, Patience: s.patience, Jitter: jitter(o.streamTimes.KeepAlive),
 		Born: l.born, Heard: l.heard, Sent: l.sent, Lost: l.lost, Pinged: l.pinged,
 		Suspect: l.suspect, Closed: l.closed, Resumed: o.clock.Resumed(),
 		Pings: l.pings, Asks: l.asks,
@@ -299,7 +336,7 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 	if s.peer != "" && s.binary() {
 		end.reset = e
 	}
-	if why == liveness.PeerGone && s.life.absent {
+	if why == liveness.PeerGone && s.remote != nil && s.remote.absent {
 		end.err = fmt.Errorf("%w: %w", &e, nats.ErrNoResponders)
 	}
 	s.requestEnd(end)
@@ -325,8 +362,17 @@ func (o *outbox) ping(s *session) {
 	if l.pings >= liveness.SuspectPings && l.suspect == 0 {
 		l.suspect = o.time()
 	}
+	if l.pings == 0 {
+		o.asking++
+	}
 	l.pings++
 	l.pinged = o.time()
+	o.publishPing(s)
+	o.schedule(s, l.pinged+o.ep.times.Ack)
+}
+
+// publishPing publishes a PING on a stream.
+func (o *outbox) publishPing(s *session) {
 	if s.reply == "" {
 		if e := o.ep.register(s, s.controlToken()); e != nil {
 			s.requestEnd(e)
@@ -334,23 +380,25 @@ func (o *outbox) ping(s *session) {
 		}
 	}
 	o.tell(s, s.reply, Frame{Type: FramePing})
-	o.schedule(s, l.pinged+o.ep.times.Ack)
 }
 
 // absent takes the server's word that nobody received a first packet or a PING. It is a hint: the peer's connection may
 // be coming back.
 func (o *outbox) absent(s *session) {
-	l := &s.life
 	if !s.binary() { // what nobody received is lost, and cannot be sent again
 		e := &CloseError{CloseAbnormalClosure, "nobody receives the stream"}
 		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("%w: %w", e, nats.ErrNoResponders)})
 		return
 	}
-	l.absent = true
-	if l.suspect == 0 {
-		l.suspect = o.time()
-		o.schedule(s, l.suspect+o.ep.times.Ack)
+	p := s.remote
+	if p == nil {
+		return
 	}
+	p.absent = true
+	if p.suspect == 0 {
+		p.suspect = o.time()
+	}
+	o.lookAtRemote(p, o.clock.Until(o.time()))
 }
 
 // probeDue reports whether the fallback message p is to carry a reply subject, so that NATS says if nobody receives it. A

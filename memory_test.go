@@ -106,7 +106,7 @@ func newMemoryPair(p ClientParams) (*memoryPair, error) {
 	m.client = &Client{ep: ep, codec: MsgPack}
 	m.server, err = newServer(m.back, "", ServerParams{
 		Window: p.Window, MaxBuffered: p.MaxBuffered, MaxRecordSize: p.MaxRecordSize,
-		KeepAlive: p.KeepAlive, AckTimeout: p.AckTimeout, ResumeTimeout: p.ResumeTimeout, DisconnectTimeout: p.DisconnectTimeout,
+		KeepAlive: p.KeepAlive, PeerTimeout: p.PeerTimeout, AckTimeout: p.AckTimeout, ResumeTimeout: p.ResumeTimeout, DisconnectTimeout: p.DisconnectTimeout,
 	})
 	if err != nil {
 		m.client.Close()

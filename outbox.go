@@ -65,6 +65,12 @@ type outbox struct {
 	toldAll    bool // told is closed
 
 	denials denials
+
+	remotes     map[string]*remote  // other ends, by their names
+	remoteWheel wheel.Wheel[remote] // other ends by the time at which to look at them
+	streamTimes liveness.Intervals  // those of the endpoint, but KeepAlive is that of a single stream
+	repeat      int64               // after how long a question about a single stream is repeated
+	asking      int                 // streams that were asked and have not answered
 }
 
 // aside is a thing to do that belongs to no session the asker knows.
@@ -102,6 +108,7 @@ const (
 	workBegin                // the handler has begun: let the consumer know soon, if it does not hear anyway
 	workEnd                  // the session ended: tell the peer, let go of the buffers
 	workEndLater             // the same, and the peer waits for nothing
+	workPatience             // the user has set how long the peer may be silent
 
 	workLater = workWait | workBegin | workClose | workEndLater | workSettle // what does not wake the outbox
 )
@@ -346,6 +353,9 @@ func (o *outbox) serve(s *session, work uint32) {
 		}
 		o.lookAt(s, look)
 		o.peers.add(s)
+		if s.peer != "" {
+			o.joinRemote(s)
+		}
 	}
 	end := s.end.Load()
 	if e := o.ep.barred(); end == nil && e != nil {
@@ -384,6 +394,9 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	if work&workBind != 0 {
 		o.bind(s)
+	}
+	if work&workPatience != 0 {
+		o.setPatience(s)
 	}
 	resume := work&workResume != 0 && s.peer != ""
 	if l := &s.life; work&workResume != 0 {

@@ -410,7 +410,7 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 	switch {
 	case err != nil:
 	case w.json && o.probeDue(s, p):
-		s.life.pinged = o.ep.now()
+		s.life.pinged = o.time()
 		err = o.ep.conn.PublishMsg(&nats.Msg{Subject: s.peer, Reply: s.reply, Header: nats.Header{headerProbe: {"1"}}, Data: p.buf})
 	default:
 		err = o.send(s.peer, reply, p.buf)

@@ -49,8 +49,8 @@ type ServerParams struct {
 	Logger *slog.Logger
 
 	// These are as in ClientParams, for what consumers send. Streams begin with at most 64 KiB here.
-	Window, MaxBuffered, MaxRecordSize                      int
-	KeepAlive, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
+	Window, MaxBuffered, MaxRecordSize                                   int
+	KeepAlive, PeerTimeout, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
 }
 
 const (
@@ -166,7 +166,7 @@ func NewServer(params ServerParams) (*Server, error) {
 func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, error) {
 	common, err := ClientParams{
 		Window: params.Window, MaxBuffered: params.MaxBuffered, MaxRecordSize: params.MaxRecordSize,
-		KeepAlive: params.KeepAlive, AckTimeout: params.AckTimeout,
+		KeepAlive: params.KeepAlive, PeerTimeout: params.PeerTimeout, AckTimeout: params.AckTimeout,
 		ResumeTimeout: params.ResumeTimeout, DisconnectTimeout: params.DisconnectTimeout,
 	}.withDefaults()
 	if err != nil {

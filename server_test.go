@@ -616,6 +616,7 @@ func TestServerParams(t *testing.T) {
 		"MaxBuffered":       {MaxBuffered: -1},
 		"MaxRecordSize":     {MaxRecordSize: -1},
 		"KeepAlive":         {KeepAlive: 1},
+		"PeerTimeout":       {PeerTimeout: 1},
 		"AckTimeout":        {AckTimeout: -1},
 		"ResumeTimeout":     {ResumeTimeout: 1},
 		"DisconnectTimeout": {DisconnectTimeout: 1},

@@ -131,6 +131,8 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 	if do&lifecycle.Forget != 0 {
 		o.peers.remove(s)
 		o.wheel.Remove(s)
+		o.answered(s)
+		o.leaveRemote(s)
 		o.remember(s)
 		if s.server != nil {
 			s.server.leave()

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/natsstream/stream/internal/lifecycle"
@@ -198,6 +199,11 @@ func (st *Stream) Sync(ctx context.Context) error { return st.send().Sync(ctx) }
 // read side stays open. It returns when everything was handed to NATS, and fails as [Stream.Write] does. Closing again does
 // nothing.
 func (st *Stream) CloseSend() error { return st.send().Close() }
+
+// SetPeerTimeout sets for how long nothing may be heard from the producer's end before the stream ends with
+// [CloseAbnormalClosure]. The producer's end is asked as often as that takes. Zero, which is the default, stands
+// for PeerTimeout in [ClientParams]. It may be called at any time, by any goroutine.
+func (st *Stream) SetPeerTimeout(d time.Duration) { st.session.setPeerTimeout(d) }
 
 // Context ends when the stream does: when its end was read and nothing remains to be sent, when it was closed, when
 // the context given to Open ended. [context.Cause] tells why.

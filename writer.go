@@ -157,11 +157,19 @@ const (
 	fallbackQueueBytes = 4 << 20
 )
 
+// SetPeerTimeout sets for how long nothing may be heard from the consumer's end before the stream ends with
+// [CloseAbnormalClosure], as [Stream.SetPeerTimeout] does for the producer's. A consumer that speaks only the JSON fallback
+// cannot be asked.
+func (w *Writer) SetPeerTimeout(d time.Duration) {
+	if w.bad == nil {
+		w.session.setPeerTimeout(d)
+	}
+}
+
 // Context ends when the stream does: when the consumer left or its deadline passed, with a [*CloseError] that has its code;
-// when the consumer is gone without a word, with [CloseAbnormalClosure], after KeepAlive and ResumeTimeout, and four times
-// AckTimeout where NATS does not say that nobody listens; when this
-// end's connection was lost for good; when the writer was closed. [context.Cause] tells why. Of a consumer that speaks only
-// the JSON fallback neither can be seen.
+// when the consumer is gone without a word, with [CloseAbnormalClosure], after PeerTimeout; when this end's connection was
+// lost for good; when the writer was closed. [context.Cause] tells why. Of a consumer that speaks only the JSON fallback
+// neither can be seen.
 func (w *Writer) Context() context.Context { return w.ctx }
 
 // Write sends p as one record. It returns len(p) once p was copied: p may be reused at once. It blocks while the

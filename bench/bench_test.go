@@ -194,3 +194,23 @@ func BenchmarkIdle(b *testing.B) {
 		b.ReportMetric(float64(sum.OpenTime)/n, "open-ns/stream")
 	})
 }
+
+// BenchmarkKeepAlive measures the processor time that idle streams take, so that each end knows that the other lives. An
+// operation takes a minute and a quarter.
+func BenchmarkKeepAlive(b *testing.B) {
+	streams, d := 100_000, time.Minute
+	if testing.Short() {
+		streams, d = 1000, time.Second
+	}
+	b.Run(fmt.Sprintf("impl=stream/streams=%d", streams), func(b *testing.B) {
+		sum := 0.0
+		for range b.N {
+			cost, err := e2e.KeepAlive(env, streams, d)
+			if err != nil {
+				b.Fatal(err)
+			}
+			sum += cost
+		}
+		b.ReportMetric(100*sum/float64(b.N), "core-%")
+	})
+}

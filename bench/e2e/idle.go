@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -100,4 +101,55 @@ func inUse() (heap, stack, goroutines float64) {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return float64(m.HeapInuse), float64(m.StackInuse), float64(runtime.NumGoroutine())
+}
+
+// KeepAlive measures what it costs to know of n idle streams that both their ends live: the processor time of both ends and
+// of the NATS server between them, as a part of the time that passes, which is about d.
+func KeepAlive(env *Env, n int, d time.Duration) (_ float64, err error) {
+	conns, err := env.dialPair()
+	if err != nil {
+		return 0, err
+	}
+	defer conns.Close()
+	server, err := stream.NewServer(stream.ServerParams{Conn: conns.producer, MaxStreams: n})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, server.Close()) }()
+	subject := nats.NewInbox()
+	var running atomic.Int64
+	if _, err := server.Handle(subject, func(_ *stream.Writer, r *stream.Request) error {
+		running.Add(1)
+		<-r.Context().Done()
+		return nil
+	}); err != nil {
+		return 0, err
+	}
+	if err := conns.producer.Flush(); err != nil {
+		return 0, err
+	}
+	client, err := stream.NewClient(stream.ClientParams{Conn: conns.consumer})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, client.Close()) }()
+	for i := range n {
+		if _, err := client.Open(context.Background(), subject, nil); err != nil {
+			return 0, err
+		}
+		for limit := time.Now().Add(30 * time.Second); running.Load() < int64(i-1000); time.Sleep(time.Millisecond) {
+			if time.Now().After(limit) {
+				return 0, errors.New("keep-alive: a request did not arrive")
+			}
+		}
+	}
+	time.Sleep(d / 4) // the first questions of all are over
+	runtime.GC()
+	start, used := time.Now(), CPUTime()
+	time.Sleep(d)
+	cost := float64(CPUTime()-used) / float64(time.Since(start))
+	if got := client.Stats().Streams; got != n {
+		return 0, fmt.Errorf("keep-alive: %d of %d streams are left", got, n)
+	}
+	return cost, env.Err()
 }

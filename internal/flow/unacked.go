@@ -1,5 +1,7 @@
 package flow
 
+import "iter"
+
 // Unacked holds the packets of a stream that were published and are not acknowledged, by their sequence numbers, and says
 // which to publish again. Sequence numbers are modulo 2^32; fewer than 2^31 packets are held at once. It allocates when
 // it has to hold more packets than ever before.
@@ -29,6 +31,17 @@ func (q *Unacked[P]) Empty() bool { return q.acked == q.next }
 
 // OnTheWay returns how many packets were published and are neither acknowledged nor known to be lost.
 func (q *Unacked[P]) OnTheWay() uint32 { return q.cursor - q.acked }
+
+// All yields the packets that are not acknowledged, in their order. None may be pushed or released meanwhile.
+func (q *Unacked[P]) All() iter.Seq[P] {
+	return func(yield func(P) bool) {
+		for seq := q.acked; seq != q.next; seq++ {
+			if !yield(q.packets[seq&uint32(len(q.packets)-1)]) {
+				return
+			}
+		}
+	}
+}
 
 // Push holds p, which was published as number Next. No packet may be left to publish again.
 func (q *Unacked[P]) Push(p P) {

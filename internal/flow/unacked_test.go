@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -44,6 +45,9 @@ func TestUnackedHoldsWhatIsNotAcknowledged(t *testing.T) {
 					}
 				}
 				held, acked = held[n:], acked+n
+				if all := slices.Collect(q.All()); !slices.Equal(all, held) {
+					t.Fatalf("All: %d, want %d", all, held)
+				}
 				if int32(cursor-acked) < 0 {
 					cursor = acked
 				}

@@ -1,5 +1,6 @@
-// Package liveness decides about a stream in time: when its peer is asked whether it lives, when the stream is given up,
-// and when to look again. It is a pure function over facts. The outbox of package stream gathers the facts and acts.
+// Package liveness decides about streams and their peers in time: when a peer is asked whether it lives, when it or a
+// stream is given up, and when to look again. [DecidePeer] is about the other end, which many streams may share, and
+// [Decide] about one stream. Both are pure functions over facts. The outbox of package stream gathers the facts and acts.
 //
 // All times are in nanoseconds of a [Clock], which never reads 0; 0 means never.
 package liveness
@@ -16,12 +17,18 @@ const maxBackoff = 6
 // Intervals are the parameters of an endpoint that have the same names, in nanoseconds.
 type Intervals struct {
 	KeepAlive, Ack, Resume, Disconnect int64
+
+	Patience int64 // how long a peer may take that was asked: PeerTimeout without KeepAlive
 }
 
 // Facts are all that a decision depends on.
 type Facts struct {
 	Now   int64
 	Times *Intervals
+	// Patience is how long the peer may be suspect in any case.
+	Patience int64
+	// Repeat is after how long a question that was not answered is repeated, at least Times.Ack.
+	Repeat int64
 	// Jitter shortens KeepAlive, so that streams that began together are not asked together.
 	Jitter int64
 
@@ -92,7 +99,7 @@ func Decide(f *Facts) Decision {
 		return giveUp(EndUnconfirmed)
 	case f.NoPeer:
 		return f.waitForPeer(d)
-	case f.Suspect != 0 && f.Now >= f.overdue(f.Suspect):
+	case f.Suspect != 0 && f.Now >= f.gone(f.Suspect):
 		return giveUp(PeerGone)
 	}
 	return f.ask(d)
@@ -103,12 +110,8 @@ func giveUp(r Reason) Decision { return Decision{GiveUp: r} }
 // since is t, or when the clock began to run again after it.
 func (f *Facts) since(t int64) int64 { return max(t, f.Resumed) }
 
-// overdue is when Resume is over, which began at t. A connection that has just come back, or a process that has just gone
-// on, first hears what there is to hear. That does not put the end off for ever: a connection may never last that long.
-func (f *Facts) overdue(t int64) int64 {
-	end := t + f.Times.Resume
-	return max(end, min(f.Resumed+graceAcks*f.Times.Ack, end+f.Times.Resume))
-}
+// overdue is when Resume is over, which began at t.
+func (f *Facts) overdue(t int64) int64 { return grace(t+f.Times.Resume, f.Resumed, f.Times) }
 
 // waitForConnection is Decide while the connection is down. Now, Born, Down and the next look are times that run on
 // meanwhile, and the other facts are not looked at.
@@ -151,7 +154,7 @@ func (f *Facts) waitForPeer(d Decision) Decision {
 // ask decides whether to ask the peer now.
 func (f *Facts) ask(d Decision) Decision {
 	if f.Pings > 0 || f.Suspect != 0 {
-		repeat := f.Pinged + f.Times.Ack
+		repeat := f.Pinged + f.Repeat
 		d.Ping = f.Now >= repeat
 		d.until(repeat)
 	} else {
@@ -171,13 +174,16 @@ func (f *Facts) ask(d Decision) Decision {
 		if suspect == 0 && f.Pings >= SuspectPings {
 			suspect = f.Now
 		}
-		d.Next = f.Now + min(f.Times.KeepAlive, f.Times.Ack)
+		d.Next = f.Now + min(f.Times.KeepAlive, f.Repeat)
 	}
 	if f.Closed != 0 {
 		d.until(f.overdue(f.Closed))
 	}
 	if suspect != 0 {
-		d.until(f.overdue(suspect))
+		d.until(f.gone(suspect))
 	}
 	return d
 }
+
+// gone is when a peer that is suspect since t is given up.
+func (f *Facts) gone(t int64) int64 { return max(f.overdue(t), t+f.Patience) }

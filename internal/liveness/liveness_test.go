@@ -14,9 +14,10 @@ const (
 	ack        = 10
 	resume     = 100
 	disconnect = 500
+	patience   = 70
 )
 
-var times = Intervals{KeepAlive: keepAlive, Ack: ack, Resume: resume, Disconnect: disconnect}
+var times = Intervals{KeepAlive: keepAlive, Ack: ack, Resume: resume, Disconnect: disconnect, Patience: patience}
 
 // Decide for each way in which a stream can be.
 func TestDecide(t *testing.T) {
@@ -48,6 +49,9 @@ func TestDecide(t *testing.T) {
 		"suspect, it breaks again":   {Facts{Pings: 9, Pinged: now, Suspect: now - resume, Resumed: now - 2*ack}, Decision{GiveUp: PeerGone}},
 		"suspect, it always breaks":  {Facts{Pings: 9, Pinged: now, Suspect: now - 2*resume, Resumed: now}, Decision{GiveUp: PeerGone}},
 
+		"suspect, own patience":     {Facts{Pings: 9, Pinged: now, Suspect: now - resume, Patience: resume + 5}, Decision{Next: now + 5}},
+		"suspect, patience is over": {Facts{Pings: 9, Pinged: now, Suspect: now - 200, Patience: 200}, Decision{GiveUp: PeerGone}},
+
 		"acknowledgement outstanding":  {Facts{Heard: now, Unacked: true, Sent: now - 1}, Decision{Next: now + ack - 1}},
 		"acknowledgement overdue":      {Facts{Heard: now, Unacked: true, Sent: now - ack}, Decision{Ping: true, Next: now + ack}},
 		"credit overdue":               {Facts{Heard: now, Stalled: true, Sent: now - ack}, Decision{Ping: true, Next: now + ack}},
@@ -77,7 +81,7 @@ func TestDecide(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := c.facts
-			f.Now, f.Times = now, &times
+			f.Now, f.Times, f.Repeat = now, &times, ack
 			if d := Decide(&f); d != c.want {
 				t.Errorf("%+v, want %+v", d, c.want)
 			}
@@ -132,7 +136,7 @@ func (s *stream) look(t *rapid.T, late int64) Decision {
 func draw(t *rapid.T) *stream {
 	b := func(name string) bool { return rapid.Bool().Draw(t, name) }
 	return &stream{Facts: Facts{
-		Now: 1, Born: 1, Times: &times, Registered: true,
+		Now: 1, Born: 1, Times: &times, Repeat: ack, Registered: true,
 		Consumer: b("consumer"), Unacked: b("unacked"), Stalled: b("stalled"), Silent: b("silent"), Sent: 1,
 	}}
 }
@@ -161,6 +165,80 @@ func TestLivingPeerIsNotGivenUp(t *testing.T) {
 			if d := s.look(t, ack); d.GiveUp != Alive {
 				t.Fatalf("given up at %d, reason %d", s.Now, d.GiveUp)
 			}
+		}
+	})
+}
+
+// DecidePeer for each way in which a peer can be.
+func TestDecidePeer(t *testing.T) {
+	const now = 10_000
+	for name, c := range map[string]struct {
+		facts PeerFacts
+		want  PeerDecision
+	}{
+		"heard just now":             {PeerFacts{Heard: now}, PeerDecision{Next: now + keepAlive}},
+		"jitter shortens silence":    {PeerFacts{Heard: now, Jitter: 7}, PeerDecision{Next: now + keepAlive - 7}},
+		"silence over":               {PeerFacts{Heard: now - keepAlive}, PeerDecision{Ask: true, Next: now + ack}},
+		"silence since reconnect":    {PeerFacts{Resumed: now - keepAlive + 5}, PeerDecision{Next: now + 5}},
+		"question outstanding":       {PeerFacts{Questions: 1, Asked: now - 1, Suspect: now - 1}, PeerDecision{Next: now + ack - 1}},
+		"question unanswered":        {PeerFacts{Questions: 1, Asked: now - ack, Suspect: now - ack}, PeerDecision{Ask: true, Next: now + ack}},
+		"asked often":                {PeerFacts{Questions: 4, Asked: now, Suspect: now - patience + 2}, PeerDecision{Next: now + 2}},
+		"asked for long":             {PeerFacts{Questions: 4, Asked: now, Suspect: now - patience}, PeerDecision{GiveUp: true, Next: now + ack}},
+		"asked for long, too rarely": {PeerFacts{Questions: 2, Asked: now, Suspect: now - patience}, PeerDecision{Next: now + ack}},
+		"asked for long, it queues":  {PeerFacts{Questions: 4, Asked: now, Suspect: now - patience, Queued: 3}, PeerDecision{Next: now + 3}},
+		"it queues for too long":     {PeerFacts{Questions: 4, Asked: now, Suspect: now - patience - resume, Queued: 100 * resume}, PeerDecision{GiveUp: true, Next: now + ack}},
+		"connection broke":           {PeerFacts{Questions: 4, Asked: now, Suspect: now - patience, Resumed: now - ack}, PeerDecision{Next: now + ack}},
+		"connection always breaks":   {PeerFacts{Questions: 4, Asked: now, Suspect: now - patience - resume, Resumed: now}, PeerDecision{GiveUp: true, Next: now + ack}},
+		"absent":                     {PeerFacts{Absent: true, Asked: now - ack, Suspect: now}, PeerDecision{Ask: true, Next: now + ack}},
+		"absent for long":            {PeerFacts{Absent: true, Asked: now, Suspect: now - patience, Queued: 3}, PeerDecision{GiveUp: true, Next: now + ack}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := c.facts
+			f.Now, f.Times, f.KeepAlive = now, &times, keepAlive
+			if d := DecidePeer(&f); d != c.want {
+				t.Errorf("%+v, want %+v", d, c.want)
+			}
+		})
+	}
+}
+
+// However the looks fall, a peer that is gone is given up in time, one that answers never is, and no next look is in the
+// past.
+func TestPeerBounds(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		answers := rapid.Bool().Draw(t, "answers")
+		late := rapid.Int64Range(0, 20).Draw(t, "lateness")
+		f := PeerFacts{Now: 1, Heard: 1, Times: &times, KeepAlive: rapid.Int64Range(1, keepAlive).Draw(t, "KeepAlive")}
+		f.Queued = rapid.Int64Range(0, resume).Draw(t, "queued")
+		const looks = SuspectPings + 2
+		bound := 1 + f.KeepAlive + max(patience, SuspectPings*ack) + f.Queued + looks*late
+		for f.Now < 20*keepAlive {
+			f.Jitter = rapid.Int64Range(0, f.KeepAlive/10).Draw(t, "jitter")
+			d := DecidePeer(&f)
+			if d.Next <= f.Now {
+				t.Fatalf("%+v: the next look is at %d", f, d.Next)
+			}
+			if d.GiveUp && answers {
+				t.Fatalf("%+v: given up", f)
+			} else if d.GiveUp {
+				return
+			}
+			if !answers && f.Now > bound {
+				t.Fatalf("not given up at %d, the bound is %d", f.Now, bound)
+			}
+			next := d.Next + rapid.Int64Range(0, late).Draw(t, "late")
+			if d.Ask {
+				if f.Suspect == 0 {
+					f.Suspect = f.Now
+				}
+				f.Questions++
+				f.Asked = f.Now
+				if answers {
+					f.Heard = min(next, f.Now+rapid.Int64Range(1, ack).Draw(t, "answer"))
+					f.Questions, f.Suspect = 0, 0
+				}
+			}
+			f.Now = next
 		}
 	})
 }

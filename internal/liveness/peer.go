@@ -1,0 +1,72 @@
+package liveness
+
+// PeerFacts are all that a decision about a peer depends on: about the other end of one or many streams.
+type PeerFacts struct {
+	Now   int64
+	Times *Intervals
+	// KeepAlive is at most Times.KeepAlive, and shorter if a stream asks for that. Jitter shortens it.
+	KeepAlive, Jitter int64
+
+	Heard   int64 // last sign of life, on any stream
+	Asked   int64 // last question
+	Suspect int64 // the first question that was not answered, or when NATS said that nobody received one
+	Resumed int64 // when the clock began to run again, at a reconnect or after a standstill of this end
+
+	Questions int32 // unanswered since the last sign of life
+	Absent    bool  // NATS said that nobody received a question
+
+	// Queued is how long what was sent before the question may take on its way.
+	Queued int64
+}
+
+// PeerDecision says what to do about a peer.
+type PeerDecision struct {
+	GiveUp bool  // end its streams
+	Ask    bool  // ask it on one of its streams
+	Next   int64 // when to look again, at the latest
+}
+
+// DecidePeer looks at a peer. When it was silent for KeepAlive it is asked every Ack, and Patience after the first question
+// it is given up.
+func DecidePeer(f *PeerFacts) PeerDecision {
+	d := PeerDecision{Next: f.Now + f.KeepAlive}
+	if f.Questions == 0 && !f.Absent {
+		silent := max(f.Heard, f.Resumed) + f.KeepAlive - f.Jitter
+		d.Ask = f.Now >= silent
+		if !d.Ask {
+			d.Next = silent
+			return d
+		}
+	} else {
+		repeat := f.Asked + f.Times.Ack
+		d.Ask = f.Now >= repeat
+		d.Next = repeat
+	}
+	if d.Ask {
+		d.Next = f.Now + f.Times.Ack
+	}
+	if f.Suspect != 0 && (f.Absent || f.Questions >= SuspectPings) {
+		end := f.end()
+		d.GiveUp = f.Now >= end
+		if !d.GiveUp {
+			d.Next = min(d.Next, end)
+		}
+	}
+	return d
+}
+
+// end is when the peer is given up, if it goes on being silent.
+func (f *PeerFacts) end() int64 {
+	end := grace(f.Suspect+f.Times.Patience, f.Resumed, f.Times)
+	if !f.Absent { // else there is nobody whom the question could still reach
+		end += min(f.Queued, f.Times.Resume)
+	}
+	return end
+}
+
+// grace puts end off if the clock has just begun to run again at resumed: a connection that has just come back, or a
+// process that has just gone on, first hears what there is to hear. That does not put the end off for ever: a connection
+// may never last that long.
+func grace(end, resumed int64, t *Intervals) int64 {
+	return max(end, min(resumed+graceAcks*t.Ack, end+t.Resume))
+}

@@ -1,0 +1,273 @@
+package stream
+
+import (
+	"strings"
+	"time"
+
+	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/liveness"
+	"github.com/natsstream/stream/internal/wheel"
+)
+
+// This file is about the other ends of an endpoint's streams: one question asks for all streams that two ends share;
+// docs/PROTOCOL.md section 13.2.
+
+// remote is another end: all streams whose subjects there differ in the token alone. The outbox owns it. Times are those of
+// the outbox's clock; 0 is never.
+type remote struct {
+	name      string // the subjects without their tokens, or a whole subject that has none
+	heard     int64  // on any of the streams
+	asked     int64
+	suspect   int64 // the first question that was not answered, or when NATS said that nobody received one
+	questions int32 // since it was heard
+	absent    bool  // NATS said that nobody received a question
+	own       int32 // streams with a patience of their own
+	shortest  int64 // of these patiences, 0 if there is none
+
+	next *session // the stream to ask on; the others follow in a circle
+	node wheel.Node[remote]
+}
+
+const (
+	// streamSilence is the longest silence of a single stream, if there are few streams, and keepAlivesPerStream the same
+	// as a multiple of KeepAlive. A living peer may have lost a stream, if a RESET was lost.
+	streamSilence       = int64(15 * time.Second)
+	keepAlivesPerStream = 30
+
+	// streamQuestion is how far questions about single streams lie apart: 500 a second take less than 1 % of a core.
+	streamQuestion = int64(2 * time.Millisecond)
+	// repeatedQuestion is the same for repeated ones. That is more than there can be unless the machine is overloaded.
+	repeatedQuestion = int64(50 * time.Microsecond)
+
+	// slowLine is the rate, in bytes a second, that a line has at least: what was sent before a question delays it.
+	slowLine = 64 << 10
+
+	// candidates bounds the streams among which one is sought that can be asked.
+	candidates = 8
+
+	// patienceParts is into how many parts a stream's own patience is divided: so often is its peer asked at least.
+	patienceParts = 4
+)
+
+// remoteName returns the part of a subject that all streams of one end share. A subject that was mapped between accounts ends
+// with no token, and says nothing about other streams.
+func remoteName(subject string) string {
+	i := strings.LastIndexByte(subject, '.')
+	if _, err := ParseToken(subject[i+1:]); i < 0 || err != nil {
+		return subject
+	}
+	return subject[:i]
+}
+
+// joinRemote notes whose stream this is, once it is known where the other end receives, and whenever that changes.
+func (o *outbox) joinRemote(s *session) {
+	name := remoteName(s.peer)
+	if s.remote != nil {
+		if s.remote.name == name {
+			return
+		}
+		o.leaveRemote(s)
+	}
+	if !s.binary() || s.state.Phase == lifecycle.Gone {
+		return
+	}
+	p := o.remotes[name]
+	if p == nil {
+		p = &remote{name: strings.Clone(name), heard: o.time()}
+		o.remotes[p.name] = p
+	}
+	s.remote = p
+	if p.next == nil {
+		p.next, s.after, s.before = s, s, s
+		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
+	} else {
+		s.after, s.before = p.next, p.next.before
+		s.before.after, s.after.before = s, s
+	}
+	if s.patience != 0 {
+		o.impatient(p, s.patience)
+	}
+}
+
+// leaveRemote takes a stream from its peer. A peer without streams is forgotten.
+func (o *outbox) leaveRemote(s *session) {
+	p := s.remote
+	if p == nil {
+		return
+	}
+	s.remote = nil
+	if s.patience != 0 {
+		p.own--
+	}
+	if s.after == s {
+		p.next = nil
+		o.remoteWheel.Remove(p)
+		delete(o.remotes, p.name)
+	} else {
+		if p.next == s {
+			p.next = s.after
+		}
+		s.before.after, s.after.before = s.after, s.before
+	}
+	s.after, s.before = nil, nil
+}
+
+// impatient notes that a stream of p has a patience of its own.
+func (o *outbox) impatient(p *remote, patience int64) {
+	p.own++
+	if p.shortest == 0 || patience < p.shortest {
+		p.shortest = patience
+		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
+	}
+}
+
+// setPeerTimeout is Stream.SetPeerTimeout.
+func (s *session) setPeerTimeout(d time.Duration) {
+	s.wanted.Store(int64(min(max(d, 0), never)))
+	s.mark(workPatience)
+}
+
+// setPatience notes what SetPeerTimeout was given.
+func (o *outbox) setPatience(s *session) {
+	if s.patience != 0 && s.remote != nil {
+		s.remote.own--
+	}
+	s.patience = s.wanted.Load()
+	if s.patience != 0 && s.remote != nil {
+		o.impatient(s.remote, s.patience)
+	}
+}
+
+// keepAlive is after which silence p is asked.
+func (p *remote) keepAlive(o *outbox) int64 {
+	d := o.ep.times.KeepAlive
+	if p.shortest != 0 {
+		d = max(1, min(d, p.shortest/patienceParts))
+	}
+	return d
+}
+
+// hear notes a sign of life at a time on the outbox's clock.
+func (p *remote) hear(at int64) {
+	p.heard = max(p.heard, at)
+	if at >= p.asked {
+		p.questions, p.suspect, p.absent = 0, 0, false
+	}
+}
+
+// lookAtRemote sees to it that p is looked at when at is over, by the endpoint's time, or earlier.
+func (o *outbox) lookAtRemote(p *remote, at int64) { o.remoteWheel.Set(p, at) }
+
+// checkRemote looks at a peer that is due. now is the endpoint's time.
+func (o *outbox) checkRemote(p *remote, now int64) {
+	if !o.up.Load() {
+		o.lookAtRemote(p, now+o.ep.times.KeepAlive)
+		return
+	}
+	now = o.clock.Now(now)
+	s := o.speaker(p, now)
+	f := liveness.PeerFacts{
+		Now: now, Times: &o.ep.times, KeepAlive: p.keepAlive(o), Jitter: jitter(p.keepAlive(o)),
+		Heard: p.heard, Asked: p.asked, Suspect: p.suspect, Resumed: o.clock.Resumed(),
+		Questions: p.questions, Absent: p.absent,
+	}
+	d := liveness.DecidePeer(&f)
+	if d.GiveUp {
+		f.Queued = o.queued(p) // looked at only here, since it takes a walk over all streams
+		d = liveness.DecidePeer(&f)
+	}
+	if d.GiveUp || p.own > 0 && p.suspect != 0 {
+		d.Next = min(d.Next, o.giveUpRemote(p, now, d.GiveUp))
+		if p.next == nil {
+			return
+		}
+	}
+	if d.Ask && s != nil && s.remote == p {
+		o.askRemote(p, s, now)
+	}
+	o.lookAtRemote(p, o.clock.Until(d.Next))
+}
+
+// speaker returns a stream on which p can be asked, another one each time, or nil if none is found. It notes what arrived on
+// the streams that it looks at.
+func (o *outbox) speaker(p *remote, now int64) *session {
+	for range candidates {
+		s := p.next
+		p.next = s.after
+		if s.end.Load() == nil {
+			o.noteArrivals(s, now)
+			return s
+		}
+		if p.next == s {
+			break
+		}
+	}
+	return nil
+}
+
+// askRemote asks p for a sign of life, on one stream for all.
+func (o *outbox) askRemote(p *remote, s *session, now int64) {
+	p.questions++
+	p.asked = now
+	if p.suspect == 0 {
+		p.suspect = now
+	}
+	o.publishPing(s)
+}
+
+// queued is how long, at the least rate of a line, what was sent to p takes that it has not acknowledged.
+func (o *outbox) queued(p *remote) int64 {
+	takes := int64(0)
+	for s := range p.streams() {
+		if w := s.writer.Load(); w != nil {
+			for p := range w.sent.All() {
+				takes += int64(len(p.buf)) * int64(time.Second) / slowLine
+			}
+		}
+	}
+	return takes
+}
+
+// streams yields all streams of p. Each may leave once it was yielded.
+func (p *remote) streams() func(yield func(*session) bool) {
+	return func(yield func(*session) bool) {
+		first := p.next
+		if first == nil {
+			return
+		}
+		last := first.before
+		for s := first; ; {
+			after := s.after
+			if !yield(s) || s == last {
+				return
+			}
+			s = after
+		}
+	}
+}
+
+// giveUpRemote ends the streams whose patience is over: those with one of their own, and if all is set the others as well. It
+// returns when to look again.
+func (o *outbox) giveUpRemote(p *remote, now int64, all bool) (next int64) {
+	for s := range p.streams() {
+		o.noteArrivals(s, now) // a stream on which records arrive shows that the peer lives
+	}
+	next = now + o.ep.times.Ack
+	if p.suspect == 0 {
+		return next
+	}
+	for s := range p.streams() {
+		over := all
+		if s.patience != 0 {
+			end := max(p.heard, s.life.heard) + s.patience
+			over = now >= end && (p.absent || p.questions > 1) // one may be slow or lost
+			if !over {
+				next = min(next, max(end, now+1))
+			}
+		}
+		if over && s.end.Load() == nil {
+			o.giveUp(s, liveness.PeerGone)
+		}
+	}
+	return next
+}
