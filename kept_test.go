@@ -30,7 +30,7 @@ func TestStreamsShareWhatMayBeKept(t *testing.T) {
 		for _, k := range kept {
 			least, most = min(least, k), max(most, k)
 		}
-		if limit := int64(budget + streams*(minWindow+packet)); all > limit {
+		if limit := budget + int64(streams)*(minWindow+packet); all > limit {
 			t.Errorf("%d streams keep %d bytes, want at most %d", streams, all, limit)
 		}
 		if most > window+packet || least == 0 || most-least > packet {
