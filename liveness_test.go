@@ -70,8 +70,8 @@ func TestHourOfSilence(t *testing.T) {
 		if sent != control || back != backControl {
 			t.Errorf("%d and %d messages, of which %d and %d are control packets", sent, back, control, backControl)
 		}
-		// A question and an answer each time, or one answer to two questions at once, and one end's question most often spares the other its own. One question asks for
-		// all streams, and a rarer one for each.
+		// A question and an answer each time, or one answer to two questions at once. One end's question most often spares
+		// the other its own. One question asks for all streams, and a rarer one for each.
 		silence := time.Duration(streamSilence)
 		if most := streams*int(time.Hour/(silence*9/10)) + 2*int(time.Hour/(defaultKeepAlive*9/10)); pings > most || sent+back > int64(2*pings) || sent+back < int64(2*pings-pings/100) {
 			t.Errorf("%d PINGs in %d control packets, want at most %d and an answer to each", pings, sent+back, most)
