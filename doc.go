@@ -52,7 +52,7 @@
 // # Reconnects
 //
 // Packets are kept until the peer acknowledges them and are sent again if they are lost, so a stream survives a reconnect,
-// also to another server of a cluster. A stream ends with [CloseAbnormalClosure] if its peer stays away for ResumeTimeout or
+// also to another server of a cluster. A stream ends with [CloseAbnormalClosure] if its peer stays away for PeerTimeout or
 // its own connection for DisconnectTimeout. A request is sent only once, because a handler may have run: [Retryable] tells the
 // errors after which it surely did not, and [Client.OpenRetry] repeats those requests.
 //

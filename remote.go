@@ -34,8 +34,10 @@ const (
 	streamSilence       = int64(15 * time.Second)
 	keepAlivesPerStream = 30
 
-	// streamQuestion is how far questions about single streams lie apart: 500 a second take less than 1 % of a core.
-	streamQuestion = int64(2 * time.Millisecond)
+	// streamQuestion is how far questions about single streams lie apart: 250 a second take half a percent of a core, both
+	// ends and the NATS server together. remoteQuestion is the same for questions to other ends, if there are so many.
+	streamQuestion = int64(4 * time.Millisecond)
+	remoteQuestion = int64(500 * time.Microsecond)
 	// repeatedQuestion is the same for repeated ones. That is more than there can be unless the machine is overloaded.
 	repeatedQuestion = int64(50 * time.Microsecond)
 
@@ -138,9 +140,9 @@ func (o *outbox) setPatience(s *session) {
 	}
 }
 
-// keepAlive is after which silence p is asked.
+// keepAlive is after which silence p is asked. The more other ends there are, the rarer is each asked.
 func (p *remote) keepAlive(o *outbox) int64 {
-	d := o.ep.times.KeepAlive
+	d := max(o.ep.times.KeepAlive, int64(len(o.remotes))*remoteQuestion)
 	if p.shortest != 0 {
 		d = max(1, min(d, p.shortest/patienceParts))
 	}

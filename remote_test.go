@@ -173,7 +173,7 @@ func TestQuestionsAboutStreamsAreSpread(t *testing.T) {
 	set := make([]session, 20_000)
 	for n := range set {
 		o.spread()
-		if perSecond := float64(n) / time.Duration(o.streamTimes.KeepAlive).Seconds(); perSecond > 501 {
+		if perSecond := float64(n) / time.Duration(o.streamTimes.KeepAlive).Seconds(); perSecond > 251 {
 			t.Fatalf("%d streams are asked %.0f times a second", n, perSecond)
 		}
 		if d := time.Duration(o.streamTimes.KeepAlive); n < 1000 && d > 15*time.Second {
@@ -182,6 +182,15 @@ func TestQuestionsAboutStreamsAreSpread(t *testing.T) {
 		if perSecond := float64(o.asking) / time.Duration(o.repeat).Seconds(); perSecond > 20_001 {
 			t.Fatalf("%.0f questions a second are repeated", perSecond)
 		}
+		p := &remote{}
+		if perSecond := float64(n) / time.Duration(p.keepAlive(o)).Seconds(); perSecond > 2001 {
+			t.Fatalf("%d other ends are asked %.0f times a second", n, perSecond)
+		}
+		p.shortest = second
+		if d := p.keepAlive(o); d > second/patienceParts {
+			t.Fatalf("an end whose stream has a patience of a second is asked every %v", time.Duration(d))
+		}
+		o.remotes[fmt.Sprint(n)] = p
 		o.wheel.Set(&set[n], int64(n)*1e6)
 		o.asking += 100
 	}

@@ -4,7 +4,8 @@ package liveness
 type PeerFacts struct {
 	Now   int64
 	Times *Intervals
-	// KeepAlive is at most Times.KeepAlive, and shorter if a stream asks for that. Jitter shortens it.
+	// KeepAlive is Times.KeepAlive, or shorter if a stream asks for that, or longer if there are many peers. Jitter
+	// shortens it.
 	KeepAlive, Jitter int64
 
 	Heard   int64 // last sign of life, on any stream
