@@ -34,9 +34,9 @@ const (
 	streamSilence       = int64(15 * time.Second)
 	keepAlivesPerStream = 30
 
-	// streamQuestion is how far questions about single streams lie apart: 250 a second take half a percent of a core, both
-	// ends and the NATS server together. remoteQuestion is the same for questions to other ends, if there are so many.
-	streamQuestion = int64(4 * time.Millisecond)
+	// streamQuestion is how far questions about single streams lie apart: 125 a second take a quarter of a percent of a core,
+	// both ends and the NATS server together. remoteQuestion is the same for questions to other ends, if there are so many.
+	streamQuestion = int64(8 * time.Millisecond)
 	remoteQuestion = int64(500 * time.Microsecond)
 	// repeatedQuestion is the same for repeated ones. That is more than there can be unless the machine is overloaded.
 	repeatedQuestion = int64(50 * time.Microsecond)

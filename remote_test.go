@@ -173,7 +173,7 @@ func TestQuestionsAboutStreamsAreSpread(t *testing.T) {
 	set := make([]session, 20_000)
 	for n := range set {
 		o.spread()
-		if perSecond := float64(n) / time.Duration(o.streamTimes.KeepAlive).Seconds(); perSecond > 251 {
+		if perSecond := float64(n) / time.Duration(o.streamTimes.KeepAlive).Seconds(); perSecond > 126 {
 			t.Fatalf("%d streams are asked %.0f times a second", n, perSecond)
 		}
 		if d := time.Duration(o.streamTimes.KeepAlive); n < 1000 && d > 15*time.Second {
