@@ -23,6 +23,7 @@ type endedStream struct {
 	until  int64  // by the outbox's clock, which may stand still while no stream is open; 0 if the place is free
 	credit Credit // acknowledges the peer's CLOSE, if code is 0
 	code   uint16 // else the RESET to repeat
+	failed bool   // the peer's CLOSE had another code than 1000
 	sender uint64 // of this end
 	peer   uint64 // the peer's sender number
 }
@@ -95,7 +96,10 @@ func (o *outbox) remember(s *session) {
 		return // only after a normal end the mux has bound the bucket, and no longer changes mode and want
 	}
 	now := o.time()
-	e := endedStream{until: now + max(o.ep.times.Resume, o.ep.times.Disconnect), sender: s.sender, peer: s.bucket.sender()}
+	e := endedStream{
+		until: now + max(o.ep.times.Resume, o.ep.times.Disconnect), sender: s.sender, peer: s.bucket.sender(),
+		failed: end.kind == endPeerClosed,
+	}
 	copy(e.token[:], s.token())
 	if s.closeRead(end) || s.role == lifecycle.Handler && s.readDone.Load() {
 		e.credit = s.bucket.credit()
@@ -105,7 +109,8 @@ func (o *outbox) remember(s *session) {
 	o.ended.add(e, now)
 }
 
-// repeatEnd answers a packet for a stream that is remembered, and reports whether it is.
+// repeatEnd answers a packet for a stream that is remembered, and reports whether that is the whole answer. A handler that closed
+// its direction with an error may go on reading, and no record comes any longer: it has to hear that there is no such stream.
 func (o *outbox) repeatEnd(c control) bool {
 	e := o.ended.find(c.token, o.time())
 	if e == nil || e.peer != c.sender {
@@ -117,5 +122,5 @@ func (o *outbox) repeatEnd(c control) bool {
 		f = Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], e.credit)}
 	}
 	o.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: e.sender}, f))
-	return true
+	return !e.failed
 }

@@ -86,6 +86,55 @@ func drain(recv func() ([]byte, error)) error {
 	}
 }
 
+// A handler that closes with an error and goes on reading hears soon that its consumer has left, also if the consumer's words
+// after the CLOSE are lost.
+func TestHandlerReadsAfterItsError(t *testing.T) {
+	for lost := range 4 {
+		for _, first := range []string{"", "a record"} {
+			t.Run(fmt.Sprintf("lost=%d/first=%s", lost, first), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					m := memoryTest(t, ClientParams{})
+					n, closed := lost, false
+					m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
+						closed = closed || from == m.back && hasClose(msg.Data)
+						if closed && from == m.conn && n > 0 {
+							n--
+							return false
+						}
+						return true
+					})
+					read := make(chan error, 1)
+					m.handle(t, "fails", func(w *Writer, r *Request) error {
+						if first != "" {
+							if _, err := w.Write([]byte(first)); err != nil {
+								return err
+							}
+						}
+						if err := w.CloseWithCode(4321); err != nil {
+							return err
+						}
+						_, err := r.Recv()
+						read <- err
+						return nil
+					})
+					s := openForAnHour(t, m, "fails")
+					if err := drain(s.Recv); !errors.Is(err, &CloseError{Code: 4321}) {
+						t.Errorf("the consumer: %v", err)
+					}
+					time.Sleep(time.Duration(lost+1) * m.times.AckTimeout)
+					synctest.Wait()
+					if len(read) == 0 {
+						t.Error("the handler still reads")
+					} else if err := <-read; !errors.Is(err, &CloseError{Code: CloseCanceled}) {
+						t.Errorf("the handler read %v", err)
+					}
+					m.nothingLeft(t)
+				})
+			})
+		}
+	}
+}
+
 // An endpoint remembers streams for their time, a bounded number of them, and takes no memory before one has ended.
 func TestEndedStreams(t *testing.T) {
 	const now, until = 1000, 2000
