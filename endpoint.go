@@ -89,8 +89,9 @@ type session struct {
 	returned atomic.Bool // the handler returned, or the consumer parted: nobody reads what still comes
 
 	// The outbox's queue. pending holds what is to be done; a session is queued exactly while it is not zero.
-	pending atomic.Uint32
-	next    *session
+	pending  atomic.Uint32
+	patience atomic.Uint32 // how long the peer may be silent on this stream, milliseconds; 0 is as long as on others
+	next     *session
 
 	// Owned by the outbox once the session is marked.
 	subject  string        // where the request went
@@ -105,11 +106,7 @@ type session struct {
 	acted    atomic.Uint32 // control words ever acted on
 	life     life
 
-	remote        *remote  // whose stream this is
-	after, before *session // in the circle of its streams
-	patience      int64    // how long it may be silent on this stream, nanoseconds; 0 is as long as on others
-
-	wanted atomic.Int64 // patience, as the user has set it
+	remote *remote      // whose stream this is
 	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
 }
 

@@ -2,6 +2,7 @@ package stream
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -36,21 +37,24 @@ const (
 
 // life is what the outbox knows of a session in time, in nanoseconds of its clock; 0 is never.
 type life struct {
-	waits                     int64 // since when the session exists, by the endpoint's time: for DisconnectTimeout
-	born, heard, sent, pinged int64
-	suspect                   int64  // since when the peer may be gone
-	closeSent                 int64  // since when everything was sent
-	closed                    int64  // since when what was sent waits for any of it to be acknowledged
-	lost                      int64  // since when the request may be lost, with the connection that took it
-	closeAt                   int64  // when a CLOSE that is held back for a handler's result is published, by the endpoint's time
-	asked                     int64  // when the request was published, by the endpoint's time
-	took                      uint32 // which of this end's connections in turn took the request, from 1 on
-	pings                     int32  // since the peer was heard
-	asks                      int32  // that were answered or may be, since something was sent
-	seen                      uint32
+	waits               int64 // since when the session waits for the connection, and when its request was published, by the endpoint's time
+	heard, sent, pinged int64
+	suspect             int64  // since when the peer may be gone
+	closeSent           int64  // since when everything was sent
+	closed              int64  // since when what was sent waits for any of it to be acknowledged
+	closeAt             int64  // when a CLOSE that is held back for a handler's result is published, by the endpoint's time
+	took                uint32 // which of this end's connections in turn took the request, from 1 on, or tookLost
+	pings               int16  // since the peer was heard, at most math.MaxInt16
+	asks                int16  // that were answered or may be, since something was sent, at most math.MaxInt16
+	place               int32  // in remote.streams
+	seen                uint32
 
 	node wheel.Node[session]
 }
+
+// tookLost says that the request, or its answer, may have been lost with a connection, since life.pinged: nobody can be asked
+// before the answer.
+const tookLost = math.MaxUint32
 
 // tickLength returns the length of a tick: a quarter of the shortest timeout, so that none is noticed much later than it
 // ends. It is at most maxTick, because most ticks find nothing to do and one every 50 ms costs nothing that shows, and at
@@ -156,7 +160,7 @@ func (o *outbox) tick() {
 	up, resumed := o.up.Load(), o.resumed.Load()
 	o.clock.Tick(now, up && !o.dropped.Swap(false), resumed > o.ticked)
 	if resumed > o.ticked {
-		for _, p := range o.remotes {
+		for _, p := range slices.Collect(o.remoteWheel.All()) {
 			o.lookAtRemote(p, now) // what was due while the connection was down is due now
 		}
 	}
@@ -235,7 +239,7 @@ func (o *outbox) check(s *session, now int64) {
 	}
 	if d.Ping {
 		if !d.Repeated { // an answer that does not come says nothing about the reader
-			s.life.asks++
+			s.life.asks = min(s.life.asks, math.MaxInt16-1) + 1
 		}
 		if w := s.writer.Load(); w != nil && d.Lost {
 			w.sent.loss.Unanswered()
@@ -300,12 +304,15 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		o.noteArrivals(s, now)
 	}
 	f := liveness.Facts{
-		Now: now, Times: &o.streamTimes, Repeat: o.repeat, Patience: s.patience, Jitter: jitter(o.streamTimes.KeepAlive),
-		Born: l.born, Heard: l.heard, Sent: l.sent, Lost: l.lost, Pinged: l.pinged,
+		Now: now, Times: &o.streamTimes, Repeat: o.repeat, Patience: s.ownPatience(), Jitter: jitter(o.streamTimes.KeepAlive),
+		Born: o.clock.At(l.waits), Heard: l.heard, Sent: l.sent, Pinged: l.pinged,
 		Suspect: l.suspect, Closed: l.closed, Resumed: o.clock.Resumed(),
-		Pings: l.pings, Asks: l.asks,
+		Pings: int32(l.pings), Asks: int32(l.asks),
 		Ending: s.end.Load() != nil, Consumer: s.stream != nil, Registered: s.reply != "",
 		Received: l.seen != 0, NoPeer: s.stream != nil && s.peer == "" || w != nil && w.json,
+	}
+	if l.took == tookLost {
+		f.Lost = l.pinged
 	}
 	if w != nil {
 		f.Unacked = !w.json && !w.sent.Empty()
@@ -365,7 +372,7 @@ func (o *outbox) ping(s *session) {
 	if l.pings == 0 {
 		o.asking++
 	}
-	l.pings++
+	l.pings = min(l.pings, math.MaxInt16-1) + 1
 	l.pinged = o.time()
 	o.publishPing(s)
 	o.schedule(s, l.pinged+o.ep.times.Ack)

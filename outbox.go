@@ -342,11 +342,11 @@ func (o *outbox) serveHeld() {
 
 // serve does work for s, of its packets at most one.
 func (o *outbox) serve(s *session, work uint32) {
-	if s.life.born == 0 {
+	if s.life.waits == 0 {
 		if o.up.Load() {
 			o.ep.lookAtMaxPayload() // the ticker may have slept
 		}
-		s.life.waits, s.life.born = o.ep.now(), o.time()
+		s.life.waits = o.ep.now()
 		look := s.life.waits
 		if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
 			look += int64(tickLength(&o.ep.times))
@@ -380,8 +380,8 @@ func (o *outbox) serve(s *session, work uint32) {
 	}
 	if work&workRequest != 0 {
 		setTimeout(s.request.Header, s.parent)
-		s.life.asked, s.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
-		o.denials.publishes(s.subject, s.life.asked, denialWindow*o.ep.times.Ack)
+		s.life.waits, s.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
+		o.denials.publishes(s.subject, s.life.waits, denialWindow*o.ep.times.Ack)
 		if err := o.ep.conn.PublishMsg(s.request); err != nil {
 			if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did when Open looked
 				o.ep.lookAtMaxPayload()
@@ -401,8 +401,8 @@ func (o *outbox) serve(s *session, work uint32) {
 	resume := work&workResume != 0 && s.peer != ""
 	if l := &s.life; work&workResume != 0 {
 		o.schedule(s, o.time()) // what was due while the connection was down is due now
-		if !resume && l.lost == 0 && l.took != 0 && l.took <= o.connection.Load() {
-			l.lost = o.time() // the request, or its answer, may be
+		if !resume && s.peer == "" && l.took != 0 && l.took <= o.connection.Load() {
+			l.took, l.pinged = tookLost, o.time() // the request, or its answer, may be
 		}
 	}
 	if work&workGap != 0 || resume {

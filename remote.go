@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"math"
 	"strings"
 	"time"
 
@@ -21,11 +22,11 @@ type remote struct {
 	suspect   int64 // the first question that was not answered, or when NATS said that nobody received one
 	questions int32 // since it was heard
 	absent    bool  // NATS said that nobody received a question
-	own       int32 // streams with a patience of their own
-	shortest  int64 // of these patiences, 0 if there is none
+	shortest  int64 // patience that a stream ever had of its own, 0 if none had
 
-	next *session // the stream to ask on; the others follow in a circle
-	node wheel.Node[remote]
+	streams []*session // session.life.place is the place of each
+	next    int        // place of the stream that was asked on last
+	node    wheel.Node[remote]
 }
 
 const (
@@ -75,20 +76,14 @@ func (o *outbox) joinRemote(s *session) {
 	}
 	p := o.remotes[name]
 	if p == nil {
-		p = &remote{name: strings.Clone(name), heard: o.time()}
-		o.remotes[p.name] = p
+		p = &remote{name: name, heard: o.time()}
+		o.remotes[name] = p
 	}
-	s.remote = p
-	if p.next == nil {
-		p.next, s.after, s.before = s, s, s
+	s.remote, s.life.place = p, int32(len(p.streams))
+	if p.streams = append(p.streams, s); len(p.streams) == 1 {
 		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
-	} else {
-		s.after, s.before = p.next, p.next.before
-		s.before.after, s.after.before = s, s
 	}
-	if s.patience != 0 {
-		o.impatient(p, s.patience)
-	}
+	o.setPatience(s)
 }
 
 // leaveRemote takes a stream from its peer. A peer without streams is forgotten.
@@ -98,51 +93,38 @@ func (o *outbox) leaveRemote(s *session) {
 		return
 	}
 	s.remote = nil
-	if s.patience != 0 {
-		p.own--
-	}
-	if s.after == s {
-		p.next = nil
+	last := len(p.streams) - 1
+	moved := p.streams[last]
+	moved.life.place = s.life.place
+	p.streams[s.life.place], p.streams[last] = moved, nil
+	if p.streams = p.streams[:last]; last == 0 {
 		o.remoteWheel.Remove(p)
 		delete(o.remotes, p.name)
-	} else {
-		if p.next == s {
-			p.next = s.after
-		}
-		s.before.after, s.after.before = s.after, s.before
-	}
-	s.after, s.before = nil, nil
-}
-
-// impatient notes that a stream of p has a patience of its own.
-func (o *outbox) impatient(p *remote, patience int64) {
-	p.own++
-	if p.shortest == 0 || patience < p.shortest {
-		p.shortest = patience
-		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
 	}
 }
 
 // setPeerTimeout is Stream.SetPeerTimeout.
 func (s *session) setPeerTimeout(d time.Duration) {
-	s.wanted.Store(int64(min(max(d, 0), never)))
+	ms := (min(max(d, 0), never) + time.Millisecond - 1) / time.Millisecond
+	s.patience.Store(uint32(min(ms, math.MaxUint32)))
 	s.mark(workPatience)
 }
 
-// setPatience notes what SetPeerTimeout was given.
+// ownPatience is how long the peer may be silent on this stream, in nanoseconds, 0 if that is as long as on others.
+func (s *session) ownPatience() int64 { return int64(s.patience.Load()) * int64(time.Millisecond) }
+
+// setPatience notes that a stream has a patience of its own, if it has.
 func (o *outbox) setPatience(s *session) {
-	if s.patience != 0 && s.remote != nil {
-		s.remote.own--
-	}
-	s.patience = s.wanted.Load()
-	if s.patience != 0 && s.remote != nil {
-		o.impatient(s.remote, s.patience)
+	p, patience := s.remote, s.ownPatience()
+	if p != nil && patience != 0 && (p.shortest == 0 || patience < p.shortest) {
+		p.shortest = patience
+		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
 	}
 }
 
 // keepAlive is after which silence p is asked. The more other ends there are, the rarer is each asked.
 func (p *remote) keepAlive(o *outbox) int64 {
-	d := max(o.ep.times.KeepAlive, int64(len(o.remotes))*remoteQuestion)
+	d := max(o.ep.times.KeepAlive, int64(o.remoteWheel.Len())*remoteQuestion)
 	if p.shortest != 0 {
 		d = max(1, min(d, p.shortest/patienceParts))
 	}
@@ -178,9 +160,9 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 		f.Queued = o.queued(p) // looked at only here, since it takes a walk over all streams
 		d = liveness.DecidePeer(&f)
 	}
-	if d.GiveUp || p.own > 0 && p.suspect != 0 {
+	if d.GiveUp || p.shortest != 0 && p.suspect != 0 {
 		d.Next = min(d.Next, o.giveUpRemote(p, now, d.GiveUp))
-		if p.next == nil {
+		if len(p.streams) == 0 {
 			return
 		}
 	}
@@ -193,15 +175,11 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 // speaker returns a stream on which p can be asked, another one each time, or nil if none is found. It notes what arrived on
 // the streams that it looks at.
 func (o *outbox) speaker(p *remote, now int64) *session {
-	for range candidates {
-		s := p.next
-		p.next = s.after
-		if s.end.Load() == nil {
+	for range min(candidates, len(p.streams)) {
+		p.next = (p.next + 1) % len(p.streams)
+		if s := p.streams[p.next]; s.end.Load() == nil {
 			o.noteArrivals(s, now)
 			return s
-		}
-		if p.next == s {
-			break
 		}
 	}
 	return nil
@@ -220,7 +198,7 @@ func (o *outbox) askRemote(p *remote, s *session, now int64) {
 // queued is how long, at the least rate of a line, what was sent to p takes that it has not acknowledged.
 func (o *outbox) queued(p *remote) int64 {
 	takes := int64(0)
-	for s := range p.streams() {
+	for _, s := range p.streams {
 		if w := s.writer.Load(); w != nil {
 			for p := range w.sent.All() {
 				takes += int64(len(p.buf)) * int64(time.Second) / slowLine
@@ -230,38 +208,20 @@ func (o *outbox) queued(p *remote) int64 {
 	return takes
 }
 
-// streams yields all streams of p. Each may leave once it was yielded.
-func (p *remote) streams() func(yield func(*session) bool) {
-	return func(yield func(*session) bool) {
-		first := p.next
-		if first == nil {
-			return
-		}
-		last := first.before
-		for s := first; ; {
-			after := s.after
-			if !yield(s) || s == last {
-				return
-			}
-			s = after
-		}
-	}
-}
-
 // giveUpRemote ends the streams whose patience is over: those with one of their own, and if all is set the others as well. It
 // returns when to look again.
 func (o *outbox) giveUpRemote(p *remote, now int64, all bool) (next int64) {
-	for s := range p.streams() {
+	for _, s := range p.streams {
 		o.noteArrivals(s, now) // a stream on which records arrive shows that the peer lives
 	}
 	next = now + o.ep.times.Ack
 	if p.suspect == 0 {
 		return next
 	}
-	for s := range p.streams() {
+	for _, s := range p.streams {
 		over := all
-		if s.patience != 0 {
-			end := max(p.heard, s.life.heard) + s.patience
+		if patience := s.ownPatience(); patience != 0 {
+			end := max(p.heard, s.life.heard) + patience
 			over = now >= end && (p.absent || p.questions > 1) // one may be slow or lost
 			if !over {
 				next = min(next, max(end, now+1))

@@ -190,7 +190,7 @@ func TestQuestionsAboutStreamsAreSpread(t *testing.T) {
 		if d := p.keepAlive(o); d > second/patienceParts {
 			t.Fatalf("an end whose stream has a patience of a second is asked every %v", time.Duration(d))
 		}
-		o.remotes[fmt.Sprint(n)] = p
+		o.lookAtRemote(p, int64(n)*1e6)
 		o.wheel.Set(&set[n], int64(n)*1e6)
 		o.asking += 100
 	}
@@ -424,15 +424,13 @@ func TestStreamsShareTheirEnd(t *testing.T) {
 		t.Errorf("an end with 10 streams is asked on %d", len(seen))
 	}
 	all[0].peer = "_R_.abc.moved"
-	if o.joinRemote(all[0]); len(o.remotes) != 12 || all[0].remote.name != all[0].peer {
-		t.Errorf("a stream that moved has the end %q of %d", all[0].remote.name, len(o.remotes))
+	if o.joinRemote(all[0]); o.remoteWheel.Len() != 12 || all[0].remote.name != all[0].peer {
+		t.Errorf("a stream that moved has the end %q of %d", all[0].remote.name, o.remoteWheel.Len())
 	}
 	for i, s := range all {
 		n := 0
 		if i != 0 && i%2 == 0 {
-			for range s.remote.streams() {
-				n++
-			}
+			n = len(s.remote.streams)
 			if want := (len(all) - i) / 2; n != want {
 				t.Errorf("%d streams are left, want %d", n, want)
 			}

@@ -223,7 +223,7 @@ func (o *outbox) sendReset(s *session) {
 		}
 	}
 	if s.state.Phase == lifecycle.Ending {
-		if s.peer == "" && e.reset.Code != 0 && s.life.asked != 0 && !s.oneWay.Load() {
+		if s.peer == "" && e.reset.Code != 0 && s.life.took != 0 && !s.oneWay.Load() {
 			o.unanswered.add(o.ep.now(), o.ep.times.Ack)
 		}
 		o.step(s, lifecycle.Told)

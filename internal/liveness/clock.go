@@ -42,3 +42,6 @@ func (c *Clock) Resumed() int64 { return c.resumed }
 
 // Until returns when, at the earliest, the clock will read t.
 func (c *Clock) Until(t int64) int64 { return t + c.stopped }
+
+// At returns what the clock read at time t, or less if it stood still since.
+func (c *Clock) At(t int64) int64 { return max(1, t-c.stopped) }
