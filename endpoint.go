@@ -82,7 +82,7 @@ type session struct {
 	writer atomic.Pointer[Writer]  // the send half; a consumer's is made when it first writes
 	stream *Stream                 // at the consumer's end
 	server *Server                 // at a handler's end
-	cancel context.CancelCauseFunc // of the handler's context
+	cancel context.CancelCauseFunc // of the context of Stream or Request
 
 	reader               // of what arrived
 	oneWay   atomic.Bool // the producer speaks the fallback and takes no records

@@ -81,7 +81,7 @@ func (s *session) endContexts(e *ending) {
 	if w := s.writer.Load(); w != nil {
 		w.cancel(e.cause())
 	}
-	if s.cancel != nil && e.kind != endComplete {
+	if s.stream == nil && s.cancel != nil && e.kind != endComplete { // that of a consumer ends with Stream.ended
 		s.cancel(e.cause())
 	}
 }

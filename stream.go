@@ -28,7 +28,6 @@ import (
 type Stream struct {
 	session session
 	ctx     context.Context
-	cancel  context.CancelCauseFunc
 	watch   atomic.Pointer[watch]
 	over    atomic.Bool
 }
@@ -50,7 +49,7 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 	req.Header[headerOpen] = []string{string(AppendOffer(nil, offer))}
 	s.request, s.subject = req, req.Subject
 
-	st.ctx, st.cancel = context.WithCancelCause(ctx)
+	st.ctx, s.cancel = context.WithCancelCause(ctx)
 	if e := ep.register(s, offer); e != nil {
 		s.release(e)
 		return nil, e.err
@@ -77,7 +76,7 @@ func (st *Stream) ended(cause error) {
 	if w := st.watch.Load(); w != nil {
 		w.takeBack()
 	}
-	st.cancel(cause)
+	st.session.cancel(cause)
 }
 
 // watch ends a stream when the context given to Open ends, in a goroutine of its own.
