@@ -33,7 +33,8 @@ type ClientParams struct {
 	Window int
 	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Windows grow within an eighth
 	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. What has arrived of records
-	// that come in pieces is in it, and where there is no room for more of one its stream ends with CloseTryAgainLater.
+	// that come in pieces is in it. A record that finds no room waits, within the read that puts it together, and its sender stops.
+	// One record at a time may exceed MaxBuffered. One that does not proceed while others wait ends with CloseTryAgainLater.
 	// Fallback peers are not in it. It bounds once more what writers keep until peers acknowledge it: as less is left, each
 	// stream may keep less, down to a packet, and writes wait. SECURITY.md in the repository lists what is in no budget.
 	MaxBuffered int

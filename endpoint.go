@@ -18,6 +18,7 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/puzpuzpuz/xsync/v3"
 
+	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn"
@@ -36,6 +37,7 @@ type endpoint struct {
 	fallback  uint64 // bytes a fallback peer may pile up
 	budget    int64  // for all windows together, and once more for all that is kept
 	reserved  atomic.Int64
+	room      recordRoom
 	times     liveness.Intervals
 
 	// clock is the outbox's clock at its last tick: near enough for what is looked at by each packet. Stored by the
@@ -106,8 +108,8 @@ type session struct {
 	acted    atomic.Uint32 // control words ever acted on
 	life     life
 
-	remote *remote      // whose stream this is
-	popped atomic.Int64 // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
+	remote atomic.Pointer[remote] // whose stream this is. The outbox stores it, and the reader asks which records share a peer
+	popped atomic.Int64           // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
 }
 
 func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes uint64) {
@@ -136,6 +138,7 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 		times:     p.intervals(),
 		started:   time.Now(),
 	}
+	ep.room.records = flow.NewRecords[*session, *remote](ep.budget, &ep.reserved)
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
 	ep.initTime()

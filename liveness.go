@@ -125,8 +125,8 @@ func (o *outbox) dueBy(s *session, at int64) bool {
 func (o *outbox) hear(s *session) {
 	s.life.heard = o.time()
 	o.answered(s)
-	if s.remote != nil {
-		s.remote.hear(s.life.heard)
+	if p := s.remote.Load(); p != nil {
+		p.hear(s.life.heard)
 	}
 }
 
@@ -167,6 +167,7 @@ func (o *outbox) tick() {
 	o.ticked = now
 	o.ep.clock.Store(o.clock.Now(now))
 	o.spread()
+	o.checkRecords()
 	if up {
 		o.ep.lookAtMaxPayload()
 		o.decideDenials(now)
@@ -285,8 +286,8 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 	if l.pings > 0 && l.heard > l.pinged {
 		o.answered(s)
 	}
-	if s.remote != nil && l.heard != before {
-		s.remote.hear(l.heard)
+	if p := s.remote.Load(); p != nil && l.heard != before {
+		p.hear(l.heard)
 	}
 }
 
@@ -343,7 +344,7 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 	if s.peer != "" && s.binary() {
 		end.reset = e
 	}
-	if why == liveness.PeerGone && s.remote != nil && s.remote.absent {
+	if why == liveness.PeerGone && s.remote.Load() != nil && s.remote.Load().absent {
 		end.err = fmt.Errorf("%w: %w", &e, nats.ErrNoResponders)
 	}
 	s.requestEnd(end)
@@ -397,7 +398,7 @@ func (o *outbox) absent(s *session) {
 		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("%w: %w", e, nats.ErrNoResponders)})
 		return
 	}
-	p := s.remote
+	p := s.remote.Load()
 	if p == nil {
 		return
 	}

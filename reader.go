@@ -181,12 +181,11 @@ func (s *session) tooBig() error {
 }
 
 // assemble puts a record together whose first piece is f. What it holds until the last piece is there is counted in the
-// endpoint's budget; the record is the reader's.
+// endpoint's budget. If there is no room it waits, and its peer gets no credit. The record is the reader's.
 func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error) {
 	flags = f.Flags & FlagCodecMask
 	var a assembly
-	defer func() { s.ep.reserved.Add(-int64(a.held)) }()
-	take := func(n uint64) bool { return s.ep.take(n, s.ep.budget) }
+	defer s.recordDone()
 	for {
 		size := a.size + uint64(len(f.Payload))
 		if size > s.maxRecord {
@@ -195,9 +194,8 @@ func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error)
 		if f.Flags&FlagMore == 0 {
 			return a.record(f.Payload), flags, nil
 		}
-		if !a.add(f.Payload, len(s.data), take) {
-			return nil, 0, s.broken(protocolError(CloseTryAgainLater,
-				"no room to put a record of more than %d bytes together: MaxBuffered, %d bytes, is in use", size, s.ep.budget))
+		if !a.add(f.Payload, len(s.data), s.holdRecord) {
+			return nil, 0, s.endedNow()
 		}
 		if f, err = s.nextData(true); err != nil {
 			return nil, 0, err

@@ -65,8 +65,8 @@ func remoteName(subject string) string {
 // joinRemote notes whose stream this is, once it is known where the other end receives, and whenever that changes.
 func (o *outbox) joinRemote(s *session) {
 	name := remoteName(s.peer)
-	if s.remote != nil {
-		if s.remote.name == name {
+	if p := s.remote.Load(); p != nil {
+		if p.name == name {
 			return
 		}
 		o.leaveRemote(s)
@@ -79,7 +79,8 @@ func (o *outbox) joinRemote(s *session) {
 		p = &remote{name: name, heard: o.time()}
 		o.remotes[name] = p
 	}
-	s.remote, s.life.place = p, int32(len(p.streams))
+	s.remote.Store(p)
+	s.life.place = int32(len(p.streams))
 	if p.streams = append(p.streams, s); len(p.streams) == 1 {
 		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
 	}
@@ -88,11 +89,11 @@ func (o *outbox) joinRemote(s *session) {
 
 // leaveRemote takes a stream from its peer. A peer without streams is forgotten.
 func (o *outbox) leaveRemote(s *session) {
-	p := s.remote
+	p := s.remote.Load()
 	if p == nil {
 		return
 	}
-	s.remote = nil
+	s.remote.Store(nil)
 	last := len(p.streams) - 1
 	moved := p.streams[last]
 	moved.life.place = s.life.place
@@ -115,7 +116,7 @@ func (s *session) ownPatience() int64 { return int64(s.patience.Load()) * int64(
 
 // setPatience notes that a stream has a patience of its own, if it has.
 func (o *outbox) setPatience(s *session) {
-	p, patience := s.remote, s.ownPatience()
+	p, patience := s.remote.Load(), s.ownPatience()
 	if p != nil && patience != 0 && (p.shortest == 0 || patience < p.shortest) {
 		p.shortest = patience
 		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
@@ -166,7 +167,7 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 			return
 		}
 	}
-	if d.Ask && s != nil && s.remote == p {
+	if d.Ask && s != nil && s.remote.Load() == p {
 		o.askRemote(p, s, now)
 	}
 	o.lookAtRemote(p, o.clock.Until(d.Next))

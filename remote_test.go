@@ -418,19 +418,19 @@ func TestStreamsShareTheirEnd(t *testing.T) {
 	}
 	seen := make(map[*session]bool)
 	for range 10 {
-		seen[o.speaker(all[0].remote, 1)] = true
+		seen[o.speaker(all[0].remote.Load(), 1)] = true
 	}
 	if len(seen) != 10 {
 		t.Errorf("an end with 10 streams is asked on %d", len(seen))
 	}
 	all[0].peer = "_R_.abc.moved"
-	if o.joinRemote(all[0]); o.remoteWheel.Len() != 12 || all[0].remote.name != all[0].peer {
-		t.Errorf("a stream that moved has the end %q of %d", all[0].remote.name, o.remoteWheel.Len())
+	if o.joinRemote(all[0]); o.remoteWheel.Len() != 12 || all[0].remote.Load().name != all[0].peer {
+		t.Errorf("a stream that moved has the end %q of %d", all[0].remote.Load().name, o.remoteWheel.Len())
 	}
 	for i, s := range all {
 		n := 0
 		if i != 0 && i%2 == 0 {
-			n = len(s.remote.streams)
+			n = len(s.remote.Load().streams)
 			if want := (len(all) - i) / 2; n != want {
 				t.Errorf("%d streams are left, want %d", n, want)
 			}

@@ -1,0 +1,181 @@
+package flow
+
+import (
+	"slices"
+	"sync/atomic"
+)
+
+// Records shares memory among the records that streams put together from pieces. A record that finds no room waits for
+// it, so its stream reads nothing more, gives no credit, and its sender stops.
+//
+//   - A peer's records may hold as much as is free beside them (Choudhury and Hahne, "Dynamic queue length thresholds for
+//     shared-memory packet switches", 1998). So one peer leaves half of the memory to others, two leave a third.
+//   - One record has the ticket. It may hold memory beyond the budget, up to the bound of one record, so it can always be
+//     completed. Then the ticket passes to a record that waits, of another peer if there is one.
+//   - A record that does not proceed, while others wait, is overdue. See [Records.Overdue].
+//
+// K identifies a stream and P its peer. Times are nanoseconds of one monotonic clock. A Records needs a lock around it.
+// NewRecords makes one.
+type Records[K, P comparable] struct {
+	budget int64
+	used   *atomic.Int64 // all that shares the budget: these records and whatever the owner counts beside them
+	begun  map[K]*begun[P]
+	peers  map[P]int64 // bytes that the records of each peer hold
+	queue  []K         // those that wait, in the order in which they came
+	ticket K           // zero if no record has it
+	last   P           // peer of the record that had the ticket last
+}
+
+// begun is a record of which at least one piece has come.
+type begun[P comparable] struct {
+	peer  P
+	held  int64
+	since int64 // when it was begun, or its last wait ended
+	got   int64 // bytes that it took since then
+	want  int64 // bytes that it waits for, 0 if it does not wait
+}
+
+// Bounds of a record that others wait for. The patience is long beside what a peer needs to answer, and the rate is that
+// of a line on which the largest default record takes four minutes. Streams of one peer may share a slow line, on which a
+// packet of one waits for the packets of all others. So a peer is more patient with itself.
+const (
+	recordPatience    = 10 * second
+	recordRate        = 64 << 10 // bytes a second
+	ownRecordPatience = 60 * second
+	ownRecordRate     = 1 << 10
+)
+
+// NewRecords returns a Records for a budget of which used counts the part that is in use.
+func NewRecords[K, P comparable](budget int64, used *atomic.Int64) Records[K, P] {
+	return Records[K, P]{budget: budget, used: used, begun: make(map[K]*begun[P]), peers: make(map[P]int64)}
+}
+
+// Take takes n bytes for the record of stream k, which peer sends. It reports false if the record has to wait: then the bytes
+// are taken as soon as it does not wait any more.
+func (r *Records[K, P]) Take(k K, peer P, n, now int64) bool {
+	b := r.begun[k]
+	if b == nil {
+		b = &begun[P]{peer: peer, since: now}
+		r.begun[k] = b
+	}
+	b.want = n
+	if r.mayHold(b) {
+		r.grant(k, b, now)
+		return true
+	}
+	r.queue = append(r.queue, k)
+	r.passTicket(now)
+	return b.want == 0
+}
+
+// Waits reports whether the record of stream k waits.
+func (r *Records[K, P]) Waits(k K) bool {
+	b := r.begun[k]
+	return b != nil && b.want != 0
+}
+
+// Waiting reports whether any record waits.
+func (r *Records[K, P]) Waiting() bool { return len(r.queue) > 0 }
+
+// Done ends the record of stream k, which is complete or given up. Those that need not wait any longer are appended to woken.
+func (r *Records[K, P]) Done(k K, now int64, woken []K) []K {
+	b := r.begun[k]
+	if b == nil {
+		return woken
+	}
+	delete(r.begun, k)
+	if b.want != 0 {
+		r.unqueue(k)
+	}
+	r.used.Add(-b.held)
+	if r.peers[b.peer] -= b.held; r.peers[b.peer] == 0 {
+		delete(r.peers, b.peer)
+	}
+	var none K
+	if r.ticket == k {
+		r.ticket, r.last = none, b.peer
+	}
+	return r.Admit(now, woken)
+}
+
+// Admit lets those go on for which there is room, in their order, and appends them to woken.
+func (r *Records[K, P]) Admit(now int64, woken []K) []K {
+	if len(r.queue) == 0 {
+		return woken
+	}
+	if r.used.Load() < r.budget {
+		r.queue = slices.DeleteFunc(r.queue, func(k K) bool {
+			b := r.begun[k]
+			if !r.mayHold(b) {
+				return false
+			}
+			r.grant(k, b, now)
+			woken = append(woken, k)
+			return true
+		})
+	}
+	if k, ok := r.passTicket(now); ok {
+		woken = append(woken, k)
+	}
+	return woken
+}
+
+// Overdue yields the streams to end because their records do not proceed and others wait. A record has a patience, and longer
+// the more of it came. It is shorter if a record of another peer waits.
+func (r *Records[K, P]) Overdue(now int64, overdue []K) []K {
+	if len(r.queue) == 0 {
+		return overdue
+	}
+	first, several := r.begun[r.queue[0]].peer, false
+	for _, k := range r.queue {
+		several = several || r.begun[k].peer != first
+	}
+	for k, b := range r.begun {
+		patience, rate := ownRecordPatience, int64(ownRecordRate)
+		if several || b.peer != first {
+			patience, rate = recordPatience, recordRate
+		}
+		if b.want == 0 && now-b.since > patience+b.got*second/rate {
+			overdue = append(overdue, k)
+		}
+	}
+	return overdue
+}
+
+// mayHold reports whether b may take what it wants.
+func (r *Records[K, P]) mayHold(b *begun[P]) bool {
+	return r.holdsTicket(b) || r.peers[b.peer]+b.want <= r.budget-r.used.Load()-b.want
+}
+
+func (r *Records[K, P]) holdsTicket(b *begun[P]) bool {
+	t := r.begun[r.ticket]
+	return t != nil && t == b
+}
+
+func (r *Records[K, P]) grant(k K, b *begun[P], now int64) {
+	r.used.Add(b.want)
+	r.peers[b.peer] += b.want
+	b.held += b.want
+	b.got += b.want
+	b.want = 0
+}
+
+// passTicket gives the ticket, if no record has it, to one that waits.
+func (r *Records[K, P]) passTicket(now int64) (K, bool) {
+	var none K
+	if r.ticket != none || len(r.queue) == 0 {
+		return none, false
+	}
+	i := max(0, slices.IndexFunc(r.queue, func(k K) bool { return r.begun[k].peer != r.last }))
+	k := r.queue[i]
+	r.queue = slices.Delete(r.queue, i, i+1)
+	r.ticket = k
+	r.grant(k, r.begun[k], now)
+	return k, true
+}
+
+func (r *Records[K, P]) unqueue(k K) {
+	if i := slices.Index(r.queue, k); i >= 0 {
+		r.queue = slices.Delete(r.queue, i, i+1)
+	}
+}

@@ -1,0 +1,146 @@
+package flow
+
+import (
+	"slices"
+	"sync/atomic"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+func newRecords(budget int64) (Records[int, string], *atomic.Int64) {
+	used := new(atomic.Int64)
+	return NewRecords[int, string](budget, used), used
+}
+
+// TestRecordsShare: a peer takes as much as it leaves free, the first that finds nothing has the ticket, and others wait until
+// something is given back.
+func TestRecordsShare(t *testing.T) {
+	r, used := newRecords(100)
+	used.Add(10) // windows
+	take := func(k int, peer string, n int64, want bool) {
+		t.Helper()
+		if got := r.Take(k, peer, n, 0); got != want || r.Waits(k) == want {
+			t.Errorf("record %d of %s takes %d: %v, want %v", k, peer, n, got, want)
+		}
+	}
+	take(1, "a", 30, true)
+	take(2, "a", 15, true) // half of 90
+	take(3, "b", 20, true) // there is room for another peer
+	take(2, "a", 1, true)  // the ticket
+	take(1, "a", 30, false)
+	take(4, "a", 30, false)
+	take(5, "c", 30, false)
+	take(2, "a", 200, true) // beyond the budget
+	if n := used.Load(); n != 10+30+15+20+1+200 {
+		t.Errorf("%d are in use", n)
+	}
+	if woken := r.Done(2, 0, nil); !slices.Equal(woken, []int{5}) {
+		t.Errorf("%v go on, want 5: it is of another peer than the last that had the ticket", woken)
+	}
+	if woken := r.Done(5, 0, nil); !slices.Equal(woken, []int{1}) {
+		t.Errorf("%v go on, want 1: it is the first", woken)
+	}
+	if woken := r.Done(4, 0, nil); len(woken) != 0 {
+		t.Errorf("%v go on because one that waited ended", woken)
+	}
+	r.Done(1, 0, nil)
+	r.Done(3, 0, nil)
+	if n := used.Load(); n != 10 || r.Waiting() {
+		t.Errorf("%d are in use at the end, records wait: %v", n, r.Waiting())
+	}
+}
+
+// TestRecordsAdmit: memory that is given back beside the records lets them go on.
+func TestRecordsAdmit(t *testing.T) {
+	r, used := newRecords(100)
+	used.Store(100)
+	if !r.Take(1, "a", 50, 0) || r.Take(2, "b", 20, 0) {
+		t.Fatal("the first record has the ticket, and the second waits")
+	}
+	used.Add(-100)
+	if woken := r.Admit(0, nil); !slices.Equal(woken, []int{2}) || r.Waiting() {
+		t.Errorf("%v go on, want 2", woken)
+	}
+}
+
+// TestRecordsOverdue: a record that does not proceed is overdue only while others wait, and sooner if these are of another peer.
+func TestRecordsOverdue(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		waiting string // peer of the record that waits
+		after   int64
+		overdue bool
+	}{
+		{"nobody waits", "", 1000 * second, false},
+		{"another peer waits, soon", "b", recordPatience, false},
+		{"another peer waits", "b", recordPatience + 2*second, true},
+		{"its own peer waits", "a", recordPatience + 2*second, false},
+		{"its own peer waits long", "a", ownRecordPatience + 70*second, true},
+	} {
+		r, _ := newRecords(1)
+		r.Take(1, "a", recordRate, 0)
+		if tt.waiting != "" {
+			r.Take(2, tt.waiting, 1, 0)
+		}
+		got := r.Overdue(tt.after, nil)
+		if want := tt.overdue; slices.Equal(got, []int{1}) != want || len(got) > 1 {
+			t.Errorf("%s: %v overdue, want record 1: %v", tt.name, got, want)
+		}
+	}
+}
+
+// TestRecordsAlwaysProceed: whatever happens, some record need not wait, beyond the budget is no more than one record, and
+// nothing is left at the end.
+func TestRecordsAlwaysProceed(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const budget, most = 1000, 3000
+		r, used := newRecords(budget)
+		sizes := map[int]int64{} // of the records that were begun
+		granted := map[int]int64{}
+		ticket := int64(0)
+		for range rapid.IntRange(1, 200).Draw(t, "steps") {
+			k := rapid.IntRange(1, 12).Draw(t, "record")
+			switch {
+			case rapid.IntRange(0, 3).Draw(t, "step") == 0:
+				for _, other := range r.Done(k, 0, nil) {
+					granted[other] = sizes[other]
+				}
+				delete(sizes, k)
+				delete(granted, k)
+			case r.Waits(k):
+			case sizes[k] < most:
+				n := rapid.Int64Range(1, most-sizes[k]).Draw(t, "n")
+				sizes[k] += n
+				if r.Take(k, string(rune('a'+k%3)), n, 0) {
+					granted[k] = sizes[k]
+				}
+			}
+			sum, waiting := int64(0), 0
+			for k, n := range granted {
+				sum += n
+				if r.Waits(k) != (n != sizes[k]) {
+					t.Fatalf("record %d waits: %v", k, r.Waits(k))
+				}
+			}
+			for k := range sizes {
+				if r.Waits(k) {
+					waiting++
+				}
+			}
+			ticket = granted[r.ticket]
+			if used.Load() != sum || sum > budget+most {
+				t.Fatalf("%d in use, want %d, at most %d", used.Load(), sum, budget+ticket)
+			}
+			if waiting > 0 && waiting == len(sizes) {
+				t.Fatalf("all of %d records wait", waiting)
+			}
+		}
+		for k := range 13 {
+			r.Done(k, 0, nil)
+		}
+		if used.Load() != 0 || r.Waiting() || len(r.begun) != 0 || len(r.peers) != 0 {
+			t.Fatalf("%d are in use at the end", used.Load())
+		}
+	})
+}

@@ -1,0 +1,86 @@
+package stream
+
+import (
+	"sync"
+
+	"github.com/natsstream/stream/internal/flow"
+)
+
+// recordRoom is the memory for records in pieces. All streams of an endpoint share it.
+type recordRoom struct {
+	mu      sync.Mutex
+	records flow.Records[*session, *remote]
+	looked  int64 // when the outbox looked for overdue records last
+}
+
+// recordLook is the time between two looks for overdue records, in nanoseconds: a tenth of the shortest patience.
+const recordLook = int64(1e9)
+
+// holdRecord takes n bytes for the record that the reader of s puts together, and waits until there is room. It reports false
+// if the stream ended meanwhile.
+func (s *session) holdRecord(n uint64) bool {
+	r := &s.ep.room
+	r.mu.Lock()
+	took := r.records.Take(s, s.remote.Load(), int64(n), s.ep.clock.Load())
+	r.mu.Unlock()
+	for !took {
+		if s.endedNow() != nil {
+			return false
+		}
+		park := &s.bucket.park
+		park.Announce()
+		if took = !r.waits(s); took || s.userLeft() {
+			park.Retract()
+		} else {
+			park.Wait()
+		}
+	}
+	return true
+}
+
+// userLeft reports whether nobody wants what has arrived any more.
+func (s *session) userLeft() bool {
+	e := s.end.Load()
+	return e != nil && e.kind == endLocal || s.parent.Err() != nil || s.gate.Load()&gateLeft != 0
+}
+
+// waits reports whether the record of s waits.
+func (r *recordRoom) waits(s *session) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.records.Waits(s)
+}
+
+// recordDone gives back what the record of s holds.
+func (s *session) recordDone() {
+	r := &s.ep.room
+	r.mu.Lock()
+	woken := r.records.Done(s, s.ep.clock.Load(), nil)
+	r.mu.Unlock()
+	wakeReaders(woken)
+}
+
+// checkRecords lets records go on for which there is room now, because windows became smaller, and ends streams whose records
+// do not proceed while others wait. The outbox calls it at each tick.
+func (o *outbox) checkRecords() {
+	r, now := &o.ep.room, o.ep.clock.Load()
+	r.mu.Lock()
+	woken := r.records.Admit(now, nil)
+	var overdue []*session
+	if r.records.Waiting() && now-r.looked >= recordLook {
+		r.looked = now
+		overdue = r.records.Overdue(now, nil)
+	}
+	r.mu.Unlock()
+	wakeReaders(woken)
+	for _, s := range overdue {
+		e := protocolError(CloseTryAgainLater, "a record in pieces did not proceed while others waited for its memory")
+		s.requestEnd(&ending{kind: endLocal, err: e, reset: *e})
+	}
+}
+
+func wakeReaders(woken []*session) {
+	for _, s := range woken {
+		s.bucket.park.Wake()
+	}
+}
