@@ -71,7 +71,7 @@ func TestBucketAccept(t *testing.T) {
 		{"a cut packet of another sender", testPacket(8, 3, testData("x"))[:PacketHeaderSize], malformed},
 		{"the magic alone", []byte{PacketMagic}, malformed},
 		{"an envelope", testPacketFlags(PacketSeq|PacketEnv, 7, 3), malformed},
-		{"a reserved flag", testPacketFlags(PacketSeq|8, 7, 3), malformed},
+		{"a marked envelope", testPacketFlags(PacketSeq|PacketEnv|PacketMark, 7, 3), malformed},
 		{"another version", append([]byte{PacketMagic, 0x21}, testPacket(7, 3)[2:]...), malformed},
 		{"the number farthest back", testPacket(7, 3+1<<31, testData("x")), duplicate},
 		{"the last of all numbers", testPacket(7, 1<<32-1, testData("x")), duplicate},
@@ -100,7 +100,7 @@ func TestBucketFirst(t *testing.T) {
 		"a byte too many":    append(testPacket(7, 0, testData("a")), 0),
 		"another version":    append([]byte{PacketMagic, 0x21}, testPacket(7, 0)[2:]...),
 		"an envelope":        testPacketFlags(PacketSeq|PacketEnv, 7, 0, testData("a")),
-		"a reserved flag":    testPacketFlags(PacketSeq|8, 7, 0, testData("a")),
+		"a marked envelope":  testPacketFlags(PacketSeq|PacketEnv|PacketMark, 7, 0, testData("a")),
 		"all bits of a byte": append([]byte{0xF5}, bytes.Repeat([]byte{0xFF}, PacketHeaderSize)...),
 	} {
 		b := testBucket(32, 1<<20)

@@ -250,10 +250,12 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 		return nil
 	}
 	before := w.sent.Acked()
-	if err := w.credit(c); err != nil {
+	bytes, err := w.credit(c)
+	if err != nil {
 		return err
 	}
 	s, q := w.session, &w.sent
+	o.offLine(s, c.Ack, bytes)
 	if n := q.Acked() - before; n != 0 {
 		s.life.asks = 0
 		if now := o.time(); s.life.closed != 0 && o.lingers(s, now) {
@@ -266,8 +268,13 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 	if q.waits {
 		s.mark(workPackets)
 	}
+	lost := uint64(0)
+	if missing {
+		lost = q.onTheWay()
+	}
 	switch {
-	case missing && w.sent.again(c.Ack, o.time(), o.ep.times.Ack/2):
+	case missing && q.again(c.Ack, o.time(), o.ep.times.Ack/2):
+		o.lostOnLine(s, lost-q.onTheWay())
 		s.mark(workPackets)
 	case s.life.closed != 0 && w.sent.Empty():
 		o.step(s, lifecycle.CloseAcked)

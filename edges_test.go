@@ -243,7 +243,7 @@ func TestSyncAndAConsumerThatLeaves(t *testing.T) {
 func TestManyOverASlowConnection(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newRecorder(func(int, []byte) error {
-			time.Sleep(26 * time.Millisecond) // 32 KiB at 10 Mbit/s
+			time.Sleep(26 * time.Millisecond) // 16 KiB at 5 Mbit/s
 			return nil
 		})
 		// By default the peers would have given up at the end.
@@ -251,7 +251,7 @@ func TestManyOverASlowConnection(t *testing.T) {
 		var writers []*Writer
 		for i := range 5000 {
 			w := c.NewWriter(fmt.Sprint("y", i) + consumerSubject(5))
-			if _, err := w.Write(make([]byte, 32000)); err != nil {
+			if _, err := w.Write(make([]byte, 16000)); err != nil {
 				t.Fatal(err)
 			}
 			writers = append(writers, w)

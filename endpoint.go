@@ -104,8 +104,9 @@ type session struct {
 	held     uint32        // work that waits for the connection; not zero while in outbox.held
 	owed     uint32        // work for the peer that was due before its subject was known
 	state    lifecycle.State
-	listed   bool          // in outbox.peers
+	places   places        // in which of the outbox's lists it is
 	acted    atomic.Uint32 // control words ever acted on
+	line     *line         // the way to the peer
 	life     life
 
 	remote atomic.Pointer[remote] // whose stream this is. The outbox stores it, and the reader asks which records share a peer
@@ -205,7 +206,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 	if m.Reply != "" {
 		ep.outbox.deliver(control{session: s, reply: m.Reply})
 	}
-	if data[1]&byte(PacketAck) != 0 {
+	if data[1]&byte(PacketAck|PacketMark) != 0 {
 		s.mark(workCredit)
 	}
 }
@@ -302,7 +303,7 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 	switch v {
 	case duplicate:
 		ep.counters.duplicate.Add(1)
-		if m.Data[1]&byte(PacketAck) != 0 {
+		if m.Data[1]&byte(PacketAck|PacketMark) != 0 {
 			s.mark(workCredit) // the answer to the first one was lost
 		}
 	case gap:

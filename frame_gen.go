@@ -125,15 +125,16 @@ func (t FrameType) String() string {
 
 // Packet flags of protocol version 1.
 const (
-	PacketSeq PacketFlags = 0x1 // sequenced: uses up Seq and is delivered in order; without it the packet carries control frames
-	PacketAck PacketFlags = 0x2 // the sender asks for a CREDIT at once
-	PacketEnv PacketFlags = 0x4 // reserved for envelopes; ParsePacketHeader refuses it
+	PacketSeq  PacketFlags = 0x1 // sequenced: uses up Seq and is delivered in order; without it the packet carries control frames
+	PacketAck  PacketFlags = 0x2 // the sender asks for a CREDIT at once, because its credit is used up
+	PacketEnv  PacketFlags = 0x4 // reserved for envelopes; ParsePacketHeader refuses it
+	PacketMark PacketFlags = 0x8 // the sender asks for a CREDIT at once, to measure how long its packets take
 )
 
 // String returns the names of the flags set, such as "SEQ|ACK", unknown ones in hexadecimal, and "0" for none.
 func (f PacketFlags) String() string { return flagNames(uint8(f), &packetFlagNames) }
 
-var packetFlagNames = [8]string{0: "SEQ", 1: "ACK", 2: "ENV"}
+var packetFlagNames = [8]string{0: "SEQ", 1: "ACK", 2: "ENV", 3: "MARK"}
 
 // Frame flags. Which of them a frame may carry depends on its type.
 const (
@@ -162,7 +163,7 @@ const (
 const (
 	// The first word of a packet header is one of this version if it equals packetHeaderWant under packetHeaderMask:
 	// magic and version are right and no flag is set that this version does not know.
-	packetHeaderMask uint64 = 0xfffc000000000000
+	packetHeaderMask uint64 = 0xfff4000000000000
 	packetHeaderWant uint64 = 0xf510000000000000
 )
 

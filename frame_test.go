@@ -374,7 +374,7 @@ func TestParsePacketHeaderExhaustively(t *testing.T) {
 			want = ErrMagic
 		case v>>4&0xF != 1:
 			want = ErrVersion
-		case v&0xF > 3:
+		case v&int(PacketEnv) != 0:
 			want = ErrFlags
 		}
 		if _, _, err := ParsePacketHeader(b); !errors.Is(err, want) {
@@ -545,7 +545,7 @@ func TestStrings(t *testing.T) {
 		want string
 	}{
 		{FrameData, "DATA"}, {FrameMeta, "META"}, {FrameType(9), "FrameType(9)"}, {FrameType(200), "FrameType(200)"},
-		{PacketFlags(0), "0"}, {PacketSeq | PacketAck, "SEQ|ACK"}, {PacketEnv, "ENV"}, {PacketFlags(8), "0x8"},
+		{PacketFlags(0), "0"}, {PacketSeq | PacketAck, "SEQ|ACK"}, {PacketEnv, "ENV"}, {PacketMark, "MARK"},
 		{FlagRaw, "0"}, {FlagMore | FlagJSON, "MORE/HALF/GAP/TRAILER|JSON"}, {FlagMsgPack | 0x40, "MSGPACK|0x40"},
 		{CodecDefault, "default"}, {JSON, "json"}, {MsgPack, "msgpack"}, {Codec(9), "Codec(9)"},
 	} {

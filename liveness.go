@@ -186,6 +186,7 @@ func (o *outbox) tick() {
 			return gone
 		})
 	}
+	o.tickLines(now)
 	o.wheel.Advance(now, func(s *session) { o.check(s, now) })
 	o.remoteWheel.Advance(now, func(p *remote) { o.checkRemote(p, now) })
 	if o.wheel.Len() == 0 && o.up.Load() {
@@ -230,6 +231,10 @@ func (o *outbox) check(s *session, now int64) {
 	}
 	f := o.facts(s, now)
 	d := liveness.Decide(&f)
+	if d.GiveUp != liveness.Alive && s.remote.Load() != nil && o.recordsArrive(s.remote.Load(), now) {
+		f = o.facts(s, now)
+		d = liveness.Decide(&f)
+	}
 	if d.GiveUp != liveness.Alive {
 		o.giveUp(s, d.GiveUp)
 		return
@@ -281,6 +286,9 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 		if l.seen = n; s.bucket.ring.Len() > 0 {
 			l.heard = now
 		}
+		if p := s.remote.Load(); p != nil {
+			p.records = now
+		}
 	}
 	l.heard = max(l.heard, s.popped.Load())
 	if l.pings > 0 && l.heard > l.pinged {
@@ -314,6 +322,12 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	}
 	if l.took == tookLost {
 		f.Lost = l.pinged
+	}
+	if l := s.line; l != nil {
+		f.Queued = l.Patience()
+	}
+	if p := s.remote.Load(); p != nil {
+		f.Others = p.records
 	}
 	if w != nil {
 		f.Unacked = !w.json && !w.sent.Empty()

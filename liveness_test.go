@@ -364,7 +364,7 @@ func TestEndIsKeptWhileItArrives(t *testing.T) {
 		defer ep.close(testClosed)
 		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(5))
 		for range 3 {
-			if _, err := w.Write(make([]byte, coalesceSize)); err != nil {
+			if _, err := w.Write(make([]byte, coalesceSize*5/8)); err != nil { // a packet each
 				t.Fatal(err)
 			}
 		}

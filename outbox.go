@@ -50,6 +50,7 @@ type outbox struct {
 
 	// Owned by the goroutine.
 	peers   peers
+	lines   lines
 	held    []*session           // have something to publish, and the connection is down
 	wheel   wheel.Wheel[session] // sessions by the time at which to look at them
 	clock   liveness.Clock       // by which peers are judged
@@ -119,6 +120,7 @@ func (o *outbox) init(ep *endpoint) {
 	o.peers.init()
 	o.inbound.Init(maxInbound)
 	o.hellos.init(o)
+	o.lines.byPeer = make(map[string]*line)
 	o.told, o.done = make(chan struct{}), make(chan struct{})
 	o.scratch = make([]byte, 0, PacketHeaderSize+FrameHeaderSize+MaxReason)
 }
@@ -415,8 +417,13 @@ func (o *outbox) serve(s *session, work uint32) {
 	if s.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
 		o.ping(s)
 	}
-	if work&workPackets != 0 && s.peer != "" && w.publishNext(o) {
-		s.mark(workPackets)
+	if work&workPackets != 0 && s.peer != "" && (w.json || o.mayPublish(s)) {
+		if w.publishNext(o) {
+			s.mark(workPackets)
+		}
+		if l := s.line; l != nil {
+			o.nextTurn(l)
+		}
 	}
 	if work&workBegin != 0 && w.sent.Next() == 0 && s.life.pings == 0 {
 		o.hellos.expect(s)

@@ -96,7 +96,17 @@ func (w *Writer) appendCloseLocked(code int, reason string) error {
 
 // coalesceLimit is the size up to which a packet gathers records.
 func (w *Writer) coalesceLimit() int {
-	return min(coalesceSize, int(w.session.ep.maxPayload.Load()))
+	return min(coalesceSize, w.packetLimit())
+}
+
+// packetLimit is the most that a packet may hold: the server's max_payload, and what the line to the peer carries in a short
+// time.
+func (w *Writer) packetLimit() int {
+	p := int(w.packetSize.Load())
+	if p == 0 {
+		p = flow.FirstPacket
+	}
+	return min(int(w.session.ep.maxPayload.Load()), p)
 }
 
 // openLocked opens the packet with number sealed. Its size follows that of the one before: a busy stream soon has
@@ -212,12 +222,12 @@ func (w *Writer) stalled() bool {
 const maxUnacked = 4 * maxPackets
 
 // credit takes what the consumer acknowledged and granted. Both are absolute, so an old or repeated one changes
-// nothing. Called by the outbox.
-func (w *Writer) credit(c Credit) error {
+// nothing. It returns the bytes of the packets that were acknowledged. Called by the outbox.
+func (w *Writer) credit(c Credit) (bytes uint64, err error) {
 	if next := w.sent.Next(); int32(c.Ack-next) > 0 {
-		return fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, next)
+		return 0, fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, next)
 	}
-	n, memory := w.sent.release(c.Ack)
+	n, bytes, memory := w.sent.release(c.Ack)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.acked += n
@@ -227,12 +237,12 @@ func (w *Writer) credit(c Credit) error {
 	}
 	w.granted.bytes = max(w.granted.bytes, c.Bytes)
 	w.wakeLocked()
-	return nil
+	return bytes, nil
 }
 
 // releaseSent lets go of what was published. Called by the outbox.
 func (w *Writer) releaseSent() {
-	_, memory := w.sent.release(w.sent.Next())
+	_, _, memory := w.sent.release(w.sent.Next())
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.freeLocked(memory)
@@ -292,6 +302,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 	p := w.nextReady()
 	if p == nil {
 		if p = w.sealOpen(); p == nil {
+			s.places.clear(steady)
 			return false
 		}
 	}
@@ -315,6 +326,7 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 	} else {
 		w.sent.Push(p)
 		w.sent.bytes += uint64(len(p.buf))
+		o.onLine(s, w.sent.Next()-1, p)
 		if !o.dueBy(s, now+2*o.ep.times.Ack) { // it was idle
 			s.life.sent = o.time()
 			o.schedule(s, s.life.sent+o.ep.times.Ack)
@@ -391,6 +403,7 @@ func (w *Writer) publishAgain(o *outbox, p *packet) (more bool) {
 	l := &w.session.life
 	l.sent, l.asks = o.ep.clock.Load(), 0 // it may be lost again, and is as soon overdue as when it was new
 	w.sent.Resent()
+	o.onLine(w.session, w.sent.Cursor()-1, p)
 	return true
 }
 
@@ -413,6 +426,9 @@ func (w *Writer) publish(o *outbox, p *packet, seq uint32) (err error) {
 		s.life.pinged = o.time()
 		err = o.ep.conn.PublishMsg(&nats.Msg{Subject: s.peer, Reply: s.reply, Header: nats.Header{headerProbe: {"1"}}, Data: p.buf})
 	default:
+		if !w.json {
+			o.aboutToPublish(s, p)
+		}
 		err = o.send(s.peer, reply, p.buf)
 	}
 	switch { // these do not go as they are
@@ -532,6 +548,29 @@ func (w *Writer) nextReady() *packet {
 	return p
 }
 
+// backlog returns how many bytes there are to publish: exactly, as long as they are in the open packet. If there are none, the
+// next record marks the session again.
+func (w *Writer) backlog() int {
+	if w.sent.failed != nil || len(w.sent.cut) > 0 || w.sent.Cursor() != w.sent.Next() || !w.ready.Empty() {
+		return flow.MaxPacket
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case !w.ready.Empty():
+		return flow.MaxPacket
+	case w.hasOpenLocked():
+		return w.n
+	}
+	w.queued = false
+	return 0
+}
+
+// hasOpenLocked reports whether the open packet holds records that are complete.
+func (w *Writer) hasOpenLocked() bool {
+	return w.open != nil && (!w.turn || w.encoding) && w.n != PacketHeaderSize
+}
+
 // sealOpen seals and returns the open packet, because there is nothing else to publish: while the outbox is busy, it
 // fills. It returns nil, and lets the next record mark the session again, if there is no record to publish.
 func (w *Writer) sealOpen() *packet {
@@ -540,7 +579,7 @@ func (w *Writer) sealOpen() *packet {
 	if p := w.nextReady(); p != nil { // sealed just now
 		return p
 	}
-	if w.open == nil || w.turn && !w.encoding || w.n == PacketHeaderSize {
+	if !w.hasOpenLocked() {
 		w.queued = false
 		return nil
 	}
@@ -576,6 +615,19 @@ type sentPackets struct {
 	waits  bool      // failed waits for credit
 }
 
+// onTheWay returns the bytes that were published and not acknowledged, without those that are to be published again.
+func (q *sentPackets) onTheWay() (n uint64) {
+	left := q.OnTheWay()
+	for p := range q.All() {
+		if left == 0 {
+			break
+		}
+		n += uint64(len(p.buf))
+		left--
+	}
+	return n
+}
+
 // again sees to it that everything from seq on is published again, and reports whether there is anything.
 func (q *sentPackets) again(seq uint32, now, patience int64) bool {
 	again, lost := q.Again(seq, now, patience)
@@ -586,12 +638,13 @@ func (q *sentPackets) again(seq uint32, now, patience int64) bool {
 }
 
 // release gives the packets before seq back to the pool and returns how many they were, and the bytes that they kept.
-func (q *sentPackets) release(seq uint32) (n uint32, memory uint64) {
+func (q *sentPackets) release(seq uint32) (n uint32, bytes, memory uint64) {
 	n = q.Release(seq, func(p *packet) {
 		memory += p.memory()
+		bytes += uint64(len(p.buf))
 		putPacket(p)
 	})
-	return n, memory
+	return n, bytes, memory
 }
 
 // controlToken is what the token in a producer's control subject says: the window for what its consumer sends. Objects that

@@ -26,7 +26,7 @@ func (s *session) target() string {
 
 // add lists s under its target.
 func (p *peers) add(s *session) {
-	s.listed = true
+	s.places.set(listed)
 	h := maphash.String(p.seed, s.target())
 	if p.first[h] == nil {
 		p.first[h] = s
@@ -40,10 +40,10 @@ func (p *peers) add(s *session) {
 
 // remove takes s off the list, if it is on it. Its target is the same as when it was added.
 func (p *peers) remove(s *session) {
-	if !s.listed {
+	if !s.places.has(listed) {
 		return
 	}
-	s.listed = false
+	s.places.clear(listed)
 	h := maphash.String(p.seed, s.target())
 	if p.first[h] == s {
 		delete(p.first, h)
@@ -65,10 +65,10 @@ func (p *peers) move(s *session, subject string) {
 	if s.peer == subject {
 		return
 	}
-	listed := s.listed
+	was := s.places.has(listed)
 	p.remove(s)
 	s.peer = subject
-	if listed {
+	if was {
 		p.add(s)
 	}
 }

@@ -384,13 +384,22 @@ func TestLargeRecordNotBegun(t *testing.T) {
 	if err := w.Flush(); err != nil { // the first packet, again
 		t.Fatalf("Flush: %v", err)
 	}
-	credit := Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: 1, Packets: 99, Bytes: 1 << 40})}
-	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, credit)})
-	if _, err := w.Write(large); err != nil {
-		t.Fatalf("Write, again: %v", err)
+	acknowledge := func() {
+		credit := Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: w.published.Load(), Packets: 99, Bytes: 1 << 40})}
+		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, credit)})
 	}
-	if err := w.Close(); err != nil {
-		t.Fatalf("Close: %v", err)
+	acknowledge()
+	closed := make(chan error, 1)
+	go func() {
+		_, err := w.Write(large)
+		closed <- errors.Join(err, w.Close())
+	}()
+	until(t, "the record is written and the writer closed", func() bool {
+		acknowledge()
+		return len(closed) > 0
+	})
+	if err := <-closed; err != nil {
+		t.Fatalf("Write, again, and Close: %v", err)
 	}
 	var got []byte
 	frames := conn.frames(t)

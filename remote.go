@@ -21,6 +21,8 @@ type remote struct {
 	asked     int64
 	suspect   int64 // the first question that was not answered, or when NATS said that nobody received one
 	questions int32 // since it was heard
+	records   int64 // when records were last seen to have arrived on any of the streams
+	lookedAt  int64 // when all streams were looked at, by the endpoint's time
 	absent    bool  // NATS said that nobody received a question
 	shortest  int64 // patience that a stream ever had of its own, 0 if none had
 
@@ -41,9 +43,6 @@ const (
 	remoteQuestion = int64(500 * time.Microsecond)
 	// repeatedQuestion is the same for repeated ones. That is more than there can be unless the machine is overloaded.
 	repeatedQuestion = int64(50 * time.Microsecond)
-
-	// slowLine is the rate, in bytes a second, that a line has at least: what was sent before a question delays it.
-	slowLine = 64 << 10
 
 	// candidates bounds the streams among which one is sought that can be asked.
 	candidates = 8
@@ -154,13 +153,9 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 	f := liveness.PeerFacts{
 		Now: now, Times: &o.ep.times, KeepAlive: p.keepAlive(o), Jitter: jitter(p.keepAlive(o)),
 		Heard: p.heard, Asked: p.asked, Suspect: p.suspect, Resumed: o.clock.Resumed(),
-		Questions: p.questions, Absent: p.absent,
+		Questions: p.questions, Absent: p.absent, Queued: o.queued(p),
 	}
 	d := liveness.DecidePeer(&f)
-	if d.GiveUp {
-		f.Queued = o.queued(p) // looked at only here, since it takes a walk over all streams
-		d = liveness.DecidePeer(&f)
-	}
 	if d.GiveUp || p.shortest != 0 && p.suspect != 0 {
 		d.Next = min(d.Next, o.giveUpRemote(p, now, d.GiveUp))
 		if len(p.streams) == 0 {
@@ -196,17 +191,27 @@ func (o *outbox) askRemote(p *remote, s *session, now int64) {
 	o.publishPing(s)
 }
 
-// queued is how long, at the least rate of a line, what was sent to p takes that it has not acknowledged.
+// queued is how long what is on its way to p takes there. Its streams share one line.
 func (o *outbox) queued(p *remote) int64 {
-	takes := int64(0)
+	if l := o.lines.byPeer[p.name]; l != nil {
+		return l.Patience()
+	}
+	return 0
+}
+
+// recordsArrive looks at all streams of p, once a look of the outbox, and reports whether it did.
+func (o *outbox) recordsArrive(p *remote, now int64) bool {
+	if p.lookedAt == now {
+		return false
+	}
+	p.lookedAt = now
+	at := o.clock.Now(now)
 	for _, s := range p.streams {
-		if w := s.writer.Load(); w != nil {
-			for p := range w.sent.All() {
-				takes += int64(len(p.buf)) * int64(time.Second) / slowLine
-			}
+		if s.end.Load() == nil {
+			o.noteArrivals(s, at)
 		}
 	}
-	return takes
+	return true
 }
 
 // giveUpRemote ends the streams whose patience is over: those with one of their own, and if all is set the others as well. It

@@ -196,6 +196,7 @@ func (o *outbox) release(s *session) {
 	s.answer()
 	s.endContexts(e)
 	if w := s.writer.Load(); w != nil {
+		o.leaveLine(s, w.sent.onTheWay())
 		w.ended()
 	}
 	switch {

@@ -156,7 +156,7 @@ func strangers() []stranger {
 	add("empty", fixed(nil), ends1003, ends1003)
 	add("magic alone", fixed([]byte{0xF5}), headerFirst, headerBound)
 	for name, first := range map[string]byte{"version 0": 0x01, "version 2": 0x21, "version 15": 0xF1,
-		"envelope": 0x15, "reserved flag": 0x19, "all flags": 0x1F} {
+		"envelope": 0x15, "marked envelope": 0x1D, "all flags": 0x1F} {
 		for _, control := range []byte{0, 1} {
 			add(fmt.Sprintf("%s, control %d", name, control), func(seq uint32) []byte {
 				b := rawPacket(stream.PacketSeq, 7, seq, rawData("x"))
@@ -758,7 +758,7 @@ func TestStrangerToProducer(t *testing.T) {
 		{name: "most of a header", message: control(9)[:stream.PacketHeaderSize-1], first: ends1003, bound: dropped},
 		{name: "version 2", message: []byte{0xF5, 0x20, 0, 9, 0, 0, 0, 0, 0, 0, 0, 20, 5, 0, 0, 0, 0, 0, 0, 0}, first: ends1003, bound: dropped},
 		{name: "envelope", message: rawPacket(stream.PacketEnv, 9, 0, rawPing()), first: ends1003, bound: dropped},
-		{name: "reserved flag", message: rawPacket(8, 9, 0, rawPing()), first: ends1003, bound: dropped},
+		{name: "marked envelope", message: rawPacket(stream.PacketEnv|stream.PacketMark, 9, 0, rawPing()), first: ends1003, bound: dropped},
 		{name: "large", message: control(9, stream.Frame{Type: 200, Payload: make([]byte, 4<<10)}), first: dropped, bound: dropped},
 		// A consumer that is sent packets answers in packets. JSON comes from somebody else and binds nothing.
 		{name: "JSON close", message: []byte(`{"type":2,"closeError":{"Code":1000,"Text":""}}`), first: from8, bound: from8},

@@ -47,11 +47,12 @@ type Writer struct {
 	acked   uint32   // how many packets the consumer acknowledged
 	granted credited // what it granted
 
-	sealed      uint32 // sequence number of the open packet, or of the next to be opened
-	sealedBytes uint64 // of all packets before it
-	shifted     uint32 // by how much sealed grew because packets were cut; changed by the outbox with the lock held
-	kept        uint64 // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
-	object      int    // size of the object encoded last, at most an eighth of a packet
+	sealed      uint32       // sequence number of the open packet, or of the next to be opened
+	sealedBytes uint64       // of all packets before it
+	shifted     uint32       // by how much sealed grew because packets were cut; changed by the outbox with the lock held
+	packetSize  atomic.Int32 // bytes that a packet should hold at most, 0 before the outbox stored it
+	kept        uint64       // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
+	object      int          // size of the object encoded last, at most an eighth of a packet
 
 	mu sync.Mutex // guards what is not the outbox's
 	// The open packet and how much of it is written. room is the part of its buffer that Write may fill, and empty
@@ -244,7 +245,7 @@ func (w *Writer) singleLimit() int {
 	if ep.kept.Load() > ep.budget-ep.budget/4 {
 		size = coalesceSize
 	}
-	return max(1, min(size, int(ep.maxPayload.Load()))-PacketHeaderSize-FrameHeaderSize)
+	return max(1, min(size, w.packetLimit())-PacketHeaderSize-FrameHeaderSize)
 }
 
 // appendLocked appends one DATA frame, opening a packet where the open one has no room. It may wait for credit, and

@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"testing"
 
@@ -180,7 +181,7 @@ func TestCloseEndsContext(t *testing.T) {
 	_, c := newFaulty(t)
 	for i := range 2000 {
 		for _, token := range []string{string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 5, LogBytes: 16, ID: uint64(i)})), "old"} {
-			w := c.NewWriter("x." + token)
+			w := c.NewWriter(fmt.Sprintf("x%d.%s", i, token)) // peers of their own: none of them acknowledges anything
 			if _, err := w.Write([]byte("a")); err != nil {
 				t.Fatal(err)
 			}

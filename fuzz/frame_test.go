@@ -110,7 +110,7 @@ func readModel(b []byte) (m model, err error) {
 	if h.Version/16 != 1 {
 		return m, stream.ErrVersion
 	}
-	if h.Version%16 >= 4 {
+	if h.Version&4 != 0 {
 		return m, stream.ErrFlags
 	}
 	if uint64(h.Length) != uint64(len(b)) {
@@ -268,7 +268,7 @@ func FuzzRoundTrip(f *testing.F) {
 		}
 
 		gotH, body, err := stream.ParsePacketHeader(b)
-		if refused := pflags&0x0C != 0; refused != (err != nil) {
+		if refused := pflags&0x04 != 0; refused != (err != nil) {
 			t.Fatalf("%+v: %v", h, err)
 		} else if refused {
 			if !errors.Is(err, stream.ErrFlags) {

@@ -493,7 +493,7 @@ func (m *receiver) feed(msg message) {
 		m.end = endCode(1003)
 	case b[0] != 0xF5:
 		m.feedJSON(b)
-	case len(b) < headerSize || b[1]>>4 != 1 || b[1]&12 != 0 || binary.BigEndian.Uint32(b[12:]) != uint32(len(b)):
+	case len(b) < headerSize || b[1]>>4 != 1 || b[1]&4 != 0 || binary.BigEndian.Uint32(b[12:]) != uint32(len(b)):
 		if m.form == formNone {
 			m.end = endCode(1003)
 		} else {

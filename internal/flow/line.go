@@ -18,7 +18,8 @@ package flow
 // S identifies a stream. Times are nanoseconds of one monotonic clock. One goroutine owns a Line.
 type Line[S comparable] struct {
 	sent    uint64 // bytes published in all
-	arrived uint64 // position of the last mark that was answered
+	arrived uint64 // bytes published before the last mark that was answered
+	acked   uint64 // bytes acknowledged in all, and bytes that are no longer waited for
 	limit   uint64 // bytes that may be on their way
 	raised  uint64 // sent when the limit changed
 	held    bool   // the limit held a packet back since then
@@ -36,7 +37,7 @@ type mark[S comparable] struct {
 	stream  S
 	seq     uint32 // of the packet
 	sent    uint64 // Line.sent behind the packet
-	arrived uint64 // Line.arrived at that time
+	arrived uint64 // Line.through at that time
 	at      int64
 }
 
@@ -71,6 +72,10 @@ const (
 	MinPacket = 4 << 10
 	MaxPacket = 64 << 10
 
+	// FirstPacket bounds packets before anything is known of a line. It has room for a record of 16 KiB, and takes a second at
+	// 16 KiB/s.
+	FirstPacket = 16<<10 + 64
+
 	// unknownRate is the slowest line that a stream must live through before its rate is measured, in bytes a second.
 	unknownRate = 16 << 10
 )
@@ -83,63 +88,74 @@ func (l *Line[S]) MaySend(now int64) bool {
 	if l.limit == Unlimited {
 		return l.out == 0 || now-l.marks[0].at < lateMark+l.base.min()
 	}
-	if l.sent-l.arrived < l.limit {
+	if l.onTheWay() < l.limit {
 		return true
 	}
 	l.held = true
 	return false
 }
 
+// through returns how many of the bytes published are known to be on their way no longer. Marks and acknowledgements each tell
+// a part of it. Packets that were taken for lost and had arrived count twice.
+func (l *Line[S]) through() uint64 { return min(l.sent, max(l.arrived, l.acked)) }
+
+func (l *Line[S]) onTheWay() uint64 { return l.sent - l.through() }
+
 // Sent notes that n bytes were published.
 func (l *Line[S]) Sent(n int) { l.sent += uint64(n) }
 
-// WantsMark reports whether the packet published last should be a mark.
-func (l *Line[S]) WantsMark(now int64) bool {
-	last := l.arrived
+// WantsMark reports whether the packet to be published next, of n bytes, should be a mark.
+func (l *Line[S]) WantsMark(n int, now int64) bool {
+	last, part := l.through(), l.limit/maxMarks // acknowledgements that come without marks spare them
 	if l.out > 0 {
-		last = l.marks[l.out-1].sent
+		last = max(last, l.marks[l.out-1].sent)
 	}
-	switch {
-	case l.out == maxMarks || l.sent == last:
-		return false
-	case l.limit == Unlimited:
-		return l.out == 0 && now-l.answered >= restMarks
+	if l.limit == Unlimited {
+		part = firstLimit / maxMarks
+		if l.out > 0 || now-l.answered < restMarks {
+			return false
+		}
 	}
-	return l.sent-last >= l.limit/maxMarks || l.out == 0
+	return l.out < maxMarks && (l.sent+uint64(n)-last >= part || l.out == 0 && l.onTheWay()+uint64(n) >= l.limit)
 }
 
-// Mark notes that the sender asked for the acknowledgement of the packet published last, number seq of stream.
+// Stuck reports whether the limit holds packets back and no mark is on its way whose answer could change that: the limit
+// shrank below what had been published. The packet that was published last must be the mark: its sender asks for the
+// acknowledgement when that is overdue.
+func (l *Line[S]) Stuck() bool { return l.out == 0 && l.limit != Unlimited && l.onTheWay() >= l.limit }
+
+// Mark notes that the packet published last, number seq of stream, was a mark. Its publishing began at now.
 func (l *Line[S]) Mark(stream S, seq uint32, now int64) {
-	l.marks[l.out] = mark[S]{stream, seq, l.sent, l.arrived, now}
+	l.marks[l.out] = mark[S]{stream, seq, l.sent, l.through(), now}
 	l.out++
 }
 
-// Acked notes that all packets of stream before seq were acknowledged. It reports whether a mark was among them, so that more
-// may be sent.
-func (l *Line[S]) Acked(stream S, seq uint32, now int64) bool {
+// Acked notes that n more bytes of stream were acknowledged, which are its packets before seq.
+func (l *Line[S]) Acked(stream S, seq uint32, n uint64, now int64) {
+	l.acked += n
 	for i := l.out - 1; i >= 0; i-- {
 		if m := l.marks[i]; m.stream == stream && int32(seq-m.seq) > 0 {
 			l.drop(i + 1)
 			l.answer(m, now)
-			return true
+			return
 		}
 	}
-	return false
 }
 
-// Ended notes that marks of stream will not be answered. It reports whether there was one, so that another packet must be
-// the mark.
-func (l *Line[S]) Ended(stream S) (found bool) {
+// Lost notes that n bytes of stream, and its marks, will not be acknowledged: its packets are lost, or it has ended.
+func (l *Line[S]) Lost(stream S, n uint64) {
+	l.acked += n
 	for i := l.out - 1; i >= 0; i-- {
 		if l.marks[i].stream == stream {
 			copy(l.marks[i:l.out], l.marks[i+1:l.out])
 			l.out--
 			l.marks[l.out] = mark[S]{} // keeps no stream alive
-			found = true
 		}
 	}
-	return found
 }
+
+// Marks returns how many marks are not answered yet.
+func (l *Line[S]) Marks() int { return l.out }
 
 // drop takes the n oldest marks out.
 func (l *Line[S]) drop(n int) {
@@ -197,11 +213,11 @@ func (l *Line[S]) Patience() int64 {
 	if rate == 0 {
 		rate = unknownRate
 	}
-	return int64(float64(l.sent-l.arrived) / float64(rate) * float64(second))
+	return int64(float64(l.onTheWay()) / float64(rate) * float64(second))
 }
 
 // Reset begins anew: the connection was made anew, and with it perhaps the line. What was on its way is lost or has arrived.
-func (l *Line[S]) Reset() { *l = Line[S]{sent: l.sent, arrived: l.sent, limit: firstLimit} }
+func (l *Line[S]) Reset() { *l = Line[S]{limit: firstLimit} }
 
 // shortest is the minimum of samples of the last one to two periods, so that a path which has become longer for good is not
 // taken for a queue for ever.

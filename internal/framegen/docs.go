@@ -122,7 +122,6 @@ func packetFlagTable() string {
 	for _, f := range packetFlags {
 		rows = append(rows, []string{fmt.Sprintf("0x%X", f.value), f.name, f.doc})
 	}
-	rows = append(rows, []string{"0x8", "", "reserved"})
 	return markdown(rows)
 }
 

@@ -118,11 +118,14 @@ var packetFlags = []flagDef{
 		doc:   "the packet is sequenced: it uses up `seq` and is delivered in order",
 		goDoc: "sequenced: uses up Seq and is delivered in order; without it the packet carries control frames"},
 	{name: "ACK", goName: "PacketAck", value: 2,
-		doc:   "the sender asks for a CREDIT at once",
-		goDoc: "the sender asks for a CREDIT at once"},
+		doc:   "the sender asks for a CREDIT at once, because its credit is used up",
+		goDoc: "the sender asks for a CREDIT at once, because its credit is used up"},
 	{name: "ENV", goName: "PacketEnv", value: 4, status: "reserved for envelopes",
 		doc:   "reserved for envelopes: a receiver of version 1 refuses it",
 		goDoc: "reserved for envelopes; ParsePacketHeader refuses it"},
+	{name: "MARK", goName: "PacketMark", value: 8,
+		doc:   "the sender asks for a CREDIT at once, to measure how long its packets take",
+		goDoc: "the sender asks for a CREDIT at once, to measure how long its packets take"},
 }
 
 // Flags of frames, in the order of their declaration in Go. The codec is a field of two bits.

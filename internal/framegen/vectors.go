@@ -203,13 +203,13 @@ func (vs *vectors) badText(kind, name, err, text string) {
 
 // Short names for the tables below.
 var (
-	tData, tClose, tReset    = uint64(typeData.value), uint64(typeClose.value), uint64(typeReset.value)
-	tCredit, tPing, tMeta    = uint64(typeCredit.value), uint64(typePing.value), uint64(typeMeta.value)
-	fMore, fJSON, fMsgPack   = uint64(flagMore.value), uint64(flagJSON.value), uint64(flagMsgPack.value)
-	fCodecMask, fGap         = uint64(flagCodecMask.value), uint64(flagGap.value)
-	fTrailer                 = uint64(flagTrailer.value)
-	tChallenge, tResponse    = uint64(typeChallenge.value), uint64(typeResponse.value)
-	pSeq, pAck, pEnv, pSpare = uint64(packetFlags[0].value), uint64(packetFlags[1].value), uint64(packetFlags[2].value), uint64(8)
+	tData, tClose, tReset   = uint64(typeData.value), uint64(typeClose.value), uint64(typeReset.value)
+	tCredit, tPing, tMeta   = uint64(typeCredit.value), uint64(typePing.value), uint64(typeMeta.value)
+	fMore, fJSON, fMsgPack  = uint64(flagMore.value), uint64(flagJSON.value), uint64(flagMsgPack.value)
+	fCodecMask, fGap        = uint64(flagCodecMask.value), uint64(flagGap.value)
+	fTrailer                = uint64(flagTrailer.value)
+	tChallenge, tResponse   = uint64(typeChallenge.value), uint64(typeResponse.value)
+	pSeq, pAck, pEnv, pMark = uint64(packetFlags[0].value), uint64(packetFlags[1].value), uint64(packetFlags[2].value), uint64(packetFlags[3].value)
 )
 
 func headerVectors(vs *vectors) {
@@ -217,6 +217,8 @@ func headerVectors(vs *vectors) {
 	vs.header("seq", pSeq, 0x123456789ABC, 0x89ABCDEF, "")
 	vs.header("ack", pAck, 1, 2, "")
 	vs.header("seq_ack", pSeq|pAck, 0xFFFFFFFFFFFF, 0xFFFFFFFF, "")
+	vs.header("mark", pMark, 1, 2, "")
+	vs.header("seq_ack_mark", pSeq|pAck|pMark, 1, 2, "")
 	vs.header("with_rest", pSeq, 0xF5F5F5F5F5F5, 0xF5F5F5F5, "rest")
 
 	whole := packet(values{"flags": pSeq, "sender": 0x1234, "seq": 7}, nil)
@@ -232,7 +234,7 @@ func headerVectors(vs *vectors) {
 	}
 	vs.badHeader("envelope", "flags", packet(values{"flags": pEnv}, nil))
 	vs.badHeader("envelope_seq", "flags", packet(values{"flags": pEnv | pSeq}, nil))
-	vs.badHeader("flag_8", "flags", packet(values{"flags": pSpare | pSeq}, nil))
+	vs.badHeader("envelope_mark", "flags", packet(values{"flags": pEnv | pMark}, nil))
 	vs.badHeader("all_flags", "flags", packet(values{"flags": 15}, nil))
 
 	size := uint64(packetHeader.size())

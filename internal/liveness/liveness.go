@@ -33,7 +33,8 @@ type Facts struct {
 	Jitter int64
 
 	Born    int64 // when the outbox first saw the stream
-	Heard   int64 // last sign of life of the peer
+	Heard   int64 // last sign of life of the peer on this stream
+	Others  int64 // when records were last seen to have arrived from the peer, on any stream
 	Sent    int64 // when the last packet was published
 	Lost    int64 // since when the request may be lost, with the connection that took it
 	Pinged  int64 // when the last PING was published
@@ -41,6 +42,7 @@ type Facts struct {
 	Closed  int64 // since when CLOSE waits to be acknowledged
 	Resumed int64 // when the clock began to run again, at a reconnect or after a standstill of this end
 	Down    int64 // when the connection was seen to be down, if it is
+	Queued  int64 // how long what is on its way to the peer may take there, before a question or CLOSE arrives
 
 	Pings int32 // unanswered since the last sign of life
 	Asks  int32 // questions since the last packet or acknowledgement, without repetitions
@@ -95,7 +97,7 @@ func Decide(f *Facts) Decision {
 		d.Republish, d.Next = true, f.Now+f.Times.Ack
 	}
 	switch {
-	case f.Closed != 0 && f.Now >= f.overdue(f.Closed):
+	case f.Closed != 0 && f.Now >= f.unconfirmed():
 		return giveUp(EndUnconfirmed)
 	case f.NoPeer:
 		return f.waitForPeer(d)
@@ -177,7 +179,7 @@ func (f *Facts) ask(d Decision) Decision {
 		d.Next = f.Now + min(f.Times.KeepAlive, f.Repeat)
 	}
 	if f.Closed != 0 {
-		d.until(f.overdue(f.Closed))
+		d.until(f.unconfirmed())
 	}
 	if suspect != 0 {
 		d.until(f.gone(suspect))
@@ -186,4 +188,19 @@ func (f *Facts) ask(d Decision) Decision {
 }
 
 // gone is when a peer that is suspect since t is given up.
-func (f *Facts) gone(t int64) int64 { return max(f.overdue(t), t+f.Patience) }
+func (f *Facts) gone(t int64) int64 { return max(f.overdue(t), t+f.Patience) + f.queued(t) }
+
+// unconfirmed is when the end of the stream is given up.
+func (f *Facts) unconfirmed() int64 { return f.overdue(f.Closed) + f.queued(f.Closed) }
+
+// behindOthers is how many times Resume a stream may be silent since it was asked, if records arrive on others. The answer may
+// wait behind them on a slow line.
+const behindOthers = 6
+
+// queued is how much longer than on empty lines the answer to what was said at t is waited for.
+func (f *Facts) queued(t int64) int64 {
+	if f.Others > t && f.Heard <= t {
+		return behindOthers * f.Times.Resume
+	}
+	return min(f.Queued, f.Times.Resume)
+}

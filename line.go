@@ -1,0 +1,242 @@
+package stream
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/natsstream/stream/internal/flow"
+	"github.com/natsstream/stream/internal/lifecycle"
+)
+
+// line is the way from this end to one peer, which all streams between the two share. It bounds the bytes that are on their
+// way at once (see flow.Line), and holds the sessions that wait for it. The outbox owns it.
+//
+// Sessions take turns, a packet a turn. One that had nothing to send, and has little now, goes before the others, so that a
+// quiet stream does not wait for a turn of each busy one (after the new flows of FQ-CoDel, RFC 8290 section 4.1).
+type line struct {
+	flow.Line[*session]
+	quiet   []*session
+	waiting []*session
+	turn    *session // whose packet is next, once the line has had others wait
+	busy    bool     // on lines.busy
+	users   int      // sessions that use the line
+	began   int64    // when the publishing of the last mark began
+	last    *session // that published the last packet, number lastSeq
+	lastSeq uint32
+	left    int64 // when the last of them left
+	resumed int64 // the reconnect that the line has begun anew for
+}
+
+// places is a set of the lists of the outbox that a session is in, and of what the lists need to know.
+type places uint8
+
+const (
+	listed places = 1 << iota // in outbox.peers
+	onLine                    // waits on its line for a turn
+	steady                    // had more to send each time that it waited there
+)
+
+func (p places) has(q places) bool { return p&q != 0 }
+func (p *places) set(q places)     { *p |= q }
+func (p *places) clear(q places)   { *p &^= q }
+
+// lines are the lines of one endpoint.
+type lines struct {
+	byPeer map[string]*line
+	busy   []*line // that sessions wait for
+	swept  int64
+}
+
+// lineIdle is how long a line without users is remembered: a consumer that opens one stream after the other measures its
+// line once.
+const lineIdle = int64(60e9)
+
+// lineOf returns the line to the peer of s.
+func (o *outbox) lineOf(s *session) *line {
+	l := s.line
+	if l == nil {
+		key := remoteName(s.peer)
+		if l = o.lines.byPeer[key]; l == nil {
+			l = &line{Line: flow.NewLine[*session](), resumed: o.resumed.Load()}
+			o.lines.byPeer[strings.Clone(key)] = l
+		}
+		l.users++
+		s.line = l
+	}
+	o.resumeLine(l)
+	return l
+}
+
+// resumeLine begins anew if the connection was interrupted.
+func (o *outbox) resumeLine(l *line) {
+	if r := o.resumed.Load(); l.resumed != r {
+		l.resumed = r
+		l.Reset()
+	}
+}
+
+// mayPublish reports whether the line has room for a packet of s. If it has not, s waits for its turn.
+func (o *outbox) mayPublish(s *session) bool {
+	l := o.lineOf(s)
+	if l.turn == s {
+		l.turn = nil
+	} else if l.turn != nil || l.waits() > 0 {
+		o.wait(l, s)
+		return false
+	}
+	if l.MaySend(o.ep.clock.Load()) {
+		return true
+	}
+	o.wait(l, s)
+	return false
+}
+
+// littleBacklog is the most that a quiet session has to send, in bytes.
+const littleBacklog = flow.MinPacket
+
+// wait puts s among those that wait, if it has something to send.
+func (o *outbox) wait(l *line, s *session) {
+	if s.places.has(onLine) {
+		return
+	}
+	switch n := s.writer.Load().backlog(); {
+	case n == 0:
+		s.places.clear(steady)
+		return
+	case s.places.has(steady) || n > littleBacklog:
+		l.waiting = append(l.waiting, s)
+	default:
+		l.quiet = append(l.quiet, s)
+	}
+	s.places.set(onLine | steady)
+	o.setBusy(l)
+}
+
+// waits returns how many sessions wait.
+func (l *line) waits() int { return len(l.quiet) + len(l.waiting) }
+
+// next takes the session off the line whose turn it is.
+func (l *line) next() *session {
+	for len(l.quiet) > 0 {
+		s := takeFirst(&l.quiet)
+		if s.writer.Load().backlog() <= littleBacklog {
+			return s
+		}
+		l.waiting = append(l.waiting, s) // it has written on
+	}
+	return takeFirst(&l.waiting)
+}
+
+func takeFirst(list *[]*session) *session {
+	s := (*list)[0]
+	*list = slices.Delete(*list, 0, 1)
+	return s
+}
+
+// aboutToPublish makes p a mark if the line is to be measured. The last packet is none: its acknowledgement may be the
+// stream's last word. A packet that is published again may be a mark where it was none, and the other way round.
+func (o *outbox) aboutToPublish(s *session, p *packet) {
+	l := s.line
+	p.buf[1] &^= byte(PacketMark)
+	if !p.last && l.WantsMark(len(p.buf), o.ep.clock.Load()) {
+		p.buf[1] |= byte(PacketMark)
+		l.began = o.ep.now() // the clock of ticks is too coarse to measure with
+	}
+}
+
+// onLine notes that p, packet seq of s, was published.
+func (o *outbox) onLine(s *session, seq uint32, p *packet) {
+	l := s.line
+	l.last, l.lastSeq = s, seq
+	l.Sent(len(p.buf))
+	if p.buf[1]&byte(PacketMark) != 0 {
+		l.Mark(s, seq, l.began)
+	}
+	if w, n := s.writer.Load(), int32(l.Packet()); n != w.packetSize.Load() {
+		w.packetSize.Store(n)
+	}
+}
+
+// offLine notes that the peer of s acknowledged n more bytes, which are the packets before seq.
+func (o *outbox) offLine(s *session, seq uint32, n uint64) {
+	if l := s.line; l != nil {
+		l.Acked(s, seq, n, o.ep.now())
+		o.nextTurn(l)
+	}
+}
+
+// lostOnLine notes that n bytes of s are not on their way: its peer misses a packet and drops those behind it.
+func (o *outbox) lostOnLine(s *session, n uint64) {
+	if l := s.line; l != nil {
+		l.Lost(s, n)
+		o.nextTurn(l)
+	}
+}
+
+// nextTurn lets the session publish that has waited longest.
+func (o *outbox) nextTurn(l *line) {
+	if s := l.last; s != nil && l.Stuck() {
+		l.Mark(s, l.lastSeq, o.ep.now())
+	}
+	for l.turn == nil && l.waits() > 0 && l.MaySend(o.ep.clock.Load()) {
+		s := l.next()
+		s.places.clear(onLine)
+		if s.state.Phase == lifecycle.Live {
+			l.turn = s
+			s.mark(workPackets)
+		}
+	}
+}
+
+// leaveLine takes s off its line, because its stream has ended. n bytes of it are not acknowledged.
+func (o *outbox) leaveLine(s *session, n uint64) {
+	l := s.line
+	if l == nil {
+		return
+	}
+	s.line = nil
+	if s.places.has(onLine) {
+		s.places.clear(onLine)
+		same := func(other *session) bool { return other == s }
+		l.quiet = slices.DeleteFunc(l.quiet, same)
+		l.waiting = slices.DeleteFunc(l.waiting, same)
+	}
+	if l.turn == s {
+		l.turn = nil
+	}
+	if l.last == s {
+		l.last = nil
+	}
+	l.Lost(s, n)
+	if l.users--; l.users == 0 {
+		l.left = o.ep.now()
+	}
+	o.nextTurn(l)
+}
+
+func (o *outbox) setBusy(l *line) {
+	if !l.busy {
+		l.busy = true
+		o.lines.busy = append(o.lines.busy, l)
+	}
+}
+
+// tickLines looks at lines that sessions wait for, which a reconnect may have emptied, and forgets lines that nobody has used
+// for long. It asks nobody: a stream asks for an acknowledgement that is overdue, and so for that of a mark.
+func (o *outbox) tickLines(now int64) {
+	o.lines.busy = slices.DeleteFunc(o.lines.busy, func(l *line) bool {
+		o.resumeLine(l)
+		o.nextTurn(l)
+		l.busy = l.waits() > 0
+		return !l.busy
+	})
+	if now-o.lines.swept < lineIdle {
+		return
+	}
+	o.lines.swept = now
+	for key, l := range o.lines.byPeer {
+		if l.users == 0 && now-l.left >= lineIdle {
+			delete(o.lines.byPeer, key)
+		}
+	}
+}
