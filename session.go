@@ -119,7 +119,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 	if do&lifecycle.FailWrites != 0 {
 		w.cancel(ErrOneWay)
 	}
-	if do&lifecycle.Probe != 0 && s.life.pings == 0 && o.connected() {
+	if do&lifecycle.Probe != 0 && s.life.pings == 0 && !s.returned.Load() && o.connected() { // the table hears of returned later
 		o.ping(s) // a consumer that never wrote may be gone, having read everything
 	}
 	if do&lifecycle.Release != 0 {
