@@ -511,12 +511,12 @@ func (s *Server) unsubscribe() {
 // end. It does not wait for handlers, and may be called by one; otherwise it returns as [Client.Close] does. The connection
 // stays open. It never fails, and closing again does nothing.
 func (s *Server) Close() error {
-	quiet, _ := s.retire()
 	s.mu.Lock()
 	s.refusing = true
 	s.mu.Unlock()
 	e := &ending{kind: endLocal, err: ErrServerClosed, reset: CloseError{CloseGoingAway, "server closed"}}
-	s.ep.endAll(e)
+	s.ep.endAll(e) // before handlers see Draining: one that returns then has not ended its stream normally
+	quiet, _ := s.retire()
 	<-quiet // requests that still come are refused, which takes the outbox
 	s.ep.close(e)
 	return nil
