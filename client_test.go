@@ -368,6 +368,15 @@ func TestOpenErrors(t *testing.T) {
 	closed.Conn.Close()
 	draining := p.newClient(t, stream.ClientParams{})
 	drain(t, p, draining.Conn)
+	for c, want := range map[*stream.Client]error{closed: nats.ErrConnectionClosed, draining: nats.ErrConnectionDraining} {
+		eventually(t, "the client notices", func() bool { // an Open just after Close or Drain may succeed
+			s, err := c.Open(fine, "_.early", nil)
+			if s != nil {
+				s.Close()
+			}
+			return errors.Is(err, want) && c.Stats().Streams == 0
+		})
+	}
 	done := p.newClient(t, stream.ClientParams{})
 	if err := done.Close(); err != nil {
 		t.Fatal(err)
