@@ -111,6 +111,9 @@ const (
 	workEndLater             // the same, and the peer waits for nothing
 	workPatience             // the user has set how long the peer may be silent
 
+	workNews    = workClose | workBind | workPatience
+	workControl = workResume | workGap | workCredit | workHello | workProbe
+
 	workLater = workWait | workBegin | workClose | workEndLater | workSettle // what does not wake the outbox
 )
 
@@ -345,54 +348,91 @@ func (o *outbox) serveHeld() {
 // serve does work for s, of its packets at most one.
 func (o *outbox) serve(s *session, work uint32) {
 	if s.life.waits == 0 {
-		if o.up.Load() {
-			o.ep.lookAtMaxPayload() // the ticker may have slept
-		}
-		s.life.waits = o.ep.now()
-		look := s.life.waits
-		if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
-			look += int64(tickLength(&o.ep.times))
-		}
-		o.lookAt(s, look)
-		o.peers.add(s)
-		if s.peer != "" {
-			o.joinRemote(s)
-		}
+		o.firstLook(s)
 	}
-	end := s.end.Load()
-	if e := o.ep.barred(); end == nil && e != nil {
-		s.requestEnd(e)
-		end = s.end.Load()
-	}
-	if end != nil {
-		o.end(s, end)
-		if work&workCredit != 0 && end.reset.Code == 0 && s.state.Phase == lifecycle.Gone {
-			o.tellCredit(s, 0) // the acknowledgement of CLOSE was lost
-		}
+	if o.serveEnd(s, work) {
 		return
 	}
 	if !o.connected() {
 		o.hold(s, work)
 		return
 	}
-	w := s.writer.Load()
+	if work&workRequest != 0 && !o.publishRequest(s) {
+		return
+	}
+	if work&workNews != 0 {
+		o.takeNews(s, work)
+	}
+	if work&workControl != 0 {
+		o.serveControl(s, work)
+	}
+	if work&workPackets != 0 && s.peer != "" {
+		o.servePackets(s)
+	}
+	if work&workBegin != 0 && s.writer.Load().sent.Next() == 0 && s.life.pings == 0 {
+		o.hellos.expect(s)
+	}
+	if work&workSettle != 0 {
+		o.settle(s)
+	}
+}
+
+// firstLook puts a session that is served for the first time on the wheel and in the outbox's tables.
+func (o *outbox) firstLook(s *session) {
+	if o.up.Load() {
+		o.ep.lookAtMaxPayload() // the ticker may have slept
+	}
+	s.life.waits = o.ep.now()
+	look := s.life.waits
+	if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
+		look += int64(tickLength(&o.ep.times))
+	}
+	o.lookAt(s, look)
+	o.peers.add(s)
+	if s.peer != "" {
+		o.joinRemote(s)
+	}
+}
+
+// serveEnd acts on the end of s, if the stream or all streams have ended, and reports that.
+func (o *outbox) serveEnd(s *session, work uint32) bool {
+	end := s.end.Load()
+	if e := o.ep.barred(); end == nil && e != nil {
+		s.requestEnd(e)
+		end = s.end.Load()
+	}
+	if end == nil {
+		return false
+	}
+	o.end(s, end)
+	if work&workCredit != 0 && end.reset.Code == 0 && s.state.Phase == lifecycle.Gone {
+		o.tellCredit(s, 0) // the acknowledgement of CLOSE was lost
+	}
+	return true
+}
+
+// publishRequest publishes the request of s, and ends the stream if that fails. It reports whether it was published.
+func (o *outbox) publishRequest(s *session) bool {
+	setTimeout(s.request.Header, s.parent)
+	s.life.waits, s.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
+	o.denials.publishes(s.subject, s.life.waits, denialWindow*o.ep.times.Ack)
+	if err := o.ep.conn.PublishMsg(s.request); err != nil {
+		if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did when Open looked
+			o.ep.lookAtMaxPayload()
+			err = fmt.Errorf("stream: %w", tooLarge("request", requestSize(s.request), o.ep.maxPayload.Load()))
+		}
+		s.requestEnd(&ending{kind: endFault, err: err})
+		return false
+	}
+	s.request = nil
+	return true
+}
+
+// takeNews notes what the users of both halves and the mux say of s.
+func (o *outbox) takeNews(s *session, work uint32) {
 	if work&workClose != 0 {
 		s.life.closeAt = o.ep.now() + int64(closeDelay)
 		o.lookAt(s, s.life.closeAt)
-	}
-	if work&workRequest != 0 {
-		setTimeout(s.request.Header, s.parent)
-		s.life.waits, s.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
-		o.denials.publishes(s.subject, s.life.waits, denialWindow*o.ep.times.Ack)
-		if err := o.ep.conn.PublishMsg(s.request); err != nil {
-			if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did when Open looked
-				o.ep.lookAtMaxPayload()
-				err = fmt.Errorf("stream: %w", tooLarge("request", requestSize(s.request), o.ep.maxPayload.Load()))
-			}
-			s.requestEnd(&ending{kind: endFault, err: err})
-			return
-		}
-		s.request = nil
 	}
 	if work&workBind != 0 {
 		o.bind(s)
@@ -400,6 +440,10 @@ func (o *outbox) serve(s *session, work uint32) {
 	if work&workPatience != 0 {
 		o.setPatience(s)
 	}
+}
+
+// serveControl sends the control packets for s that are due: at most a CREDIT and a PING.
+func (o *outbox) serveControl(s *session, work uint32) {
 	resume := work&workResume != 0 && s.peer != ""
 	if l := &s.life; work&workResume != 0 {
 		o.schedule(s, o.time()) // what was due while the connection was down is due now
@@ -413,23 +457,23 @@ func (o *outbox) serve(s *session, work uint32) {
 		o.tellCredit(s, 0)
 	}
 	ended := work&workCredit != 0 && s.unheard()
-	hello := work&workHello != 0 && w.sent.Next() == 0 && s.life.pings == 0 && s.life.heard == 0
+	hello := work&workHello != 0 && s.writer.Load().sent.Next() == 0 && s.life.pings == 0 && s.life.heard == 0
 	if s.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
 		o.ping(s)
 	}
-	if work&workPackets != 0 && s.peer != "" && (w.json || o.mayPublish(s)) {
-		if w.publishNext(o) {
-			s.mark(workPackets)
-		}
-		if l := s.line; l != nil {
-			o.nextTurn(l)
-		}
+}
+
+// servePackets publishes the next packet of s, unless too much is on its way to the peer.
+func (o *outbox) servePackets(s *session) {
+	w := s.writer.Load()
+	if !w.json && !o.mayPublish(s) {
+		return
 	}
-	if work&workBegin != 0 && w.sent.Next() == 0 && s.life.pings == 0 {
-		o.hellos.expect(s)
+	if w.publishNext(o) {
+		s.mark(workPackets)
 	}
-	if work&workSettle != 0 {
-		o.settle(s)
+	if l := s.line; l != nil {
+		o.nextTurn(l)
 	}
 }
 

@@ -14,7 +14,6 @@ import (
 var tooComplex = map[string]bool{
 	"object.check":              true,
 	"object.maker.encodeStruct": true,
-	"stream.outbox.serve":       true,
 }
 
 // complexity prints the functions whose cyclomatic complexity is above limit and that are no exceptions. An error
