@@ -48,40 +48,55 @@ func (m maker) encodeStruct(t reflect.Type) func(*Encoder, reflect.Value) error 
 	}
 	switch {
 	case asArray:
-		return func(e *Encoder, v reflect.Value) error {
-			if err := e.enter(); err != nil {
-				return err
-			}
-			e.length(msgpcode.FixedArrayLow, 16, msgpcode.Array16, len(list))
-			for i := range list {
-				f := &list[i]
-				if fv, ok := f.value(v); !ok {
-					e.byte(msgpcode.Nil)
-				} else if err := f.encode(e, fv); err != nil {
-					return within(f.name, err)
-				}
-			}
-			e.depth--
-			return nil
-		}
+		return encodeArray(list)
 	case always:
-		return func(e *Encoder, v reflect.Value) error {
-			if err := e.enter(); err != nil {
-				return err
-			}
-			e.length(msgpcode.FixedMapLow, 16, msgpcode.Map16, len(list))
-			for i := range list {
-				f := &list[i]
-				e.room(len(f.head))
-				e.buf = append(e.buf, f.head...)
-				if err := f.encode(e, v.Field(f.index[0])); err != nil {
-					return within(f.name, err)
-				}
-			}
-			e.depth--
-			return nil
-		}
+		return encodeAll(list)
 	}
+	return encodePresent(list)
+}
+
+// encodeArray writes the values of a struct as an array, with nil for what is not there.
+func encodeArray(list []fieldPlan) func(*Encoder, reflect.Value) error {
+	return func(e *Encoder, v reflect.Value) error {
+		if err := e.enter(); err != nil {
+			return err
+		}
+		e.length(msgpcode.FixedArrayLow, 16, msgpcode.Array16, len(list))
+		for i := range list {
+			f := &list[i]
+			if fv, ok := f.value(v); !ok {
+				e.byte(msgpcode.Nil)
+			} else if err := f.encode(e, fv); err != nil {
+				return within(f.name, err)
+			}
+		}
+		e.depth--
+		return nil
+	}
+}
+
+// encodeAll writes a struct that always has all of its fields.
+func encodeAll(list []fieldPlan) func(*Encoder, reflect.Value) error {
+	return func(e *Encoder, v reflect.Value) error {
+		if err := e.enter(); err != nil {
+			return err
+		}
+		e.length(msgpcode.FixedMapLow, 16, msgpcode.Map16, len(list))
+		for i := range list {
+			f := &list[i]
+			e.room(len(f.head))
+			e.buf = append(e.buf, f.head...)
+			if err := f.encode(e, v.Field(f.index[0])); err != nil {
+				return within(f.name, err)
+			}
+		}
+		e.depth--
+		return nil
+	}
+}
+
+// encodePresent writes a struct without the fields that are absent or left out.
+func encodePresent(list []fieldPlan) func(*Encoder, reflect.Value) error {
 	return func(e *Encoder, v reflect.Value) error {
 		if err := e.enter(); err != nil {
 			return err
