@@ -24,8 +24,8 @@ const challengePatience = 4
 // setPeer notes that the peer of s receives at subject.
 func (o *outbox) setPeer(s *session, subject string) {
 	switch {
-	case subject == s.peer || checkAnswer(subject) != nil:
-	case s.peer == "":
+	case subject == s.out.peer || checkAnswer(subject) != nil:
+	case s.out.peer == "":
 		o.peers.move(s, subject)
 		o.joinRemote(s)
 		o.learned(s)
@@ -38,21 +38,21 @@ func (o *outbox) setPeer(s *session, subject string) {
 // not its own is one such packet for each time that challenges are patient.
 func (o *outbox) challenge(s *session, subject string) {
 	now := o.ep.now()
-	if m := s.move; m != nil && now-m.at < challengePatience*o.ep.times.Ack || !o.connected() {
+	if m := s.out.move; m != nil && now-m.at < challengePatience*o.ep.times.Ack || !o.connected() {
 		return
 	}
-	s.move = &move{subject: subject, at: now}
-	rand.Read(s.move.nonce[:])
-	o.tellAt(s, subject, "", Frame{Type: FrameChallenge, Payload: s.move.nonce[:]})
+	s.out.move = &move{subject: subject, at: now}
+	rand.Read(s.out.move.nonce[:])
+	o.tellAt(s, subject, "", Frame{Type: FrameChallenge, Payload: s.out.move.nonce[:]})
 }
 
 // proved moves the peer of s to the subject that it was challenged at, if nonce is that of the challenge. What this end had to
 // say may have gone to a subject that leads nowhere any longer.
 func (o *outbox) proved(s *session, nonce []byte) {
-	if m := s.move; m != nil && string(nonce) == string(m.nonce[:]) && s.state.Phase != lifecycle.Gone {
+	if m := s.out.move; m != nil && string(nonce) == string(m.nonce[:]) && s.out.state.Phase != lifecycle.Gone {
 		o.peers.move(s, m.subject)
 		o.joinRemote(s)
-		s.move = nil
+		s.out.move = nil
 		o.step(s, lifecycle.PeerKnown)
 		s.mark(workCredit)
 	}

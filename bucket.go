@@ -19,18 +19,18 @@ import (
 //   - the outbox sends the credit the reader decided on.
 type bucket struct {
 	// Owned by the mux. mode is stored once, before the first push, and so published to the reader by it.
-	mode     bucketMode
-	last     bool   // the packet that closes came beyond the credit: none may follow
-	asked    bool   // for packet askedSeq to be sent again, at askedAt by the endpoint's clock
-	expect   uint32 // sequence number of the next packet
-	want     uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender
-	received uint64 // bytes of all packets pushed
+	mode       bucketMode
+	last       bool   // the packet that closes came beyond the credit: none may follow
+	gapAsked   bool   // a CREDIT with GAP asked for packet gapAskedSeq, at gapAskedAt by the endpoint's clock
+	expect     uint32 // sequence number of the next packet
+	acceptWord uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender
+	received   uint64 // bytes of all packets pushed
 
 	// What the peer was granted: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
 	grantedBytes   atomic.Uint64
 	grantedPackets atomic.Uint32
 
-	askedSeq uint32 // the mux's: see asked
+	gapAskedSeq uint32 // the mux's: see asked
 
 	park ring.Parker       // the reader waits here; the mux, and whoever ends the stream, wakes it
 	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
@@ -41,9 +41,9 @@ type bucket struct {
 	windowBytes   uint64
 	windowPackets uint32
 	limited       bool // the sender asked for credit since the last grant
-	dry           bool // the reader ran out of packets since the last grant
+	ranDry        bool // the reader ran out of packets since the last grant
 
-	askedAt       int64         // the mux's, and seldom looked at
+	gapAskedAt    int64         // the mux's, and seldom looked at
 	origin        string        // the mux's: the token in the control subject of the producer that the bucket is bound to
 	consumedBytes atomic.Uint64 // fallback only: stored by the reader so that the mux can bound what is queued
 }
@@ -102,7 +102,7 @@ const (
 // accept checks a sequenced packet and pushes it. Called by the mux alone; it allocates only where it fails.
 func (b *bucket) accept(data []byte) (verdict, *CloseError) {
 	if len(data) >= PacketHeaderSize {
-		if binary.BigEndian.Uint64(data) == b.want && binary.BigEndian.Uint64(data[8:]) == packetTail(b.expect, uint32(len(data))) &&
+		if binary.BigEndian.Uint64(data) == b.acceptWord && binary.BigEndian.Uint64(data[8:]) == packetTail(b.expect, uint32(len(data))) &&
 			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received < b.grantedBytes.Load() {
 			b.push(data)
 			return accepted, nil
@@ -180,24 +180,24 @@ func (b *bucket) acceptControl(data []byte, own uint64) (verdict, *CloseError) {
 	return accepted, nil
 }
 
-// ask reports whether to ask for the missing packets now. Packets keep coming for a round trip after one is found
+// shouldAskForGap reports whether to ask for the missing packets now. Packets keep coming for a round trip after one is found
 // missing, so there is one request for each packet that is waited for, and another only when that was not heard.
-func (b *bucket) ask(now, patience int64) bool {
-	if b.asked && b.askedSeq == b.expect && now-b.askedAt < patience {
+func (b *bucket) shouldAskForGap(now, patience int64) bool {
+	if b.gapAsked && b.gapAskedSeq == b.expect && now-b.gapAskedAt < patience {
 		return false
 	}
-	b.asked, b.askedSeq, b.askedAt = true, b.expect, now
+	b.gapAsked, b.gapAskedSeq, b.gapAskedAt = true, b.expect, now
 	return true
 }
 
 // bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.1.
 func (b *bucket) bind(sender uint64) {
 	b.mode = modeBinary
-	b.want = packetWord(PacketSeq, sender)
+	b.acceptWord = packetWord(PacketSeq, sender)
 }
 
 // sender is the number that the bucket is bound to.
-func (b *bucket) sender() uint64 { return b.want & maxSender }
+func (b *bucket) sender() uint64 { return b.acceptWord & maxSender }
 
 // impostor reports whether a packet with a reply subject is of another producer than the one that the bucket is bound to,
 // although both have drawn the same sender number. The first packet of every producer names its control subject, and each has
@@ -261,7 +261,7 @@ func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bo
 	if leftPackets > int32(b.windowPackets-b.windowPackets/4) && leftBytes > int64(b.windowBytes-b.windowBytes/4) {
 		return false
 	}
-	if b.limited && b.dry {
+	if b.limited && b.ranDry {
 		if b.windowPackets < maxPackets {
 			b.windowPackets *= 2
 		}
@@ -269,7 +269,7 @@ func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bo
 			b.windowBytes *= 2
 		}
 	}
-	b.limited, b.dry = false, false
+	b.limited, b.ranDry = false, false
 	b.granted.packets = b.consumed.packets + b.windowPackets
 	b.granted.bytes = b.consumed.bytes + b.windowBytes
 	b.grantedBytes.Store(b.granted.bytes)

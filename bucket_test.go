@@ -146,7 +146,7 @@ func TestBucketAsksOnce(t *testing.T) {
 		want   bool
 	}{{0, 0, true}, {0, 50, false}, {0, 99, false}, {0, 100, true}, {0, 150, false}, {1, 151, true}, {1, 152, false}, {1, 251, true}} {
 		b.expect = step.expect
-		if got := b.ask(step.now, patience); got != step.want {
+		if got := b.shouldAskForGap(step.now, patience); got != step.want {
 			t.Errorf("waiting for %d at %d: %v", step.expect, step.now, got)
 		}
 	}
@@ -409,13 +409,13 @@ func TestBucketCredit(t *testing.T) {
 			{false, false, false}, {true, false, false}, {false, true, false}, {true, true, true},
 		} {
 			b := testBucket(32, 256<<10)
-			b.dry = c.dry
+			b.ranDry = c.dry
 			read(t, b, size, c.limited, defaultWindow, yes)
 			if grew := b.windowPackets > 32 || b.windowBytes > 256<<10; grew != c.grows {
 				t.Errorf("sender limited %v, reader dry %v: windows %d packets, %d bytes", c.limited, c.dry, b.windowPackets, b.windowBytes)
 			}
-			if b.limited || b.dry {
-				t.Errorf("limited %v, dry %v: not forgotten after the grant", b.limited, b.dry)
+			if b.limited || b.ranDry {
+				t.Errorf("limited %v, dry %v: not forgotten after the grant", b.limited, b.ranDry)
 			}
 		}
 	})
@@ -423,7 +423,7 @@ func TestBucketCredit(t *testing.T) {
 		b := testBucket(32, 256<<10)
 		var reserved uint64
 		for _, want := range []credited{{64, 512 << 10}, {128, 1 << 20}, {256, 2 << 20}, {256, 4 << 20}, {256, 4 << 20}} {
-			b.dry = true
+			b.ranDry = true
 			read(t, b, size, true, 4<<20, func(n uint64) bool { reserved += n; return true })
 			if got := (credited{b.windowPackets, b.windowBytes}); got != want {
 				t.Fatalf("windows %v, want %v", got, want)
@@ -436,7 +436,7 @@ func TestBucketCredit(t *testing.T) {
 	t.Run("budget used up", func(t *testing.T) {
 		b := testBucket(32, 256<<10)
 		for range 5 {
-			b.dry = true
+			b.ranDry = true
 			read(t, b, size, true, 4<<20, func(uint64) bool { return false })
 		}
 		if b.windowBytes != 256<<10 {
@@ -497,7 +497,7 @@ func TestBucketCreditInvariants(t *testing.T) {
 				for range r.IntN(100) {
 					data, ok := b.ring.Pop()
 					if !ok {
-						b.dry = true
+						b.ranDry = true
 						break
 					}
 					read++
@@ -551,7 +551,7 @@ func TestOutboxQueueHammer(t *testing.T) {
 	c := fakeClient(t, conn, ClientParams{})
 	all := make([]*session, sessions)
 	for i := range all {
-		s := &session{ep: c.ep, role: lifecycle.Consumer, peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}
+		s := &session{ep: c.ep, role: lifecycle.Consumer, out: outboxState{peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}}
 		s.bucket.init(initialPackets, initialWindow)
 		all[i] = s
 	}
@@ -589,7 +589,7 @@ func TestOutboxQueueHammer(t *testing.T) {
 		for seen[i].Load() != marks[i].Load() {
 			if time.Now().After(end) {
 				t.Fatalf("session %d: marked %d times, served last at mark %d; pending %b, held %b", i,
-					marks[i].Load(), seen[i].Load(), all[i].pending.Load(), all[i].held)
+					marks[i].Load(), seen[i].Load(), all[i].pending.Load(), all[i].out.deferredUntilUp)
 			}
 			time.Sleep(time.Millisecond)
 		}
@@ -731,7 +731,7 @@ func TestMuxNothingAfterTheEnd(t *testing.T) {
 	busy, idle := make(chan struct{}), make(chan struct{})
 	begin := sync.OnceFunc(func() { close(busy) }) // at the end it is told that the client is closed
 	conn.Published = func(string, string, []byte) error { begin(); <-idle; return nil }
-	other := &session{ep: c.ep, role: lifecycle.Consumer, peer: "other"}
+	other := &session{ep: c.ep, role: lifecycle.Consumer, out: outboxState{peer: "other"}}
 	other.bucket.init(1, 1)
 	other.mark(workCredit)
 	<-busy

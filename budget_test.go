@@ -51,7 +51,7 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 			first := m.open(t, "large")
 			firstResult := recv(first)
 			synctest.Wait()
-			windows := first.session.window.Load()
+			windows := first.session.recv.window.Load()
 			if held := m.client.ep.reserved.Load() - windows; held < 9*initialWindow || held > budget {
 				t.Errorf("%d bytes are reserved for the record, of which %d have arrived", held, 9*initialWindow)
 			}
@@ -196,7 +196,7 @@ func TestUnfinishedRecordsGiveWay(t *testing.T) {
 					time.Sleep(100 * time.Millisecond) // the consumer hears where the handler is
 					piece := Frame{Type: FrameData, Flags: FlagMore, Payload: make([]byte, 200<<10)}
 					packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: w.session.sender}, piece)
-					if err := conn.Publish(w.session.peer, "", packet); err != nil {
+					if err := conn.Publish(w.session.out.peer, "", packet); err != nil {
 						t.Error(err)
 					}
 					<-r.Context().Done()

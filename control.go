@@ -77,12 +77,12 @@ func (o *outbox) receive() (worked bool) {
 		o.acted.Store(o.acted.Load() + c.size())
 		s := c.session
 		if s == nil {
-			o.refuse(c)
+			o.resetUnknown(c)
 			continue
 		}
 		s.acted.Store(s.acted.Load() + 1)
 		if !c.absent {
-			o.hear(s)
+			o.noteAlive(s)
 		}
 		switch {
 		case c.reply != "":
@@ -91,7 +91,7 @@ func (o *outbox) receive() (worked bool) {
 			o.absent(s)
 		}
 		if c.packet != nil {
-			if ce := o.frames(s, c.packet); ce != nil {
+			if ce := o.takeControl(s, c.packet); ce != nil {
 				s.requestEnd(&ending{kind: endFault, err: ce, reset: *ce})
 			}
 		}
@@ -101,45 +101,45 @@ func (o *outbox) receive() (worked bool) {
 
 // learned does what waits for the address of the peer.
 func (o *outbox) learned(s *session) {
-	if s.state.Phase == lifecycle.Gone {
+	if s.out.state.Phase == lifecycle.Gone {
 		o.unanswered.remove() // the table has its producer told
 	}
-	s.answer()
+	s.tellRetry()
 	o.step(s, lifecycle.PeerKnown)
-	if s.owed != 0 {
-		s.mark(s.owed)
-		s.owed = 0
+	if s.out.deferredUntilPeer != 0 {
+		s.mark(s.out.deferredUntilPeer)
+		s.out.deferredUntilPeer = 0
 	}
 }
 
-// answer tells OpenRetry that the request was answered, or that it will not be. Called by the outbox.
-func (s *session) answer() {
-	if s.answered != nil {
-		close(s.answered)
-		s.answered = nil
+// tellRetry tells OpenRetry that the request was answered, or that it will not be. Called by the outbox.
+func (s *session) tellRetry() {
+	if s.out.answered != nil {
+		close(s.out.answered)
+		s.out.answered = nil
 	}
 }
 
 // bind takes notice of a consumer's send half, or of the form that its producer speaks.
 func (o *outbox) bind(s *session) {
-	if s.oneWay.Load() {
-		s.answer()
+	if s.peerTakesNone.Load() {
+		s.tellRetry()
 	}
-	if s.writer.Load() != nil && s.state.Send == lifecycle.NoSender {
+	if s.writer.Load() != nil && s.out.state.Send == lifecycle.NoSender {
 		o.step(s, lifecycle.Written)
-		if s.peer != "" {
+		if s.out.peer != "" {
 			o.step(s, lifecycle.PeerKnown)
 		}
 	}
-	if s.oneWay.Load() && s.state.Send <= lifecycle.Waiting {
+	if s.peerTakesNone.Load() && s.out.state.Send <= lifecycle.Waiting {
 		o.step(s, lifecycle.PeerIsJSON)
 	}
 }
 
-// refuse tells the sender of a packet that no stream takes it. The answer carries the sender's own number, which nobody
+// resetUnknown tells the sender of a packet that no stream takes it. The answer carries the sender's own number, which nobody
 // else knows. Senders ask rarely, with a first packet or a PING, and what waits to be answered is bounded by the inbound
 // ring.
-func (o *outbox) refuse(c control) {
+func (o *outbox) resetUnknown(c control) {
 	if c.absent { // of a request
 		o.unanswered.remove()
 		return
@@ -157,8 +157,8 @@ func (o *outbox) refuse(c control) {
 
 var unknownStream = []byte("no such stream")
 
-// frames acts on the frames of a control packet; docs/PROTOCOL.md section 5. What it returns ends the stream.
-func (o *outbox) frames(s *session, packet []byte) *CloseError {
+// takeControl acts on the frames of a control packet; docs/PROTOCOL.md section 5. What it returns ends the stream.
+func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 	h, b, err := ParsePacketHeader(packet)
 	if err != nil || len(b) == 0 {
 		return protocolError(CloseProtocolError, "control packet without a frame")
@@ -176,7 +176,7 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 		case FrameCredit:
 			c, err := ParseCredit(f.Payload)
 			if w := s.writer.Load(); err == nil && w != nil {
-				err = o.credit(w, c, f.Flags&FlagGap != 0)
+				err = o.takeCredit(w, c, f.Flags&FlagGap != 0)
 			} else if err == nil && c.Ack != 0 {
 				err = fmt.Errorf("packet %d acknowledged, none sent", c.Ack)
 			}
@@ -200,8 +200,8 @@ func (o *outbox) frames(s *session, packet []byte) *CloseError {
 			return nil
 		}
 	}
-	if challenge != nil && s.peer != "" && o.connected() { // one answer for a packet, however many it has
-		o.tell(s, "", Frame{Type: FrameResponse, Payload: challenge})
+	if challenge != nil && s.out.peer != "" && o.connected() { // one answer for a packet, however many it has
+		o.sendControl(s, "", Frame{Type: FrameResponse, Payload: challenge})
 	}
 	return nil
 }
@@ -215,10 +215,10 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 		end.err = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
 	case e.Code == CloseNormalClosure: // follows a CLOSE that was acknowledged; without that one it is no normal end
 		end.err = &CloseError{CloseAbnormalClosure, "the producer reset the stream and did not close it"}
-	case e.Code == CloseTryAgainLater && s.peer == "" && !arrived:
+	case e.Code == CloseTryAgainLater && s.out.peer == "" && !arrived:
 		end.err = refusal{e}
 	case e.Code == CloseDeadlineExceeded:
-		if _, ok := s.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
+		if _, ok := s.recv.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
 			end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
 		}
 	}
@@ -231,7 +231,7 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 // resetByConsumer returns how a RESET ends a producer's stream; docs/PROTOCOL.md sections 9.3 and 12.3.
 func (s *session) resetByConsumer(h PacketHeader, e *CloseError) *ending {
 	end := &ending{kind: endReset, err: e}
-	if s.state.Send < lifecycle.Closing {
+	if s.out.state.Send < lifecycle.Closing {
 		return end
 	}
 	normal := e.Code == CloseNormalClosure
@@ -244,22 +244,22 @@ func (s *session) resetByConsumer(h PacketHeader, e *CloseError) *ending {
 	return end
 }
 
-// credit takes what the peer acknowledged, granted and misses.
-func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
-	if w.session.state.Phase != lifecycle.Live {
+// takeCredit takes what the peer acknowledged, granted and misses.
+func (o *outbox) takeCredit(w *Writer, c Credit, missing bool) error {
+	if w.session.out.state.Phase != lifecycle.Live {
 		return nil
 	}
-	before := w.sent.Acked()
-	bytes, err := w.credit(c)
+	before := w.unacked.Acked()
+	bytes, err := w.grant(c)
 	if err != nil {
 		return err
 	}
-	s, q := w.session, &w.sent
+	s, q := w.session, &w.unacked
 	o.offLine(s, c.Ack, bytes)
 	if n := q.Acked() - before; n != 0 {
-		s.life.asks = 0
-		if now := o.time(); s.life.closed != 0 && o.lingers(s, now) {
-			s.life.closed = now
+		s.out.life.asks = 0
+		if now := o.time(); s.out.life.closed != 0 && o.lingers(s, now) {
+			s.out.life.closed = now
 		}
 		if q.loss.Arrived(n, maxPackets) {
 			s.mark(workPackets)
@@ -276,54 +276,54 @@ func (o *outbox) credit(w *Writer, c Credit, missing bool) error {
 	case missing && q.again(c.Ack, o.time(), o.ep.times.Ack/2):
 		o.lostOnLine(s, lost-q.onTheWay())
 		s.mark(workPackets)
-	case s.life.closed != 0 && w.sent.Empty():
+	case s.out.life.closed != 0 && w.unacked.Empty():
 		o.step(s, lifecycle.CloseAcked)
 	}
 	return nil
 }
 
-// tellCredit tells the peer what arrived and what it may send.
-func (o *outbox) tellCredit(s *session, flags FrameFlags) {
+// sendCredit tells the peer what arrived and what it may send.
+func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 	switch {
-	case s.oneWay.Load() || s.writer.Load() != nil && s.writer.Load().json:
-	case s.peer == "":
-		s.owed |= workCredit // the reader, or the mark of the mux, was faster than the subject on the inbound ring
+	case s.peerTakesNone.Load() || s.writer.Load() != nil && s.writer.Load().json:
+	case s.out.peer == "":
+		s.out.deferredUntilPeer |= workCredit // the reader, or the mark of the mux, was faster than the subject on the inbound ring
 		if flags&FlagGap == 0 {
 			break
 		}
-		s.owed |= workGap
-		if l := &s.life; l.suspect == 0 { // or the subject is missing as well
+		s.out.deferredUntilPeer |= workGap
+		if l := &s.out.life; l.suspect == 0 { // or the subject is missing as well
 			l.suspect = o.time()
 			o.schedule(s, l.suspect+o.ep.times.Resume)
 		}
 	default:
 		var payload [creditSize]byte
-		o.tell(s, "", Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], s.bucket.credit())})
+		o.sendControl(s, "", Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], s.bucket.credit())})
 	}
 }
 
-// tellEnd tells the peer of s that the stream ended early.
-func (o *outbox) tellEnd(s *session, e CloseError) {
+// sendEnd tells the peer of s that the stream ended early.
+func (o *outbox) sendEnd(s *session, e CloseError) {
 	e.Text = cutReason(e.Text, o.ep.reasonLimit())
 	if s.binary() {
-		o.tell(s, "", Frame{Type: FrameReset, Code: uint16(e.Code), Payload: []byte(e.Text)})
+		o.sendControl(s, "", Frame{Type: FrameReset, Code: uint16(e.Code), Payload: []byte(e.Text)})
 	} else {
-		o.publish(s.peer, "", jsonwire.AppendClose(nil, jsonwire.Close(e)))
+		o.publish(s.out.peer, "", jsonwire.AppendClose(nil, jsonwire.Close(e)))
 	}
 }
 
-// tell publishes one control frame to the peer of s. Its sequence number is that of the packet to come next, new or again,
+// sendControl publishes one control frame to the peer of s. Its sequence number is that of the packet to come next, new or again,
 // so that the peer sees what it missed of those before.
-func (o *outbox) tell(s *session, reply string, f Frame) { o.tellAt(s, s.peer, reply, f) }
+func (o *outbox) sendControl(s *session, reply string, f Frame) { o.tellAt(s, s.out.peer, reply, f) }
 
 // tellAt is tell with another subject than that of the peer.
 func (o *outbox) tellAt(s *session, subject, reply string, f Frame) {
 	h := PacketHeader{Sender: s.sender}
 	if w := s.writer.Load(); w != nil {
-		h.Seq = w.sent.Cursor()
+		h.Seq = w.unacked.Cursor()
 	}
 	err := o.publish(subject, reply, AppendPacket(o.scratch[:0], h, f))
-	if errors.Is(err, nats.ErrBadSubject) && subject == s.peer {
+	if errors.Is(err, nats.ErrBadSubject) && subject == s.out.peer {
 		s.requestEnd(unwritable(err))
 	}
 }

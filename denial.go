@@ -103,7 +103,7 @@ func (o *outbox) decideDenials(now int64) {
 	o.ep.sessions.Range(func(_ string, s *session) bool {
 		if s.unanswered() {
 			sessions = append(sessions, s)
-			requests = append(requests, waiting{s.subject, s.life.waits})
+			requests = append(requests, waiting{s.out.subject, s.out.life.upSince})
 		}
 		return true
 	})
@@ -123,7 +123,7 @@ func (o *outbox) decideDenials(now int64) {
 			err := fmt.Errorf("stream: may not publish to %s, to which the NATS server seems to map %s; allow it (docs/PROTOCOL.md section 15): %w",
 				p.subject, subject, p.err)
 			for _, s := range sessions {
-				if s.subject == subject && s.life.waits <= p.at && p.at-s.life.waits <= window {
+				if s.out.subject == subject && s.out.life.upSince <= p.at && p.at-s.out.life.upSince <= window {
 					s.requestEnd(&ending{kind: endFault, err: err})
 				}
 			}
@@ -135,5 +135,5 @@ func (o *outbox) decideDenials(now int64) {
 
 // unanswered reports whether the session is a consumer's whose request was published, and to which nothing came.
 func (s *session) unanswered() bool {
-	return s.stream != nil && s.life.took != 0 && s.peer == "" && !s.oneWay.Load() && s.bucket.ring.Pushed() == 0 && s.end.Load() == nil
+	return s.stream != nil && s.out.life.took != 0 && s.out.peer == "" && !s.peerTakesNone.Load() && s.bucket.ring.Pushed() == 0 && s.end.Load() == nil
 }

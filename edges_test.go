@@ -69,7 +69,7 @@ func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 		}
 		ep.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, 0, FlagGap)})
 		synctest.Wait()
-		if limit, again := w.sent.loss.Limit(), w.sent.Cursor(); limit != 50 || again != 50 {
+		if limit, again := w.unacked.loss.Limit(), w.unacked.Cursor(); limit != 50 || again != 50 {
 			t.Errorf("limit %d, %d sent again after a loss of 100 packets, want 50 of each", limit, again)
 		}
 		var ping *PacketHeader
@@ -201,7 +201,7 @@ func TestOpensWithoutConnection(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if n := len(m.client.ep.outbox.held); n != 0 {
+		if n := len(m.client.ep.outbox.waitingUntilUp); n != 0 {
 			t.Errorf("%d streams that ended are held", n)
 		}
 	})

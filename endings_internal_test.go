@@ -217,7 +217,7 @@ func TestResetByConsumer(t *testing.T) {
 				defer cancel(nil)
 				w := ep.newProducer(lifecycle.Handler, ctx, consumerSubject(8), offer, false, minWindow)
 				s := w.session
-				s.cancel, s.parent = cancel, ep.ctx
+				s.cancel, s.recv.parent = cancel, ep.ctx
 				if _, err := w.Write([]byte("x")); err != nil {
 					t.Fatal(err)
 				}
@@ -235,7 +235,7 @@ func TestResetByConsumer(t *testing.T) {
 				synctest.Wait()
 				var err error
 				for n := 0; err == nil; n++ {
-					if _, err = s.recv(); err == nil && n > 0 {
+					if _, err = s.recvRecord(); err == nil && n > 0 {
 						t.Error("more records than arrived")
 					}
 				}
@@ -303,7 +303,7 @@ func TestViolationEndsTheHandlersContext(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if err := m.conn.Publish(s.session.peer, "", nil); err != nil { // an empty message
+		if err := m.conn.Publish(s.session.out.peer, "", nil); err != nil { // an empty message
 			t.Fatal(err)
 		}
 		select {
@@ -333,14 +333,14 @@ func TestCloseIsHeldBackAgainAfterTheProcessStoodStill(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait() // the outbox sleeps: what it owns is the test's
-		s.life.closeAt = ep.now()
-		late := s.life.closeAt + int64(2*maxTick) + 1
+		s.out.life.closeAt = ep.now()
+		late := s.out.life.closeAt + int64(2*maxTick) + 1
 		o.checkHeldClose(s, late)
-		if w.closed.Load() || s.life.closeAt != late+int64(closeDelay) {
-			t.Errorf("after a late look CLOSE is written: %v, and the next look is at %d", w.closed.Load(), s.life.closeAt)
+		if w.closed.Load() || s.out.life.closeAt != late+int64(closeDelay) {
+			t.Errorf("after a late look CLOSE is written: %v, and the next look is at %d", w.closed.Load(), s.out.life.closeAt)
 		}
-		o.checkHeldClose(s, s.life.closeAt)
-		if !w.closed.Load() || s.life.closeAt != 0 {
+		o.checkHeldClose(s, s.out.life.closeAt)
+		if !w.closed.Load() || s.out.life.closeAt != 0 {
 			t.Error("CLOSE is still held back")
 		}
 	})

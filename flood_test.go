@@ -17,7 +17,7 @@ func (m *memoryPair) hold() (release func()) {
 		<-hold
 		return before(subject, reply, data)
 	}
-	m.server.ep.outbox.ask(aside{subject: "held", refuse: &CloseError{Code: CloseTryAgainLater}})
+	m.server.ep.outbox.doLater(outOfStream{subject: "held", refuse: &CloseError{Code: CloseTryAgainLater}})
 	synctest.Wait()
 	return func() {
 		close(hold)
@@ -40,7 +40,7 @@ func TestControlFloodTakesItsShare(t *testing.T) {
 		m.handle(t, "svc", waits(ended))
 		hostile, honest := m.open(t, "svc"), m.open(t, "svc")
 		synctest.Wait()
-		subject := func(s *Stream) string { return s.session.peer }
+		subject := func(s *Stream) string { return s.session.out.peer }
 		release := m.hold()
 		before := m.server.Stats().DroppedControl
 		ping := hostile.controlPacket(Frame{Type: FramePing})
@@ -162,7 +162,7 @@ func TestFloodsAreAnsweredOnce(t *testing.T) {
 				s := m.open(t, "svc")
 				synctest.Wait()
 				m.bus.SetFilter(func(from, _ *fake.Conn, _ *nats.Msg) bool { return from != m.conn }) // the test is the consumer now
-				subject := s.session.peer
+				subject := s.session.out.peer
 				m.sentBack.take()
 				for i := range c.n {
 					m.server.ep.receive(&nats.Msg{Subject: subject, Data: s.controlPacket(c.frame(i))})

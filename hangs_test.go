@@ -464,8 +464,8 @@ func TestWriterThatCannotWrite(t *testing.T) {
 	c := fakeClient(t, fake.New(), ClientParams{})
 	for _, subject := range []string{"", "x.~2"} {
 		w := c.NewWriter(subject)
-		if w.Context().Err() == nil || !errors.Is(context.Cause(w.Context()), w.bad) {
-			t.Errorf("%q: the context's cause is %v, want %v", subject, context.Cause(w.Context()), w.bad)
+		if w.Context().Err() == nil || !errors.Is(context.Cause(w.Context()), w.unusable) {
+			t.Errorf("%q: the context's cause is %v, want %v", subject, context.Cause(w.Context()), w.unusable)
 		}
 	}
 }

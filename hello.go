@@ -58,7 +58,7 @@ func (o *outbox) greet() {
 	h.due.Store(false)
 	for i, s := range h.waiting[:h.old] {
 		h.waiting[i] = nil
-		if s.end.Load() == nil && s.writer.Load().sent.Next() == 0 {
+		if s.end.Load() == nil && s.writer.Load().unacked.Next() == 0 {
 			o.serve(s, workHello)
 		}
 	}

@@ -150,7 +150,7 @@ func (b *inbox) refuse(err error) {
 		s.requestEnd(e)
 		return true
 	})
-	b.ep.outbox.ask(aside{silenced: e})
+	b.ep.outbox.doLater(outOfStream{silenced: e})
 	b.wake()
 }
 

@@ -68,7 +68,7 @@ func (m *memoryPair) silent(t *testing.T, subject string, n int) (streams []*Str
 	synctest.Wait()
 	m.bus.SetFilter(func(from, _ *fake.Conn, _ *nats.Msg) bool { return from == m.back })
 	return streams, func(s *Stream, f Frame) {
-		m.server.ep.receive(&nats.Msg{Subject: s.session.peer, Data: s.controlPacket(f)})
+		m.server.ep.receive(&nats.Msg{Subject: s.session.out.peer, Data: s.controlPacket(f)})
 		synctest.Wait()
 	}
 }
@@ -80,7 +80,7 @@ func grantsAll(ack uint32) Frame {
 
 // memoryOf returns the bytes of the buffers that the sender of s has, counted one by one.
 func memoryOf(w *Writer) (n, written int64) {
-	q := w.sent.Unacked // a copy: only its cursor changes
+	q := w.unacked.Unacked // a copy: only its cursor changes
 	q.Again(q.Acked(), 1<<62, 0)
 	for p, ok := q.Missing(); ok; p, ok = q.Missing() {
 		n, written = n+int64(cap(p.buf)), written+int64(len(p.buf))

@@ -80,7 +80,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}
-		s.peer = s.reply // before the first mark, so the outbox does not own it yet
+		s.out.peer = s.reply // before the first mark, so the outbox does not own it yet
 		all[i] = s
 	}
 	for round := range rounds {
@@ -101,12 +101,12 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 		group.Wait()
 		before := make([]int64, sessions)
 		for i, s := range all {
-			before[i] = conn.count(s.peer)
+			before[i] = conn.count(s.out.peer)
 			s.mark(workCredit)
 		}
 		end := time.Now().Add(5 * time.Second)
 		for i, s := range all {
-			for conn.count(s.peer) == before[i] {
+			for conn.count(s.out.peer) == before[i] {
 				if time.Now().After(end) {
 					t.Fatalf("round %d: the outbox has forgotten session %d", round, i)
 				}
@@ -120,7 +120,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		var sum int64
 		for _, s := range all {
-			sum += conn.count(s.peer)
+			sum += conn.count(s.out.peer)
 		}
 		if quiet++; sum != last {
 			last, quiet = sum, 0
@@ -140,7 +140,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}
-		s.peer = s.reply
+		s.out.peer = s.reply
 		all = append(all, s)
 	}
 	// The outbox is busy with none of them while they are queued, so they are taken together.
@@ -153,7 +153,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 	ep.outbox.park.Wake()
 	end := time.Now().Add(5 * time.Second)
 	for _, s := range all {
-		for conn.count(s.peer) == 0 {
+		for conn.count(s.out.peer) == 0 {
 			if time.Now().After(end) {
 				t.Fatal("not served")
 			}

@@ -53,15 +53,15 @@ const lineIdle = int64(60e9)
 
 // lineOf returns the line to the peer of s.
 func (o *outbox) lineOf(s *session) *line {
-	l := s.line
+	l := s.out.line
 	if l == nil {
-		key := remoteName(s.peer)
+		key := remoteName(s.out.peer)
 		if l = o.lines.byPeer[key]; l == nil {
 			l = &line{Line: flow.NewLine[*session](), resumed: o.resumed.Load()}
 			o.lines.byPeer[strings.Clone(key)] = l
 		}
 		l.users++
-		s.line = l
+		s.out.line = l
 	}
 	o.resumeLine(l)
 	return l
@@ -96,19 +96,19 @@ const littleBacklog = flow.MinPacket
 
 // wait puts s among those that wait, if it has something to send.
 func (o *outbox) wait(l *line, s *session) {
-	if s.places.has(onLine) {
+	if s.out.places.has(onLine) {
 		return
 	}
 	switch n := s.writer.Load().backlog(); {
 	case n == 0:
-		s.places.clear(steady)
+		s.out.places.clear(steady)
 		return
-	case s.places.has(steady) || n > littleBacklog:
+	case s.out.places.has(steady) || n > littleBacklog:
 		l.waiting = append(l.waiting, s)
 	default:
 		l.quiet = append(l.quiet, s)
 	}
-	s.places.set(onLine | steady)
+	s.out.places.set(onLine | steady)
 	o.setBusy(l)
 }
 
@@ -136,7 +136,7 @@ func takeFirst(list *[]*session) *session {
 // aboutToPublish makes p a mark if the line is to be measured. The last packet is none: its acknowledgement may be the
 // stream's last word. A packet that is published again may be a mark where it was none, and the other way round.
 func (o *outbox) aboutToPublish(s *session, p *packet) {
-	l := s.line
+	l := s.out.line
 	p.buf[1] &^= byte(PacketMark)
 	if !p.last && l.WantsMark(len(p.buf), o.ep.clock.Load()) {
 		p.buf[1] |= byte(PacketMark)
@@ -146,7 +146,7 @@ func (o *outbox) aboutToPublish(s *session, p *packet) {
 
 // onLine notes that p, packet seq of s, was published.
 func (o *outbox) onLine(s *session, seq uint32, p *packet) {
-	l := s.line
+	l := s.out.line
 	l.last, l.lastSeq = s, seq
 	l.Sent(len(p.buf))
 	if p.buf[1]&byte(PacketMark) != 0 {
@@ -159,7 +159,7 @@ func (o *outbox) onLine(s *session, seq uint32, p *packet) {
 
 // offLine notes that the peer of s acknowledged n more bytes, which are the packets before seq.
 func (o *outbox) offLine(s *session, seq uint32, n uint64) {
-	if l := s.line; l != nil {
+	if l := s.out.line; l != nil {
 		l.Acked(s, seq, n, o.ep.now())
 		o.nextTurn(l)
 	}
@@ -167,7 +167,7 @@ func (o *outbox) offLine(s *session, seq uint32, n uint64) {
 
 // lostOnLine notes that n bytes of s are not on their way: its peer misses a packet and drops those behind it.
 func (o *outbox) lostOnLine(s *session, n uint64) {
-	if l := s.line; l != nil {
+	if l := s.out.line; l != nil {
 		l.Lost(s, n)
 		o.nextTurn(l)
 	}
@@ -180,8 +180,8 @@ func (o *outbox) nextTurn(l *line) {
 	}
 	for l.turn == nil && l.waits() > 0 && l.MaySend(o.ep.clock.Load()) {
 		s := l.next()
-		s.places.clear(onLine)
-		if s.state.Phase == lifecycle.Live {
+		s.out.places.clear(onLine)
+		if s.out.state.Phase == lifecycle.Live {
 			l.turn = s
 			s.mark(workPackets)
 		}
@@ -190,13 +190,13 @@ func (o *outbox) nextTurn(l *line) {
 
 // leaveLine takes s off its line, because its stream has ended. n bytes of it are not acknowledged.
 func (o *outbox) leaveLine(s *session, n uint64) {
-	l := s.line
+	l := s.out.line
 	if l == nil {
 		return
 	}
-	s.line = nil
-	if s.places.has(onLine) {
-		s.places.clear(onLine)
+	s.out.line = nil
+	if s.out.places.has(onLine) {
+		s.out.places.clear(onLine)
 		same := func(other *session) bool { return other == s }
 		l.quiet = slices.DeleteFunc(l.quiet, same)
 		l.waiting = slices.DeleteFunc(l.waiting, same)

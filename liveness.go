@@ -37,7 +37,7 @@ const (
 
 // life is what the outbox knows of a session in time, in nanoseconds of its clock; 0 is never.
 type life struct {
-	waits               int64 // since when the session waits for the connection, and when its request was published, by the endpoint's time
+	upSince             int64 // since when the session waits for the connection, and when its request was published, by the endpoint's time
 	heard, sent, pinged int64
 	suspect             int64  // since when the peer may be gone
 	closeSent           int64  // since when everything was sent
@@ -69,7 +69,7 @@ func (ep *endpoint) initTime() {
 	tick := tickLength(&ep.times)
 	ep.ticker.Init(tick, time.Duration(ep.times.KeepAlive+ep.times.Resume))
 	ep.outbox.clock = liveness.NewClock(int64(max(lateTicks*tick, maxTick)))
-	ep.outbox.wheel.Init(tick, func(s *session) *wheel.Node[session] { return &s.life.node })
+	ep.outbox.wheel.Init(tick, func(s *session) *wheel.Node[session] { return &s.out.life.node })
 	ep.outbox.remoteWheel.Init(tick, func(p *remote) *wheel.Node[remote] { return &p.node })
 	ep.outbox.remotes = make(map[string]*remote)
 	ep.outbox.streamTimes, ep.outbox.repeat = ep.times, ep.times.Ack
@@ -103,7 +103,7 @@ func (o *outbox) schedule(s *session, at int64) { o.lookAt(s, o.clock.Until(at))
 
 // lookAt is schedule by the endpoint's time.
 func (o *outbox) lookAt(s *session, at int64) {
-	if s.state.Phase == lifecycle.Gone {
+	if s.out.state.Phase == lifecycle.Gone {
 		return
 	}
 	o.wheel.Set(s, at)
@@ -117,22 +117,22 @@ func (o *outbox) lookAt(s *session, at int64) {
 
 // dueBy reports whether the session is looked at before the clock reads at.
 func (o *outbox) dueBy(s *session, at int64) bool {
-	due := s.life.node.Due()
+	due := s.out.life.node.Due()
 	return due != 0 && due <= o.clock.Until(at)
 }
 
-// hear notes a sign of life.
-func (o *outbox) hear(s *session) {
-	s.life.heard = o.time()
+// noteAlive notes a sign of life.
+func (o *outbox) noteAlive(s *session) {
+	s.out.life.heard = o.time()
 	o.answered(s)
 	if p := s.remote.Load(); p != nil {
-		p.hear(s.life.heard)
+		p.hear(s.out.life.heard)
 	}
 }
 
 // answered notes that no question of the session waits for an answer any longer.
 func (o *outbox) answered(s *session) {
-	l := &s.life
+	l := &s.out.life
 	if l.pings > 0 {
 		o.asking--
 	}
@@ -178,10 +178,10 @@ func (o *outbox) tick() {
 		o.abandon(now)
 	}
 	if !o.up.Load() { // opens that give up meanwhile leave nothing behind
-		o.held = slices.DeleteFunc(o.held, func(s *session) bool {
-			gone := s.state.Phase == lifecycle.Gone
+		o.waitingUntilUp = slices.DeleteFunc(o.waitingUntilUp, func(s *session) bool {
+			gone := s.out.state.Phase == lifecycle.Gone
 			if gone {
-				s.held = 0
+				s.out.deferredUntilUp = 0
 			}
 			return gone
 		})
@@ -208,12 +208,12 @@ func (o *outbox) spread() {
 // abandon ends the streams that have waited for the connection for DisconnectTimeout.
 func (o *outbox) abandon(now int64) {
 	end := func(s *session) {
-		if waits := s.life.waits; waits != 0 && now-waits >= o.ep.times.Disconnect { // else it is about to be served
+		if waits := s.out.life.upSince; waits != 0 && now-waits >= o.ep.times.Disconnect { // else it is about to be served
 			s.requestEnd(disconnected())
 		}
 	}
 	o.ep.sessions.Range(func(_ string, s *session) bool { end(s); return true })
-	for _, s := range o.held { // what was never published has no token
+	for _, s := range o.waitingUntilUp { // what was never published has no token
 		end(s)
 	}
 }
@@ -226,7 +226,7 @@ func disconnected() *ending {
 
 // check looks at a session that is due, acts on what that shows, and sees to it that it is looked at again.
 func (o *outbox) check(s *session, now int64) {
-	if s.state.Phase == lifecycle.Gone {
+	if s.out.state.Phase == lifecycle.Gone {
 		return
 	}
 	f := o.facts(s, now)
@@ -245,10 +245,10 @@ func (o *outbox) check(s *session, now int64) {
 	}
 	if d.Ping {
 		if !d.Repeated { // an answer that does not come says nothing about the reader
-			s.life.asks = min(s.life.asks, math.MaxInt16-1) + 1
+			s.out.life.asks = min(s.out.life.asks, math.MaxInt16-1) + 1
 		}
 		if w := s.writer.Load(); w != nil && d.Lost {
-			w.sent.loss.Unanswered()
+			w.unacked.loss.Unanswered()
 		}
 		o.ping(s)
 	}
@@ -262,7 +262,7 @@ func (o *outbox) check(s *session, now int64) {
 // checkHeldClose publishes a CLOSE that was held back for the result of a handler which takes its time. A look that is late says
 // that the process stood still, and its handlers with it: they get the time again.
 func (o *outbox) checkHeldClose(s *session, now int64) {
-	l := &s.life
+	l := &s.out.life
 	late := now - l.closeAt
 	switch {
 	case l.closeAt == 0:
@@ -280,7 +280,7 @@ func (o *outbox) checkHeldClose(s *session, now int64) {
 // noteArrivals notes the signs of life that the outbox does not see itself: packets that the reader took, by the clock of
 // when it did, and packets that wait for the reader.
 func (o *outbox) noteArrivals(s *session, now int64) {
-	l := &s.life
+	l := &s.out.life
 	before := l.heard
 	if n := s.bucket.ring.Pushed(); n != l.seen {
 		if l.seen = n; s.bucket.ring.Len() > 0 {
@@ -290,7 +290,7 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 			p.records = now
 		}
 	}
-	l.heard = max(l.heard, s.popped.Load())
+	l.heard = max(l.heard, s.lastPop.Load())
 	if l.pings > 0 && l.heard > l.pinged {
 		o.answered(s)
 	}
@@ -301,10 +301,10 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 
 // facts gathers what liveness.Decide goes by.
 func (o *outbox) facts(s *session, now int64) liveness.Facts {
-	l, w := &s.life, s.writer.Load()
+	l, w := &s.out.life, s.writer.Load()
 	if !o.up.Load() {
 		return liveness.Facts{
-			Now: now, Times: &o.streamTimes, Born: l.waits, Down: o.down,
+			Now: now, Times: &o.streamTimes, Born: l.upSince, Down: o.down,
 			Ending: s.end.Load() != nil, Disconnected: true, Consumer: s.stream != nil, Registered: s.reply != "",
 		}
 	}
@@ -314,26 +314,26 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	}
 	f := liveness.Facts{
 		Now: now, Times: &o.streamTimes, Repeat: o.repeat, Patience: s.ownPatience(), Jitter: jitter(o.streamTimes.KeepAlive),
-		Born: o.clock.At(l.waits), Heard: l.heard, Sent: l.sent, Pinged: l.pinged,
+		Born: o.clock.At(l.upSince), Heard: l.heard, Sent: l.sent, Pinged: l.pinged,
 		Suspect: l.suspect, Closed: l.closed, Resumed: o.clock.Resumed(),
 		Pings: int32(l.pings), Asks: int32(l.asks),
 		Ending: s.end.Load() != nil, Consumer: s.stream != nil, Registered: s.reply != "",
-		Received: l.seen != 0, NoPeer: s.stream != nil && s.peer == "" || w != nil && w.json,
+		Received: l.seen != 0, NoPeer: s.stream != nil && s.out.peer == "" || w != nil && w.json,
 	}
 	if l.took == tookLost {
 		f.Lost = l.pinged
 	}
-	if l := s.line; l != nil {
+	if l := s.out.line; l != nil {
 		f.Queued = l.Patience()
 	}
 	if p := s.remote.Load(); p != nil {
 		f.Others = p.records
 	}
 	if w != nil {
-		f.Unacked = !w.json && !w.sent.Empty()
-		f.Stalled = !f.Unacked && (w.sent.waits || w.stalled())
-		f.Failed = s.returned.Load() && w.sent.failed != nil
-		f.Silent = s.stream == nil && w.sent.Next() == 0 && l.heard == 0
+		f.Unacked = !w.json && !w.unacked.Empty()
+		f.Stalled = !f.Unacked && (w.unacked.waits || w.stalled())
+		f.Failed = s.nobodyReads.Load() && w.unacked.failed != nil
+		f.Silent = s.stream == nil && w.unacked.Next() == 0 && l.heard == 0
 	}
 	return f
 }
@@ -355,7 +355,7 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 		e.Text = "the peer does not answer"
 	}
 	end := &ending{kind: endFault, err: &e}
-	if s.peer != "" && s.binary() {
+	if s.out.peer != "" && s.binary() {
 		end.reset = e
 	}
 	if why == liveness.PeerGone && s.remote.Load() != nil && s.remote.Load().absent {
@@ -375,12 +375,12 @@ func (o *outbox) lingers(s *session, now int64) bool {
 	if o.ep.kept.Load() > o.ep.budget/2 {
 		limit = o.ep.times.Resume
 	}
-	return now-s.life.closeSent < limit
+	return now-s.out.life.closeSent < limit
 }
 
 // ping asks the peer for a CREDIT.
 func (o *outbox) ping(s *session) {
-	l := &s.life
+	l := &s.out.life
 	if l.pings >= liveness.SuspectPings && l.suspect == 0 {
 		l.suspect = o.time()
 	}
@@ -401,7 +401,7 @@ func (o *outbox) publishPing(s *session) {
 			return
 		}
 	}
-	o.tell(s, s.reply, Frame{Type: FramePing})
+	o.sendControl(s, s.reply, Frame{Type: FramePing})
 }
 
 // absent takes the server's word that nobody received a first packet or a PING. It is a hint: the peer's connection may
@@ -428,9 +428,9 @@ func (o *outbox) absent(s *session) {
 // they are what the original library would send.
 func (o *outbox) probeDue(s *session, p *packet) bool {
 	const header = len("NATS/1.0\r\n" + headerProbe + ": 1\r\n\r\n")
-	l := &s.life
+	l := &s.out.life
 	return s.server != nil && (l.pinged == 0 || o.ep.clock.Load()-l.pinged >= o.ep.times.KeepAlive) &&
-		int64(len(p.buf)+header) <= o.ep.maxPayload.Load() && len(s.peer) <= o.ep.longestPeer()
+		int64(len(p.buf)+header) <= o.ep.maxPayload.Load() && len(s.out.peer) <= o.ep.longestPeer()
 }
 
 // jitter is by how much an interval of d is made shorter, at random: up to a tenth.

@@ -800,7 +800,7 @@ func (r *modelRun) closingTime() time.Duration {
 	defer r.mu.Unlock()
 	for _, s := range r.streams {
 		ended := s.ends[consumerSide].ended
-		if s.st.session.peer == "" && (ended.IsZero() || time.Since(ended) <= modelParams.AckTimeout) && r.shut == "client" {
+		if s.st.session.out.peer == "" && (ended.IsZero() || time.Since(ended) <= modelParams.AckTimeout) && r.shut == "client" {
 			return modelParams.AckTimeout
 		}
 	}
@@ -861,7 +861,7 @@ func (r *modelRun) finish() {
 				calls += ", and its end was not read"
 				idle = false
 			}
-			if i == consumerSide && s.st.session.peer == "" && s.mayBeLostLocked() {
+			if i == consumerSide && s.st.session.out.peer == "" && s.mayBeLostLocked() {
 				idle = true // its producer has given it up, could not say so, and it does not know whom to ask
 			}
 			r.mu.Unlock()

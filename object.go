@@ -7,6 +7,7 @@ import (
 	"io"
 
 	"github.com/nats-io/nats.go"
+
 	"github.com/natsstream/stream/internal/object"
 )
 
@@ -49,7 +50,7 @@ func (w *Writer) writeObjectLocked(v any) (int, error) {
 		return 0, err
 	}
 	w.n -= guess // room, not written yet
-	w.turn, w.room = true, nil
+	w.turn, w.fast = true, nil
 	defer w.endTurnLocked()
 
 	start, limit := w.n+FrameHeaderSize, min(len(w.open.buf), w.coalesceLimit())

@@ -34,9 +34,9 @@ type outbox struct {
 	acted     atomic.Uint64      // bytes ever popped from inbound, stored by the outbox
 
 	// What others than the mux ask for goes through a list: requests that a Server refuses, subjects that NATS denied.
-	mu         sync.Mutex
-	asides     []aside
-	asideBytes int // of their subjects
+	mu               sync.Mutex
+	outOfStream      []outOfStream
+	outOfStreamBytes int // of their subjects
 
 	resumed atomic.Int64 // when the connection came back last, by the endpoint's time
 	// connection counts how often the connection came back: what was published before may be lost.
@@ -49,15 +49,15 @@ type outbox struct {
 	done     chan struct{}
 
 	// Owned by the goroutine.
-	peers   peers
-	lines   lines
-	held    []*session           // have something to publish, and the connection is down
-	wheel   wheel.Wheel[session] // sessions by the time at which to look at them
-	clock   liveness.Clock       // by which peers are judged
-	ticked  int64                // when tick was called last, by the endpoint's time
-	down    int64                // since when the connection is down, by the endpoint's time
-	ended   endedStreams
-	scratch []byte
+	peers          peers
+	lines          lines
+	waitingUntilUp []*session           // have something to publish, and the connection is down
+	wheel          wheel.Wheel[session] // sessions by the time at which to look at them
+	clock          liveness.Clock       // by which peers are judged
+	ticked         int64                // when tick was called last, by the endpoint's time
+	down           int64                // since when the connection is down, by the endpoint's time
+	ended          endedStreams
+	scratch        []byte
 
 	hellos hellos
 
@@ -74,8 +74,8 @@ type outbox struct {
 	asking      int                 // streams that were asked and have not answered
 }
 
-// aside is a thing to do that belongs to no session the asker knows.
-type aside struct {
+// outOfStream is outbox work outside any session: a refused request, or a subject that NATS denied.
+type outOfStream struct {
 	subject string      // the peer's
 	json    bool        // it speaks only the fallback
 	refuse  *CloseError // tell it that its request is refused
@@ -86,11 +86,11 @@ type aside struct {
 	silenced *ending // the inbox is refused: end the streams that have no token yet
 }
 
-// Bounds of the asides that wait for the outbox. What finds no room is counted and not done.
+// Bounds of the work outside sessions that waits for the outbox. What finds no room is counted and not done.
 const (
-	maxAsides     = 1 << 14
-	maxAsideBytes = 4 << 20 // of their subjects, each of which may have 4 KiB
-	asideTurn     = 32      // done before sessions have their turn
+	maxOutOfStream      = 1 << 14
+	maxOutOfStreamBytes = 4 << 20 // of their subjects, each of which may have 4 KiB
+	outOfStreamTurn     = 32      // done before sessions have their turn
 )
 
 // Kinds of work, bits of session.pending.
@@ -187,10 +187,10 @@ func (o *outbox) run() {
 		if o.tickIfDue() {
 			worked = true
 		}
-		if o.aside() {
+		if o.doOutOfStream() {
 			worked = true
 		}
-		if len(o.held) > 0 && o.up.Load() {
+		if len(o.waitingUntilUp) > 0 && o.up.Load() {
 			o.serveHeld()
 			worked = true
 		}
@@ -240,24 +240,24 @@ func (o *outbox) endRest() {
 }
 
 func (o *outbox) idle() bool {
-	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.hellos.due.Load() && !o.asked() && !o.stopping.Load() &&
-		o.leaving.Load() == o.sawLeaving && (len(o.held) == 0 || !o.up.Load())
+	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.hellos.due.Load() && !o.hasOutOfStream() && !o.stopping.Load() &&
+		o.leaving.Load() == o.sawLeaving && (len(o.waitingUntilUp) == 0 || !o.up.Load())
 }
 
-// stop lets the outbox finish what is marked and returns when it has.
-func (o *outbox) stop() {
+// finish lets the outbox finish what is marked and returns when it has.
+func (o *outbox) finish() {
 	o.stopping.Store(true)
 	o.park.Wake()
 	<-o.done
 }
 
-// ask hands over what is not a session's work. It neither blocks for long nor calls NATS.
-func (o *outbox) ask(a aside) {
+// doLater hands over what is not a session's work. It neither blocks for long nor calls NATS.
+func (o *outbox) doLater(a outOfStream) {
 	o.mu.Lock()
-	full := len(o.asides) >= maxAsides || o.asideBytes+len(a.subject) > maxAsideBytes
+	full := len(o.outOfStream) >= maxOutOfStream || o.outOfStreamBytes+len(a.subject) > maxOutOfStreamBytes
 	if !full {
-		o.asides = append(o.asides, a)
-		o.asideBytes += len(a.subject)
+		o.outOfStream = append(o.outOfStream, a)
+		o.outOfStreamBytes += len(a.subject)
 	}
 	o.mu.Unlock()
 	if full {
@@ -266,27 +266,27 @@ func (o *outbox) ask(a aside) {
 	o.park.Wake()
 }
 
-// asked reports whether there is an aside that can be done now.
-func (o *outbox) asked() bool {
+// hasOutOfStream reports whether there is work outside sessions that can be done now.
+func (o *outbox) hasOutOfStream() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return len(o.asides) > 0 && o.up.Load()
+	return len(o.outOfStream) > 0 && o.up.Load()
 }
 
-// aside does the next asides, at most asideTurn of them.
-func (o *outbox) aside() bool {
-	if !o.asked() {
+// doOutOfStream does the next of it, at most outOfStreamTurn pieces.
+func (o *outbox) doOutOfStream() bool {
+	if !o.hasOutOfStream() {
 		return false
 	}
-	var turn [asideTurn]aside
+	var turn [outOfStreamTurn]outOfStream
 	o.mu.Lock()
-	n := copy(turn[:], o.asides)
-	clear(o.asides[:n])
-	if o.asides = o.asides[n:]; len(o.asides) == 0 {
-		o.asides = nil
+	n := copy(turn[:], o.outOfStream)
+	clear(o.outOfStream[:n])
+	if o.outOfStream = o.outOfStream[n:]; len(o.outOfStream) == 0 {
+		o.outOfStream = nil
 	}
 	for _, a := range turn[:n] {
-		o.asideBytes -= len(a.subject)
+		o.outOfStreamBytes -= len(a.subject)
 	}
 	o.mu.Unlock()
 	for _, a := range turn[:n] {
@@ -301,7 +301,7 @@ func (o *outbox) aside() bool {
 				}
 			}
 		case a.denied != nil:
-			o.deny(a.subject, a.denied)
+			o.endDenied(a.subject, a.denied)
 		case a.json:
 			o.publish(a.subject, "", jsonwire.AppendClose(nil, jsonwire.Close(*a.refuse)))
 		default:
@@ -312,8 +312,8 @@ func (o *outbox) aside() bool {
 	return true
 }
 
-// deny ends the streams that cannot go on because this end may not publish to subject.
-func (o *outbox) deny(subject string, err error) {
+// endDenied ends the streams that cannot go on because this end may not publish to subject.
+func (o *outbox) endDenied(subject string, err error) {
 	found := false
 	o.peers.take(subject, func(s *session) {
 		found = true
@@ -327,19 +327,19 @@ func (o *outbox) deny(subject string, err error) {
 
 // hold keeps work for s until the connection is back.
 func (o *outbox) hold(s *session, work uint32) {
-	if s.held == 0 {
-		o.held = append(o.held, s)
+	if s.out.deferredUntilUp == 0 {
+		o.waitingUntilUp = append(o.waitingUntilUp, s)
 	}
-	s.held |= work
+	s.out.deferredUntilUp |= work
 }
 
 // serveHeld serves the sessions that waited for the connection.
 func (o *outbox) serveHeld() {
-	held := o.held
-	o.held = nil
+	held := o.waitingUntilUp
+	o.waitingUntilUp = nil
 	for _, s := range held {
-		work := s.held
-		s.held = 0
+		work := s.out.deferredUntilUp
+		s.out.deferredUntilUp = 0
 		o.serve(s, work)
 		o.receive() // an end may have arrived that leaves nothing to publish
 	}
@@ -347,7 +347,7 @@ func (o *outbox) serveHeld() {
 
 // serve does work for s, of its packets at most one.
 func (o *outbox) serve(s *session, work uint32) {
-	if s.life.waits == 0 {
+	if s.out.life.upSince == 0 {
 		o.firstLook(s)
 	}
 	if o.serveEnd(s, work) {
@@ -366,10 +366,10 @@ func (o *outbox) serve(s *session, work uint32) {
 	if work&workControl != 0 {
 		o.serveControl(s, work)
 	}
-	if work&workPackets != 0 && s.peer != "" {
+	if work&workPackets != 0 && s.out.peer != "" {
 		o.servePackets(s)
 	}
-	if work&workBegin != 0 && s.writer.Load().sent.Next() == 0 && s.life.pings == 0 {
+	if work&workBegin != 0 && s.writer.Load().unacked.Next() == 0 && s.out.life.pings == 0 {
 		o.hellos.expect(s)
 	}
 	if work&workSettle != 0 {
@@ -382,14 +382,14 @@ func (o *outbox) firstLook(s *session) {
 	if o.up.Load() {
 		o.ep.lookAtMaxPayload() // the ticker may have slept
 	}
-	s.life.waits = o.ep.now()
-	look := s.life.waits
+	s.out.life.upSince = o.ep.now()
+	look := s.out.life.upSince
 	if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
 		look += int64(tickLength(&o.ep.times))
 	}
 	o.lookAt(s, look)
 	o.peers.add(s)
-	if s.peer != "" {
+	if s.out.peer != "" {
 		o.joinRemote(s)
 	}
 }
@@ -405,34 +405,34 @@ func (o *outbox) serveEnd(s *session, work uint32) bool {
 		return false
 	}
 	o.end(s, end)
-	if work&workCredit != 0 && end.reset.Code == 0 && s.state.Phase == lifecycle.Gone {
-		o.tellCredit(s, 0) // the acknowledgement of CLOSE was lost
+	if work&workCredit != 0 && end.reset.Code == 0 && s.out.state.Phase == lifecycle.Gone {
+		o.sendCredit(s, 0) // the acknowledgement of CLOSE was lost
 	}
 	return true
 }
 
 // publishRequest publishes the request of s, and ends the stream if that fails. It reports whether it was published.
 func (o *outbox) publishRequest(s *session) bool {
-	setTimeout(s.request.Header, s.parent)
-	s.life.waits, s.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
-	o.denials.publishes(s.subject, s.life.waits, denialWindow*o.ep.times.Ack)
-	if err := o.ep.conn.PublishMsg(s.request); err != nil {
+	setTimeout(s.out.request.Header, s.recv.parent)
+	s.out.life.upSince, s.out.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
+	o.denials.publishes(s.out.subject, s.out.life.upSince, denialWindow*o.ep.times.Ack)
+	if err := o.ep.conn.PublishMsg(s.out.request); err != nil {
 		if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did when Open looked
 			o.ep.lookAtMaxPayload()
-			err = fmt.Errorf("stream: %w", tooLarge("request", requestSize(s.request), o.ep.maxPayload.Load()))
+			err = fmt.Errorf("stream: %w", tooLarge("request", requestSize(s.out.request), o.ep.maxPayload.Load()))
 		}
 		s.requestEnd(&ending{kind: endFault, err: err})
 		return false
 	}
-	s.request = nil
+	s.out.request = nil
 	return true
 }
 
 // takeNews notes what the users of both halves and the mux say of s.
 func (o *outbox) takeNews(s *session, work uint32) {
 	if work&workClose != 0 {
-		s.life.closeAt = o.ep.now() + int64(closeDelay)
-		o.lookAt(s, s.life.closeAt)
+		s.out.life.closeAt = o.ep.now() + int64(closeDelay)
+		o.lookAt(s, s.out.life.closeAt)
 	}
 	if work&workBind != 0 {
 		o.bind(s)
@@ -444,21 +444,21 @@ func (o *outbox) takeNews(s *session, work uint32) {
 
 // serveControl sends the control packets for s that are due: at most a CREDIT and a PING.
 func (o *outbox) serveControl(s *session, work uint32) {
-	resume := work&workResume != 0 && s.peer != ""
-	if l := &s.life; work&workResume != 0 {
+	resume := work&workResume != 0 && s.out.peer != ""
+	if l := &s.out.life; work&workResume != 0 {
 		o.schedule(s, o.time()) // what was due while the connection was down is due now
-		if !resume && s.peer == "" && l.took != 0 && l.took <= o.connection.Load() {
+		if !resume && s.out.peer == "" && l.took != 0 && l.took <= o.connection.Load() {
 			l.took, l.pinged = tookLost, o.time() // the request, or its answer, may be
 		}
 	}
 	if work&workGap != 0 || resume {
-		o.tellCredit(s, FlagGap)
+		o.sendCredit(s, FlagGap)
 	} else if work&workCredit != 0 {
-		o.tellCredit(s, 0)
+		o.sendCredit(s, 0)
 	}
 	ended := work&workCredit != 0 && s.unheard()
-	hello := work&workHello != 0 && s.writer.Load().sent.Next() == 0 && s.life.pings == 0 && s.life.heard == 0
-	if s.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
+	hello := work&workHello != 0 && s.writer.Load().unacked.Next() == 0 && s.out.life.pings == 0 && s.out.life.heard == 0
+	if s.out.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
 		o.ping(s)
 	}
 }
@@ -472,7 +472,7 @@ func (o *outbox) servePackets(s *session) {
 	if w.publishNext(o) {
 		s.mark(workPackets)
 	}
-	if l := s.line; l != nil {
+	if l := s.out.line; l != nil {
 		o.nextTurn(l)
 	}
 }

@@ -18,15 +18,15 @@ func (p *peers) init() {
 
 // target returns the subject that s writes to: its peer's, or, until a consumer knows that, its request's.
 func (s *session) target() string {
-	if s.peer == "" && s.stream != nil {
-		return s.subject
+	if s.out.peer == "" && s.stream != nil {
+		return s.out.subject
 	}
-	return s.peer
+	return s.out.peer
 }
 
 // add lists s under its target.
 func (p *peers) add(s *session) {
-	s.places.set(listed)
+	s.out.places.set(listed)
 	h := maphash.String(p.seed, s.target())
 	if p.first[h] == nil {
 		p.first[h] = s
@@ -40,10 +40,10 @@ func (p *peers) add(s *session) {
 
 // remove takes s off the list, if it is on it. Its target is the same as when it was added.
 func (p *peers) remove(s *session) {
-	if !s.places.has(listed) {
+	if !s.out.places.has(listed) {
 		return
 	}
-	s.places.clear(listed)
+	s.out.places.clear(listed)
 	h := maphash.String(p.seed, s.target())
 	if p.first[h] == s {
 		delete(p.first, h)
@@ -62,12 +62,12 @@ func (p *peers) remove(s *session) {
 
 // move makes subject the peer of s.
 func (p *peers) move(s *session, subject string) {
-	if s.peer == subject {
+	if s.out.peer == subject {
 		return
 	}
-	was := s.places.has(listed)
+	was := s.out.places.has(listed)
 	p.remove(s)
-	s.peer = subject
+	s.out.peer = subject
 	if was {
 		p.add(s)
 	}

@@ -24,9 +24,9 @@ func TestPeersFindSessions(t *testing.T) {
 	for range 20_000 {
 		switch {
 		case len(all) < 10 || len(all) < 100 && r.IntN(3) == 0:
-			s := &session{peer: subject()}
+			s := &session{out: outboxState{peer: subject()}}
 			if r.IntN(2) == 0 { // a consumer's, which has not heard from its producer
-				s.peer, s.subject, s.stream = "", subject(), new(Stream)
+				s.out.peer, s.out.subject, s.stream = "", subject(), new(Stream)
 			}
 			p.add(s)
 			all = append(all, s)
@@ -64,10 +64,10 @@ func TestPeersFindSessions(t *testing.T) {
 	if len(p.first) != 0 || len(p.more) != 0 {
 		t.Errorf("%d and %d subjects are listed and have no session", len(p.first), len(p.more))
 	}
-	s := &session{peer: "a"} // finished: it changes its peer and is not listed again
+	s := &session{out: outboxState{peer: "a"}} // finished: it changes its peer and is not listed again
 	p.move(s, "b")
-	if s.peer != "b" || len(p.first) != 0 {
-		t.Errorf("peer %s, %d subjects listed", s.peer, len(p.first))
+	if s.out.peer != "b" || len(p.first) != 0 {
+		t.Errorf("peer %s, %d subjects listed", s.out.peer, len(p.first))
 	}
 }
 
@@ -76,7 +76,7 @@ func TestRefusalTouchesOnlyItsStreams(t *testing.T) {
 	var p peers
 	p.init()
 	for i := range 10_000 {
-		p.add(&session{peer: fmt.Sprint("peer.", i)})
+		p.add(&session{out: outboxState{peer: fmt.Sprint("peer.", i)}})
 	}
 	if len(p.more) != 0 {
 		t.Fatalf("%d subjects have the hash of another", len(p.more)) // one in 10^11 runs
@@ -130,11 +130,11 @@ func TestRefusalsTakeTurnsWithStreams(t *testing.T) {
 			}
 			return nil
 		}
-		o.ask(aside{subject: "first", refuse: &CloseError{Code: CloseTryAgainLater}})
+		o.doLater(outOfStream{subject: "first", refuse: &CloseError{Code: CloseTryAgainLater}})
 		synctest.Wait()
 		for range refusals {
-			o.ask(aside{subject: "refused", refuse: &CloseError{Code: CloseTryAgainLater}})
-			o.ask(aside{subject: "denied", denied: errors.New("denied")})
+			o.doLater(outOfStream{subject: "refused", refuse: &CloseError{Code: CloseTryAgainLater}})
+			o.doLater(outOfStream{subject: "denied", denied: errors.New("denied")})
 		}
 		close(begin)
 		synctest.Wait()
@@ -144,7 +144,7 @@ func TestRefusalsTakeTurnsWithStreams(t *testing.T) {
 		if first < 0 || len(order) < refusals+streams {
 			t.Fatalf("%d messages, the first packet is number %d", len(order), first)
 		}
-		if last > 2*(asideTurn+streams) {
+		if last > 2*(outOfStreamTurn+streams) {
 			t.Errorf("the last packet was number %d of %d messages, want it among the first", last, len(order))
 		}
 		for _, s := range open {
@@ -169,12 +169,12 @@ func TestRefusalsAreBounded(t *testing.T) {
 				m.back.Set(nats.RECONNECTING)
 				synctest.Wait()
 				o := &m.server.ep.outbox
-				const asked = 2 * maxAsides
+				const asked = 2 * maxOutOfStream
 				for range asked {
-					o.ask(aside{subject: subject, refuse: &CloseError{Code: CloseTryAgainLater}})
+					o.doLater(outOfStream{subject: subject, refuse: &CloseError{Code: CloseTryAgainLater}})
 				}
-				kept := len(o.asides)
-				if kept > maxAsides || kept*len(subject) > maxAsideBytes || kept < min(maxAsides, maxAsideBytes/len(subject)) {
+				kept := len(o.outOfStream)
+				if kept > maxOutOfStream || kept*len(subject) > maxOutOfStreamBytes || kept < min(maxOutOfStream, maxOutOfStreamBytes/len(subject)) {
 					t.Errorf("%d refusals of %d bytes each wait", kept, len(subject))
 				}
 				if n := m.server.Stats().DroppedControl; n != uint64(asked-kept) {
@@ -182,8 +182,8 @@ func TestRefusalsAreBounded(t *testing.T) {
 				}
 				m.back.Set(nats.CONNECTED)
 				synctest.Wait()
-				if o.asideBytes != 0 || len(o.asides) != 0 {
-					t.Errorf("%d refusals, %d bytes wait when all are done", len(o.asides), o.asideBytes)
+				if o.outOfStreamBytes != 0 || len(o.outOfStream) != 0 {
+					t.Errorf("%d refusals, %d bytes wait when all are done", len(o.outOfStream), o.outOfStreamBytes)
 				}
 			})
 		})

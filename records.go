@@ -41,7 +41,7 @@ func (s *session) holdRecord(n uint64) bool {
 // userLeft reports whether nobody wants what has arrived any more.
 func (s *session) userLeft() bool {
 	e := s.end.Load()
-	return e != nil && e.kind == endLocal || s.parent.Err() != nil || s.gate.Load()&gateLeft != 0
+	return e != nil && e.kind == endLocal || s.recv.parent.Err() != nil || s.recv.readLock.Load()&gateLeft != 0
 }
 
 // waits reports whether the record of s waits.

@@ -339,7 +339,7 @@ func TestCloseAfterRepeatedPublish(t *testing.T) {
 	until(t, "the publish failed", func() bool {
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		return w.fault != nil
+		return w.publishError != nil
 	})
 	if _, err := w.Write([]byte("c")); err != nil {
 		t.Fatal(err)

@@ -63,14 +63,14 @@ func remoteName(subject string) string {
 
 // joinRemote notes whose stream this is, once it is known where the other end receives, and whenever that changes.
 func (o *outbox) joinRemote(s *session) {
-	name := remoteName(s.peer)
+	name := remoteName(s.out.peer)
 	if p := s.remote.Load(); p != nil {
 		if p.name == name {
 			return
 		}
 		o.leaveRemote(s)
 	}
-	if !s.binary() || s.state.Phase == lifecycle.Gone {
+	if !s.binary() || s.out.state.Phase == lifecycle.Gone {
 		return
 	}
 	p := o.remotes[name]
@@ -79,7 +79,7 @@ func (o *outbox) joinRemote(s *session) {
 		o.remotes[name] = p
 	}
 	s.remote.Store(p)
-	s.life.place = int32(len(p.streams))
+	s.out.life.place = int32(len(p.streams))
 	if p.streams = append(p.streams, s); len(p.streams) == 1 {
 		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
 	}
@@ -95,8 +95,8 @@ func (o *outbox) leaveRemote(s *session) {
 	s.remote.Store(nil)
 	last := len(p.streams) - 1
 	moved := p.streams[last]
-	moved.life.place = s.life.place
-	p.streams[s.life.place], p.streams[last] = moved, nil
+	moved.out.life.place = s.out.life.place
+	p.streams[s.out.life.place], p.streams[last] = moved, nil
 	if p.streams = p.streams[:last]; last == 0 {
 		o.remoteWheel.Remove(p)
 		delete(o.remotes, p.name)
@@ -227,7 +227,7 @@ func (o *outbox) giveUpRemote(p *remote, now int64, all bool) (next int64) {
 	for _, s := range p.streams {
 		over := all
 		if patience := s.ownPatience(); patience != 0 {
-			end := max(p.heard, s.life.heard) + patience
+			end := max(p.heard, s.out.life.heard) + patience
 			over = now >= end && (p.absent || p.questions > 1) // one may be slow or lost
 			if !over {
 				next = min(next, max(end, now+1))

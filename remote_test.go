@@ -423,8 +423,8 @@ func TestStreamsShareTheirEnd(t *testing.T) {
 	if len(seen) != 10 {
 		t.Errorf("an end with 10 streams is asked on %d", len(seen))
 	}
-	all[0].peer = "_R_.abc.moved"
-	if o.joinRemote(all[0]); o.remoteWheel.Len() != 12 || all[0].remote.Load().name != all[0].peer {
+	all[0].out.peer = "_R_.abc.moved"
+	if o.joinRemote(all[0]); o.remoteWheel.Len() != 12 || all[0].remote.Load().name != all[0].out.peer {
 		t.Errorf("a stream that moved has the end %q of %d", all[0].remote.Load().name, o.remoteWheel.Len())
 	}
 	for i, s := range all {

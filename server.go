@@ -116,7 +116,7 @@ func (r *Request) Draining() <-chan struct{} { return r.session.server.draining 
 // its code, or with [CloseCanceled] if it left with [CloseNormalClosure]. It waits
 // for the record if need be. The record is never reused; keeping a small one keeps its packet, up to 32 KiB, alive. A
 // consumer that speaks only the JSON fallback sends no records: io.EOF.
-func (r *Request) Recv() ([]byte, error) { return r.session.recv() }
+func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord() }
 
 // RecvObject decodes the consumer's next record into v; see [Stream.RecvObject].
 func (r *Request) RecvObject(v any) error { return r.session.recvObject(v) }
@@ -248,7 +248,7 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 	}
 	offer, json := req.offer, req.json
 	refuse := func(code int, text string) {
-		s.ep.outbox.ask(aside{subject: m.Reply, json: json, refuse: &CloseError{code, text}})
+		s.ep.outbox.doLater(outOfStream{subject: m.Reply, json: json, refuse: &CloseError{code, text}})
 	}
 	timeout, err := parseTimeout(m.Header)
 	if err != nil {
@@ -266,7 +266,7 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 			timeout = s.fallbackTimeout
 		}
 	}
-	admitted := s.enter()
+	admitted := s.admit()
 	if admitted != entered {
 		leave()
 	}
@@ -293,11 +293,11 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 	}
 	w := s.ep.newProducer(lifecycle.Handler, inner, m.Reply, offer, json, window)
 	session := w.session
-	session.server, session.cancel, session.parent = s, end, ctx
+	session.server, session.cancel, session.recv.parent = s, end, ctx
 	r := &Request{Subject: m.Subject, Header: userHeader(m.Header), Data: m.Data, session: session, ctx: inner}
 	if json {
-		session.done = io.EOF
-		session.readDone.Store(true)
+		session.recv.done = io.EOF
+		session.recv.readDone.Store(true)
 	}
 	session.markLater(workWait)
 	go func() {
@@ -317,17 +317,17 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 
 // run runs a handler and closes its stream as it says.
 func (s *Server) run(h Handler, w *Writer, r *Request) {
-	defer s.exit(w)
+	defer s.handlerReturned(w)
 	end := CloseError{CloseInternalServerErr, "handler exited"} // runtime.Goexit: t.FailNow of a test, for one
 	defer func() {
-		w.session.returned.Store(true) // before CLOSE is published: the outbox acts on the answer to it
-		closed, ok := w.finish(end)
+		w.session.nobodyReads.Store(true) // before CLOSE is published: the outbox acts on the answer to it
+		closed, ok := w.closeReturned(end)
 		switch {
 		case ok && closed.Code == CloseNormalClosure && end.Code != CloseNormalClosure:
 			s.ep.counters.unreported.Add(1)
 			s.log.Error("stream: handler failed after its Writer was closed normally: the consumer does not know",
 				"subject", r.Subject, "error", end.Error())
-		case !ok && w.session.parent.Err() != nil: // the context's own callback may come too late
+		case !ok && w.session.recv.parent.Err() != nil: // the context's own callback may come too late
 			w.session.canceled()
 		}
 	}()
@@ -376,8 +376,8 @@ const (
 	unheard
 )
 
-// enter counts a request in, if there is room.
-func (s *Server) enter() admission {
+// admit counts a request in, if there is room.
+func (s *Server) admit() admission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -406,20 +406,20 @@ func (s *Server) enterFallback() *CloseError {
 	return nil
 }
 
-// exit counts a handler out. Its session goes on until the consumer has everything.
-func (s *Server) exit(w *Writer) {
+// handlerReturned counts a handler out. Its session goes on until the consumer has everything.
+func (s *Server) handlerReturned(w *Writer) {
 	w.session.markLater(workSettle)
 	s.count(-1, 0)
 	if o := &s.ep.outbox; o.stopping.Load() { // else it sees the session, which is on its queue
 		<-o.done
-		if w.session.state.Phase != lifecycle.Gone {
-			s.leave()
+		if w.session.out.state.Phase != lifecycle.Gone {
+			s.streamEnded()
 		}
 	}
 }
 
-// leave counts a session out. Called by the outbox.
-func (s *Server) leave() { s.count(0, -1) }
+// streamEnded counts a session out. Called by the outbox.
+func (s *Server) streamEnded() { s.count(0, -1) }
 
 func (s *Server) count(handlers, sessions int) {
 	s.mu.Lock()

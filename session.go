@@ -1,10 +1,71 @@
 package stream
 
 import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
 	"io"
+	"sync/atomic"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/lifecycle"
 )
+
+// session is one stream at one end: what the mux finds under the stream's token. It has two halves, one to receive and
+// one to send, which are the same at both ends.
+type session struct {
+	// What the mux looks at comes first, on two cache lines: with thousands of streams none of them is at hand.
+	end      atomic.Pointer[ending] // set once, by whoever ends the stream first
+	role     lifecycle.Role
+	controls uint32 // control words ever handed to the outbox; the mux's
+	sender   uint64 // this end's sender number
+	bucket   bucket // the receive half: what arrived
+
+	// Set once. These lie apart from what changes with each packet.
+	ep     *endpoint
+	reply  string                  // this end's subject: prefix and token. Empty until the session is registered
+	writer atomic.Pointer[Writer]  // the send half; a consumer's is made when it first writes
+	stream *Stream                 // at the consumer's end
+	server *Server                 // at a handler's end
+	cancel context.CancelCauseFunc // of the context of Stream or Request
+
+	recv          receiver    // of what arrived
+	peerTakesNone atomic.Bool // the producer speaks the fallback and takes no records
+	nobodyReads   atomic.Bool // the handler returned, or the consumer parted: nobody reads what still comes
+
+	// The outbox's queue. pending holds what is to be done; a session is queued exactly while it is not zero.
+	pending  atomic.Uint32
+	patience atomic.Uint32 // how long the peer may be silent on this stream, milliseconds; 0 is as long as on others
+	next     *session
+
+	out   outboxState
+	acted atomic.Uint32 // control words ever acted on
+
+	remote  atomic.Pointer[remote] // whose stream this is. The outbox stores it, and the reader asks which records share a peer
+	lastPop atomic.Int64           // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
+}
+
+// outboxState is the part of a session that the outbox alone uses, once the session is marked.
+type outboxState struct {
+	subject           string        // where the request went
+	peer              string        // subject of the other end; a consumer learns it from the producer's first packet
+	move              *move         // another subject that the other end named, and has not proved to receive at
+	request           *nats.Msg     // what opens the stream, until it is published
+	answered          chan struct{} // closed, and set to nil, when the producer has answered; nil if nobody waits for that
+	deferredUntilUp   uint32        // work that waits for the connection; not zero while in outbox.waitingUntilUp
+	deferredUntilPeer uint32        // work for the peer that was due before its subject was known
+	state             lifecycle.State
+	places            places // in which of the outbox's lists it is
+	line              *line  // the way to the peer
+	life              life
+}
+
+func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes uint64) {
+	s.ep, s.role, s.sender = ep, role, newSender(role == lifecycle.Consumer)
+	s.recv.maxRecord = uint64(ep.maxRecord)
+	s.bucket.init(packets, bytes)
+}
 
 // endKind says what the end of a stream means for records that arrived, for a handler at work, and for the peer.
 type endKind uint8
@@ -65,15 +126,7 @@ func (s *session) requestEnd(e *ending) bool {
 
 // closeRead reports whether the peer's CLOSE was read before the stream ended with e.
 func (s *session) closeRead(e *ending) bool {
-	return e.kind == endPeerClosed || s.role == lifecycle.Consumer && (e.kind == endComplete || s.readDone.Load())
-}
-
-// endFromMux is requestEnd for the mux, which takes no lock and so leaves contexts to the outbox.
-func (s *session) endFromMux(e *ending) {
-	if s.end.CompareAndSwap(nil, e) {
-		s.bucket.park.Wake()
-		s.mark(workEnd)
-	}
+	return e.kind == endPeerClosed || s.role == lifecycle.Consumer && (e.kind == endComplete || s.recv.readDone.Load())
 }
 
 // endContexts ends the contexts that writers and handlers wait on. Ending them again does nothing.
@@ -104,29 +157,29 @@ func (e *ending) writeError() error {
 
 // step moves the stream on in the table of its life, and does what the table asks for. The outbox calls it.
 func (o *outbox) step(s *session, event lifecycle.Event) {
-	before := s.state
+	before := s.out.state
 	next, do, _ := before.On(event, s.role)
-	s.state = next
+	s.out.state = next
 	w := s.writer.Load()
 	switch {
 	case before.Send == lifecycle.Waiting && next.Send == lifecycle.Open:
-		w.bind(s.peer)
+		w.bind(s.out.peer)
 		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
 	case before.Send == lifecycle.Closing && next.Send == lifecycle.Settled:
 		w.releaseSent()
-		s.life.closed = 0
+		s.out.life.closed = 0
 	}
 	if do&lifecycle.FailWrites != 0 {
 		w.cancel(ErrOneWay)
 	}
-	if do&lifecycle.Probe != 0 && s.life.pings == 0 && !s.returned.Load() && o.connected() { // the table hears of returned later
+	if do&lifecycle.Probe != 0 && s.out.life.pings == 0 && !s.nobodyReads.Load() && o.connected() { // the table hears of returned later
 		o.ping(s) // a consumer that never wrote may be gone, having read everything
 	}
 	if do&lifecycle.Release != 0 {
 		o.release(s)
 	}
 	if do&lifecycle.AckClose != 0 {
-		o.tellCredit(s, 0)
+		o.sendCredit(s, 0)
 	}
 	if do&lifecycle.Forget != 0 {
 		o.peers.remove(s)
@@ -135,7 +188,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 		o.leaveRemote(s)
 		o.remember(s)
 		if s.server != nil {
-			s.server.leave()
+			s.server.streamEnded()
 		}
 	}
 	if do&lifecycle.SendReset != 0 {
@@ -145,14 +198,14 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 
 // settle tells the table of s what its reader and its handler did.
 func (o *outbox) settle(s *session) {
-	if s.readDone.Load() && s.state.Recv == lifecycle.Reading {
+	if s.recv.readDone.Load() && s.out.state.Recv == lifecycle.Reading {
 		o.step(s, lifecycle.CloseRead)
 	}
-	if s.returned.Load() && s.state.Phase == lifecycle.Live {
+	if s.nobodyReads.Load() && s.out.state.Phase == lifecycle.Live {
 		switch {
-		case s.role == lifecycle.Handler && s.state.Recv != lifecycle.Unread:
+		case s.role == lifecycle.Handler && s.out.state.Recv != lifecycle.Unread:
 			o.step(s, lifecycle.HandlerReturned)
-		case s.role == lifecycle.Consumer && s.state.Recv == lifecycle.Reading:
+		case s.role == lifecycle.Consumer && s.out.state.Recv == lifecycle.Reading:
 			o.step(s, lifecycle.ConsumerLeft)
 		}
 	}
@@ -164,14 +217,14 @@ func (o *outbox) settle(s *session) {
 // unheard reports whether to ask a consumer, which may still send, to acknowledge CLOSE: its handler has returned. The RESET that
 // says so must come after the acknowledgement, and AckTimeout would be long for a writer that waits for credit.
 func (s *session) unheard() bool {
-	return s.role == lifecycle.Handler && s.returned.Load() && !s.readDone.Load() && // the table hears of both later
-		s.state.Phase == lifecycle.Live && s.state.Send == lifecycle.Closing && s.life.pinged <= s.life.closed
+	return s.role == lifecycle.Handler && s.nobodyReads.Load() && !s.recv.readDone.Load() && // the table hears of both later
+		s.out.state.Phase == lifecycle.Live && s.out.state.Send == lifecycle.Closing && s.out.life.pinged <= s.out.life.closed
 }
 
 // end ends a stream on the outbox. It is called again for a stream whose peer could not be told while the connection was
 // down.
 func (o *outbox) end(s *session, e *ending) {
-	switch s.state.Phase {
+	switch s.out.state.Phase {
 	case lifecycle.Live:
 		o.step(s, e.event())
 	case lifecycle.Ending:
@@ -185,24 +238,24 @@ func (o *outbox) release(s *session) {
 	if e == nil { // the table came to the end: both directions are through
 		w := s.writer.Load()
 		e = &ending{kind: endComplete, err: io.EOF}
-		if s.state.Recv == lifecycle.Unread && (s.role == lifecycle.Consumer || w.half || s.bucket.ring.Pushed() > 0) {
+		if s.out.state.Recv == lifecycle.Unread && (s.role == lifecycle.Consumer || w.half || s.bucket.ring.Pushed() > 0) {
 			e.reset = w.closing // nobody reads: the peer must not wait for that
 		}
 		s.requestEnd(e)
 		e = s.end.Load()
 	}
 	s.unregister()
-	s.request = nil
-	s.answer()
+	s.out.request = nil
+	s.tellRetry()
 	s.endContexts(e)
 	if w := s.writer.Load(); w != nil {
-		o.leaveLine(s, w.sent.onTheWay())
-		w.ended()
+		o.leaveLine(s, w.unacked.onTheWay())
+		w.releaseAll()
 	}
 	switch {
 	case s.stream == nil:
 		s.releaseWindow()
-	case s.closeRead(e) || s.returned.Load(): // else the reader does so when it comes to the end
+	case s.closeRead(e) || s.nobodyReads.Load(): // else the reader does so when it comes to the end
 		s.release(e)
 	}
 }
@@ -210,23 +263,64 @@ func (o *outbox) release(s *session) {
 // sendReset tells the peer of a stream how it ended, as soon as the connection is up.
 func (o *outbox) sendReset(s *session) {
 	e := s.end.Load()
-	through := s.state.Send == lifecycle.Closing && s.readDone.Load() && e == o.ep.gone.Load() // everything was said, and heard
-	if e.reset.Code != 0 && s.peer != "" && !through {
+	through := s.out.state.Send == lifecycle.Closing && s.recv.readDone.Load() && e == o.ep.gone.Load() // everything was said, and heard
+	if e.reset.Code != 0 && s.out.peer != "" && !through {
 		switch {
 		case o.connected():
-			if s.stream != nil && s.readDone.Load() {
-				o.tellCredit(s, 0) // that its CLOSE arrived: what this end's leaving alone does not say
+			if s.stream != nil && s.recv.readDone.Load() {
+				o.sendCredit(s, 0) // that its CLOSE arrived: what this end's leaving alone does not say
 			}
-			o.tellEnd(s, e.reset)
-		case o.ep.gone.Load() == nil && s.state.Phase == lifecycle.Ending:
+			o.sendEnd(s, e.reset)
+		case o.ep.gone.Load() == nil && s.out.state.Phase == lifecycle.Ending:
 			o.hold(s, workEnd) // a peer that is not told would wait for ever
 			return
 		}
 	}
-	if s.state.Phase == lifecycle.Ending {
-		if s.peer == "" && e.reset.Code != 0 && s.life.took != 0 && !s.oneWay.Load() {
+	if s.out.state.Phase == lifecycle.Ending {
+		if s.out.peer == "" && e.reset.Code != 0 && s.out.life.took != 0 && !s.peerTakesNone.Load() {
 			o.unanswered.add(o.ep.now(), o.ep.times.Ack)
 		}
 		o.step(s, lifecycle.Told)
 	}
+}
+
+// register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer. It returns why
+// that cannot be, if so.
+func (ep *endpoint) register(s *session, offer Token) *ending {
+	buf := make([]byte, 0, len(ep.prefix)+TokenSize)
+	buf = append(buf, ep.prefix...)
+	var id [8]byte
+	rand.Read(id[:])
+	offer.ID = binary.BigEndian.Uint64(id[:])
+	s.reply = string(AppendToken(buf, offer))
+	ep.sessions.Store(s.token(), s)
+	// The goroutine that ends the endpoint, or finds its inbox refused, says so first and visits the sessions afterwards: either it
+	// sees this one, or this sees the reason.
+	e := ep.barred()
+	if e != nil {
+		s.unregister()
+	}
+	return e
+}
+
+func (s *session) token() string { return s.reply[len(s.ep.prefix):] }
+
+func (s *session) unregister() {
+	if s.reply != "" {
+		s.ep.sessions.Delete(s.token())
+	}
+}
+
+// newSender returns a random number for a send half. It tells two answers to one request apart. It comes from a cryptographic
+// source: a RESET with the receiver's own number says that the peer has forgotten the stream, so a stranger must not guess it.
+// Those of consumers are odd and those of producers even: an end does not mistake such a RESET for one of its peer because both
+// have drawn the same number.
+func newSender(odd bool) uint64 {
+	var b [8]byte
+	rand.Read(b[:])
+	n := binary.BigEndian.Uint64(b[:]) & maxSender &^ 1
+	if odd {
+		n |= 1
+	}
+	return n
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
@@ -26,10 +27,10 @@ import (
 // Read until a read returns an error (and, once something was written, call CloseSend), or call Close, or end the
 // context given to Open: otherwise the stream stays open.
 type Stream struct {
-	session session
-	ctx     context.Context
-	watch   atomic.Pointer[watch]
-	over    atomic.Bool
+	session      session
+	ctx          context.Context
+	watch        atomic.Pointer[watch]
+	contextEnded atomic.Bool
 }
 
 // open registers a stream and has its request published. answered, unless nil, is closed when the request was answered or will
@@ -39,15 +40,15 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, lifecycle.Consumer, initialPackets, window)
-	s.stream, s.parent, s.asked, s.answered = st, ctx, codecFlag(codec), answered
-	s.window.Store(int64(window))
+	s.stream, s.recv.parent, s.recv.rawCodec, s.out.answered = st, ctx, codecFlag(codec), answered
+	s.recv.window.Store(int64(window))
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	req := &nats.Msg{Subject: msg.Subject, Header: make(nats.Header, len(msg.Header)+2), Data: append([]byte(nil), msg.Data...)}
 	for key, values := range msg.Header { // published later, when the caller may have changed its own
 		req.Header[key] = slices.Clone(values)
 	}
 	req.Header[headerOpen] = []string{string(AppendOffer(nil, offer))}
-	s.request, s.subject = req, req.Subject
+	s.out.request, s.out.subject = req, req.Subject
 
 	st.ctx, s.cancel = context.WithCancelCause(ctx)
 	if e := ep.register(s, offer); e != nil {
@@ -61,16 +62,16 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 		w.pending.Lock()
 		w.stop = context.AfterFunc(ctx, w.run)
 		st.watch.Store(w)
-		if st.over.Load() { // meanwhile: whoever comes second finds the other's work
+		if st.contextEnded.Load() { // meanwhile: whoever comes second finds the other's work
 			w.takeBack()
 		}
 	}
 	return st, nil
 }
 
-// ended ends the stream's context, once.
-func (st *Stream) ended(cause error) {
-	if !st.over.CompareAndSwap(false, true) {
+// endContext ends the stream's context, once.
+func (st *Stream) endContext(cause error) {
+	if !st.contextEnded.CompareAndSwap(false, true) {
 		return
 	}
 	if w := st.watch.Load(); w != nil {
@@ -88,7 +89,7 @@ type watch struct {
 
 func (w *watch) run() {
 	w.pending.Unlock() // before anything that asks the context, which is the user's
-	if !w.session.stream.over.Load() {
+	if !w.session.stream.contextEnded.Load() {
 		w.session.canceled()
 	}
 }
@@ -108,7 +109,7 @@ func (w *watch) takeBack() {
 //
 // The record is a part of the packet it came in, never reused and safe to keep and to change; keeping a small one
 // keeps its packet, up to 32 KiB, alive.
-func (st *Stream) Recv() ([]byte, error) { return st.session.recv() }
+func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord() }
 
 // RecvObject decodes the next record into v, a pointer, by the codec it was written with. A record written as bytes is
 // decoded by the codec this stream asked for. It returns as [Stream.Recv] does. A record that does not decode is an
@@ -144,7 +145,7 @@ func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader()
 
 // Trailer returns the headers that the producer set with [Writer.SetTrailer]. They are there once a read has returned
 // [io.EOF] or the producer's [*CloseError], nil before and if it set none. It belongs to the read side.
-func (st *Stream) Trailer() nats.Header { return st.session.trailer }
+func (st *Stream) Trailer() nats.Header { return st.session.recv.trailer }
 
 // send returns the send half, made on first use.
 func (st *Stream) send() *Writer {
@@ -213,7 +214,7 @@ func (st *Stream) Context() context.Context { return st.ctx }
 // goes on being resent for ResumeTimeout, unless the client is closed. Without CloseSend it is given up: [Stream.Sync]
 // waits for it. Close is always safe to call, also after the end, and never fails.
 func (st *Stream) Close() error {
-	st.leave(true, CloseError{Code: st.session.leaving()})
+	st.endWith(true, CloseError{Code: st.session.leaving()})
 	return nil
 }
 
@@ -238,19 +239,19 @@ func (st *Stream) CloseWithCode(code int, text ...string) error {
 		}
 		tell.Code = CloseCanceled // not all records were sent
 	}
-	st.leave(code == CloseNormalClosure, tell)
+	st.endWith(code == CloseNormalClosure, tell)
 	return nil
 }
 
-// leave ends the stream because its user wants it so, as part does where that may and can be, else at once. No write
+// endWith ends the stream because its user wants it so, as part does where that may and can be, else at once. No write
 // succeeds from then on.
-func (st *Stream) leave(part bool, tell CloseError) {
+func (st *Stream) endWith(part bool, tell CloseError) {
 	s := &st.session
 	switch {
-	case part && s.part():
+	case part && s.detachIfDone():
 		s.release(&ending{err: ErrClosed})
-	case s.returned.Load(): // it left before
+	case s.nobodyReads.Load(): // it left before
 	default:
-		s.stop(&ending{kind: endLocal, err: ErrClosed, reset: tell})
+		s.endLocally(&ending{kind: endLocal, err: ErrClosed, reset: tell})
 	}
 }

@@ -462,7 +462,7 @@ func TestGapBeforeSubject(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer stopPeer()
-		m.client.ep.outbox.tellCredit(&s.session, FlagGap)
+		m.client.ep.outbox.sendCredit(&s.session, FlagGap)
 		m.client.ep.outbox.setPeer(&s.session, "peer")
 		synctest.Wait()
 		if m.bus.SetFilter(nil); !asked {

@@ -26,7 +26,7 @@ import (
 type Writer struct {
 	// Owned by the outbox. Nobody else looks at sent. A word that one processor writes takes its cache line from all
 	// others, so what writers and the outbox use for each packet lies apart, with what is seldom used between.
-	sent      sentPackets
+	unacked   unackedPackets
 	published atomic.Uint32 // sent.Next, for Flush
 	waiting   atomic.Bool   // wake is not nil
 
@@ -35,17 +35,17 @@ type Writer struct {
 	wake    chan struct{} // closed when anything under the lock, or the credit, changes; nil while nobody waits
 
 	// Set once.
-	session *session
-	bad     error // why this writer can never write: what NewWriter could not return
-	ctx     context.Context
-	json    bool // the consumer speaks only the fallback
-	codec   FrameFlags
+	session  *session
+	unusable error // why this writer can never write: what NewWriter could not return
+	ctx      context.Context
+	json     bool // the consumer speaks only the fallback
+	codec    FrameFlags
 
-	subject string // of the peer; a consumer's send half does not know it at first
-	cancel  context.CancelCauseFunc
-	fault   error    // the last publish failed; its packet is kept and published again by the next call
-	acked   uint32   // how many packets the consumer acknowledged
-	granted credited // what it granted
+	subject      string // of the peer; a consumer's send half does not know it at first
+	cancel       context.CancelCauseFunc
+	publishError error    // the last publish failed; its packet is kept and published again by the next call
+	acked        uint32   // how many packets the consumer acknowledged
+	granted      credited // what it granted
 
 	sealed      uint32       // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64       // of all packets before it
@@ -55,10 +55,10 @@ type Writer struct {
 	object      int          // size of the object encoded last, at most an eighth of a packet
 
 	mu sync.Mutex // guards what is not the outbox's
-	// The open packet and how much of it is written. room is the part of its buffer that Write may fill, and empty
+	// The open packet and how much of it is written. fast is the part of its buffer that Write may fill, and empty
 	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
 	n        int
-	room     []byte
+	fast     []byte
 	open     *packet
 	queued   bool // the session is marked: the outbox will look for packets
 	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
@@ -83,9 +83,9 @@ func NewWriter(client *Client, subject string) *Writer { return client.NewWriter
 // NewWriter is the function NewWriter.
 func (c *Client) NewWriter(subject string) *Writer {
 	if c == nil || c.ep == nil {
-		w := &Writer{subject: subject, bad: noConnection("the client given to NewWriter", "pass one made by NewClient")}
+		w := &Writer{subject: subject, unusable: noConnection("the client given to NewWriter", "pass one made by NewClient")}
 		w.ctx, w.cancel = context.WithCancelCause(context.Background())
-		w.cancel(w.bad)
+		w.cancel(w.unusable)
 		w.session = &session{writer: atomic.Pointer[Writer]{}}
 		return w
 	}
@@ -102,12 +102,12 @@ func (c *Client) NewWriter(subject string) *Writer {
 		err = refused.err
 	default:
 		w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, err != nil, 0)
-		w.session.readDone.Store(true)
+		w.session.recv.readDone.Store(true)
 		w.session.markLater(workWait)
 		return w
 	}
 	w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, true, 0)
-	w.bad = err
+	w.unusable = err
 	w.cancel(err)
 	return w
 }
@@ -121,9 +121,9 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	})
 	w, s := &p.Writer, &p.session
 	s.init(ep, role, initialPackets, max(window, minWindow))
-	s.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
-	s.window.Store(int64(window))
-	s.parent, s.peer, s.asked = ctx, subject, FlagMsgPack
+	s.out.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
+	s.recv.window.Store(int64(window))
+	s.recv.parent, s.out.peer, s.recv.rawCodec = ctx, subject, FlagMsgPack
 	w.init(s, ctx)
 	w.subject = subject
 	if w.json = json; json {
@@ -142,7 +142,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 func newConsumerWriter(s *session, ctx context.Context) *Writer {
 	w := new(Writer)
 	w.init(s, ctx)
-	w.codec = s.asked
+	w.codec = s.recv.rawCodec
 	return w
 }
 
@@ -162,7 +162,7 @@ const (
 // [CloseAbnormalClosure], as [Stream.SetPeerTimeout] does for the producer's. A consumer that speaks only the JSON fallback
 // cannot be asked.
 func (w *Writer) SetPeerTimeout(d time.Duration) {
-	if w.bad == nil {
+	if w.unusable == nil {
 		w.session.setPeerTimeout(d)
 	}
 }
@@ -188,7 +188,7 @@ func (w *Writer) Write(p []byte) (int, error) { return w.write(p, FlagRaw) }
 
 func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 	w.mu.Lock()
-	n, room := w.n, w.room
+	n, room := w.n, w.fast
 	end := n + FrameHeaderSize + len(p)
 	if end > len(room) {
 		return w.writeSlow(p, flags)
@@ -277,7 +277,7 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 			// A part of the record was sent and no other record can follow it. If the context ended, the peer gets the code
 			// for that; the context's own callback may come second.
 			w.mu.Unlock() // which ending a stream takes
-			if w.session.parent.Err() != nil {
+			if w.session.recv.parent.Err() != nil {
 				w.session.canceled()
 			}
 			w.session.requestEnd(&ending{kind: endFault, err: err, reset: CloseError{Code: CloseInternalServerErr, Text: "record cut off"}})
@@ -321,13 +321,13 @@ func (w *Writer) awaitTurnLocked() error {
 // packet is kept, and the next call tries again.
 func (w *Writer) failedLocked() error {
 	switch {
-	case w.bad != nil:
-		return w.bad
+	case w.unusable != nil:
+		return w.unusable
 	case w.over():
 		return w.endError()
-	case w.fault != nil:
-		err := w.fault
-		w.fault = nil
+	case w.publishError != nil:
+		err := w.publishError
+		w.publishError = nil
 		w.markLocked()
 		return fmt.Errorf("stream: publish to %s: %w", w.subject, err)
 	}
@@ -366,10 +366,10 @@ func (w *Writer) endError() error {
 	switch {
 	case end != nil && end.kind == endLocal:
 		return end.writeError()
-	case s.parent.Err() != nil && gone != nil:
+	case s.recv.parent.Err() != nil && gone != nil:
 		return gone.writeError()
-	case s.parent.Err() != nil:
-		return contextError(s.parent)
+	case s.recv.parent.Err() != nil:
+		return contextError(s.recv.parent)
 	case end != nil:
 		return end.writeError()
 	}
@@ -378,13 +378,13 @@ func (w *Writer) endError() error {
 
 // over reports whether the stream or its context ended. The context that the user gave ends first; those below it follow.
 func (w *Writer) over() bool {
-	return w.session.end.Load() != nil || w.session.parent.Err() != nil || w.ctx.Err() != nil
+	return w.session.end.Load() != nil || w.session.recv.parent.Err() != nil || w.ctx.Err() != nil
 }
 
 // shut makes Write take its slow path, which sees that the stream has ended.
 func (w *Writer) shut() {
 	w.mu.Lock()
-	w.room = nil
+	w.fast = nil
 	w.mu.Unlock()
 }
 
@@ -398,7 +398,7 @@ func (w *Writer) wakeLocked() {
 
 func (w *Writer) endTurnLocked() {
 	w.turn = false
-	w.roomLocked()
+	w.resetFastLocked()
 	if w.open != nil && w.n > PacketHeaderSize {
 		w.markLocked()
 	}
@@ -476,8 +476,8 @@ func (w *Writer) checkOpen() error {
 	switch {
 	case w.closed.Load() || w.held.Load():
 		return ErrClosed
-	case w.bad != nil:
-		return w.bad
+	case w.unusable != nil:
+		return w.unusable
 	case w.over():
 		return w.endError()
 	}
@@ -487,7 +487,7 @@ func (w *Writer) checkOpen() error {
 // recordLimit is the size of a chunk of ReadFrom: one that fills a packet.
 func (w *Writer) recordLimit() int {
 	switch {
-	case w.bad != nil:
+	case w.unusable != nil:
 		return minWindow
 	case w.json:
 		return min(fallbackRecord(int(w.session.ep.maxPayload.Load())), w.session.ep.maxRecord)
@@ -519,8 +519,8 @@ func (w *Writer) Sync(ctx context.Context) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.bad != nil {
-		return w.bad
+	if w.unusable != nil {
+		return w.unusable
 	}
 	for w.turn {
 		if err := w.sleepSyncLocked(ctx, w.announceLocked()); err != nil {
@@ -540,7 +540,7 @@ func (w *Writer) Sync(ctx context.Context) error {
 		if s.end.Load() != nil {
 			return w.endError()
 		}
-		if w.fault != nil {
+		if w.publishError != nil {
 			return w.failedLocked()
 		}
 		w.markLocked()
@@ -648,7 +648,7 @@ func (w *Writer) closeNow(code int, reason string) (held bool, err error) {
 		if w.session.server != nil && code == CloseNormalClosure {
 			w.closing = CloseError{code, reason}
 			w.held.Store(true)
-			w.room = nil
+			w.fast = nil
 			w.wakeLocked()
 			w.session.markLater(workClose)
 			return true, nil
@@ -684,9 +684,9 @@ func (w *Writer) publishHeldLocked() {
 	}
 }
 
-// finish closes w for a handler that returned with end. It does not wait until CLOSE is published. It returns how w was
+// closeReturned closes w for a handler that returned with end. It does not wait until CLOSE is published. It returns how w was
 // closed, and false if the stream ended before.
-func (w *Writer) finish(end CloseError) (closed CloseError, ok bool) {
+func (w *Writer) closeReturned(end CloseError) (closed CloseError, ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.held.Load() {

@@ -14,33 +14,33 @@ import (
 	"github.com/natsstream/stream/internal/race"
 )
 
-// reader is the receive half of a session as its user sees it: where in the stream the user is. The bucket holds what
+// receiver is the receive half of a session as its user sees it: where in the stream the user is. The bucket holds what
 // arrived and was not read yet. Consumers reach it through Stream, handlers through Request.
-type reader struct {
+type receiver struct {
 	parent    context.Context // when it ends the stream does, for records that arrived as well
 	maxRecord uint64
 	window    atomic.Int64 // bytes reserved for this stream out of the endpoint's budget
 	released  atomic.Bool
 	readDone  atomic.Bool // the peer's CLOSE was read, or nobody reads
 
-	// gate is 1 while a read is on its slow path, where it may wait: another read gets an error then, always. Two
+	// readLock is 1 while a read is on its slow path, where it may wait: another read gets an error then, always. Two
 	// reads that both find their record at hand are told apart by busy, a plain flag, as Go's maps do it: an exact
 	// answer costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more than all the rest of Recv.
 	// Race builds pay for it.
 	// A consumer that left while its own records are still being sent sets gateLeft: reads return ErrClosed from then on.
-	gate atomic.Uint32
+	readLock atomic.Uint32
 
-	asked FrameFlags // codec of records that were written as bytes
+	rawCodec FrameFlags // codec of records that were written as bytes
 
 	// Owned by whoever reads.
-	busy    bool
-	ack     bool   // the sender of the current packet asked for credit
-	data    []byte // the current packet
-	off     int    // where its next frame begins; 0 in a message of the fallback that was not read yet
-	left    []byte // what Read did not have room for
-	done    error  // what every read returns from now on
-	header  nats.Header
-	trailer nats.Header
+	busy      bool
+	ackWanted bool   // the sender of the current packet asked for credit
+	data      []byte // the current packet
+	off       int    // where its next frame begins; 0 in a message of the fallback that was not read yet
+	left      []byte // what Read did not have room for
+	done      error  // what every read returns from now on
+	header    nats.Header
+	trailer   nats.Header
 }
 
 // Bits of reader.gate.
@@ -49,21 +49,21 @@ const (
 	gateLeft
 )
 
-// recv is Stream.Recv and Request.Recv.
-func (s *session) recv() ([]byte, error) {
+// recvRecord is Stream.Recv and Request.Recv.
+func (s *session) recvRecord() ([]byte, error) {
 	// Only the record at hand is taken here; nextRecord does the same and all the rest, without haste.
-	if !s.busy && !race.Enabled && len(s.left) == 0 && s.gate.Load() == 0 && s.end.Load() == nil && s.parent.Err() == nil {
-		s.busy = true
-		if b := s.data[s.off:]; len(b) >= FrameHeaderSize && s.off != 0 {
+	if !s.recv.busy && !race.Enabled && len(s.recv.left) == 0 && s.recv.readLock.Load() == 0 && s.end.Load() == nil && s.recv.parent.Err() == nil {
+		s.recv.busy = true
+		if b := s.recv.data[s.recv.off:]; len(b) >= FrameHeaderSize && s.recv.off != 0 {
 			h := frameHeader(b)
 			n, rest := payloadLen(h), b[FrameHeaderSize:]
-			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.maxRecord {
-				s.off += FrameHeaderSize + int(n)
-				s.busy = false
+			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.recv.maxRecord {
+				s.recv.off += FrameHeaderSize + int(n)
+				s.recv.busy = false
 				return rest[:n:n], nil
 			}
 		}
-		s.busy = false
+		s.recv.busy = false
 	}
 	rec, _, err := s.nextRecord()
 	return rec, err
@@ -74,13 +74,13 @@ func (s *session) recvObject(v any) error {
 	if err != nil {
 		return err
 	}
-	return decodeObject(rec, flags, s.asked, v)
+	return decodeObject(rec, flags, s.recv.rawCodec, v)
 }
 
 func (s *session) all() iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		for {
-			rec, err := s.recv()
+			rec, err := s.recvRecord()
 			if err == io.EOF {
 				return
 			}
@@ -95,22 +95,22 @@ func (s *session) read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if err := s.enter(); err != nil {
+	if err := s.lockRead(); err != nil {
 		return 0, err
 	}
-	defer s.leave()
+	defer s.unlockRead()
 	if err := s.endedNow(); err != nil {
 		return 0, err
 	}
-	for len(s.left) == 0 {
+	for len(s.recv.left) == 0 {
 		rec, _, err := s.nextGated()
 		if err != nil {
 			return 0, err
 		}
-		s.left = rec
+		s.recv.left = rec
 	}
-	n := copy(p, s.left)
-	s.left = s.left[n:]
+	n := copy(p, s.recv.left)
+	s.recv.left = s.recv.left[n:]
 	return n, nil
 }
 
@@ -134,30 +134,30 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 	return n, nil
 }
 
-// enter begins a read that may wait; leave ends it.
-func (s *session) enter() error {
+// lockRead begins a read that may wait; leave ends it.
+func (s *session) lockRead() error {
 	switch {
-	case !s.busy && s.gate.CompareAndSwap(0, gateReading):
+	case !s.recv.busy && s.recv.readLock.CompareAndSwap(0, gateReading):
 		return nil
-	case s.gate.Load() == gateLeft:
+	case s.recv.readLock.Load() == gateLeft:
 		return ErrClosed
 	}
 	return ErrConcurrentRecv
 }
 
-func (s *session) leave() { s.gate.And(gateLeft) }
+func (s *session) unlockRead() { s.recv.readLock.And(gateLeft) }
 
 // nextRecord returns the next record and its flags.
 func (s *session) nextRecord() ([]byte, FrameFlags, error) {
-	if err := s.enter(); err != nil {
+	if err := s.lockRead(); err != nil {
 		return nil, 0, err
 	}
-	defer s.leave()
+	defer s.unlockRead()
 	if err := s.endedNow(); err != nil {
 		return nil, 0, err
 	}
-	if rec := s.left; len(rec) != 0 { // the rest of a record that Read began
-		s.left = nil
+	if rec := s.recv.left; len(rec) != 0 { // the rest of a record that Read began
+		s.recv.left = nil
 		return rec, FlagRaw, nil
 	}
 	return s.nextGated()
@@ -168,7 +168,7 @@ func (s *session) nextGated() ([]byte, FrameFlags, error) {
 	switch {
 	case err != nil:
 		return nil, 0, err
-	case uint64(len(f.Payload)) > s.maxRecord:
+	case uint64(len(f.Payload)) > s.recv.maxRecord:
 		return nil, 0, s.tooBig()
 	case f.Flags&FlagMore != 0:
 		return s.assemble(f)
@@ -177,7 +177,7 @@ func (s *session) nextGated() ([]byte, FrameFlags, error) {
 }
 
 func (s *session) tooBig() error {
-	return s.broken(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.maxRecord))
+	return s.fail(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.recv.maxRecord))
 }
 
 // assemble puts a record together whose first piece is f. What it holds until the last piece is there is counted in the
@@ -188,20 +188,20 @@ func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error)
 	defer s.recordDone()
 	for {
 		size := a.size + uint64(len(f.Payload))
-		if size > s.maxRecord {
+		if size > s.recv.maxRecord {
 			return nil, 0, s.tooBig()
 		}
 		if f.Flags&FlagMore == 0 {
 			return a.record(f.Payload), flags, nil
 		}
-		if !a.add(f.Payload, len(s.data), s.holdRecord) {
+		if !a.add(f.Payload, len(s.recv.data), s.holdRecord) {
 			return nil, 0, s.endedNow()
 		}
 		if f, err = s.nextData(true); err != nil {
 			return nil, 0, err
 		}
 		if f.Flags&FlagCodecMask != flags {
-			return nil, 0, s.broken(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
+			return nil, 0, s.fail(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
 		}
 	}
 }
@@ -212,42 +212,42 @@ func (s *session) nextData(within bool) (Frame, error) {
 		if err := s.endedNow(); err != nil {
 			return Frame{}, err
 		}
-		if s.off == len(s.data) {
+		if s.recv.off == len(s.recv.data) {
 			if err := s.nextPacket(); err != nil {
 				return Frame{}, err
 			}
-			if s.off == len(s.data) { // no sender numbers such a packet
-				return Frame{}, s.broken(protocolError(CloseProtocolError, "sequenced packet without a frame"))
+			if s.recv.off == len(s.recv.data) { // no sender numbers such a packet
+				return Frame{}, s.fail(protocolError(CloseProtocolError, "sequenced packet without a frame"))
 			}
 			continue
 		}
 		if s.bucket.mode == modeJSON {
 			return s.nextMessage()
 		}
-		f, rest, err := ParseFrame(s.data[s.off:])
+		f, rest, err := ParseFrame(s.recv.data[s.recv.off:])
 		if err != nil {
-			return Frame{}, s.broken(protocolError(CloseUnsupportedData, "%v", err))
+			return Frame{}, s.fail(protocolError(CloseUnsupportedData, "%v", err))
 		}
-		first := s.off == PacketHeaderSize && s.bucket.consumed.packets == 0
-		s.off = len(s.data) - len(rest)
+		first := s.recv.off == PacketHeaderSize && s.bucket.consumed.packets == 0
+		s.recv.off = len(s.recv.data) - len(rest)
 		switch {
-		case s.trailer != nil && f.Type != FrameClose && !f.Type.Skippable():
-			return Frame{}, s.broken(protocolError(CloseProtocolError, "%v between the trailers and CLOSE", f.Type))
+		case s.recv.trailer != nil && f.Type != FrameClose && !f.Type.Skippable():
+			return Frame{}, s.fail(protocolError(CloseProtocolError, "%v between the trailers and CLOSE", f.Type))
 		case f.Type == FrameData:
 			return f, nil
 		case f.Type == FrameClose && within && f.Code == CloseNormalClosure:
-			return Frame{}, s.broken(protocolError(CloseProtocolError, "closed within a record"))
+			return Frame{}, s.fail(protocolError(CloseProtocolError, "closed within a record"))
 		case f.Type == FrameClose:
-			return Frame{}, s.closed(int(f.Code), string(f.Payload), f.Flags&FlagHalf != 0)
+			return Frame{}, s.takeClose(int(f.Code), string(f.Payload), f.Flags&FlagHalf != 0)
 		case f.Type == FrameMeta && within:
-			return Frame{}, s.broken(protocolError(CloseProtocolError, "META within a record"))
+			return Frame{}, s.fail(protocolError(CloseProtocolError, "META within a record"))
 		case f.Type == FrameMeta:
 			if err := s.takeMeta(f, first); err != nil {
 				return Frame{}, err
 			}
 		case f.Type.Skippable():
 		default:
-			return Frame{}, s.broken(protocolError(CloseUnsupportedData, "%v: %v", f.Type, ErrMisplaced))
+			return Frame{}, s.fail(protocolError(CloseUnsupportedData, "%v: %v", f.Type, ErrMisplaced))
 		}
 	}
 }
@@ -256,55 +256,55 @@ func (s *session) nextData(within bool) (Frame, error) {
 func (s *session) takeMeta(f Frame, first bool) error {
 	trailer := f.Flags&FlagTrailer != 0
 	if !trailer && !first {
-		return s.broken(protocolError(CloseProtocolError, "headers after the first frame"))
+		return s.fail(protocolError(CloseProtocolError, "headers after the first frame"))
 	}
 	h, err := parseMeta(f.Payload)
 	if err != nil {
-		return s.broken(protocolError(CloseUnsupportedData, "META: %v", err))
+		return s.fail(protocolError(CloseUnsupportedData, "META: %v", err))
 	}
 	if trailer {
-		s.trailer = h
+		s.recv.trailer = h
 	} else {
-		s.header = h
+		s.recv.header = h
 	}
 	return nil
 }
 
 // readHeader waits for the first packet and returns the headers it begins with.
 func (s *session) readHeader() (nats.Header, error) {
-	if err := s.enter(); err != nil {
+	if err := s.lockRead(); err != nil {
 		return nil, err
 	}
-	defer s.leave()
-	if s.header != nil || s.done != nil || s.bucket.consumed.packets > 0 {
-		if s.done != nil && s.done != io.EOF && s.header == nil {
-			return nil, s.done
+	defer s.unlockRead()
+	if s.recv.header != nil || s.recv.done != nil || s.bucket.consumed.packets > 0 {
+		if s.recv.done != nil && s.recv.done != io.EOF && s.recv.header == nil {
+			return nil, s.recv.done
 		}
-		return s.header, nil
+		return s.recv.header, nil
 	}
 	if err := s.endedNow(); err != nil {
 		return nil, err
 	}
-	if s.data == nil {
+	if s.recv.data == nil {
 		if err := s.nextPacket(); err != nil {
 			return nil, err
 		}
 	}
 	if s.bucket.mode == modeJSON {
-		if _, end, _ := parseJSON(bytes.Clone(s.data)); end != nil && end.Code != CloseNormalClosure {
+		if _, end, _ := parseJSON(bytes.Clone(s.recv.data)); end != nil && end.Code != CloseNormalClosure {
 			_, err := s.nextMessage()
 			return nil, err
 		}
 		return nil, nil
 	}
-	if s.off == PacketHeaderSize {
-		f, rest, err := ParseFrame(s.data[s.off:])
+	if s.recv.off == PacketHeaderSize {
+		f, rest, err := ParseFrame(s.recv.data[s.recv.off:])
 		if err == nil && f.Type == FrameMeta && f.Flags&FlagTrailer == 0 { // all else is for the reads to judge
-			s.off = len(s.data) - len(rest)
+			s.recv.off = len(s.recv.data) - len(rest)
 			if err := s.takeMeta(f, true); err != nil {
 				return nil, err
 			}
-			return s.header, nil
+			return s.recv.header, nil
 		}
 	}
 	if s.refused() {
@@ -317,7 +317,7 @@ func (s *session) readHeader() (nats.Header, error) {
 // refused reports whether the frames that are left of the first packet are the end of the stream with an error, and no record
 // comes before it.
 func (s *session) refused() bool {
-	for b := s.data[s.off:]; len(b) > 0; {
+	for b := s.recv.data[s.recv.off:]; len(b) > 0; {
 		f, rest, err := ParseFrame(b)
 		switch {
 		case err != nil || f.Type == FrameData:
@@ -332,24 +332,24 @@ func (s *session) refused() bool {
 
 // endedNow returns what every read returns from now on, if there is such a thing.
 func (s *session) endedNow() error {
-	if s.done != nil {
-		return s.done
+	if s.recv.done != nil {
+		return s.recv.done
 	}
-	if s.gate.Load()&gateLeft != 0 {
-		s.endRead(ErrClosed)
-		return s.done
+	if s.recv.readLock.Load()&gateLeft != 0 {
+		s.dropUnread(ErrClosed)
+		return s.recv.done
 	}
 	if e := s.end.Load(); e != nil && e.kind == endLocal {
-		return s.finishRead(e)
+		return s.endReads(e)
 	}
-	if s.parent.Err() != nil {
+	if s.recv.parent.Err() != nil {
 		// The context's own callback is under way and says the same to the peer.
 		s.canceled()
 		e := s.end.Load()
 		if s.stream != nil && e.kind != endLocal { // the peer's end came first, but nobody reads up to it any longer
-			e = &ending{kind: endLocal, err: contextError(s.parent)}
+			e = &ending{kind: endLocal, err: contextError(s.recv.parent)}
 		}
-		return s.finishRead(e)
+		return s.endReads(e)
 	}
 	return nil
 }
@@ -357,39 +357,39 @@ func (s *session) endedNow() error {
 // nextPacket waits for the next packet and makes it the current one. It gives credit for the one before.
 func (s *session) nextPacket() error {
 	b := &s.bucket
-	if len(s.data) > 0 {
-		if b.consume(len(s.data), s.ack, s.ep.window, s.grow) {
+	if len(s.recv.data) > 0 {
+		if b.consume(len(s.recv.data), s.recv.ackWanted, s.ep.window, s.grow) {
 			s.mark(workCredit)
 		}
-		s.data, s.off = nil, 0
+		s.recv.data, s.recv.off = nil, 0
 	}
 	for {
 		// The order matters: whoever ends the stream does so after the last push, so a ring that is empty after
 		// the end was seen stays empty.
 		end := s.end.Load()
 		if data, ok := b.ring.Pop(); ok {
-			if now := s.ep.clock.Load(); s.popped.Load() != now {
-				s.popped.Store(now)
+			if now := s.ep.clock.Load(); s.lastPop.Load() != now {
+				s.lastPop.Store(now)
 			}
-			s.data = data
+			s.recv.data = data
 			if b.mode == modeBinary {
-				s.off = PacketHeaderSize
-				s.ack = data[1]&byte(PacketAck) != 0
+				s.recv.off = PacketHeaderSize
+				s.recv.ackWanted = data[1]&byte(PacketAck) != 0
 			}
 			return nil
 		}
 		if end != nil {
-			return s.finishRead(end)
+			return s.endReads(end)
 		}
-		if s.stream == nil && !b.dry {
+		if s.stream == nil && !b.ranDry {
 			s.mark(workHello) // the consumer cannot write before it knows where to
 		}
 		if s.server != nil {
 			s.writer.Load().publishHeld() // the consumer may wait for the end before it sends more
 		}
-		b.dry = true
+		b.ranDry = true
 		b.park.Announce()
-		if b.ring.Empty() && s.end.Load() == nil && s.parent.Err() == nil && s.gate.Load()&gateLeft == 0 {
+		if b.ring.Empty() && s.end.Load() == nil && s.recv.parent.Err() == nil && s.recv.readLock.Load()&gateLeft == 0 {
 			b.park.Wait()
 		} else {
 			b.park.Retract()
@@ -402,74 +402,74 @@ func (s *session) nextPacket() error {
 
 // nextMessage takes the current message of a peer that speaks the original protocol.
 func (s *session) nextMessage() (Frame, error) {
-	data := s.data
-	s.off = len(data)
+	data := s.recv.data
+	s.recv.off = len(data)
 	rec, end, broken := parseJSON(data)
 	switch {
 	case broken != nil:
-		return Frame{}, s.broken(broken)
+		return Frame{}, s.fail(broken)
 	case end != nil:
-		return Frame{}, s.closed(end.Code, end.Text, false)
+		return Frame{}, s.takeClose(end.Code, end.Text, false)
 	}
 	return Frame{Type: FrameData, Flags: FlagJSON, Payload: rec}, nil
 }
 
-// closed ends this direction as the peer said, and the stream with it if that was all there was to wait for. half says
+// takeClose ends this direction as the peer said, and the stream with it if that was all there was to wait for. half says
 // that the peer goes on reading.
-func (s *session) closed(code int, text string, half bool) error {
+func (s *session) takeClose(code int, text string, half bool) error {
 	switch {
 	case code != CloseNormalClosure:
-		return s.finishRead(&ending{kind: endPeerClosed, err: &CloseError{code, text}})
+		return s.endReads(&ending{kind: endPeerClosed, err: &CloseError{code, text}})
 	case s.writer.Load() == nil && !half:
-		return s.finishRead(&ending{kind: endComplete, err: io.EOF})
+		return s.endReads(&ending{kind: endComplete, err: io.EOF})
 	}
-	s.endRead(io.EOF)
+	s.dropUnread(io.EOF)
 	s.releaseWindow()
-	s.readDone.Store(true)
+	s.recv.readDone.Store(true)
 	if e := s.end.Load(); e != nil { // the outbox was done with the stream before this; else it sees readDone
 		s.release(e)
 	}
 	s.markLater(workSettle)
-	return s.done
+	return s.recv.done
 }
 
-// broken ends the stream because of what the peer sent, and tells it.
-func (s *session) broken(err *CloseError) error {
-	return s.finishRead(&ending{kind: endLocal, err: err, reset: *err})
+// fail ends the stream because of what the peer sent, and tells it.
+func (s *session) fail(err *CloseError) error {
+	return s.endReads(&ending{kind: endLocal, err: err, reset: *err})
 }
 
-// finishRead ends the stream and makes e the result of this and every later read.
-func (s *session) finishRead(e *ending) error {
+// endReads ends the stream and makes e the result of this and every later read.
+func (s *session) endReads(e *ending) error {
 	err := e.err
 	if isNormal(err) { // a RESET of the consumer, and no CLOSE before it
 		err = &CloseError{CloseCanceled, "the consumer left before it had closed its direction"}
 	}
-	s.endRead(err)
-	s.stop(e)
-	return s.done
+	s.dropUnread(err)
+	s.endLocally(e)
+	return s.recv.done
 }
 
-func (s *session) endRead(err error) {
-	s.done = err
-	s.data, s.off, s.left = nil, 0, nil
+func (s *session) dropUnread(err error) {
+	s.recv.done = err
+	s.recv.data, s.recv.off, s.recv.left = nil, 0, nil
 }
 
 // leaving is the code that tells the peer that this end's user leaves.
 func (s *session) leaving() int {
-	if s.stream != nil && s.readDone.Load() && s.writer.Load() == nil {
+	if s.stream != nil && s.recv.readDone.Load() && s.writer.Load() == nil {
 		return CloseNormalClosure // everything was read, and there is nothing to say
 	}
 	return CloseCanceled
 }
 
-// part lets a consumer go that has read everything and closed its own direction. Its peer is told nothing: what it has not
+// detachIfDone lets a consumer go that has read everything and closed its own direction. Its peer is told nothing: what it has not
 // acknowledged yet goes on being repaired. It reports false where the stream is not that far; otherwise release is to follow.
-func (s *session) part() bool {
+func (s *session) detachIfDone() bool {
 	w := s.writer.Load()
-	if s.stream == nil || !s.readDone.Load() || w == nil || !w.closed.Load() {
+	if s.stream == nil || !s.recv.readDone.Load() || w == nil || !w.closed.Load() {
 		return false
 	}
-	s.returned.Store(true)
+	s.nobodyReads.Store(true)
 	s.mark(workPackets) // the last publish may have failed, and nobody else will try again
 	return true
 }
@@ -482,39 +482,39 @@ func (s *session) detach(reason string) bool {
 	if w == nil || !w.closeToLeave(reason) {
 		return false
 	}
-	if s.part() {
+	if s.detachIfDone() {
 		s.release(&ending{err: ErrClosed})
 		return true
 	}
-	s.returned.Store(true)
-	s.gate.Or(gateLeft)
+	s.nobodyReads.Store(true)
+	s.recv.readLock.Or(gateLeft)
 	s.bucket.park.Wake()
-	s.stream.ended(ErrClosed)
+	s.stream.endContext(ErrClosed)
 	s.mark(workPackets | workSettle)
 	return true
 }
 
 // canceled runs when the context that the stream lives by ended.
 func (s *session) canceled() {
-	if s.part() {
-		s.release(&ending{err: contextError(s.parent)})
+	if s.detachIfDone() {
+		s.release(&ending{err: contextError(s.recv.parent)})
 		return
 	}
-	if s.stream != nil && s.returned.Load() {
+	if s.stream != nil && s.nobodyReads.Load() {
 		return // the user left before, and the outbox ends what remains
 	}
-	e := &ending{kind: endLocal, err: contextError(s.parent), reset: CloseError{Code: s.leaving()}}
-	if s.parent.Err() == context.DeadlineExceeded {
+	e := &ending{kind: endLocal, err: contextError(s.recv.parent), reset: CloseError{Code: s.leaving()}}
+	if s.recv.parent.Err() == context.DeadlineExceeded {
 		e.reset.Code = CloseDeadlineExceeded
 	}
 	if gone := s.ep.gone.Load(); gone != nil { // the parent of handlers' contexts ends with the endpoint
 		e = gone
 	}
-	s.stop(e)
+	s.endLocally(e)
 }
 
-// stop ends the stream now and lets go of what it holds.
-func (s *session) stop(e *ending) {
+// endLocally ends the stream now and lets go of what it holds.
+func (s *session) endLocally(e *ending) {
 	s.requestEnd(e)
 	s.release(e)
 }
@@ -524,27 +524,9 @@ func (s *session) release(e *ending) {
 	s.releaseWindow()
 	if s.stream != nil {
 		cause := e.err
-		if e.kind == endPeerDone && s.readDone.Load() {
+		if e.kind == endPeerDone && s.recv.readDone.Load() {
 			cause = io.EOF // the end that was read is all there is to say
 		}
-		s.stream.ended(cause)
+		s.stream.endContext(cause)
 	}
-}
-
-// releaseWindow gives the window back to the budget, once.
-func (s *session) releaseWindow() {
-	s.released.Store(true)
-	s.ep.reserved.Add(-s.window.Swap(0))
-}
-
-// grow reserves n more bytes for the stream's window.
-func (s *session) grow(n uint64) bool {
-	if !s.ep.grow(n) {
-		return false
-	}
-	s.window.Add(int64(n))
-	if s.released.Load() { // at the same time: whoever comes second finds the bytes
-		s.ep.reserved.Add(-s.window.Swap(0))
-	}
-	return true
 }

@@ -1,0 +1,172 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"math"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
+)
+
+// This file follows the NATS connection: its status, its errors and its max_payload. The endpoint's watcher runs it, and the
+// outbox asks it about sizes.
+
+// watch follows the connection's status and the inbox until the endpoint is closed or the connection is. before says whether the
+// connection has been up.
+func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
+	defer close(ep.watched)
+	defer ep.stopWatch()
+	again := time.NewTimer(never) // to subscribe to a refused inbox again
+	defer again.Stop()
+	first, changed, renew := true, true, false
+	for {
+		if changed {
+			// What the channel says may be old: it drops news while it is full. That there was news is enough.
+			status := ep.conn.Status()
+			if status == nats.CLOSED {
+				ep.lost()
+				return
+			}
+			ep.follow(status, before && !first)
+			before = before || status == nats.CONNECTED
+			renew = !first
+		}
+		again.Stop()
+		if ep.outbox.up.Load() {
+			if next := ep.inbox.look(renew); next != 0 {
+				again.Reset(next)
+			}
+		}
+		first, changed, renew = false, false, false
+		select {
+		case _, ok := <-changes:
+			if !ok {
+				return
+			}
+			changed = true
+		case <-ep.inbox.news:
+		case <-again.C:
+			renew = true
+		}
+	}
+}
+
+// follow takes the connection's status. A connection that drains still takes what is published, until its subscriptions are
+// gone. again says that it has been up before.
+func (ep *endpoint) follow(status nats.Status, again bool) {
+	switch status {
+	case nats.CONNECTED:
+		ep.lookAtMaxPayload()
+		if again {
+			ep.outbox.resume() // before anything is published and its clocks start
+		}
+		ep.outbox.up.Store(true) // also if the outbox saw the connection go first
+		if again {               // it may have been away too shortly to be seen so
+			ep.probe()
+		}
+		ep.outbox.park.Wake()
+	case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
+		ep.draining.Store(true)
+	default:
+		ep.outbox.up.Store(false)
+		ep.ticker.Arm() // DisconnectTimeout runs
+	}
+}
+
+// probe says again what may have been lost with a connection: every reader its credit, every writer how far it is. The
+// answers set going what waits, and ask for what is missing.
+func (ep *endpoint) probe() {
+	ep.sessions.Range(func(_ string, s *session) bool {
+		s.mark(workResume)
+		return true
+	})
+}
+
+// lost ends every stream because the connection is closed for good, and with them everything that keeps the endpoint and the
+// connection alive, because nobody may ever call close. Records that arrived can still be read.
+func (ep *endpoint) lost() {
+	ep.outbox.up.Store(false)
+	ep.endAll(&ending{kind: endFault, err: connectionLost(nats.ErrConnectionClosed)})
+	ep.outbox.finish()
+	ep.stopTicker()
+	ep.stopErrors()
+}
+
+// reported takes an error that NATS reported: a stream whose subject this end may not publish to ends, and all of them if it may
+// not receive.
+func (ep *endpoint) reported(err error) {
+	d, ok := natsconn.Denied(err)
+	switch {
+	case errors.Is(err, nats.ErrMaxSubscriptionsExceeded):
+		ep.inbox.doubt()
+		ep.subscriptionRefused(natsconn.Denial{}, err)
+	case !ok:
+	case d.Subscribe && d.Subject == ep.prefix+"*":
+		ep.inbox.denied(err)
+	case d.Subscribe:
+		ep.subscriptionRefused(d, err)
+	case d.Subject == ep.prefix+probeToken:
+		ep.inbox.muted()
+	default:
+		ep.outbox.doLater(outOfStream{subject: d.Subject, denied: err})
+	}
+}
+
+// subscriptionRefused tells the server, if there is one, of a refused subscription. d is zero if NATS did not say which.
+func (ep *endpoint) subscriptionRefused(d natsconn.Denial, err error) {
+	if f := ep.onRefused.Load(); f != nil {
+		(*f)(d, err)
+	}
+}
+
+// barred returns why no stream may begin or go on: the endpoint is gone, or its inbox is refused. It returns nil if streams may.
+func (ep *endpoint) barred() *ending {
+	if e := ep.gone.Load(); e != nil {
+		return e
+	}
+	return ep.inbox.refused.Load()
+}
+
+// unknownPayload stands for max_payload until a NATS server has said it, which it has not before the first connect. Nothing is
+// refused or cut because of a limit that is not known.
+const unknownPayload = math.MaxInt32
+
+// lookAtMaxPayload remembers what the connection's server takes. The server changes it at any time: with each INFO, of which
+// nats.go tells nobody. It takes the connection's lock, so only the endpoint's own goroutines call it.
+func (ep *endpoint) lookAtMaxPayload() {
+	n := ep.conn.MaxPayload()
+	if n <= 0 {
+		n = unknownPayload
+	}
+	if ep.maxPayload.Load() != n {
+		ep.maxPayload.Store(n)
+	}
+}
+
+// freshMaxPayload is maxPayload as the connection says now, for a call that fails otherwise. It waits for the outbox, at most
+// AckTimeout, because the connection may take no bytes.
+func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
+	o := &ep.outbox
+	if !o.up.Load() {
+		return ep.maxPayload.Load()
+	}
+	looked := make(chan struct{})
+	o.doLater(outOfStream{looked: looked})
+	late := time.NewTimer(time.Duration(ep.times.Ack))
+	defer late.Stop()
+	select {
+	case <-looked:
+	case <-late.C:
+	case <-ctx.Done():
+	case <-o.done:
+	}
+	return ep.maxPayload.Load()
+}
+
+// reasonLimit is the longest reason that a message has room for.
+func (ep *endpoint) reasonLimit() int {
+	return max(0, min(MaxReason, int(ep.maxPayload.Load())-PacketHeaderSize-FrameHeaderSize))
+}

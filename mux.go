@@ -1,0 +1,187 @@
+package stream
+
+import (
+	"bytes"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/jsonwire"
+	"github.com/natsstream/stream/internal/lifecycle"
+)
+
+// This file is the mux: what the callback of the wildcard subscription does with each message. It runs in the subscription's
+// goroutine and touches atomics, the fields of session.bucket that are its own, and the inbound ring of the outbox.
+
+// receive is the mux: the callback of the wildcard subscription, called for one message after the other. It finds the
+// stream and hands it the packet. For a packet in order it decodes no frame and allocates nothing; for any message it
+// takes no lock, blocks on nothing and publishes nothing: what one stream makes it do must not cost the others.
+func (ep *endpoint) receive(m *nats.Msg) {
+	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
+	if !ok {
+		ep.receiveUnknown(m)
+		return
+	}
+	if end := s.end.Load(); end != nil { // on its way out of the map
+		if m.Reply != "" && s.closeRead(end) {
+			s.mark(workCredit) // it has everything, and says so, or that it leaves after that
+			return
+		}
+		ep.receiveUnknown(m)
+		return
+	}
+	if m.Size() > len(m.Subject)+len(m.Reply)+len(m.Data) {
+		m.Data = bytes.Clone(m.Data) // else its header, which nobody counts, would stay alive with it
+	}
+	data := m.Data
+	if len(data) == 0 || data[0] != PacketMagic {
+		ep.receiveJSON(s, m)
+		return
+	}
+	if m.Reply != "" && s.stream != nil && s.bucket.impostor(data, m.Reply) {
+		ep.answerUnknown(m)
+		ep.refuse(s, m, violation, protocolError(CloseProtocolError, "two producers answer with one sender number; open the stream again"))
+		return
+	}
+	if len(data) >= 2 && data[1]&byte(PacketSeq) == 0 {
+		ep.receiveControl(s, m)
+		return
+	}
+	if s.role == lifecycle.Writer {
+		ep.receiveBack(s, m)
+		return
+	}
+	v, err := s.bucket.accept(data)
+	if v != accepted {
+		ep.refuse(s, m, v, err)
+		return
+	}
+	if m.Reply != "" {
+		ep.outbox.deliver(control{session: s, reply: m.Reply})
+	}
+	if data[1]&byte(PacketAck|PacketMark) != 0 {
+		s.mark(workCredit)
+	}
+}
+
+// receiveUnknown takes a message for a token that is not, or no longer, in use. Where the sender can be reached, it is
+// told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 9.3.
+func (ep *endpoint) receiveUnknown(m *nats.Msg) {
+	if m.Subject[len(ep.prefix):] == probeToken {
+		ep.inbox.receive(m.Data)
+		return
+	}
+	ep.counters.unknown.Add(1)
+	if len(m.Data) == 0 && m.Header.Get("Status") == "503" { // nobody received the request of a stream that has ended
+		ep.outbox.deliver(control{absent: true})
+		return
+	}
+	ep.answerUnknown(m)
+}
+
+// answerUnknown tells the sender of a packet that no stream takes it, where it can be reached.
+func (ep *endpoint) answerUnknown(m *nats.Msg) {
+	if m.Reply == "" {
+		return
+	}
+	if h, _, err := ParsePacketHeader(m.Data); err == nil {
+		ep.outbox.deliver(control{reply: m.Reply, token: m.Subject[len(ep.prefix):], sender: h.Sender})
+	}
+}
+
+// receiveBack takes a sequenced packet for a producer that reads nothing: records must not gather unread. A consumer may say
+// that it sends none.
+func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
+	if _, body, err := ParsePacketHeader(m.Data); err == nil && onlyClose(body) {
+		if v, err := s.bucket.accept(m.Data); v != accepted {
+			ep.refuse(s, m, v, err)
+		} else {
+			s.mark(workCredit)
+		}
+		return
+	}
+	v, err := s.bucket.acceptControl(m.Data, s.sender)
+	if v == accepted || v == gap {
+		v, err = violation, protocolError(CloseProtocolError, "this producer takes no records")
+	}
+	ep.refuse(s, m, v, err)
+}
+
+// receiveControl checks a packet without sequence number and leaves it to the outbox, where its frames are acted on.
+func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
+	v, err := s.bucket.acceptControl(m.Data, s.sender)
+	if v == gap {
+		ep.askForGap(s)
+	} else if v != accepted {
+		ep.refuse(s, m, v, err)
+		return
+	}
+	ep.outbox.deliver(control{session: s, reply: m.Reply, packet: m.Data})
+}
+
+func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
+	if len(m.Data) == 0 {
+		// NATS says that nobody listens, docs/PROTOCOL.md section 9.3: to a request that the stream has no
+		// producer, later that its peer may be gone.
+		switch {
+		case m.Header.Get("Status") != "503":
+			ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "empty message"))
+		case s.stream != nil && s.bucket.mode == modeUnbound:
+			s.endFromMux(&ending{kind: endFault, err: nats.ErrNoResponders})
+		default:
+			ep.outbox.deliver(control{session: s, absent: true})
+		}
+		return
+	}
+	if s.stream == nil { // a consumer that is sent packets answers in packets: this is somebody else
+		ep.refuse(s, m, foreign, nil)
+		return
+	}
+	first := s.bucket.mode == modeUnbound
+	if jsonwire.IsPubAck(m.Data) {
+		ep.counters.pubAcks.Add(1)
+		return
+	}
+	v, err := s.bucket.acceptJSON(m.Data, ep.fallback)
+	if v != accepted {
+		ep.refuse(s, m, v, err)
+	} else if first {
+		s.peerTakesNone.Store(true)
+		s.mark(workBind | workSettle) // its reader may have come to the end before this
+	}
+}
+
+// refuse counts what was not accepted, asks for what is missing, and ends the stream where it cannot go on.
+func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) {
+	switch v {
+	case duplicate:
+		ep.counters.duplicate.Add(1)
+		if m.Data[1]&byte(PacketAck|PacketMark) != 0 {
+			s.mark(workCredit) // the answer to the first one was lost
+		}
+	case gap:
+		ep.counters.early.Add(1)
+		ep.askForGap(s)
+	case foreign:
+		ep.counters.foreign.Add(1)
+		ep.answerUnknown(m)
+	case malformed:
+		ep.counters.malformed.Add(1)
+	case violation:
+		s.endFromMux(&ending{kind: endFault, err: err, reset: *err})
+	}
+}
+
+// askForGap asks for the packets that are missing, unless it just did.
+func (ep *endpoint) askForGap(s *session) {
+	if s.bucket.shouldAskForGap(ep.clock.Load(), ep.times.Ack) {
+		s.mark(workGap)
+	}
+}
+
+// endFromMux is requestEnd for the mux, which takes no lock and so leaves contexts to the outbox.
+func (s *session) endFromMux(e *ending) {
+	if s.end.CompareAndSwap(nil, e) {
+		s.bucket.park.Wake()
+		s.mark(workEnd)
+	}
+}
