@@ -217,10 +217,8 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 		end.err = &CloseError{CloseAbnormalClosure, "the producer reset the stream and did not close it"}
 	case e.Code == CloseTryAgainLater && s.out.peer == "" && !arrived:
 		end.err = refusal{e}
-	case e.Code == CloseDeadlineExceeded:
-		if _, ok := s.recv.parent.Deadline(); ok { // the one this end set: the producer's timer was faster
-			end.err = fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
-		}
+	default:
+		end.err = s.resetError(e)
 	}
 	if arrived && (h.Sender == s.sender || e.Code == CloseNormalClosure) {
 		end.kind = endPeerDone
@@ -228,9 +226,18 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 	return end
 }
 
+// resetError returns the error for a RESET. The two ends of a stream share one deadline and have a timer each. The error is
+// the same, whichever timer was faster.
+func (s *session) resetError(e *CloseError) error {
+	if _, ok := s.recv.parent.Deadline(); ok && e.Code == CloseDeadlineExceeded {
+		return fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
+	}
+	return e
+}
+
 // resetByConsumer returns how a RESET ends a producer's stream; docs/PROTOCOL.md sections 9.3 and 12.3.
 func (s *session) resetByConsumer(h PacketHeader, e *CloseError) *ending {
-	end := &ending{kind: endReset, err: e}
+	end := &ending{kind: endReset, err: s.resetError(e)}
 	if s.out.state.Send < lifecycle.Closing {
 		return end
 	}
