@@ -320,6 +320,37 @@ func TestViolationEndsTheHandlersContext(t *testing.T) {
 	})
 }
 
+// A call that returns the end of the stream returns after the contexts have ended, also if the goroutine that ends the stream
+// has only just begun to.
+func TestContextsHaveEndedIfCallsFail(t *testing.T) {
+	for name, call := range map[string]func(w *Writer) error{
+		"Write": func(w *Writer) error { _, err := w.Write([]byte("x")); return err },
+		"Flush": (*Writer).Flush,
+		"Recv":  func(w *Writer) error { _, err := w.session.recvRecord(); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ep := recorded(t, newRecorder(nil))
+				defer ep.close(testClosed)
+				offer, _ := ParseToken(lastToken(consumerSubject(8)))
+				ctx, cancel := context.WithCancelCause(ep.ctx)
+				defer cancel(nil)
+				w := ep.newProducer(lifecycle.Handler, ctx, consumerSubject(8), offer, false, minWindow)
+				s := w.session
+				s.cancel, s.recv.parent = cancel, ep.ctx
+				s.end.Store(&ending{kind: endReset, err: &CloseError{Code: CloseCanceled}})
+				if err := call(w); !errors.Is(err, &CloseError{Code: CloseCanceled}) {
+					t.Errorf("the call returned %v", err)
+				}
+				if w.Context().Err() == nil || ctx.Err() == nil {
+					t.Errorf("the call returned before its context ended: %v, %v", w.Context().Err(), ctx.Err())
+				}
+				s.mark(workEnd)
+			})
+		})
+	}
+}
+
 // A look at a CLOSE that is held back which comes late says that the process stood still: the handler gets its time again.
 func TestCloseIsHeldBackAgainAfterTheProcessStoodStill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -100,7 +100,8 @@ func (e *ending) event() lifecycle.Event {
 }
 
 // requestEnd ends the stream, unless it has ended: the first end counts. Calls that wait return, and the outbox does the
-// rest. It reports whether e is the end. No write that begins after it returned succeeds, whether or not e is the end. The mux
+// rest. It reports whether e is the end. When it returns, no write that begins later succeeds and the contexts have ended, whether
+// or not e is the end. The mux
 // calls endFromMux instead. The caller does not hold the writer's lock.
 func (s *session) requestEnd(e *ending) bool {
 	defer func() {
@@ -109,6 +110,7 @@ func (s *session) requestEnd(e *ending) bool {
 		}
 	}()
 	if !s.end.CompareAndSwap(nil, e) {
+		s.endContexts(s.end.Load()) // the goroutine that set it may not have come so far
 		return false
 	}
 	s.bucket.park.Wake()

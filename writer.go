@@ -363,6 +363,9 @@ func (w *Writer) sleepLocked(wake <-chan struct{}) error {
 func (w *Writer) endError() error {
 	s := w.session
 	end, gone := s.end.Load(), s.ep.gone.Load()
+	if end != nil {
+		s.endContexts(end) // the goroutine that set it may not have come so far, and the error says that they have ended
+	}
 	switch {
 	case end != nil && end.kind == endLocal:
 		return end.writeError()
