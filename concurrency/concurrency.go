@@ -7,7 +7,7 @@ import (
 	"errors"
 )
 
-// ErrNoResult is what a nil [AsyncResult] holds: the one a receive from a closed channel yields.
+// ErrNoResult is the error of a nil [AsyncResult]. A receive from a closed channel yields a nil result.
 var ErrNoResult = errors.New("concurrency: no result")
 
 // AsyncResult is a value or an error. Its fields are plain; a result must not be changed once it was sent to
@@ -35,8 +35,8 @@ func NewAsyncResult[T any](v T, err error) *AsyncResult[T] {
 	return &AsyncResult[T]{Value: v, Err: err}
 }
 
-// ValueOrError returns what the result holds, in the order in which functions return it. On a nil result it returns
-// [ErrNoResult].
+// ValueOrError returns the result's value and error, in the order in which functions return them. For a nil result the
+// error is [ErrNoResult].
 func (r *AsyncResult[T]) ValueOrError() (T, error) {
 	if r == nil {
 		var zero T

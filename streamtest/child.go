@@ -12,7 +12,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// childEnv in the environment makes a process a server instead of what it is.
+// childEnv in the environment makes a test binary run as a server instead of its tests.
 const childEnv = "STREAMTEST_SERVER"
 
 // A Process runs the test's own binary again, because that has the server linked already and nothing needs to be
@@ -48,7 +48,7 @@ type report struct {
 	Slow    int64 // connections cut off because they did not read
 }
 
-// reportMark tells reports from what the init functions of other packages may print.
+// reportMark distinguishes reports from output of the init functions of other packages.
 const reportMark = "streamtest-report "
 
 func (r report) send() {
@@ -110,13 +110,14 @@ func serveChild() error {
 
 var errNotReady = errors.New("the server does not accept connections")
 
-// How a Process does in lame duck mode what takes two minutes in production.
+// Times of a Process in lame duck mode, which takes two minutes in production.
 const (
 	lameDuckDuration = time.Second
 	lameDuckGrace    = 100 * time.Millisecond
 )
 
-// fatalLogger hears what ends a server, most likely that its port is taken. The server would be waited for in vain.
+// fatalLogger receives the error that ends a server, most likely that its port is taken. Without it, the parent would wait
+// for the server in vain.
 type fatalLogger struct{}
 
 func (fatalLogger) Fatalf(format string, args ...any) {

@@ -10,9 +10,9 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// WithConfig reads text as a NATS configuration file, so that what a document recommends can be tested word for word. It
-// changes the options that text names; accounts and users are added to those that are there. [Start] and [StartProcess]
-// return an error where text is no configuration. Outside of them, WithConfig panics instead.
+// WithConfig reads text as a NATS configuration file, so that a test can use a documented configuration word for word. It
+// changes the options that text names, and adds accounts and users to the present ones. If text is no configuration,
+// [Start] and [StartProcess] return an error. Outside of them, WithConfig panics instead.
 //
 //	srv := streamtest.Run(t, streamtest.WithConfig(`
 //		authorization { users: [ { user: reader, password: x, permissions: { subscribe: "log.>" } } ] }
@@ -27,12 +27,12 @@ func WithConfig(text string) Option {
 	}
 }
 
-// recorders holds a *recorder for each *server.Options that options are being applied to. An Option sees nothing else,
+// recorders holds a *recorder for each *server.Options that options are being applied to. An Option has no other argument,
 // and it cannot return an error.
 var recorders sync.Map
 
-// A recorder takes from WithConfig what server.Options has no place for: its error or, where the server is going to run
-// in another process, the text itself. A parsed configuration could not travel.
+// A recorder takes values from WithConfig that server.Options has no field for: its error and, if the server will run in
+// another process, the text itself. A parsed configuration could not be sent to that process.
 type recorder struct {
 	remote bool
 	texts  []string
@@ -70,8 +70,8 @@ type step struct {
 	Fields map[string]json.RawMessage `json:",omitempty"`
 }
 
-// record applies opts to o and returns what another process must do to come to the same options. It fails where that
-// process cannot be told, because an option sets an interface or a function.
+// record applies opts to o and returns the steps by which another process gets the same options. It fails if an option sets
+// an interface or a function, because these cannot be sent to that process.
 func record(o *server.Options, opts []Option) ([]step, error) {
 	r := &recorder{remote: true}
 	recorders.Store(o, r)
@@ -116,7 +116,7 @@ func diff(fields map[string]json.RawMessage, prefix string, before, after reflec
 		if err == nil {
 			err = json.Unmarshal(b, back.Interface())
 		}
-		// JSON leaves out what has no place in it. A server that differs from what the test asked for would be worse
+		// JSON omits values that it cannot express. A server with other options than the test asked for would be worse
 		// than none.
 		if err != nil || !reflect.DeepEqual(back.Elem().Interface(), is.Interface()) {
 			return fmt.Errorf("streamtest: option %s cannot be sent to another process, use WithConfig", name)
@@ -136,7 +136,7 @@ func (s step) do(o *server.Options) error {
 		for part := range strings.SplitSeq(name, ".") {
 			f = f.FieldByName(part)
 		}
-		f.SetZero() // or maps and slices would keep what they had
+		f.SetZero() // otherwise maps and slices would keep their old elements
 		if err := json.Unmarshal(b, f.Addr().Interface()); err != nil {
 			return fmt.Errorf("option %s: %w", name, err)
 		}

@@ -1,5 +1,5 @@
-// Package streamtest provides what a test of streams needs around it: NATS servers without ports to choose, files, log
-// lines or binaries to install, connections to them, and whatever can go wrong in between.
+// Package streamtest provides NATS servers for tests of streams, connections to them, and faults of the network in
+// between. The servers choose their own ports and need no files, no parsing of logs and no installed binary.
 //
 //	func TestTail(t *testing.T) {
 //		srv := streamtest.Run(t)
@@ -30,8 +30,8 @@
 //
 // # Networks
 //
-// [RunProxy] stands between a client and its server, or between whatever speaks TCP, and delays, throttles, holds, cuts
-// and resets:
+// [RunProxy] stands between a client and its server, or between any two ends of a TCP connection. It delays, throttles,
+// holds, cuts and resets:
 //
 //	p := streamtest.RunProxy(t, srv.URL())
 //	nc, err := nats.Connect(p.URL(), nats.IgnoreDiscoveredServers())
@@ -41,8 +41,8 @@
 //
 // # Messages
 //
-// [RunInterceptor] stands there too, understands what NATS clients say, and applies rules to each message: ready-made
-// ones such as [Drop], [Duplicate], [Reorder] and [Corrupt], and functions of the test. It can also forge messages.
+// [RunInterceptor] stands in the same place, parses the protocol of NATS clients, and applies rules to each message. Rules
+// are ready-made, such as [Drop], [Duplicate], [Reorder] and [Corrupt], or functions of the test. It can also forge messages.
 //
 //	rng := rand.New(rand.NewPCG(1, 2))
 //	i := streamtest.RunInterceptor(t, srv.URL(),

@@ -19,7 +19,7 @@ type Message struct {
 	sid string // of the subscription that it is delivered to
 }
 
-// A Verdict says what becomes of a message after a [Rule] returned. The zero Verdict lets it pass.
+// A Verdict is the decision of a [Rule] about a message. The zero Verdict lets the message pass.
 type Verdict struct {
 	Drop   bool // it does not arrive
 	Copies int  // it arrives so many times more, at once
@@ -30,14 +30,14 @@ type Verdict struct {
 }
 
 // A Rule decides about a message, which it may change: its Subject, Reply, Header and Data. The message and its bytes are
-// the rule's until it returns; what it wants to keep it must copy. An [Interceptor] calls its rules one at a time, whatever
-// the number of connections. A rule may call Inject, which sends before the message at hand.
+// the rule's until it returns: a rule that keeps bytes for longer must copy them. An [Interceptor] calls its rules one at a
+// time, for any number of connections. A rule may call Inject, which sends before the message at hand.
 //
 // The ready-made rules take a probability p, from 0 to 1, and a source of chance. They decide the same about the same
 // messages in the same order. Rules of one Interceptor may share a source; those of several may not, nor may goroutines.
 type Rule func(m *Message) Verdict
 
-// Counts is what an [Interceptor] has done so far, in messages.
+// Counts are the numbers of messages that an [Interceptor] has handled so far.
 type Counts struct {
 	Passed     int // as they came or changed, those held too
 	Dropped    int
@@ -46,7 +46,7 @@ type Counts struct {
 	Injected   int // copies delivered
 }
 
-// Interceptor is a proxy for NATS clients that lets rules decide about each message. Everything else passes as it came.
+// Interceptor is a proxy for NATS clients that lets rules decide about each message. All other bytes pass unchanged.
 // Its methods may be called concurrently.
 //
 // Clients should be given nats.IgnoreDiscoveredServers, or a server that tells its own address leads them around it. TLS
@@ -91,7 +91,7 @@ func (i *Interceptor) SetRules(rules ...Rule) {
 	i.rule = Chain(rules...)
 }
 
-// Counts returns what the interceptor has done so far.
+// Counts returns the counts of the interceptor so far.
 func (i *Interceptor) Counts() Counts {
 	i.state.Lock()
 	defer i.state.Unlock()
@@ -198,7 +198,7 @@ func newTap(dir Direction, conn uint64, dst net.Conn) *tap {
 	return t
 }
 
-// message does with m what v says.
+// message applies the verdict v to m.
 func (t *tap) message(m *Message, v Verdict) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -270,7 +270,7 @@ func (t *tap) inject(m *Message) int {
 	return 1
 }
 
-// raw passes what is no message.
+// raw forwards bytes that are no message.
 func (t *tap) raw(b []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -286,7 +286,7 @@ func (t *tap) flush() {
 	t.flushLocked()
 }
 
-// flushLocked writes what there is to write. An error is no concern here: the reader of that connection sees it too.
+// flushLocked writes all queued bytes. It ignores errors, because the reader of that connection sees them too.
 func (t *tap) flushLocked() {
 	if len(t.out) > 0 && !t.closed {
 		_, _ = t.dst.Write(t.out)
@@ -296,7 +296,7 @@ func (t *tap) flushLocked() {
 	}
 }
 
-// close releases what is held and writes no more.
+// close releases the messages that are held and ends all writing.
 func (t *tap) close() {
 	t.timer.Stop()
 	t.mu.Lock()

@@ -25,7 +25,7 @@ const maxMessage = 64 << 20
 // errProtocol ends a connection on which the interceptor lost its way.
 var errProtocol = errors.New("streamtest: not the NATS protocol")
 
-// flusher is a connection that passes on what was read before it waits for more.
+// flusher is a connection that forwards all bytes it has read before it waits for more.
 type flusher struct {
 	net.Conn
 	t *tap
@@ -36,7 +36,7 @@ func (f flusher) Read(b []byte) (int, error) {
 	return f.Conn.Read(b)
 }
 
-// run passes what src sends until it ends, and returns why it did.
+// run forwards the bytes of src until src ends, and returns the error that ended it.
 func (t *tap) run(src net.Conn, i *Interceptor) error {
 	in := bufio.NewReaderSize(flusher{src, t}, 64<<10)
 	m := &Message{}
@@ -69,7 +69,7 @@ func (t *tap) run(src net.Conn, i *Interceptor) error {
 		if _, err := io.ReadFull(in, body); err != nil {
 			return err
 		}
-		// With their capacities, lest a rule that appends to one writes into what follows.
+		// The capacities end with the slices, so that a rule that appends to one does not overwrite the next bytes.
 		m.Header, m.Data = body[:header:header], body[header:total:total]
 		switch v := i.verdict(m); {
 		case v.Drop:
@@ -85,8 +85,8 @@ func (t *tap) run(src net.Conn, i *Interceptor) error {
 	}
 }
 
-// parse reads a control line. It returns false for one that no message follows, after it kept what SUB and UNSUB say.
-// Sizes that are no numbers are returned as -1.
+// parse reads a control line. It returns false if no message follows the line. It records the subscriptions that SUB and
+// UNSUB change. A size that is not a number is returned as -1.
 func (t *tap) parse(line []byte, m *Message) (header, total int, ok bool) {
 	var fields [6][]byte
 	f := fields[:0]
@@ -165,7 +165,7 @@ func (m *Message) append(b []byte) []byte {
 	return append(append(b, m.Data...), "\r\n"...)
 }
 
-// subscriptions is what a client is subscribed to.
+// subscriptions are the subscriptions of one client.
 type subscriptions struct {
 	mu sync.Mutex
 	m  map[string]string // subject by sid

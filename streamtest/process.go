@@ -13,13 +13,13 @@ import (
 )
 
 // Process is a NATS server in a process of its own, which can be killed, stopped, paused and started again at the same
-// address. It is what Server is otherwise. It needs no binary but the test's own, and does not outlive it. Its methods
-// may be called concurrently; those that change its state wait for each other.
+// address. Otherwise it is like a [Server]. It needs no binary except the test's own, and does not outlive the test. Its
+// methods may be called concurrently; those that change its state wait for each other.
 type Process struct {
 	port int
 
 	mu    sync.Mutex
-	opts  *server.Options // what steps come to, as far as this process can tell
+	opts  *server.Options // the result of steps, as far as this process can compute it
 	steps []step
 	child *child // the last one started
 }

@@ -99,7 +99,7 @@ func (c *child) ask() (report, error) {
 	for {
 		select {
 		case r := <-c.reports:
-			if r.Seq == c.seq { // else it is the late answer to a question given up
+			if r.Seq == c.seq { // a reply with another number answers a question that has timed out
 				return r, nil
 			}
 		case <-c.done:

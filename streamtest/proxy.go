@@ -9,9 +9,8 @@ import (
 	"time"
 )
 
-// Proxy is a TCP proxy that does to connections what networks do. It knows nothing of what passes. Until told otherwise
-// it passes everything at once. What it is told holds for the connections that there are and those to come. Its methods
-// may be called concurrently.
+// Proxy is a TCP proxy that imitates the faults of networks. It does not look at the bytes that pass. By default it passes
+// all bytes at once. A setting holds for all present and later connections. Its methods may be called concurrently.
 //
 // Clients should be given nats.IgnoreDiscoveredServers, or a server that tells its own address leads them around it.
 type Proxy struct {
@@ -49,14 +48,14 @@ func RunProxy(tb testing.TB, target string) *Proxy {
 	return p
 }
 
-// Cut closes all connections in the orderly way. What the proxy holds is lost. New connections can be made at once.
+// Cut closes all connections in the orderly way. Bytes that the proxy holds are lost. New connections can be made at once.
 func (p *Proxy) Cut() {
 	for _, l := range p.all() {
 		l.cut()
 	}
 }
 
-// Reset closes all connections with a TCP reset. What the proxy holds is lost. New connections can be made at once.
+// Reset closes all connections with a TCP reset. Bytes that the proxy holds are lost. New connections can be made at once.
 func (p *Proxy) Reset() {
 	for _, l := range p.all() {
 		l.reset()
@@ -66,14 +65,14 @@ func (p *Proxy) Reset() {
 // Refuse resets new connections as soon as they are made, or no longer does. Those that there are remain.
 func (p *Proxy) Refuse(refuse bool) { p.refuse.Store(refuse) }
 
-// BlackHole lets nothing more through in the given direction, until [Proxy.Heal]. Connections remain open and can be made; what
-// is sent is held, as far as buffers of the system reach, and then the sender's writes block. Neither bytes nor the end
-// of a connection get through.
+// BlackHole lets nothing more through in the given direction, until [Proxy.Heal]. Connections remain open, and new ones can
+// be made. Bytes that are sent are held until the system's buffers are full; then the sender's writes block. Neither bytes
+// nor the end of a connection get through.
 func (p *Proxy) BlackHole(dir Direction) {
 	p.change(dir, func(f *faults, d Direction) { f.hole[d] = true })
 }
 
-// Heal ends [Proxy.BlackHole] in both directions. What was held arrives, where the connection still lives.
+// Heal ends [Proxy.BlackHole] in both directions. The held bytes arrive if their connection still lives.
 func (p *Proxy) Heal() {
 	p.change(Both, func(f *faults, d Direction) { f.hole[d] = false })
 }
@@ -139,7 +138,7 @@ func (p *Proxy) pump(l *link) {
 func (p *Proxy) read(l *link, dir Direction, q chan<- chunk) {
 	src, _ := l.ends(dir)
 	for buf := make([]byte, chunkSize); ; {
-		if !p.pass(l, dir, time.Time{}) { // what is not read makes the sender's writes block
+		if !p.pass(l, dir, time.Time{}) { // bytes that are not read make the sender's writes block
 			drain(src)
 			return
 		}

@@ -15,7 +15,7 @@ import (
 // Direction is that of bytes or messages between a client and its server.
 type Direction int
 
-// The directions. Both is for what is done to each of them.
+// The directions. Both stands for each of them.
 const (
 	ToServer Direction = iota
 	ToClient
@@ -158,7 +158,7 @@ func (l *link) ending() bool {
 	}
 }
 
-// stop makes the link end; what it has not written yet is lost.
+// stop ends the link. Bytes that it has not written yet are lost.
 func (l *link) stop() { l.once.Do(func() { close(l.done) }) }
 
 func (l *link) reset() {
@@ -177,11 +177,11 @@ func (l *link) cut() {
 	for _, c := range []*net.TCPConn{l.client, l.server} {
 		_ = c.SetWriteDeadline(now) // a write that hangs would hold the link
 		_ = c.CloseWrite()
-		_ = c.SetReadDeadline(now.Add(linger)) // to read until it closes, for TCP resets what is closed unread
+		_ = c.SetReadDeadline(now.Add(linger)) // read until the peer closes: TCP resets a connection that is closed with unread bytes
 	}
 }
 
-// end says to dst what ended src: an orderly end remains one, and so does a reset.
+// end ends dst in the way in which src ended: in order, or by a reset.
 func (l *link) end(err error, dst *net.TCPConn) {
 	if errors.Is(err, io.EOF) {
 		_ = dst.CloseWrite()

@@ -105,7 +105,7 @@ func (s *Server) SlowConsumers() int64 {
 	return s.raw.NumSlowConsumers()
 }
 
-// Raw returns the server itself, for what this package has no method for.
+// Raw returns the server itself, for calls that this package does not wrap.
 func (s *Server) Raw() *server.Server {
 	return s.raw
 }

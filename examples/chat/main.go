@@ -1,5 +1,5 @@
-// Command chat is a stream in both directions: each side says what it has to say and hears the other meanwhile, until
-// both have half-closed.
+// Command chat is a stream in both directions: each side sends its lines and reads those of the other at the same time,
+// until both have half-closed.
 //
 //	go run ./examples/chat
 package main
@@ -23,7 +23,8 @@ func main() {
 	}
 }
 
-// side is one end of a chat. The two ends of a stream differ only in what the methods belong to.
+// side is one end of a chat. Its methods belong to a [stream.Stream] at one end, and to a [stream.Writer] and a
+// [stream.Request] at the other.
 type side struct {
 	w    io.Writer
 	done func() error // half-closes
@@ -34,8 +35,8 @@ func consumerSide(s *stream.Stream) side { return side{s, s.CloseSend, s.All()} 
 
 func producerSide(w *stream.Writer, r *stream.Request) side { return side{w, w.Close, r.All()} }
 
-// talk says all lines and half-closes. Meanwhile it hears what the other side says, and returns that when the other side
-// has half-closed, too.
+// talk sends all lines and half-closes. Meanwhile it reads the lines of the other side, and returns them when the other
+// side has half-closed, too.
 func (c side) talk(lines ...string) (heard []string, err error) {
 	// The first line goes before the first read: a consumer that has written nothing when it reads the producer's end
 	// has no stream left to write to.
@@ -46,7 +47,7 @@ func (c side) talk(lines ...string) (heard []string, err error) {
 	go func() { said <- c.say(lines[1:]) }()
 	for line, err := range c.all {
 		if err != nil {
-			return heard, errors.Join(err, <-said) // what breaks the stream ends the writes as well
+			return heard, errors.Join(err, <-said) // an error that breaks the stream ends the writes as well
 		}
 		heard = append(heard, string(line))
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// totals counts what all streams received so far, for the progress line.
+// totals counts the records that all streams have received so far, for the progress line.
 type totals struct {
 	streams, records, bytes atomic.Int64
 }
@@ -99,7 +99,7 @@ func (c *consumer) fetchFile(ctx context.Context, name string, repeat int) resul
 	return r
 }
 
-// receive reads one stream to its end and returns what came, also if it broke off.
+// receive reads one stream to its end and returns the sum of the received records, also if the stream broke off.
 func (c *consumer) receive(ctx context.Context, name string) (sum, error) {
 	s, err := c.client.Open(ctx, c.subject+".lines", []byte(name))
 	if err != nil {
@@ -132,10 +132,10 @@ func (c *consumer) receive(ctx context.Context, name string) (sum, error) {
 	return got, nil
 }
 
-// errDiffer says that a stream ended well and yet did not bring what the producer sent.
+// errDiffer says that a stream ended normally, but its records differ from those that the producer sent.
 var errDiffer = errors.New("both ends differ")
 
-// compare asks the producer what it sent.
+// compare asks the producer for its sum and compares it with the received one.
 func (c *consumer) compare(ctx context.Context, name string, received sum) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()

@@ -1,5 +1,5 @@
-// Command demo streams real files, line by line, from a producer to a consumer through a NATS server, and shows that
-// what arrives is what was sent.
+// Command demo streams real files, line by line, from a producer to a consumer through a NATS server, and shows that the
+// received lines equal the sent ones.
 //
 //	go run ./examples/demo                                # an embedded server, the largest files of the Go tree
 //	go run ./examples/demo -url nats://127.0.0.1:4222     # a server of yours
@@ -7,8 +7,8 @@
 //
 // Producer and consumer have a connection and a client each, as if they were two processes. The consumer opens a stream
 // by a request that names a file; every line of the file is one record. After the end of each stream the consumer asks
-// the producer, by an ordinary NATS request, how many records it sent and what their SHA-256 is, and compares. The
-// exit code is 0 if everything arrived, 1 if not, 2 for a mistake in the flags.
+// the producer, by an ordinary NATS request, for the number of records it sent and their SHA-256, and compares. The exit
+// code is 0 if everything arrived, 1 if not, 2 for a mistake in the flags.
 package main
 
 import (
@@ -28,7 +28,7 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// config is what the flags say.
+// config holds the values of the flags.
 type config struct {
 	url    string // "" = embedded server
 	dir    string // "" = sources of the Go tree

@@ -16,7 +16,7 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// sum is what one end saw of a stream. The producer sends it as JSON.
+// sum describes the records of a stream that one end sent or received. The producer sends it as JSON.
 type sum struct {
 	Records int64  `json:"records"`
 	Bytes   int64  `json:"bytes"`
@@ -26,8 +26,8 @@ type sum struct {
 // hashBuffer gathers lines before they are hashed: SHA-256 is slow on a few bytes at a time.
 const hashBuffer = 32 << 10
 
-// producer serves files: on <subject>.lines a request that names a file is answered by a stream of its lines, on
-// <subject>.sum by what the last finished stream of that file carried.
+// producer serves files. It answers a request that names a file on <subject>.lines with a stream of the file's lines, and
+// on <subject>.sum with the sum of the last finished stream of that file.
 type producer struct {
 	nc     *nats.Conn
 	client *stream.Client

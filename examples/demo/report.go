@@ -77,7 +77,7 @@ func (p *progress) line() string {
 // printTable prints a line per file and one for all of them, and returns how many files did not arrive whole.
 func printTable(out io.Writer, results []result, elapsed time.Duration) (failed int) {
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	// What follows the last tab belongs to no column, so names stand at the left.
+	// Text after the last tab belongs to no column, so names stand at the left.
 	row := func(name string, cells ...string) { fmt.Fprintf(t, "%s\t  %s\n", strings.Join(cells, "\t"), name) }
 	row("file", "streams", "records", "bytes", "records/s", "MB/s", "SHA-256", "both ends")
 	all := result{name: "all", elapsed: elapsed}

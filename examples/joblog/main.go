@@ -30,13 +30,13 @@ func main() {
 
 // logs serves the logs of jobs.
 type logs struct {
-	files map[string]string // path by the name of the job; nothing else is ever opened
+	files map[string]string // path by the name of the job; no other file is ever opened
 	left  chan error        // why a consumer left
 }
 
 // follow is the handler: it sends the lines of a log, and those to come, until the consumer leaves or the server drains.
 func (l *logs) follow(w *stream.Writer, r *stream.Request) error {
-	// What comes from the network is a key, never a path or a part of one.
+	// Input from the network is used as a key, never as a path or a part of one.
 	path, ok := l.files[string(r.Data)]
 	if !ok {
 		return &stream.CloseError{Code: stream.CloseBadRequest, Text: fmt.Sprintf("no job named %.60q", r.Data)}
@@ -73,7 +73,7 @@ func sendLines(r *stream.Request, w io.Writer, f io.Reader) error {
 			case <-time.After(pollEvery):
 			case <-r.Context().Done():
 				return context.Cause(r.Context())
-			case <-r.Draining(): // else Drain would wait until its own context ends
+			case <-r.Draining(): // without this case Drain would wait until its own context ends
 				return &stream.CloseError{Code: stream.CloseGoingAway, Text: "the log goes on, this server does not"}
 			}
 		}

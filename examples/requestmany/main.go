@@ -89,14 +89,14 @@ func serveAfter(server *stream.Server, hesitate func()) error {
 }
 
 // fetchAfter collects replies until the producer says that there are no more. A nil error means that the answer is whole; a
-// reply that was lost is sent again, or ends the stream with an error. How long all may take is what ctx says; nothing is
-// waited for after the last reply.
+// lost reply is retransmitted, or ends the stream with an error. ctx bounds the time for all replies; fetchAfter returns
+// as soon as the last one has arrived.
 func fetchAfter(ctx context.Context, client *stream.Client) (got []string, err error) {
 	s, err := client.Open(ctx, "after", nil)
 	if err != nil {
 		return nil, err
 	}
-	defer s.Close() // wherever this returns early, the producer is told
+	defer s.Close() // an early return cancels the producer
 	for reply, err := range s.All() {
 		if err != nil {
 			return got, err

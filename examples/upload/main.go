@@ -1,5 +1,5 @@
 // Command upload sends a file from the consumer to the producer: the consumer opens a stream, copies the file into it and
-// half-closes; the handler answers with what arrived, and both ends compare.
+// half-closes; the handler answers with a receipt for the bytes that arrived, and both ends compare.
 //
 //	go run ./examples/upload
 package main
@@ -25,7 +25,7 @@ func main() {
 	}
 }
 
-// receipt is what one end saw of a file.
+// receipt describes the bytes of a file that one end sent or received.
 type receipt struct {
 	Size   int64
 	SHA256 string
@@ -44,7 +44,7 @@ func receive(w *stream.Writer, r *stream.Request) error {
 
 var errDiffer = errors.New("what arrived is not what was sent")
 
-// upload sends what f holds and returns what both ends agree on.
+// upload sends the content of f and returns the receipt that both ends agree on.
 func upload(ctx context.Context, client *stream.Client, f io.Reader) (receipt, error) {
 	s, err := client.Open(ctx, "upload", nil)
 	if err != nil {
