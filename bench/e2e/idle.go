@@ -13,7 +13,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// IdleCost is what one open stream that nobody answers holds at its consumer.
+// IdleCost is the cost at the consumer of one open stream that the producer does
+// not answer.
 type IdleCost struct {
 	HeapBytes  float64 // heap in use after collection
 	StackBytes float64
@@ -25,7 +26,7 @@ type IdleCost struct {
 func (c IdleCost) Bytes() float64 { return c.HeapBytes + c.StackBytes }
 
 // Idle opens n streams to a producer that takes requests and never answers,
-// measures what the process has grown by, and closes them.
+// measures by how much the process has grown, and closes them.
 func Idle(env *Env, n int) (_ IdleCost, err error) {
 	conns, err := env.dialPair()
 	if err != nil {
@@ -73,8 +74,8 @@ func Idle(env *Env, n int) (_ IdleCost, err error) {
 		}
 	}()
 
-	// What the first streams cause to be allocated once is not an idle
-	// stream's cost.
+	// The first streams cause allocations that are made once. They are not a
+	// cost of an idle stream.
 	first := min(100, n/10)
 	if err := open(first); err != nil {
 		return IdleCost{}, err
@@ -103,8 +104,8 @@ func inUse() (heap, stack, goroutines float64) {
 	return float64(m.HeapInuse), float64(m.StackInuse), float64(runtime.NumGoroutine())
 }
 
-// KeepAlive measures what it costs to know of n idle streams that both their ends live: the processor time of both ends and
-// of the NATS server between them, as a part of the time that passes, which is about d.
+// KeepAlive measures the cost of liveness checks for n idle streams: the processor time of both ends and of the NATS server
+// between them, as a part of the time that passes, which is about d.
 func KeepAlive(env *Env, n int, d time.Duration) (_ float64, err error) {
 	conns, err := env.dialPair()
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// The floor: what NATS offers by itself, publish and subscribe with a subject and
-// a subscription per stream, as fast as it gets. One goroutine publishes for all
+// The floor: NATS by itself, publish and subscribe with a subject and a
+// subscription per stream, as fast as it gets. One goroutine publishes for all
 // streams, which measured as fast as one per stream or faster. The subscriber
 // counts in its callback, the cheapest way to receive. Nothing but the window
 // bounds the publisher; its size was chosen for speed.
@@ -19,7 +19,7 @@ const (
 	natsWindowRecords = 8 << 10
 )
 
-// noPendingLimit lifts nats.go's limit of what a subscription may hold.
+// noPendingLimit lifts nats.go's limit on the pending messages of a subscription.
 const noPendingLimit = -1
 
 type natsSession struct {
@@ -39,7 +39,7 @@ type natsLane struct {
 
 	target atomic.Uint64 // number of the run's last record plus one
 	batch  uint64
-	taken  uint64 // of check.next, what was released to the window
+	taken  uint64 // the part of check.next that was released to the window
 	check  checker
 	broken bool
 }

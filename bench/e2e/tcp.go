@@ -52,7 +52,7 @@ func newTCPRelay() (*tcpRelay, error) {
 	t.r = bufio.NewReaderSize(t.consumer, tcpBuffer)
 	go func() {
 		// The wrappers keep io.Copy from splicing in the kernel: a server
-		// that looks at what it forwards has to copy too.
+		// that looks at the bytes it forwards has to copy too.
 		type reader struct{ io.Reader }
 		type writer struct{ io.Writer }
 		io.CopyBuffer(writer{t.out}, reader{t.in}, make([]byte, 2*tcpBuffer))

@@ -7,7 +7,7 @@ import (
 
 // Plain NATS has no flow control: a publisher that is faster than its
 // subscriber fills the server's and the client's buffers until one of them
-// drops. window bounds what is in flight, so that the implementations without
+// drops. window bounds the bytes in flight, so that the implementations without
 // flow control lose nothing and their every record can be counted.
 //
 // The publisher owns sent and seen. It reads the consumer's progress only when

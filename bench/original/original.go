@@ -15,7 +15,7 @@
 //   - a cancelled context is noticed only when the next message arrives.
 //
 // Only the benchmarks use it. They make it lose nothing by lifting the pending
-// limits ([Client.SetPendingLimits]) and by bounding what is in flight.
+// limits ([Client.SetPendingLimits]) and by bounding the bytes in flight.
 package original
 
 import (
@@ -38,7 +38,7 @@ const (
 	CloseUnsupportedData = 1003
 )
 
-// StreamingMsgType says what a [StreamingMsg] carries.
+// StreamingMsgType is the kind of a [StreamingMsg].
 type StreamingMsgType int
 
 // The two kinds of message.
@@ -102,7 +102,7 @@ func NewClient(conn *nats.Conn) (*Client, error) {
 }
 
 // SetPendingLimits sets the pending limits of the client's subscription. The
-// design left them at nats.go's default and lost what went beyond.
+// design left them at nats.go's default and lost all messages beyond it.
 func (c *Client) SetPendingLimits(messages, bytes int) error {
 	return c.sub.SetPendingLimits(messages, bytes)
 }
@@ -180,8 +180,8 @@ func NewWriter(client *Client, subject string) *Writer {
 	return &Writer{client: client, subject: subject}
 }
 
-// Write publishes p as one record. Like the design it returns the length of
-// what was encoded.
+// Write publishes p as one record. Like the design it returns the length of the
+// encoded message.
 func (w *Writer) Write(p []byte) (int, error) {
 	return w.publish(&StreamingMsg{Type: DataMsg, Data: p})
 }

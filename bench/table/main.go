@@ -1,7 +1,7 @@
 // Command table runs the benchmarks against each other and prints ratios.
 //
-// Absolute times say more about the machine and what else it does than about
-// the code. So every implementation runs in this one process, in short slices
+// Absolute times say more about the machine and its other load than about the
+// code. So every implementation runs in this one process, in short slices
 // that take turns, and a ratio is the median of the ratios of slices that ran
 // one after the other.
 //
@@ -119,7 +119,7 @@ func (t *table) atMost(x, target float64, format string) string {
 	return s
 }
 
-// What must be reached: how many times as fast as the floor and the baseline.
+// The targets: how many times as fast as the floor and the baseline.
 var (
 	floorTarget    = map[string]float64{"size=16/streams=1": 9, "size=128/streams=1": 4.5, "size=1024/streams=1": 1.4, "size=16384/streams=1": 0.9}
 	baselineTarget = map[string]float64{"size=16/streams=1": 50, "size=128/streams=1": 25}
@@ -241,7 +241,7 @@ func (t *table) slowStreams() error {
 	return w.Flush()
 }
 
-// pinged is what was measured of one implementation, one operation at a time.
+// pinged holds the measurements of one implementation, one operation at a time.
 type pinged struct {
 	name   string
 	pinger e2e.Pinger

@@ -53,8 +53,8 @@ func DataSize(n int) int {
 	return len(dataHead) + base64.StdEncoding.EncodedLen(n) + len(dataTail)
 }
 
-// MaxRecord returns the length of the largest record whose message takes at most size bytes. It is not positive if no
-// record of a byte fits.
+// MaxRecord returns the length of the largest record that makes a message of at most size bytes. It is not positive if not
+// even a record of one byte fits.
 func MaxRecord(size int) int { return (size - DataSize(0)) / 4 * 3 }
 
 // AppendClose appends the message for the end of a stream to dst.

@@ -74,14 +74,14 @@ func (c conn) OnError(f func(error)) (stop func()) {
 	}
 }
 
-// Denial is what a permissions error says that this end may not do.
+// Denial is the operation that a permissions error denies to this end.
 type Denial struct {
 	Subject   string
 	Queue     string // of a subscription
-	Subscribe bool   // else publish
+	Subscribe bool   // false for publish
 }
 
-// Denied returns what a permissions error denies. ok is false for any other error.
+// Denied returns the operation that a permissions error denies. ok is false for any other error.
 func Denied(err error) (d Denial, ok bool) {
 	if !errors.Is(err, nats.ErrPermissionViolation) {
 		return d, false
@@ -99,7 +99,7 @@ func Denied(err error) (d Denial, ok bool) {
 	return d, ok
 }
 
-// unquote takes what the server writes with %q off the front of text.
+// unquote removes the text that the server wrote with %q from the front of text.
 func unquote(text string) (value, rest string, ok bool) {
 	quoted, err := strconv.QuotedPrefix(text)
 	if err != nil {

@@ -21,8 +21,8 @@ type Conn interface {
 	// lets f have all that the server sent before it stopped sending, if the connection delivers it within
 	// UnsubscribeTimeout. queue is a queue group, or empty.
 	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
-	// Flush returns when the server has taken all that was sent before, and has said what it says about it, or after the
-	// timeout.
+	// Flush returns when the server has received all messages that were sent before, and has sent all errors about them, or
+	// after the timeout.
 	Flush(timeout time.Duration) error
 	// OnError calls f for each error that the server reports and no call returns, until stop.
 	OnError(f func(error)) (stop func())
@@ -32,7 +32,7 @@ type Conn interface {
 	// value there.
 	LastError() error
 	// Status and MaxPayload take the connection's lock, which nats.go holds while a peer takes no bytes. So only the
-	// endpoint's own goroutines call them; calls of the user look at what the endpoint remembers.
+	// endpoint's own goroutines call them; calls of the user read the values that the endpoint remembers.
 	Status() nats.Status
 	MaxPayload() int64
 }
@@ -79,8 +79,8 @@ func (c conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error
 	if err != nil {
 		return nil, err
 	}
-	// Credit bounds what can be pending here, stream by stream. The default limits bound all streams together, and
-	// what they drop is the newest message of any stream.
+	// Credit bounds the pending messages here, stream by stream. The default limits bound all streams together, and
+	// drop the newest message of any stream.
 	if err := sub.SetPendingLimits(-1, -1); err != nil {
 		_ = sub.Unsubscribe()
 		return nil, err

@@ -9,7 +9,7 @@ import (
 )
 
 // MaxDepth is the deepest nesting of maps and arrays in an object. It is that of encoding/json, for both codecs and both
-// ends: what can be written can be read.
+// ends: an object that can be written can be read.
 const MaxDepth = 10_000
 
 // maxHops bounds the pointers and interfaces on the way to a value. Between two levels of an object there may be several.
@@ -37,7 +37,7 @@ func checkAll(p []byte, bodies *[]int) error {
 }
 
 // check walks the first object in p and returns the rest. It needs no recursion and no memory that p did not pay for. The
-// decoder of the msgpack package trusts what it reads: five bytes make it ask for 64 GiB, a long run of 0x91 overflows its
+// decoder of the msgpack package trusts its input: five bytes make it ask for 64 GiB, a long run of 0x91 overflows its
 // stack, and neither can be recovered from. So it sees only objects that are there as a whole and are not nested deeper
 // than depth. bodies, if not nil, gets the offsets where bodies of extensions begin, in a record of size bytes that ends
 // with p.
@@ -133,8 +133,8 @@ func isExtension(c byte) bool { return c >= 0xc7 && c <= 0xc9 || c >= 0xd4 && c 
 
 func isContainer(c byte) bool { return c >= 0x80 && c <= 0x9f || c >= 0xdc && c <= 0xdf }
 
-// stackWatch counts what methods of the user read or write. They may follow a cycle, and an overflow of the stack cannot be
-// recovered from, so now and then it looks how deep the stack is.
+// stackWatch counts the bytes that methods of the user read or write. These methods may follow a cycle, and a program cannot
+// recover from an overflow of the stack. So now and then stackWatch measures how deep the stack is.
 type stackWatch int
 
 const (

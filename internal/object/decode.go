@@ -15,8 +15,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// decoder reads one record. What a peer wrote decides neither its stack nor its memory: lengths are compared with what
-// is there, and nesting is bounded.
+// decoder reads one record. The record's content cannot exhaust its stack or its memory: lengths are compared with the bytes
+// that are present, and nesting is bounded.
 type decoder struct {
 	p        []byte
 	off      int
@@ -65,8 +65,8 @@ func (d *decoder) free() {
 	decoders.Put(d)
 }
 
-// delegate lets the msgpack package decode the next object. Its decoder trusts what it reads, so the record is checked
-// first.
+// delegate lets the msgpack package decode the next object. The decoder of that package trusts its input, so the record is
+// checked first.
 func (d *decoder) delegate(decode func(*msgpack.Decoder) error) error {
 	if !d.checked {
 		if err := checkAll(d.p, &d.guard.bodies); err != nil {
@@ -121,7 +121,7 @@ func (m maker) makeDecoder(t reflect.Type, p *plan) {
 	}
 }
 
-// zeroOr makes the value zero for nil, and what decode makes of all others.
+// zeroOr sets the value to zero for nil, and calls decode for all other objects.
 func zeroOr(decode func(*decoder, reflect.Value) error) func(*decoder, reflect.Value) error {
 	return func(d *decoder, v reflect.Value) error {
 		null, err := d.isNil()
@@ -194,7 +194,7 @@ func (d *decoder) decodeTime(v reflect.Value) error {
 	return nil
 }
 
-// kindDecoder decodes the object that begins with c. Nil leaves what cannot be nil as it is.
+// kindDecoder decodes the object that begins with c. A nil object leaves a value unchanged that cannot be nil.
 type kindDecoder func(d *decoder, v reflect.Value, c byte) error
 
 func (m maker) decoderOfKind(t reflect.Type) kindDecoder {
@@ -352,7 +352,7 @@ func decodeInterface(d *decoder, v reflect.Value, c byte) error {
 	if !v.IsNil() {
 		p := v.Elem()
 		if p.Kind() == reflect.Pointer && !p.IsNil() && (c != msgpcode.Nil || p.Elem().Kind() == reflect.Pointer) &&
-			!(p.Elem().Kind() == reflect.Interface && p.Elem().Elem().Equal(p)) { // else it points to itself
+			!(p.Elem().Kind() == reflect.Interface && p.Elem().Elem().Equal(p)) { // an interface that holds p points to itself
 			if err := d.hop(); err != nil {
 				return err
 			}
@@ -476,7 +476,7 @@ func (m maker) decodeList(t reflect.Type) kindDecoder {
 // firstElements is how many elements of a list get memory before the first one is there.
 const firstElements = 4
 
-// setBytes sets a list of bytes. A slice never shares memory with the record, nor with what the slice held before.
+// setBytes sets a list of bytes. A slice never shares memory with the record, nor with the slice's previous value.
 func setBytes(v reflect.Value, b []byte) {
 	if v.Kind() == reflect.Slice {
 		v.SetBytes(append([]byte{}, b...))

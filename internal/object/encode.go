@@ -25,7 +25,7 @@ func (e *Encoder) encodeMsgPack(v any) error {
 	return nil
 }
 
-// any encodes what an interface holds. Common types need no plan.
+// any encodes the value in an interface. Common types need no plan.
 func (e *Encoder) any(v any) error {
 	switch v := v.(type) {
 	case nil:
@@ -168,7 +168,7 @@ func (m maker) makeEncoder(t reflect.Type, p *plan) {
 	}
 }
 
-// nilOr writes nil for a nil value of t, and what encode writes for all others.
+// nilOr writes nil for a nil value of t, and calls encode for all other values.
 func nilOr(t reflect.Type, encode func(*Encoder, reflect.Value) error) func(*Encoder, reflect.Value) error {
 	switch t.Kind() {
 	case reflect.Map, reflect.Slice, reflect.Chan, reflect.Func:

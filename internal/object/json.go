@@ -5,8 +5,8 @@ import (
 	"sync"
 )
 
-// encodeJSON encodes v with encoding/json, and refuses what that package would overflow the stack for, or what it writes and
-// cannot read.
+// encodeJSON encodes v with encoding/json. It refuses values for which that package would overflow the stack, and values
+// that it would write but could not read.
 func (e *Encoder) encodeJSON(v any) error {
 	t := reflect.TypeOf(v)
 	if t != e.lastJSON {
@@ -31,7 +31,7 @@ func (e *Encoder) encodeJSON(v any) error {
 	return nil
 }
 
-// jsonDepth returns how deep valid JSON is nested. It does not look at what is too short to be nested too deeply.
+// jsonDepth returns how deep valid JSON is nested. It does not scan input that is too short to be nested too deeply.
 func jsonDepth(b []byte) int {
 	if len(b) <= 2*MaxDepth {
 		return 0
@@ -55,7 +55,7 @@ func jsonDepth(b []byte) int {
 	return deepest
 }
 
-// shape is what a type says about the JSON of its values.
+// shape says how to check values of a type before encoding/json encodes them.
 type shape struct {
 	look    bool // the type does not bound the nesting, or a part is nothing for JSON: values are looked at
 	raw     bool // a method writes a part
@@ -134,7 +134,7 @@ func makeShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 	return s
 }
 
-// walk looks at what an interface holds. Common types need no shape.
+// walk looks at the value in an interface. Common types need no shape.
 func walk(v any, depth, hops int) error {
 	switch v := v.(type) {
 	case nil, string, bool, int, int64, float64:
@@ -163,7 +163,7 @@ func walk(v any, depth, hops int) error {
 	return shapeOf(reflect.TypeOf(v)).walk(reflect.ValueOf(v), depth, hops+1)
 }
 
-// walk looks at a value whose type says too little. depth counts maps and arrays, hops all else on the way.
+// walk looks at a value if its type alone does not decide. depth counts maps and arrays, hops all other steps on the way.
 func (s *shape) walk(v reflect.Value, depth, hops int) error {
 	if hops > maxHops {
 		return errDepth

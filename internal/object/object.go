@@ -5,7 +5,7 @@
 //   - Names, embedding, hiding, "-", omitempty and omitzero of json tags hold for both codecs. A msgpack tag stands in for the
 //     json tag; there are as_array, for a field _msgpack, alias:name and noinline as well. The option string of a json tag
 //     is JSON's alone: MessagePack carries the number.
-//   - Decoding into a value that holds something does what json.Unmarshal does.
+//   - Decoding into a value that is not empty has the same result as with json.Unmarshal.
 //   - A number that the target cannot hold is an error, and so is anything behind the object.
 //
 // Types choose their form in MessagePack by methods, the first of: EncodeMsgpack, MarshalMsgpack, MarshalBinary, MarshalText.
@@ -31,7 +31,7 @@ const (
 // Encoder encodes one object into a buffer it is given, as long as that has room, and moves it to one of its own when it
 // has not. Encoders are reused: making one costs more than encoding most objects. It is for one goroutine at a time.
 type Encoder struct {
-	buf     []byte // what was encoded
+	buf     []byte // the encoded bytes
 	spilled bool   // buf is the encoder's own
 	spill   []byte // its own, between objects
 
@@ -65,7 +65,7 @@ func newEncoder() *Encoder {
 // NewEncoder returns an encoder. Free gives it back.
 func NewEncoder() *Encoder { return encoders.Get().(*Encoder) }
 
-// Write appends what encoding/json, or a method of the user, wrote. It fails if that recurses too deeply.
+// Write appends the output of encoding/json or of a method of the user. It fails if the writer recurses too deeply.
 func (e *Encoder) Write(p []byte) (int, error) {
 	if e.stack.tooDeep() {
 		return 0, errDepth

@@ -191,7 +191,7 @@ func (d *decoder) mapping(c byte) (n int, ok bool, err error) {
 }
 
 // promise takes a head with a number of size bytes, if size is not zero. It fails if the record is too short for n
-// elements of so many objects: no memory is taken for what is not there.
+// elements of so many objects: no memory is allocated for elements that are absent.
 func (d *decoder) promise(n, size, objects int) (int, error) {
 	d.off++
 	count := uint64(n)

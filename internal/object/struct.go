@@ -55,7 +55,7 @@ func (m maker) encodeStruct(t reflect.Type) func(*Encoder, reflect.Value) error 
 	return encodePresent(list)
 }
 
-// encodeArray writes the values of a struct as an array, with nil for what is not there.
+// encodeArray writes the values of a struct as an array, with nil for fields that are absent.
 func encodeArray(list []fieldPlan) func(*Encoder, reflect.Value) error {
 	return func(e *Encoder, v reflect.Value) error {
 		if err := e.enter(); err != nil {
@@ -125,7 +125,7 @@ func encodePresent(list []fieldPlan) func(*Encoder, reflect.Value) error {
 	}
 }
 
-// presence returns what decides whether a field is written, nil if nothing does.
+// presence returns the function that decides whether a field is written, nil if the field is always written.
 func presence(f field) func(reflect.Value) bool {
 	zero := isZero(f.typ)
 	switch {
@@ -139,7 +139,7 @@ func presence(f field) func(reflect.Value) bool {
 	return nil
 }
 
-// isEmpty is what the option omitempty means to encoding/json.
+// isEmpty decides the option omitempty as encoding/json does.
 func isEmpty(v reflect.Value) bool {
 	switch v.Kind() {
 	case reflect.Array, reflect.Map, reflect.Slice, reflect.String:
@@ -150,7 +150,7 @@ func isEmpty(v reflect.Value) bool {
 	return v.IsZero()
 }
 
-// isZero is what the option omitzero means to encoding/json.
+// isZero decides the option omitzero as encoding/json does.
 func isZero(t reflect.Type) func(reflect.Value) bool {
 	type zeroer interface{ IsZero() bool }
 	iface := reflect.TypeFor[zeroer]()

@@ -5,7 +5,8 @@
 // A buffered channel would do but for three things: it takes a lock on both
 // sides, it allocates its whole capacity at once, and its capacity is fixed. A
 // [Ring] costs one atomic store per Push and one per Pop, allocates nothing
-// until the first Push, and grows with what is queued, up to its limit.
+// until the first Push, and grows with the number of queued elements, up to its
+// limit.
 //
 // # Memory
 //
@@ -64,8 +65,9 @@ const (
 // 2^32; in a segment of n slots it lies in slot position mod n. Positions wrap,
 // so code compares them for equality or subtracts them, and never orders them.
 //
-// To embed a Ring: it has no padding at its ends, so put what the producer
-// writes often before it and what the consumer writes often after it.
+// To embed a Ring: it has no padding at its ends, so put the fields that the
+// producer writes often before it, and those that the consumer writes often
+// after it.
 type Ring[T any] struct {
 	// Owned by the producer. Others read tail only.
 	slots []T                         // of the segment that is filled
@@ -78,8 +80,8 @@ type Ring[T any] struct {
 	limit atomic.Uint32              // any goroutine -> producer
 	root  atomic.Pointer[segment[T]] // producer -> consumer: link to the first segment
 
-	// One whole line, with root: wherever a Ring starts in memory, no line holds
-	// words of both owners. Two lines would suit processors that fetch them in
+	// One whole line, with root: for any address of a Ring, no line holds words
+	// of both owners. Two lines would suit processors that fetch them in
 	// pairs, and are too much for a hundred thousand idle streams.
 	_ [cacheLine - 8]byte
 
@@ -172,7 +174,7 @@ func (r *Ring[T]) popSlow(h uint32) bool {
 	}
 	s := r.next.Load()
 	for s != nil && s.first == h {
-		r.next.Store(nil) // else root would keep the drained segments alive
+		r.next.Store(nil) // otherwise root would keep the drained segments alive
 		r.next, r.out = &s.link, s.slots
 		s = r.next.Load()
 	}
@@ -194,8 +196,9 @@ func (r *Ring[T]) Len() int {
 	return int(r.tail.Load() - h)
 }
 
-// Pushed returns how many elements have ever been pushed, modulo 2^32. What a
-// producer did before a Push is visible to a caller that sees it counted here.
+// Pushed returns how many elements have ever been pushed, modulo 2^32. If a
+// caller sees a Push counted here, it also sees all writes that the producer
+// made before that Push.
 func (r *Ring[T]) Pushed() uint32 {
 	return r.tail.Load()
 }

@@ -22,7 +22,7 @@ type Ticker struct {
 	ended chan struct{}
 }
 
-// Hooks are what a [Ticker] calls, one after the other, on its goroutine. None of them may block.
+// Hooks are the functions that a [Ticker] calls, one after the other, on its goroutine. None of them may block.
 type Hooks struct {
 	Wake  func() // wakes the owner, which then finds a tick due
 	Stuck func() // called at each tick from when the owner has taken no tick for patience

@@ -37,8 +37,8 @@ type Node[T any] struct {
 // Due returns when the wheel gives the item out, in the time of [Wheel.Advance], and 0 if the item is on no wheel.
 func (n *Node[T]) Due() int64 { return n.due }
 
-// Init makes w an empty wheel whose time begins at 0. The length of a tick is at least a nanosecond. node returns the Node
-// of an item; it lets a Node do without a pointer to its item.
+// Init makes w an empty wheel with time 0. The length of a tick is at least a nanosecond. node returns the Node of an item;
+// with it, a Node needs no pointer to its item.
 func (w *Wheel[T]) Init(tick time.Duration, node func(*T) *Node[T]) {
 	*w = Wheel[T]{node: node, tick: int64(max(tick, 1))}
 }

@@ -1,5 +1,5 @@
-// Package fake implements natsconn.Conn in memory, for tests. Connections to one Bus reach each other through it. A connection
-// without a bus, which New returns, hands what is published to functions of the test, and the test delivers messages by hand.
+// Package fake implements natsconn.Conn in memory, for tests. Connections to one Bus reach each other through it. New returns
+// a connection without a bus: it hands published messages to functions of the test, and the test delivers messages by hand.
 //
 // Everything that waits in this package waits durably in the sense of testing/synctest, so time passes in a bubble.
 package fake
@@ -17,7 +17,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// MaxPayload is what connections say that their server takes, in bytes, unless SetMaxPayload changes it.
+// MaxPayload is the largest payload, in bytes, that connections report for their server, unless SetMaxPayload changes it.
 const MaxPayload = 1 << 20
 
 // Bus is a NATS server in memory. It knows subjects, a wildcard as their last token, queue groups and the 503 of a subject
@@ -290,7 +290,7 @@ func (c *Conn) OnError(f func(error)) func() {
 	}
 }
 
-// Report reports err as NATS does what no call returns.
+// Report reports err in the way in which NATS reports errors that no call returns.
 func (c *Conn) Report(err error) {
 	c.mu.Lock()
 	calls := slices.Collect(maps.Values(c.onError))
@@ -335,7 +335,7 @@ func (c *Conn) StatusChanges() (<-chan nats.Status, func()) {
 	}
 }
 
-// Set changes the connection's status. While it is not connected nothing reaches it, and what it publishes is lost.
+// Set changes the connection's status. While it is not connected, no message reaches it, and its own messages are lost.
 func (c *Conn) Set(s nats.Status) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -360,7 +360,8 @@ func (c *Conn) Status() nats.Status { return nats.Status(c.state.Load()) }
 // MaxPayload implements natsconn.Conn.
 func (c *Conn) MaxPayload() int64 { return c.maxPayload.Load() }
 
-// SetMaxPayload changes what the server takes, of which nobody is told. 0 is that of a connection that has never been up.
+// SetMaxPayload changes the largest payload that the server accepts. No handler is called. A connection that has never been
+// up has 0.
 func (c *Conn) SetMaxPayload(bytes int64) { c.maxPayload.Store(bytes) }
 
 // fits reports whether the server takes data. Headers are not counted.
