@@ -11,8 +11,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// CloseError is the end of a stream with a close code: what the peer sent, or what this end found out about it.
-// It marshals to the JSON of the original protocol, {"Code":1000,"Text":""}.
+// CloseError is the end of a stream with a close code. The peer sent the code, or this end chose it for a fault it found.
+// A CloseError marshals to the JSON of the original protocol, {"Code":1000,"Text":""}.
 type CloseError struct {
 	Code int
 	Text string
@@ -33,38 +33,40 @@ func (e *CloseError) Error() string {
 	return s
 }
 
-// Is reports whether target is a [*CloseError] with the same code and, unless target's text is empty, the same text,
-// so that errors.Is(err, &CloseError{Code: CloseBadRequest}) asks for the code alone.
+// Is reports whether target is a [*CloseError] with the same code and the same text. If target's text is empty, only the
+// codes are compared: errors.Is(err, &CloseError{Code: CloseBadRequest}) matches any text.
 func (e *CloseError) Is(target error) bool {
 	t, ok := target.(*CloseError)
 	return ok && t != nil && e != nil && t.Code == e.Code && (t.Text == "" || t.Text == e.Text)
 }
 
-// Errors of this end: no bytes of the peer are behind them.
+// Errors of this end. The peer did not send them.
 var (
-	// ErrConcurrentRecv is returned by a read of a Stream while another goroutine's read is under way. Give a stream
-	// one reader, or lock around its reads.
+	// ErrConcurrentRecv is returned by a read of a Stream while another goroutine reads it. Read a stream in one goroutine,
+	// or lock around its reads.
 	ErrConcurrentRecv = errors.New("stream: concurrent read: a Stream has one reader at a time")
 	// ErrClosed is returned by reads of a Stream after its Close, by writes to a Writer after its Close, and by writes to a
-	// stream that the peer ended normally.
+	// stream after the peer ended it normally.
 	ErrClosed = errors.New("stream: use of a closed stream")
 	// ErrClientClosed is returned by Open, and by writers made from the client, after Client.Close.
 	ErrClientClosed = errors.New("stream: client is closed")
 	// ErrServerClosed is returned by a Server's methods after Close and Drain.
 	ErrServerClosed = errors.New("stream: server is closed")
-	// ErrOneWay is returned by a Stream's writes where the producer speaks only the JSON fallback, which has no way
-	// back. Read what it sends, and send all of your own with the request.
+	// ErrOneWay is returned by a Stream's writes if the producer speaks only the JSON fallback, which carries no records
+	// to the producer. Send all data of the consumer with the request. Reads go on.
 	ErrOneWay = errors.New("stream: the producer speaks the JSON fallback and takes no records")
-	// ErrRecordTooLarge is returned by writes of a record larger than MaxRecordSize, or than one NATS message where
-	// the peer speaks only the JSON fallback, which cannot cut it. Nothing of the record was sent; the writer goes on. A
-	// Handler that returns it ends its stream with CloseMessageTooBig.
+	// ErrRecordTooLarge is returned by writes of a record larger than MaxRecordSize. If the peer speaks only the JSON
+	// fallback, which cannot split a record, it is also returned for a record that does not fit into one NATS message.
+	// Nothing of the record was sent, and the writer stays usable. A Handler that returns it ends its stream with
+	// CloseMessageTooBig.
 	ErrRecordTooLarge = errors.New("stream: record too large")
-	// ErrCloseCode is returned by CloseWithCode for a code outside 1000–5999. Nothing was sent; call it again with
-	// one that fits.
+	// ErrCloseCode is returned by CloseWithCode for a code outside 1000–5999. Nothing was sent. Call it again with a valid
+	// code.
 	ErrCloseCode = errors.New("stream: invalid close code")
 )
 
-// noConnection and noContext are returned for arguments that are nil. The errors of nats.go that they match do not say which.
+// noConnection and noContext are the errors for nil arguments. They name the argument, which the errors of nats.go that they
+// match do not.
 func noConnection(field, advice string) error {
 	return fmt.Errorf("stream: %s is nil: %s: %w", field, advice, nats.ErrInvalidConnection)
 }
@@ -73,24 +75,24 @@ func noContext(call string) error {
 	return fmt.Errorf("stream: the context of %s is nil: pass context.Background() if there is no other: %w", call, nats.ErrInvalidContext)
 }
 
-// connectionLost is what streams end with when the connection is closed for good under them.
+// connectionLost returns the error that ends all streams when their connection is closed for good.
 func connectionLost(cause error) error {
 	return fmt.Errorf("%w: %w", &CloseError{Code: CloseAbnormalClosure, Text: "connection lost"}, cause)
 }
 
-// protocolError ends a stream whose peer sent what this end cannot take.
+// protocolError returns the error that ends a stream after its peer sent a packet or message that this end cannot accept.
 func protocolError(code int, format string, args ...any) *CloseError {
 	return &CloseError{Code: code, Text: cutReason(fmt.Sprintf(format, args...), MaxReason)}
 }
 
-// contextError is the error of a call whose context ended: ctx.Err(), with the cause in front where the owner of the
-// context gave one. errors.Is finds both.
+// contextError returns the error of a call after its context ended: ctx.Err(). If the owner of the context gave a cause, the
+// cause stands in front, and errors.Is finds both.
 func contextError(ctx context.Context) error {
 	err, cause := ctx.Err(), context.Cause(ctx)
 	switch {
 	case cause == nil:
 		return err
-	case errors.Is(cause, err): // it says as much, or more
+	case errors.Is(cause, err): // the cause includes ctx.Err()
 		return cause
 	}
 	return fmt.Errorf("%w: %w", cause, err)
@@ -124,8 +126,9 @@ func isNormal(err error) bool {
 
 func validCode(code int) bool { return code >= minCloseCode && code <= maxCloseCode }
 
-// closeReason joins and checks what CloseWithCode was given. The reason is for people to read, often an error's text:
-// it is cut and mended where it does not fit, so that the end of a stream never fails because of it.
+// closeReason checks the code of CloseWithCode and joins its texts to the reason. A reason is for people to read, and often
+// is the text of an error. A reason that is too long or not valid UTF-8 is cut and repaired, so that it never keeps a stream
+// from ending.
 func closeReason(code int, text []string) (string, error) {
 	if !validCode(code) {
 		return "", fmt.Errorf("%w: %d is not in %d–%d", ErrCloseCode, code, minCloseCode, maxCloseCode)

@@ -11,22 +11,22 @@ import (
 //go:generate go run ./internal/framegen
 
 // The codec of the wire protocol, docs/PROTOCOL.md sections 2, 4, 5 and 8: functions over bytes, without policy. It knows no
-// connection, stream or clock. Appending does not check what it is given; parsing checks all that can be seen in one
-// header or frame alone, allocates nothing, and never takes memory or trusts an offset because a length field says so.
+// connection, stream or clock. Appending does not check its arguments. Parsing checks everything that one header or frame
+// alone shows, and allocates nothing. It never takes memory or trusts an offset because of a length field.
 
-// FrameType says what a frame is. Types from 0x80 on may be skipped by a receiver that does not know them.
+// FrameType is the type of a frame. A receiver skips frames of unknown types from 0x80 on.
 type FrameType uint8
 
 // Skippable reports whether a receiver that does not know t skips the frame. Any other unknown type is an error.
 func (t FrameType) Skippable() bool { return t >= frameSkippable }
 
-// FrameFlags are the flags of a frame. What a bit means depends on the frame's type.
+// FrameFlags are the flags of a frame. The meaning of a bit depends on the frame's type.
 type FrameFlags uint8
 
 // PacketFlags are the flags of a packet, four bits.
 type PacketFlags uint8
 
-// Frame is one record, a piece of one, or one word of control.
+// Frame is one record, a piece of a record, or one control message.
 type Frame struct {
 	Type    FrameType
 	Flags   FrameFlags
@@ -37,13 +37,14 @@ type Frame struct {
 // PacketHeader is the head of a packet: of the payload of one NATS message.
 type PacketHeader struct {
 	Flags  PacketFlags
-	Sender uint64 // random number of the send half the packet comes from, of 48 bits
-	Seq    uint32 // with PacketSeq the number of this packet, otherwise the number the sender will use next
+	Sender uint64 // random number of the send half that made the packet, of 48 bits
+	Seq    uint32 // with PacketSeq the number of this packet, otherwise the next number that the sender will use
 	Length uint32 // bytes of the whole packet, this header included
 }
 
-// Allows reports whether a frame of type t may stand in a packet with header h: DATA, CLOSE and META in one with
-// [PacketSeq], RESET, CREDIT, PING, CHALLENGE and RESPONSE in one without, skippable types in both.
+// Allows reports whether a packet with header h may contain a frame of type t. A packet with [PacketSeq] may contain DATA,
+// CLOSE and META. A packet without it may contain RESET, CREDIT, PING, CHALLENGE and RESPONSE. Both may contain skippable
+// types.
 func (h PacketHeader) Allows(t FrameType) bool {
 	set := uint32(controlTypes)
 	if h.Flags&PacketSeq != 0 {
@@ -56,14 +57,14 @@ func (h PacketHeader) Allows(t FrameType) bool {
 type Credit struct {
 	Ack     uint32 // number of the next packet the receiver expects; all before it arrived
 	Packets uint32 // packet limit: the first sequence number that may not be used yet
-	Bytes   uint64 // byte limit: total length of sequenced packets from which on no further one may be opened
+	Bytes   uint64 // byte limit: once the sequenced packets have this total length, no further packet may be opened
 }
 
-// Codec names an encoding of objects. The zero value leaves the choice to whatever it is given to.
+// Codec is an encoding of objects. The zero value, CodecDefault, selects the default of the parameter that it is used for.
 type Codec uint8
 
 const (
-	CodecDefault Codec = iota // what the documentation of the place where it is used says
+	CodecDefault Codec = iota // the default that the documentation of the parameter names
 	JSON                      // encoding/json
 	MsgPack                   // MessagePack
 )
@@ -81,8 +82,8 @@ func (c Codec) String() string {
 	return "Codec(" + strconv.Itoa(int(c)) + ")"
 }
 
-// Token is the last element of a reply subject. It tells the mux of the peer that made it which stream a message is
-// for, and tells everyone else what that peer understands and how much it takes before the first CREDIT.
+// Token is the last element of a reply subject. To the mux of the peer that made it, it names the stream of a message. To
+// the other end, it states the protocol version, the codec and the initial window of that peer.
 type Token struct {
 	Codec      Codec  // how the peer wants objects: JSON or MsgPack
 	LogPackets uint8  // the initial window is 1<<LogPackets packets, at most 31
@@ -90,8 +91,8 @@ type Token struct {
 	ID         uint64 // random; zero in an offer
 }
 
-// What can be wrong with bytes. Parsers return these, or errors that say more and match them under [errors.Is]. All are
-// made once, so that bad input costs no allocation either.
+// Errors of the parsers. A parser returns one of these, or an error with more detail that matches one under [errors.Is]. All
+// of them are made once, so that invalid input causes no allocation.
 var (
 	// ErrTruncated: fewer bytes than a header has.
 	ErrTruncated = errors.New("stream: header cut short")
@@ -103,15 +104,16 @@ var (
 	ErrFlags = errors.New("stream: reserved flag set")
 	// ErrFrameType: a frame of a type that this version does not know and that may not be skipped.
 	ErrFrameType = errors.New("stream: unknown frame type")
-	// ErrLength: a packet is not as long as its header says, or a frame is longer than what is left of its packet.
+	// ErrLength: a packet is not as long as its header says, or a frame is longer than the rest of its packet.
 	ErrLength = errors.New("stream: wrong length")
 	// ErrCode: the code of a CLOSE or RESET is not in 1000 to 5999, or that of another frame is not 0.
 	ErrCode = errors.New("stream: frame code out of range")
 	// ErrPayload: a payload that the type of its frame does not allow.
 	ErrPayload = errors.New("stream: invalid frame payload")
-	// ErrMisplaced: a frame in a packet that PacketHeader.Allows says it may not stand in.
+	// ErrMisplaced: a frame in a packet that may not contain it; see PacketHeader.Allows.
 	ErrMisplaced = errors.New("stream: frame in the wrong kind of packet")
-	// ErrToken: the text is not a token, or not an offer. That of a peer that speaks the JSON fallback is none.
+	// ErrToken: the text is not a token, or not an offer. The reply subject of a peer that speaks the JSON fallback ends
+	// with no token.
 	ErrToken = errors.New("stream: not a token")
 )
 
@@ -146,10 +148,10 @@ var (
 	errTokenID          error = &wireError{ErrToken, "id is not a 64-bit number in base 62"}
 )
 
-// AppendPacket appends a whole packet, the header and then the frames, to dst and returns the extended slice. The length
-// in the header is that of the packet whatever h.Length is; nothing else is checked, as in [AppendPacketHeader] and
-// [AppendFrame]. No payload may overlap the free capacity of dst. AppendPacket panics if the packet is longer than
-// 4,294,967,295 bytes, the largest length the header can hold.
+// AppendPacket appends a whole packet, the header and then the frames, to dst and returns the extended slice. It ignores
+// h.Length and writes the length of the packet. It does not check the other fields and the frames, as [AppendPacketHeader]
+// and [AppendFrame] do not. No payload may overlap the free capacity of dst. AppendPacket panics if the packet is longer
+// than 4,294,967,295 bytes, the largest length the header can hold.
 func AppendPacket(dst []byte, h PacketHeader, frames ...Frame) []byte {
 	n := uint64(PacketHeaderSize)
 	for _, f := range frames {
@@ -166,8 +168,8 @@ func AppendPacket(dst []byte, h PacketHeader, frames ...Frame) []byte {
 	return dst
 }
 
-// AppendFrame appends f, header and payload, to dst and returns the extended slice. f is not checked: what [ParseFrame]
-// would refuse is appended all the same. f.Payload must not overlap the free capacity of dst. AppendFrame panics if the
+// AppendFrame appends f, header and payload, to dst and returns the extended slice. It does not check f: it also appends a
+// frame that [ParseFrame] would refuse. f.Payload must not overlap the free capacity of dst. AppendFrame panics if the
 // payload is longer than 4,294,967,295 bytes, the largest length the header can hold.
 func AppendFrame(dst []byte, f Frame) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, frameWord(f.Type, f.Flags, f.Code, frameLen(len(f.Payload))))
@@ -185,10 +187,11 @@ func frameLen(n int) uint32 {
 // ParseFrame takes one frame off the front of b and returns it with the bytes that follow. The payload is a sub-slice
 // of b whose capacity ends with it, so that appending to it cannot overwrite the next frame. Frames of unknown
 // skippable types are returned as they are, with any flags, code and payload. ParseFrame does not know the packet: use
-// [PacketHeader.Allows] to see whether the frame may stand in it.
+// [PacketHeader.Allows] to check whether the packet may contain the frame.
 //
-// The error is [ErrTruncated], [ErrLength], [ErrFrameType], [ErrFlags], [ErrCode] or [ErrPayload], looked for in this
-// order; f and rest are zero then. There is no way to go on behind a bad frame. ParseFrame allocates nothing.
+// The error is [ErrTruncated], [ErrLength], [ErrFrameType], [ErrFlags], [ErrCode] or [ErrPayload], the first in this order
+// that applies. With an error, f and rest are zero: a packet cannot be parsed behind a bad frame. ParseFrame allocates
+// nothing.
 func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 	if len(b) < FrameHeaderSize {
 		return Frame{}, nil, ErrTruncated
@@ -221,8 +224,8 @@ func AppendToken(dst []byte, t Token) []byte {
 	return append(dst, id[:]...)
 }
 
-// AppendOffer appends the first [OfferSize] characters of t, all but its ID, to dst and returns the extended slice. They
-// travel alone in the header Stream-Open, because a reply subject may be rewritten on its way. See [AppendToken].
+// AppendOffer appends the first [OfferSize] characters of t, all but its ID, to dst and returns the extended slice. The
+// offer also travels in the header Stream-Open, because a NATS server may rewrite a reply subject. See [AppendToken].
 func AppendOffer(dst []byte, t Token) []byte {
 	codec := byte(tokenMsgPack)
 	if t.Codec == JSON {
@@ -232,9 +235,9 @@ func AppendOffer(dst []byte, t Token) []byte {
 		base62Digits[min(t.LogPackets, maxLogPackets)], base62Digits[min(t.LogBytes, maxLogBytes)])
 }
 
-// ParseToken reads a token. What it accepts, [AppendToken] writes exactly so. The error is [ErrVersion] for tokens of
-// another version of the protocol, whatever their length, and [ErrToken] for everything else that is no token. It
-// allocates nothing.
+// ParseToken parses a token. [AppendToken] writes the result back to exactly the text that ParseToken accepted. The error is
+// [ErrVersion] for a token of another version of the protocol, of any length, and [ErrToken] for any other text that is not
+// a token. ParseToken allocates nothing.
 func ParseToken(s string) (Token, error) {
 	t, err := parseOffer(s, TokenSize)
 	if err != nil {
@@ -258,7 +261,7 @@ func ParseOffer(s string) (Token, error) { return parseOffer(s, OfferSize) }
 
 // parseOffer reads the offer at the front of s, which must be size characters long.
 func parseOffer(s string, size int) (Token, error) {
-	// The version is looked at first: other versions may have tokens of other lengths.
+	// The version is checked first: other versions may have tokens of other lengths.
 	if len(s) >= 2 && s[0] == tokenMark && s[1] != tokenVersion && base62Value(s[1]) < 62 {
 		return Token{}, ErrVersion
 	}

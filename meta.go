@@ -19,8 +19,8 @@ const (
 	metaEOL  = "\r\n"
 )
 
-// ErrHeader is returned by SetHeader and SetTrailer for headers that cannot be sent; its text says why. Nothing was sent,
-// and the writer goes on.
+// ErrHeader is returned by SetHeader and SetTrailer for headers that cannot be sent. The text of the error gives the reason.
+// Nothing was sent, and the writer stays usable.
 var ErrHeader = errors.New("stream: headers cannot be sent")
 
 // appendMeta appends h to dst.
@@ -51,11 +51,12 @@ func parseMeta(b []byte) (nats.Header, error) {
 	return nats.DecodeHeadersMsg(b)
 }
 
-// SetHeader sends h to the consumer, where [Stream.Header] returns it. It must be called before the first record, once;
-// the headers leave with that record, or with [Writer.Flush] or [Writer.Close]. h may be changed afterwards. As in
-// NATS's own headers, white space around a value is not kept, and a name without values is not sent. Errors:
-// [ErrHeader] where it is too late, or h cannot be sent; those of [Writer.Write]. A consumer that speaks only the JSON
-// fallback sees no headers.
+// SetHeader sends h to the consumer, at which [Stream.Header] returns it. Call it once, before the first record. The headers
+// are sent with the first record, or by [Writer.Flush] or [Writer.Close]. h may be changed afterwards. As in NATS's own
+// headers, white space around a value is not kept, and a name without values is not sent. A consumer that speaks only the
+// JSON fallback gets no headers.
+//
+// Errors: [ErrHeader] after the first record or an earlier SetHeader, or if h cannot be sent; those of [Writer.Write].
 func (w *Writer) SetHeader(h nats.Header) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -78,9 +79,10 @@ func (w *Writer) SetHeader(h nats.Header) error {
 	return nil
 }
 
-// SetTrailer sends h to the consumer with the end of the stream, where [Stream.Trailer] returns it. The last call before
-// Close counts. h may be changed afterwards. Errors: [ErrHeader] where h cannot be sent, [ErrClosed], what ended the stream. A
-// consumer that speaks only the JSON fallback sees no trailers.
+// SetTrailer sends h to the consumer with the end of the stream. [Stream.Trailer] returns it there. The last call before
+// Close counts. h may be changed afterwards. A consumer that speaks only the JSON fallback gets no trailers.
+//
+// Errors: [ErrHeader] if h cannot be sent; [ErrClosed] after Close; the error that ended the stream.
 func (w *Writer) SetTrailer(h nats.Header) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -6,20 +6,20 @@ import (
 	"github.com/natsstream/stream/concurrency"
 )
 
-// Buffers of the send side come from pools, one for each size class. A packet belongs to the Writer that opened it
-// from getPacket on; once it is sealed, it is the outbox's, which gives it back with putPacket after it was acknowledged or
-// its writer ended. Nobody else gives a sealed one back, so none is reused while it is being published.
-// Received packets are never pooled: they are NATS's own buffers and the user's records are sub-slices of them.
+// Buffers of the send side come from pools, one for each size class. From getPacket on, a packet belongs to the Writer that
+// opened it. A sealed packet belongs to the outbox, which returns it with putPacket after it was acknowledged or its writer
+// ended. Only the outbox returns sealed packets, so none is reused while it is being published.
+// Received packets are never pooled: they are NATS's own buffers, and the user's records are sub-slices of them.
 
-// Packet sizes. A coalescing packet grows to coalesceSize; a record that does not fit it travels alone in a packet of
-// up to singleSize; what is larger still is cut into pieces (docs/PROTOCOL.md section 6).
+// Packet sizes. A coalescing packet grows to coalesceSize. A record that does not fit into it travels alone in a packet of
+// up to singleSize. A larger record is cut into pieces (docs/PROTOCOL.md section 6).
 const (
 	coalesceSize = 32 << 10
 	singleSize   = 256<<10 + PacketHeaderSize + FrameHeaderSize
 )
 
-// packetClasses are the buffer sizes. What a sealed packet keeps until it is acknowledged is its buffer, so there is a class
-// near each size that a lone record may have: above 4 KiB at most a quarter of the buffer is not used.
+// packetClasses are the buffer sizes. A sealed packet keeps its whole buffer until it is acknowledged. So there is a class
+// near each size of a lone record: above 4 KiB at most a quarter of the buffer is not used.
 var packetClasses = [...]int{
 	512, 1 << 10, 2 << 10, 4 << 10,
 	5 << 10, 6 << 10, 7 << 10, 8 << 10, 10 << 10, 12 << 10, 14 << 10, 16 << 10, 20 << 10, 24 << 10, 28 << 10, coalesceSize,
@@ -31,7 +31,7 @@ const unpooled = int8(-1)
 
 // packet is one NATS payload under way.
 type packet struct {
-	buf   []byte // full capacity while open; cut to what was written when sealed
+	buf   []byte // full capacity while open; cut to the written bytes when sealed
 	class int8   // index into packetClasses, or unpooled
 	last  bool   // sealed with CLOSE in it: no packet follows
 	free  bool   // set while in the pool, so that a double return is caught where it happens
@@ -57,8 +57,8 @@ func getPacket(n int) *packet {
 	return &packet{buf: make([]byte, n), class: unpooled}
 }
 
-// putPacket gives p back. It panics on a second return of the same packet: that is two owners of one buffer, and what
-// follows would be one stream's records in another's packet.
+// putPacket returns p to its pool. It panics on a second return of the same packet: the buffer would have two owners, and
+// records of one stream would appear in packets of another.
 func putPacket(p *packet) {
 	if p.free {
 		panic("stream: packet returned to the pool twice")

@@ -2,29 +2,29 @@ package stream
 
 import "sync/atomic"
 
-// Stats are counters of one Client or Server since it was made, and what it holds now. What is dropped is counted by the
-// reason; none of these drops loses a record of a stream without an error on that stream.
+// Stats are counters of one Client or Server since it was made, and gauges of its present use. Dropped messages are counted
+// by reason. No drop loses a record of a stream without an error on that stream.
 type Stats struct {
 	Streams  int   // streams and writers that the peer can reach now
-	Reserved int64 // bytes of all windows granted now, the most that peers may send unread, and of records being put together
+	Reserved int64 // bytes of all windows granted now, the most that peers may send unread, and of records being assembled from pieces
 	Kept     int64 // bytes of the buffers of packets that are written and that peers have not acknowledged
 
 	PacketsSent uint64 // packets of records and fallback messages published, each once: requests and control packets are not counted
 	BytesSent   uint64 // their bytes
 
-	PacketsResent    uint64 // packets published again, because the peer missed them
-	DroppedEarly     uint64 // packets that came while one before them was missing; they are sent again
+	PacketsResent    uint64 // packets retransmitted because the peer missed them
+	DroppedEarly     uint64 // packets that arrived while an earlier one was missing; they are retransmitted
 	UnreportedErrors uint64 // failures of handlers that came after the normal end was published; each is logged
 	DroppedRequest   uint64 // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
 	DroppedStray     uint64 // messages at a Server's handlers that are no requests, such as packets of streams at a wildcard
 
 	DroppedUnknown   uint64 // messages for a token that is not, or no longer, in use
 	DroppedDuplicate uint64 // packets that arrived before
-	DroppedForeign   uint64 // packets of another sender than the one a stream is bound to
+	DroppedForeign   uint64 // packets of a sender that the stream is not bound to
 	DroppedMalformed uint64 // packets with an unreadable header
-	DroppedPubAck    uint64 // acknowledgements of a JetStream stream that keeps the requests: nobody asked for them
-	DroppedControl   uint64 // control packets that came faster than they could be acted on
-	UnsentControl    uint64 // control packets that NATS did not take
+	DroppedPubAck    uint64 // acknowledgements of a JetStream stream that stores the requests; the library does not use them
+	DroppedControl   uint64 // control packets that arrived faster than the outbox could process them
+	UnsentControl    uint64 // control packets that NATS did not accept
 }
 
 type counters struct {
