@@ -19,53 +19,62 @@ import (
 // RequestChanLen is the buffer of the channel that OpenStream returns.
 const RequestChanLen = 16
 
-// ClientParams configure a [Client]. The zero value of every field but Conn means the default its comment names.
+// ClientParams configure a [Client]. The zero value of every field except Conn selects the default that its comment names.
 type ClientParams struct {
-	// Conn is the connection to use. The client neither closes nor drains it. To hear of subjects that are not allowed, it puts
-	// a handler in front of the connection's error handler: set your own before, not after.
+	// Conn is the connection to use. The client neither closes nor drains it. To receive permission errors, the client puts a
+	// handler in front of the connection's error handler. If you set a handler of your own, set it before NewClient.
 	Conn *nats.Conn
-	// Codec is how Open and OpenMsg ask producers to encode objects: MsgPack by default. OpenStream always asks for
-	// JSON.
+	// Codec is the encoding of objects that Open and OpenMsg request from producers: MsgPack by default. OpenStream always
+	// requests JSON.
 	Codec Codec
-	// Window is the most bytes one stream's producer may be ahead of its reader, rounded down to a power of two;
-	// 4 MiB by default, 4 KiB at least. A stream begins with at most 256 KiB and grows when it is used up. One packet may
-	// exceed it.
+	// Window is the most bytes by which the producer of one stream may be ahead of its reader. It is rounded down to a power
+	// of two. It is 4 MiB by default, and at least 4 KiB. A stream starts with a window of at most 256 KiB, which grows when
+	// it is used up. One packet may exceed the window.
 	Window int
-	// MaxBuffered is the same for the windows of all streams together: 64 MiB by default. Windows grow within an eighth
-	// of it, and new streams begin with the less the more of it is in use, at least 4 KiB each. What has arrived of records
-	// that come in pieces is in it. A record that finds no room waits, within the read that puts it together, and its sender stops.
-	// One record at a time may exceed MaxBuffered. One that does not proceed while others wait ends with CloseTryAgainLater.
-	// Fallback peers are not in it. It bounds once more what writers keep until peers acknowledge it: as less is left, each
-	// stream may keep less, down to a packet, and writes wait. SECURITY.md in the repository lists what is in no budget.
+	// MaxBuffered is the budget in bytes for the windows of all streams together: 64 MiB by default. Windows grow within an
+	// eighth of it. New streams start with smaller windows as usage grows, down to 4 KiB.
+	//
+	// The budget also covers the received pieces of records that are being assembled. A record that finds no room waits, in
+	// the read that assembles it, and its sender stops. One record at a time may exceed MaxBuffered. A record that does not
+	// proceed while others wait ends its stream with CloseTryAgainLater.
+	//
+	// A second budget of the same size covers the packets that writers keep until peers acknowledge them. As that budget is
+	// used up, each stream may keep fewer bytes, down to one packet, and writes wait.
+	//
+	// Messages of fallback peers are in neither budget. SECURITY.md in the repository lists all memory outside the budgets.
 	MaxBuffered int
-	// MaxRecordSize is the largest record, in bytes, that is sent or received: 16 MiB by default, or MaxBuffered if that is less,
-	// but at least 256 KiB. It may not exceed MaxBuffered, which a record in pieces has to fit into, together with the window of
-	// its stream: leave a quarter of MaxBuffered for that. Up to 256 KiB, what a packet holds, it may.
+	// MaxRecordSize is the largest record, in bytes, that is sent or received. The default is 16 MiB, or MaxBuffered if that
+	// is less, but at least 256 KiB. A value above 256 KiB, the size of a packet, may not exceed MaxBuffered: a record in
+	// pieces has to fit into MaxBuffered together with the window of its stream. Leave a quarter of MaxBuffered for the window.
 	MaxRecordSize int
-	// FallbackBuffer is the most bytes of messages that a producer which speaks only the JSON fallback, and so cannot be told to
-	// wait, may be ahead of its reader: 64 MiB by default. Of messages below 64 bytes it is as many as if they had 64, because of
-	// what each takes in memory, but at least 1,024. Beyond it that stream ends with CloseTooSlow.
+	// FallbackBuffer is the most bytes by which a producer that speaks only the JSON fallback may be ahead of its reader:
+	// 64 MiB by default. Such a producer knows no flow control. If it exceeds the limit, its stream ends with CloseTooSlow.
+	// A message below 64 bytes counts as 64 bytes, because of the memory that each message takes. At least 1,024 messages
+	// always fit.
 	FallbackBuffer int
 
 	// The times are at least a millisecond.
 
-	// KeepAlive is how long nothing may be heard from a peer, on any stream, before it is asked whether it lives: 500 ms
-	// by default. One question asks for all streams that two ends share, so their number does not matter.
+	// KeepAlive is how long a peer may be silent on all its streams before this end sends it a PING: 500 ms by default. One
+	// PING serves all streams between two ends, for any number of streams.
 	KeepAlive time.Duration
-	// PeerTimeout is how long nothing may be heard from a peer, on any stream, before its streams end with
-	// [CloseAbnormalClosure]: 3.8 s by default, and otherwise the sum of KeepAlive and 3.3 s, or ResumeTimeout if that is
-	// less. KeepAlive is a quarter of it if it would not be less. Times are up to 100 ms longer, and longer if what was sent before a question is still on its way.
-	// [Stream.SetPeerTimeout] and [Writer.SetPeerTimeout] set it for one stream.
+	// PeerTimeout is how long a peer may be silent on all its streams before these end with [CloseAbnormalClosure]. The
+	// default is the sum of KeepAlive and 3.3 s, or ResumeTimeout if that is less: 3.8 s if KeepAlive has its default, too. If
+	// KeepAlive is not less than PeerTimeout, a quarter of PeerTimeout is used for KeepAlive. Both times are up to 100 ms
+	// longer, and longer still if data that was sent before a PING is still on its way. [Stream.SetPeerTimeout] and
+	// [Writer.SetPeerTimeout] set the timeout of one stream.
 	PeerTimeout time.Duration
-	// AckTimeout is how long an acknowledgement or an answer may take before it is asked for, again if need be: 250 ms
-	// by default. Make it longer than a round trip between the peers.
+	// AckTimeout is how long this end waits for an acknowledgement or an answer before it asks the peer for it, repeatedly if
+	// necessary: 250 ms by default. Set it longer than a round trip between the peers.
 	AckTimeout time.Duration
-	// ResumeTimeout is how long what was not acknowledged is kept after the end of a stream, how long a request or its answer
-	// may be missed after a reconnect, and how long a single stream of a living peer may be without answers: 5 s by default.
-	// Then the stream ends with CloseAbnormalClosure.
+	// ResumeTimeout is 5 s by default. It bounds three times, after which the stream ends with CloseAbnormalClosure:
+	//
+	//   - how long unacknowledged packets are kept after the end of a stream
+	//   - how long a request or its answer may be missing after a reconnect
+	//   - how long one stream of a live peer may be without answers
 	ResumeTimeout time.Duration
 	// DisconnectTimeout is how long this end's own connection may be down before its streams end with
-	// CloseAbnormalClosure: 30 s by default. The other times stand still meanwhile.
+	// CloseAbnormalClosure: 30 s by default. The other timeouts do not run while the connection is down.
 	DisconnectTimeout time.Duration
 }
 
@@ -129,7 +138,7 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 	return p, nil
 }
 
-// onePacket is the largest record that travels in one packet, and so takes nothing of MaxBuffered but its stream's window.
+// onePacket is the largest record that travels in one packet. Of MaxBuffered, such a record uses only its stream's window.
 const onePacket = singleSize - PacketHeaderSize - FrameHeaderSize
 
 // intervals returns the times of p for package liveness.
@@ -140,13 +149,13 @@ func (p *ClientParams) intervals() liveness.Intervals {
 	}
 }
 
-// never is the longest time that a parameter may be, two years. What is made of it, up to 64 times as long, added to a time
-// since the start does not overflow.
+// never is the longest time that a parameter may be, two years. Even 64 times that, added to a time since the start, does
+// not overflow. No timeout is computed with a larger factor.
 const never time.Duration = 1 << 56
 
-// Client opens streams over one NATS connection, and makes writers for requests that arrived on it. All its streams
-// share one wildcard subscription. It is safe for use by many goroutines at once. Close it when it is no longer used;
-// several clients may share a connection.
+// Client opens streams over one NATS connection, and makes writers for requests that arrived on it. All its streams share
+// one wildcard subscription. Several clients may share a connection. Close a client that is no longer used. A Client is
+// safe for use by many goroutines at once.
 type Client struct {
 	Conn *nats.Conn // as given to NewClient; do not change
 
@@ -154,8 +163,8 @@ type Client struct {
 	codec Codec
 }
 
-// NewClient returns a client on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil
-// connection, that of the subscription, or what is wrong with params.
+// NewClient returns a client on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection;
+// the error of the subscription; an error that names the invalid field of params.
 func NewClient(params ClientParams) (*Client, error) {
 	if params.Conn == nil {
 		return nil, noConnection("ClientParams.Conn", "set it to what nats.Connect returns")
@@ -174,37 +183,41 @@ func NewClient(params ClientParams) (*Client, error) {
 	return &Client{Conn: params.Conn, ep: ep, codec: params.Codec}, nil
 }
 
-// Close ends all streams of the client with [ErrClientClosed], tells their producers, and returns when the NATS server has taken
-// that and the client's goroutines have ended: the program may end right after. It takes a round trip to the server, and
-// longer in these cases:
+// Close ends all streams of the client with [ErrClientClosed] and resets them at their producers. It returns when the NATS
+// server has received the resets and the client's goroutines have ended: the program may exit right after. Close takes one
+// round trip to the server, except:
 //
-//   - The producer of a stream has not answered its request yet: AckTimeout at most, and no more than two seconds. A producer
-//     that answers later finds out within ResumeTimeout.
-//   - The connection is down, or the server does not answer: two seconds.
-//   - The connection takes no bytes: for as long as that lasts, [nats.FlusherTimeout] and a little more.
+//   - within AckTimeout, and at most 2 s, if the producer of a stream has not answered its request yet. A producer that
+//     answers later notices the end within ResumeTimeout.
+//   - within 2 s if the connection is down or the server does not answer.
+//   - within [nats.FlusherTimeout] and a little more if the connection accepts no bytes.
 //
-// The connection stays open: close it afterwards. Close never fails, and closing again does nothing.
+// Close leaves the connection open: close it afterwards. Close never fails. A second Close does nothing.
 func (c *Client) Close() error {
 	c.ep.close(&ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}})
 	return nil
 }
 
-// Open sends data to subj as the request of a new stream and returns the stream. It does not wait for the producer:
-// the first Recv does, and returns [nats.ErrNoResponders] at once if nobody listens on subj. data may be reused at once.
+// Open sends data to subj as the request of a new stream and returns the stream. It does not wait for the producer: the
+// first Recv does, and returns [nats.ErrNoResponders] at once if nobody serves subj. data may be reused at once.
 //
-// The stream lives until its end was received, ctx ends, or it is closed; one of these must happen. As with every
-// request over NATS, one that is lost between servers is not missed by anybody: until the first packet only ctx, or
-// [Client.Close], ends the wait for a producer that never heard of it. A request lost with this end's own connection
-// ends the stream with [CloseAbnormalClosure] after ResumeTimeout; it is never sent twice. Errors: that of an ended
-// ctx, [nats.ErrInvalidContext] for a nil one, [nats.ErrBadSubject], also for a subject of about 4,000 bytes, over
-// which a NATS server would close the connection, [nats.ErrMaxPayload], [nats.ErrConnectionClosed],
-// [nats.ErrConnectionDraining], [ErrClientClosed]. Then nothing was sent and nothing is kept.
+// The stream lives until its end was received, ctx ends, or it is closed. Make sure that one of these happens: NATS does not
+// report a request that is lost between servers. Until the first packet arrives, only ctx, [Stream.Close] or [Client.Close]
+// ends the wait for a producer that did not receive the request. A request that is lost with this end's own connection ends
+// the stream with [CloseAbnormalClosure] after ResumeTimeout. A request is never sent twice.
+//
+// With an error, nothing was sent and nothing is kept. Errors:
+//
+//   - the error of an ended ctx, or [nats.ErrInvalidContext] for a nil one
+//   - [nats.ErrBadSubject], also for a subject of about 4,000 bytes, for which a NATS server would close the connection
+//   - [nats.ErrMaxPayload] if the request is larger than the server accepts
+//   - [nats.ErrConnectionClosed], [nats.ErrConnectionDraining] and [ErrClientClosed]
 func (c *Client) Open(ctx context.Context, subj string, data []byte) (*Stream, error) {
 	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, c.codec, nil)
 }
 
 // OpenMsg is [Client.Open] with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not
-// changed. Names of headers that begin with Stream- are the library's: leave them out.
+// changed. Do not set headers that begin with Stream-: these names are reserved for the library.
 func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 	if msg == nil {
 		return nil, nats.ErrInvalidMsg
@@ -212,7 +225,7 @@ func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 	return c.open(ctx, msg, c.codec, nil)
 }
 
-// Headers of a request, docs/PROTOCOL.md sections 2.2 and 2.4. Those with this prefix are the library's.
+// Headers of a request, docs/PROTOCOL.md sections 2.2 and 2.4. Names with this prefix are reserved for the library.
 const (
 	headerPrefix  = "Stream-"
 	headerOpen    = headerPrefix + "Open"    // the offer, for producers that cannot read it in the reply subject
@@ -220,7 +233,7 @@ const (
 	headerTimeout = headerPrefix + "Timeout" // milliseconds that the consumer will wait for the end of the stream
 )
 
-// setTimeout says in h how much is left of ctx. Clocks of two machines differ, so what travels is a duration.
+// setTimeout writes the time until the deadline of ctx into h. It is sent as a duration, because clocks of two machines differ.
 func setTimeout(h nats.Header, ctx context.Context) {
 	if deadline, ok := ctx.Deadline(); ok {
 		left := time.Until(deadline)
@@ -257,13 +270,13 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered 
 	return ep.open(ctx, msg, codec, answered)
 }
 
-// tooLarge is the error for a message of size bytes that the server, which takes max, would refuse.
+// tooLarge returns the error for a message of size bytes that the server would refuse, because it accepts at most max.
 func tooLarge(what string, size, max int64) error {
 	return fmt.Errorf("%s of %d bytes, the server takes %d (max_payload): send less, or have its limit raised: %w", what, size, max, nats.ErrMaxPayload)
 }
 
-// requestSize is what a request counts against the server's max_payload: its data and its header, which is
-// "NATS/1.0", a line for each value and an empty line.
+// requestSize returns how many bytes of a request count against the server's max_payload: its data and its header. The
+// header is "NATS/1.0", a line for each value and an empty line.
 func requestSize(msg *nats.Msg) int64 {
 	const eol = len("\r\n")
 	n := len("NATS/1.0") + eol + len(headerOpen) + len(": ") + OfferSize + eol + eol + len(msg.Data)
@@ -289,10 +302,10 @@ func validSubject(subject string) bool {
 	return true
 }
 
-// OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the
-// producer writes with WriteObject arrive as JSON. Normal closure closes the channel. Before any other end, the last result
-// has the error. If ctx ends, that is the error of ctx, and records that the caller has not received may be dropped. A caller
-// that stops reading must end ctx. Errors are those of [Client.Open].
+// OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the producer
+// writes with WriteObject arrive as JSON. The channel is closed when the stream ends. At any end except normal closure, the
+// last result holds the error. If ctx ends, the last result holds the error of ctx, and records that the caller has not
+// received may be dropped. A caller that stops reading must end ctx. Errors are those of [Client.Open].
 func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
 	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, JSON, nil)
 	if err != nil {
@@ -328,9 +341,9 @@ func forward(ctx context.Context, s *Stream, ch chan *concurrency.AsyncResult[[]
 	}
 }
 
-// sendLast sends the last result of a stream whose context ended. The caller may have stopped reading: if the channel stays
-// full, the results in it are dropped to make room, all of them, because a gap between two records would be worse. Recv does
-// not return records that arrived before the end of its context either.
+// sendLast sends the last result of a stream after its context ended. The caller may have stopped reading. If the channel
+// stays full, sendLast drops all results in it to make room. It does not drop only some, because a gap between two records
+// would be worse. Recv does not return records that arrived before the end of its context either.
 func sendLast(ch chan *concurrency.AsyncResult[[]byte], last *concurrency.AsyncResult[[]byte]) {
 	timeout := time.NewTimer(abandonedAfter)
 	defer timeout.Stop()

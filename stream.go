@@ -17,15 +17,18 @@ import (
 
 // Stream is the consumer's end of a stream.
 //
-// Its read side, Recv, RecvObject, All, Read, WriteTo, Header and Trailer, is for one goroutine at a time. Its write
-// side, Write, WriteObject, ReadFrom, Flush, Sync and CloseSend, may be used by many at once, and beside the read side. Close,
-// CloseWithCode and Context may be called by any goroutine at any time.
+// The read side (Recv, RecvObject, All, Read, WriteTo, Header and Trailer) may be used by one goroutine at a time. The write
+// side (Write, WriteObject, ReadFrom, Flush, Sync and CloseSend) may be used by many goroutines at once, also while another
+// reads. Close, CloseWithCode and Context may be called by any goroutine at any time.
 //
-// A stream on which nothing was written is over when the producer's end was read, unless its handler closed it to go on
-// reading: then the write side stays open until the handler returns.
+// If the consumer wrote nothing, the stream is over when the producer's end was read. If the handler half-closed to go on
+// reading, the write side stays open until the handler returns.
 //
-// Read until a read returns an error (and, once something was written, call CloseSend), or call Close, or end the
-// context given to Open: otherwise the stream stays open.
+// A stream stays open until one of these happens:
+//
+//   - A read returns an error and, if anything was written, CloseSend was called.
+//   - Close or CloseWithCode is called.
+//   - The context given to Open ends.
 type Stream struct {
 	session      session
 	ctx          context.Context
@@ -33,8 +36,8 @@ type Stream struct {
 	contextEnded atomic.Bool
 }
 
-// open registers a stream and has its request published. answered, unless nil, is closed when the request was answered or will
-// not be.
+// open registers a stream and queues its request for the outbox. If answered is not nil, it is closed when the request was
+// answered or can no longer be answered.
 func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answered chan struct{}) (*Stream, error) {
 	window := ep.reserve(min(initialWindow, ep.window))
 	st := new(Stream)
@@ -62,7 +65,8 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 		w.pending.Lock()
 		w.stop = context.AfterFunc(ctx, w.run)
 		st.watch.Store(w)
-		if st.contextEnded.Load() { // meanwhile: whoever comes second finds the other's work
+		// endContext sets contextEnded before it loads watch. So either it finds this watch, or the load here finds its flag.
+		if st.contextEnded.Load() {
 			w.takeBack()
 		}
 	}
@@ -84,18 +88,18 @@ func (st *Stream) endContext(cause error) {
 type watch struct {
 	session *session
 	stop    func() bool
-	pending sync.Mutex // held until it has begun or was taken back
+	pending sync.Mutex // held until run has started or was taken back
 }
 
 func (w *watch) run() {
-	w.pending.Unlock() // before anything that asks the context, which is the user's
+	w.pending.Unlock() // first: later calls use the context, which may run code of the user
 	if !w.session.stream.contextEnded.Load() {
 		w.session.canceled()
 	}
 }
 
-// takeBack sees to it that the goroutine need not begin any more, or waits until it has. Who opens, cancels and reads or
-// closes in a loop would wait for nothing else, and pile those goroutines up.
+// takeBack keeps the goroutine from starting, or waits until it has started. Without the wait, a loop that opens, cancels and
+// closes streams would start goroutines faster than they run.
 func (w *watch) takeBack() {
 	if !w.stop() {
 		w.pending.Lock()
@@ -103,48 +107,51 @@ func (w *watch) takeBack() {
 	w.pending.Unlock()
 }
 
-// Recv returns the next record, or [io.EOF] after [CloseNormalClosure], a [*CloseError] after any other close code, the
-// context's error when it ended, [nats.ErrNoResponders] when nobody answered. It waits for the record if need be; a
-// context that ends is noticed at once, also before records that have arrived.
+// Recv returns the next record. It waits until the record arrives or the stream ends. Errors:
 //
-// The record is a part of the packet it came in, never reused and safe to keep and to change; keeping a small one
-// keeps its packet, up to 32 KiB, alive.
+//   - [io.EOF] after [CloseNormalClosure].
+//   - A [*CloseError] after any other close code.
+//   - The error of the context given to [Client.Open] after it ended. Recv returns it at once, also if records have arrived.
+//   - [nats.ErrNoResponders] if nobody serves the subject.
+//
+// The record is a slice of the packet that it arrived in. The library never reuses the packet, so the caller may keep and
+// change the record. A small record that is kept keeps its packet of up to 32 KiB in memory.
 func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord() }
 
-// RecvObject decodes the next record into v, a pointer, by the codec it was written with. A record written as bytes is
-// decoded by the codec this stream asked for. It returns as [Stream.Recv] does. A record that does not decode is an
-// error of that call alone, which matches neither [io.EOF] nor a [*CloseError]: the next call goes on with the next
-// record.
+// RecvObject decodes the next record into v, a pointer, by the codec that the record was written with. A record written as
+// bytes is decoded by the codec that this stream requested. RecvObject waits and fails as [Stream.Recv] does. If a record
+// does not decode, only this call fails, with an error that matches neither [io.EOF] nor a [*CloseError]. The next call
+// decodes the next record.
 //
-// JSON is decoded by encoding/json, and MessagePack in the same way, also into a variable that holds an earlier record: maps
-// keep their entries and slices their memory, interfaces and byte slices get new values. Fields have the names of their json
-// tags in both codecs; see [Writer.WriteObject]. A number that its target cannot hold is an error, and so is anything behind
-// the object.
+// JSON is decoded by encoding/json, and MessagePack in the same way. If the target holds an earlier record, maps keep their
+// entries, slices keep their memory, and interfaces and byte slices get new values. Fields have the names of their json tags
+// in both codecs; see [Writer.WriteObject]. A number that its target cannot hold is an error. Data behind the object is an
+// error, too.
 //
-// Without a type to decode into, as in an any, a byte of the record may take 160 bytes of memory in MessagePack and 80 in
+// If the target has no type, such as an any, one byte of the record may take 160 bytes of memory in MessagePack and 80 in
 // JSON. If you do not trust the producer, decode into a struct, or lower MaxRecordSize.
 func (st *Stream) RecvObject(v any) error { return st.session.recvObject(v) }
 
-// All returns the records until the stream ends: without an error on normal closure, with one error as the last pair
-// otherwise. Leaving the loop early leaves the stream open.
+// All returns an iterator over the records until the stream ends. After normal closure it stops. At any other end, the last
+// pair holds the error. A loop that is left early leaves the stream open.
 func (st *Stream) All() iter.Seq2[[]byte, error] { return st.session.all() }
 
-// Read implements [io.Reader]: the records as one stream of bytes, without their boundaries. It returns as
-// [Stream.Recv] does. A Recv after it begins with the rest of the record that Read had begun.
+// Read implements [io.Reader]. It reads the records as one sequence of bytes, without their boundaries. It waits and fails as
+// [Stream.Recv] does. The next Recv returns the rest of a record that Read has read in part.
 func (st *Stream) Read(p []byte) (int, error) { return st.session.read(p) }
 
-// WriteTo implements [io.WriterTo]: it writes the records to w, one Write each, until the stream ends. Normal closure
-// is no error. It fails as [Stream.Recv] does, with the error of w, with [io.ErrShortWrite], or with an error for a
-// [Writer] that returns a count outside its record.
+// WriteTo implements [io.WriterTo]. It writes the records to w, one Write each, until the stream ends. After normal closure
+// it returns nil. Errors: those of [Stream.Recv]; the error of w; [io.ErrShortWrite]; an error for an [io.Writer] that
+// returns a count outside its record.
 func (st *Stream) WriteTo(w io.Writer) (n int64, err error) { return st.session.writeTo(w) }
 
-// Header waits for the producer's first packet and returns the headers it set with [Writer.SetHeader], nil if it set
-// none. It is a read and takes no record. If the stream ended with an error before any header or record, it returns that error,
-// as [Stream.Recv] does. Do not change the map.
+// Header returns the headers that the producer set with [Writer.SetHeader], nil if it set none. It waits for the producer's
+// first packet. It belongs to the read side, but consumes no record. If the stream ended with an error before any header or
+// record, Header returns that error, as [Stream.Recv] does. Do not change the map.
 func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader() }
 
-// Trailer returns the headers that the producer set with [Writer.SetTrailer]. They are there once a read has returned
-// [io.EOF] or the producer's [*CloseError], nil before and if it set none. It belongs to the read side.
+// Trailer returns the headers that the producer set with [Writer.SetTrailer], nil if it set none. Before a read has returned
+// [io.EOF] or the producer's [*CloseError], Trailer returns nil. It belongs to the read side.
 func (st *Stream) Trailer() nats.Header { return st.session.recv.trailer }
 
 // send returns the send half, made on first use.
@@ -158,8 +165,8 @@ func (st *Stream) send() *Writer {
 		w.cancel(nil)
 		return s.writer.Load()
 	}
-	// Whoever ends the stream sets end first and looks for a writer afterwards: either it sees this one, or this
-	// sees the end.
+	// The goroutine that ends the stream sets end first and loads the writer afterwards. So either it sees this writer, or
+	// the load below sees the end.
 	if e := s.end.Load(); e != nil {
 		w.cancel(e.cause())
 	}
@@ -167,66 +174,66 @@ func (st *Stream) send() *Writer {
 	return w
 }
 
-// Write sends p to the producer as one record, which its handler reads from the [Request]. It returns len(p) once p was
-// copied: p may be reused at once. It waits until the producer is known, which is when its first packet comes, and
-// then for its credit. Errors:
+// Write sends p to the producer as one record, which the handler reads from its [Request]. It waits until the producer's
+// first packet has arrived, and then for the producer's credit. It returns len(p) once p was copied: p may be reused at
+// once. Errors:
 //
-//   - [ErrClosed] after [Stream.CloseSend] and [Stream.Close], and after the handler returned without an error: nobody reads the
-//     record. Reads tell how the stream ended.
+//   - [ErrClosed] after [Stream.CloseSend] and [Stream.Close], and after the handler returned without an error, because the
+//     handler does not read the record. Reads report how the stream ended.
 //   - Otherwise the error that ended the stream, as [Stream.Recv] returns it; see [Writer.Write] for the end of a context.
-//   - [ErrOneWay] from a producer that speaks only the JSON fallback.
+//   - [ErrOneWay] if the producer speaks only the JSON fallback.
 //
-// Records that were written before the handler returned may not have been read, although their writes succeeded. If that
-// matters, let the handler answer. If both ends write before they read, both can wait until a deadline; see [Handler].
+// A successful Write does not mean that the handler has read the record: the handler may return before. If that matters, let
+// the handler acknowledge. If both ends write before they read, both can wait until a deadline; see [Handler].
 //
-// A producer made by [NewWriter] takes no records: the first one ends the stream with [CloseProtocolError].
+// A producer made by [NewWriter] accepts no records: the first one ends the stream with [CloseProtocolError].
 func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
 
-// WriteObject sends v to the producer as one record, in the codec that this stream asked for, and returns the length
-// of the encoding. It waits and fails as [Stream.Write] does, or with the error of the encoder.
+// WriteObject sends v to the producer as one record, in the codec that this stream requested. It returns the length of the
+// encoding. It waits and fails as [Stream.Write] does, and it returns the encoder's error if v cannot be encoded.
 func (st *Stream) WriteObject(v any) (int, error) { return st.send().WriteObject(v) }
 
-// ReadFrom sends what r yields to the producer; see [Writer.ReadFrom].
+// ReadFrom sends all bytes of r to the producer until r ends; see [Writer.ReadFrom].
 func (st *Stream) ReadFrom(r io.Reader) (int64, error) { return st.send().ReadFrom(r) }
 
-// Flush hands everything written so far to NATS and returns when that is done. It fails as [Stream.Write] does.
+// Flush returns when NATS has accepted all records written so far. It fails as [Stream.Write] does.
 func (st *Stream) Flush() error { return st.send().Flush() }
 
-// Sync waits until the producer's end has received everything written so far; see [Writer.Sync].
+// Sync returns when the producer's end has acknowledged all records written so far; see [Writer.Sync].
 func (st *Stream) Sync(ctx context.Context) error { return st.send().Sync(ctx) }
 
-// CloseSend says that no more records come from this end: the handler's reads return [io.EOF] after the last one. The
-// read side stays open. It returns when everything was handed to NATS, and fails as [Stream.Write] does. Closing again does
-// nothing.
+// CloseSend half-closes the stream: this end sends no more records, and the handler's reads return [io.EOF] after the last
+// one. The read side stays open. CloseSend returns when NATS has accepted all records. It fails as [Stream.Write] does. A
+// second call does nothing.
 func (st *Stream) CloseSend() error { return st.send().Close() }
 
-// SetPeerTimeout sets for how long nothing may be heard from the producer's end before the stream ends with
-// [CloseAbnormalClosure]. The producer's end is asked as often as that takes. Zero, which is the default, stands
-// for PeerTimeout in [ClientParams]. It may be called at any time, by any goroutine.
+// SetPeerTimeout sets how long the producer's end may be silent before the stream ends with [CloseAbnormalClosure]. This end
+// sends PINGs as often as the timeout needs. Zero, which is the default, selects PeerTimeout of [ClientParams].
+// SetPeerTimeout may be called at any time, by any goroutine.
 func (st *Stream) SetPeerTimeout(d time.Duration) { st.session.setPeerTimeout(d) }
 
-// Context ends when the stream does: when its end was read and nothing remains to be sent, when it was closed, when
-// the context given to Open ended. [context.Cause] tells why.
+// Context returns the context of the stream. It ends when the stream's end was read and all records are sent, when the
+// stream was closed, or when the context given to Open ended. [context.Cause] returns the reason.
 func (st *Stream) Context() context.Context { return st.ctx }
 
-// Close stops the stream: calls that wait return [ErrClosed], and a producer that is not done is told that the consumer
-// canceled. After [io.EOF] and [Stream.CloseSend] there is nothing to stop: what the producer has not acknowledged yet
-// goes on being resent for ResumeTimeout, unless the client is closed. Without CloseSend it is given up: [Stream.Sync]
-// waits for it. Close is always safe to call, also after the end, and never fails.
+// Close ends the stream. Waiting calls return [ErrClosed]. If the producer has not finished, the stream is reset at its end
+// with [CloseCanceled]. Without [Stream.CloseSend], unacknowledged records may be lost: call [Stream.Sync] first if they
+// matter. After [io.EOF] and CloseSend, unacknowledged packets are still retransmitted for ResumeTimeout, unless the client
+// is closed. Close may be called at any time, also after the end of the stream, and never fails.
 func (st *Stream) Close() error {
 	st.endWith(true, CloseError{Code: st.session.leaving()})
 	return nil
 }
 
-// CloseWithCode is Close with a code and a reason for the producer, whose handler finds them in the cause of its context, or
-// [CloseCanceled] if it has not answered yet: before its first packet nobody knows where to tell it. The code is one from 1000
-// to 5999, else it fails with [ErrCloseCode] and the stream goes on. The reason is cut to [MaxReason] bytes.
+// CloseWithCode is Close with a code and a reason for the producer. The handler gets them as the cause of its context. If the
+// producer has not answered yet, the handler gets [CloseCanceled] instead, because the address of the producer is not known
+// before its first packet. The code must be from 1000 to 5999. Otherwise CloseWithCode fails with [ErrCloseCode] and the
+// stream stays open. The reason is cut to [MaxReason] bytes.
 //
-// With [CloseNormalClosure] everything that was written before arrives: it includes [Stream.CloseSend], and packets
-// that are not acknowledged yet are retransmitted for ResumeTimeout, unless the client is closed. The handler reads
-// [io.EOF] after the last record. If the records cannot be sent to their end, because another goroutine is within a
-// large record or the producer is not known yet, the handler gets CloseCanceled instead of io.EOF. With any other code,
-// records that are not acknowledged are lost.
+// [CloseNormalClosure] includes [Stream.CloseSend]: all records that were written before arrive. Unacknowledged packets are
+// retransmitted for ResumeTimeout, unless the client is closed. The handler reads [io.EOF] after the last record. If not all
+// records can be sent, the handler gets CloseCanceled instead of io.EOF. This happens if another goroutine is in the middle
+// of a large record, or if the producer is not known yet. With any other code, unacknowledged records are lost.
 func (st *Stream) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {
@@ -243,8 +250,8 @@ func (st *Stream) CloseWithCode(code int, text ...string) error {
 	return nil
 }
 
-// endWith ends the stream because its user wants it so, as part does where that may and can be, else at once. No write
-// succeeds from then on.
+// endWith ends the stream for its user. With part, a finished stream is detached, so that the outbox still retransmits its
+// last packets. In all other cases the stream ends at once. No write succeeds afterwards.
 func (st *Stream) endWith(part bool, tell CloseError) {
 	s := &st.session
 	switch {
