@@ -265,8 +265,8 @@ func (o *outbox) takeCredit(w *Writer, c Credit, missing bool) error {
 	o.offLine(s, c.Ack, bytes)
 	if n := q.Acked() - before; n != 0 {
 		s.out.life.asks = 0
-		if now := o.time(); s.out.life.closed != 0 && o.lingers(s, now) {
-			s.out.life.closed = now
+		if now := o.time(); q.closed != 0 && o.lingers(q, now) {
+			q.closed = now
 		}
 		if q.loss.Arrived(n, maxPackets) {
 			s.mark(workPackets)
@@ -283,7 +283,7 @@ func (o *outbox) takeCredit(w *Writer, c Credit, missing bool) error {
 	case missing && q.again(c.Ack, o.time(), o.ep.times.Ack/2):
 		o.lostOnLine(s, lost-q.onTheWay())
 		s.mark(workPackets)
-	case s.out.life.closed != 0 && w.unacked.Empty():
+	case q.closed != 0 && q.Empty():
 		o.step(s, lifecycle.CloseAcked)
 	}
 	return nil

@@ -40,8 +40,6 @@ type life struct {
 	upSince             int64 // since when the session waits for the connection, and when its request was published, by the endpoint's time
 	heard, sent, pinged int64
 	suspect             int64  // since when the peer may be gone
-	closeSent           int64  // since when everything was sent
-	closed              int64  // since when what was sent waits for any of it to be acknowledged
 	closeAt             int64  // when a CLOSE that is held back for a handler's result is published, by the endpoint's time
 	took                uint32 // which of this end's connections in turn took the request, from 1 on, or tookLost
 	pings               int16  // since the peer was heard, at most math.MaxInt16
@@ -315,7 +313,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	f := liveness.Facts{
 		Now: now, Times: &o.streamTimes, Repeat: o.repeat, Patience: s.ownPatience(), Jitter: jitter(o.streamTimes.KeepAlive),
 		Born: o.clock.At(l.upSince), Heard: l.heard, Sent: l.sent, Pinged: l.pinged,
-		Suspect: l.suspect, Closed: l.closed, Resumed: o.clock.Resumed(),
+		Suspect: l.suspect, Resumed: o.clock.Resumed(),
 		Pings: int32(l.pings), Asks: int32(l.asks),
 		Ending: s.end.Load() != nil, Consumer: s.stream != nil, Registered: s.reply != "",
 		Received: l.seen != 0, NoPeer: s.stream != nil && s.out.peer == "" || w != nil && w.json,
@@ -330,6 +328,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		f.Others = p.records
 	}
 	if w != nil {
+		f.Closed = w.unacked.closed
 		f.Unacked = !w.json && !w.unacked.Empty()
 		f.Stalled = !f.Unacked && (w.unacked.waits || w.stalled())
 		f.Failed = s.nobodyReads.Load() && w.unacked.failed != nil
@@ -370,12 +369,12 @@ const maxLinger = int64(time.Hour)
 
 // lingers reports whether to go on waiting for a peer that acknowledged some of what is left of a stream that has closed: for
 // maxLinger in all, and no longer than for one that acknowledges nothing while half of what may be kept is in use.
-func (o *outbox) lingers(s *session, now int64) bool {
+func (o *outbox) lingers(q *unackedPackets, now int64) bool {
 	limit := max(maxLinger, o.ep.times.Resume)
 	if o.ep.kept.Load() > o.ep.budget/2 {
 		limit = o.ep.times.Resume
 	}
-	return now-s.out.life.closeSent < limit
+	return now-q.closeSent < limit
 }
 
 // ping asks the peer for a CREDIT.

@@ -81,9 +81,9 @@ func (w *Writer) publishNext(o *outbox) (more bool) {
 		if w.json {
 			o.step(s, lifecycle.CloseAcked)
 		} else {
-			s.out.life.closed = o.time()
-			s.out.life.closeSent = s.out.life.closed
-			o.schedule(s, s.out.life.closed+min(o.ep.times.Ack, o.ep.times.Resume))
+			w.unacked.closed = o.time()
+			w.unacked.closeSent = w.unacked.closed
+			o.schedule(s, w.unacked.closed+min(o.ep.times.Ack, o.ep.times.Resume))
 		}
 	}
 	return !last
@@ -343,6 +343,10 @@ type unackedPackets struct {
 	cut    []*packet // were sealed, and cut or numbered again since: they go before what is ready
 	bytes  uint64    // of all packets that were published
 	waits  bool      // failed waits for credit
+
+	// By the outbox's clock, 0 before CLOSE was published.
+	closeSent int64 // when it was
+	closed    int64 // since when CLOSE, and all before it, waits for any of it to be acknowledged
 }
 
 // onTheWay returns the bytes that were published and not acknowledged, without those that are to be published again.

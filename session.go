@@ -169,7 +169,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
 	case before.Send == lifecycle.Closing && next.Send == lifecycle.Settled:
 		w.releaseSent()
-		s.out.life.closed = 0
+		w.unacked.closed = 0
 	}
 	if do&lifecycle.FailWrites != 0 {
 		w.cancel(ErrOneWay)
@@ -220,7 +220,7 @@ func (o *outbox) settle(s *session) {
 // says so must come after the acknowledgement, and AckTimeout would be long for a writer that waits for credit.
 func (s *session) unheard() bool {
 	return s.role == lifecycle.Handler && s.nobodyReads.Load() && !s.recv.readDone.Load() && // the table hears of both later
-		s.out.state.Phase == lifecycle.Live && s.out.state.Send == lifecycle.Closing && s.out.life.pinged <= s.out.life.closed
+		s.out.state.Phase == lifecycle.Live && s.out.state.Send == lifecycle.Closing && s.out.life.pinged <= s.writer.Load().unacked.closed
 }
 
 // end ends a stream on the outbox. It is called again for a stream whose peer could not be told while the connection was
