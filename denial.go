@@ -5,13 +5,13 @@ import (
 	"slices"
 )
 
-// denials are refusals of publishes that name no subject a stream of this endpoint publishes to. The NATS server checks
-// permissions after it maps subjects, so such a refusal may be that of a request; it may also be that of a publish of the user's own
-// on the same connection. Nothing in it says which. So it is taken for that of a request only if the request is still not
-// answered AckTimeout later, and no request to another subject could be meant. Owned by the outbox.
+// denials are refused publishes to subjects that no stream of this endpoint publishes to. The NATS server checks permissions
+// after it maps subjects. So such a refusal may belong to a request, or to a publish of the user's own on the same connection,
+// and it does not say to which. The outbox attributes it to a request only if the request is still not answered AckTimeout
+// later, and if no request to another subject could be meant. The outbox owns denials.
 type denials struct {
-	// requested holds the subjects of requests that were published lately, and when. A refusal that names one of them was not mapped;
-	// its stream may have ended before.
+	// requested holds the subjects of requests that were published lately, with their times. A refusal that names one of them
+	// needs no attribution: no mapping hid its subject, and its stream may have ended before.
 	requested map[string]int64
 	last      int64 // when a request was published last, 0 if none was
 	pending   []denial
@@ -75,8 +75,9 @@ type waiting struct {
 	asked   int64 // when it was published
 }
 
-// attribute returns the subject of the requests that a refusal at the given time is about: the only one that was published within
-// window before it. It returns false if there is none, or if there are several; undecided is true then.
+// attribute returns the subject of the requests that a refusal at the given time is about: the only subject with requests that
+// were published within window before it. It returns false if there is none. It also returns false if there are several, and
+// undecided is true then.
 func attribute(requests []waiting, at, window int64) (subject string, ok, undecided bool) {
 	for _, r := range requests {
 		switch {
@@ -133,7 +134,7 @@ func (o *outbox) decideDenials(now int64) {
 	d.pending = left
 }
 
-// unanswered reports whether the session is a consumer's whose request was published, and to which nothing came.
+// unanswered reports whether the session is a consumer's, its request was published, and no answer came.
 func (s *session) unanswered() bool {
 	return s.stream != nil && s.out.life.took != 0 && s.out.peer == "" && !s.peerTakesNone.Load() && s.bucket.ring.Pushed() == 0 && s.end.Load() == nil
 }

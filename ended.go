@@ -6,8 +6,8 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file is about streams that are over at this end while the peer may still ask about them, because the last word to it
-// was lost; docs/PROTOCOL.md section 9.4. TCP calls this state TIME-WAIT.
+// This file remembers streams that are over at this end. The peer may still ask about such a stream, because the last packet to
+// it was lost; docs/PROTOCOL.md section 9.4. TCP calls this state TIME-WAIT.
 
 // maxEnded bounds the streams that an endpoint remembers after their end. Each takes 72 bytes.
 const maxEnded = 1 << 14
@@ -17,20 +17,20 @@ const (
 	endedWay = 4      // places in which a stream may be kept
 )
 
-// endedStream is what an endpoint remembers of a stream that came to its normal end.
+// endedStream is the record that an endpoint keeps of a stream after its normal end.
 type endedStream struct {
 	token  [TokenSize]byte
 	until  int64  // by the outbox's clock, which may stand still while no stream is open; 0 if the place is free
 	credit Credit // acknowledges the peer's CLOSE, if code is 0
-	code   uint16 // else the RESET to repeat
+	code   uint16 // if not 0, the code of the RESET to repeat
 	failed bool   // the peer's CLOSE had another code than 1000
 	sender uint64 // of this end
 	peer   uint64 // the peer's sender number
 }
 
-// endedStreams is a table of places, of which a stream may take endedWay, by a hash of its token. While all of these are
-// taken the table doubles, up to maxEnded. After that the stream takes the place of the one whose time is over first. The
-// outbox owns the table.
+// endedStreams is a hash table of places. The hash of a stream's token selects endedWay places that the stream may take. If
+// all of them are taken, the table doubles, up to maxEnded. In a table of that size, the stream replaces the one that expires
+// first. The outbox owns the table.
 type endedStreams struct {
 	seed   maphash.Seed
 	places []endedStream
@@ -42,7 +42,7 @@ func (t *endedStreams) set(hash uint64) []endedStream {
 	return t.places[i : i+endedWay]
 }
 
-// first returns the place in set whose time is over first.
+// first returns the place in set that expires first.
 func first(set []endedStream) *endedStream {
 	p := &set[0]
 	for i := range set {
@@ -53,7 +53,7 @@ func first(set []endedStream) *endedStream {
 	return p
 }
 
-// add remembers e until its time is over.
+// add remembers e until it expires.
 func (t *endedStreams) add(e endedStream, now int64) {
 	if t.places == nil {
 		t.seed = maphash.MakeSeed()
@@ -74,7 +74,7 @@ func (t *endedStreams) add(e endedStream, now int64) {
 	*p = e
 }
 
-// find returns what is remembered of the stream with token, nil if nothing is.
+// find returns the record of the stream with token, nil if there is none.
 func (t *endedStreams) find(token string, now int64) *endedStream {
 	if t.places == nil {
 		return nil
@@ -88,7 +88,7 @@ func (t *endedStreams) find(token string, now int64) *endedStream {
 	return nil
 }
 
-// remember keeps the last word about a stream that came to its normal end. The peer asks for it if it was lost, for as
+// remember keeps the last control frame of a stream that ended normally. If that frame was lost, the peer asks for it, for as
 // long as its connection may be down and it waits for an acknowledgement.
 func (o *outbox) remember(s *session) {
 	end := s.end.Load()
@@ -109,8 +109,9 @@ func (o *outbox) remember(s *session) {
 	o.ended.add(e, now)
 }
 
-// repeatEnd answers a packet for a stream that is remembered, and reports whether that is the whole answer. A handler that closed
-// its direction with an error may go on reading, and no record comes any longer: it has to hear that there is no such stream.
+// repeatEnd answers a packet for a remembered stream, and reports whether the answer is complete. It is not if the peer closed
+// with an error: a handler may go on reading after that, but no record comes any longer. It needs a RESET for an unknown stream
+// as well.
 func (o *outbox) repeatEnd(c control) bool {
 	e := o.ended.find(c.token, o.time())
 	if e == nil || e.peer != c.sender {

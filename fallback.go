@@ -10,7 +10,7 @@ import (
 // The JSON fallback is the original wire format, byte for byte: one message a record, no sequence numbers, no credit.
 // docs/PROTOCOL.md section 11.
 
-// StreamingMsgType says what a [StreamingMsg] carries.
+// StreamingMsgType is the kind of a [StreamingMsg]: a record or the end of the stream.
 type StreamingMsgType int
 
 const (
@@ -31,8 +31,8 @@ func fallbackRecord(maxPayload int) int {
 	return min(coalesceSize, max(1, jsonwire.MaxRecord(maxPayload)))
 }
 
-// parseJSON decodes a message of a fallback peer: a record, the end of the stream, or the reason to end it. A record is
-// decoded in place, over the message it came in: the reader's record is a sub-slice of NATS's buffer here too.
+// parseJSON decodes a message of a fallback peer. It returns a record, the end of the stream, or, for an invalid message, the
+// error to end the stream with. A record is decoded in place: it is a sub-slice of NATS's buffer, as with a binary peer.
 func parseJSON(b []byte) (record []byte, end, broken *CloseError) {
 	record, c, err := jsonwire.Parse(b)
 	switch {
@@ -44,7 +44,7 @@ func parseJSON(b []byte) (record []byte, end, broken *CloseError) {
 	return record, (*CloseError)(c), nil
 }
 
-// appendJSONLocked queues the message for one record. The window toward a fallback peer is this end's own.
+// appendJSONLocked queues the message for one record. A fallback peer grants no credit, so this end sets the window itself.
 func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
 	size := jsonwire.DataSize(len(p))
 	if max := int(w.session.ep.maxPayload.Load()); size > max {

@@ -5,15 +5,16 @@ import (
 	"time"
 )
 
-// This file is about a handler that neither writes nor reads at first: its consumer cannot write before it knows where the
-// producer is, docs/PROTOCOL.md section 2.3. A handler that reads says so at once, and one that writes need not. The others are
-// given a moment to do so, because most answer at once, and a message would be wasted on them.
+// This file sends the hello, the first packet of a handler that neither writes nor reads at first. Its consumer cannot write
+// before it knows the producer's address; docs/PROTOCOL.md section 2.3. A handler that reads sends a hello at once. One that
+// writes needs none, because its first packet has the address. The outbox waits a moment for either, because most handlers
+// answer at once and a separate hello would be wasted.
 
-// helloWait is the moment: a hello is due one to two of it after the handler began.
+// helloWait is that moment: a hello is due between one and two helloWait after the handler began.
 const helloWait = time.Millisecond
 
-// hellos are the sessions whose consumers may not know their producers yet, oldest first. One timer serves all of them. It is
-// armed by the first handler that begins, runs while there are any, and is at rest otherwise.
+// hellos lists the sessions whose consumers may not know their producers yet, oldest first. One timer serves all of them. The
+// first handler that begins starts it. It runs while the list has sessions, and is stopped otherwise.
 type hellos struct {
 	armed atomic.Bool // the timer runs, or due is not acted on yet
 	due   atomic.Bool
@@ -51,8 +52,8 @@ func (h *hellos) expect(s *session) {
 	h.arm()
 }
 
-// greet sends the hellos that are due. The outbox calls it when it has nothing else to do: what handlers wrote makes most hellos
-// needless.
+// greet sends the hellos that are due. The outbox calls it when it is idle, because packets that handlers wrote make most
+// hellos needless.
 func (o *outbox) greet() {
 	h := &o.hellos
 	h.due.Store(false)

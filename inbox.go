@@ -13,28 +13,28 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// inbox is the one wildcard subscription of an endpoint, and whether the NATS server delivers to it. Subscribing never fails: a
-// server that refuses the subscription says so later, by an error on the connection, and one that drops it at a reload says it in
-// the same way. While the inbox is refused, streams end and none begins, because nothing would arrive. The watcher subscribes
-// again until the server accepts.
+// inbox is the one wildcard subscription of an endpoint, and the knowledge whether the NATS server delivers to it. Subscribing
+// never fails at once. A server that refuses the subscription, or drops it at a reload, reports it later by an error on the
+// connection. While the inbox is refused, all streams end and none begins, because no packet would arrive. The watcher
+// subscribes again until the server accepts.
 type inbox struct {
 	ep      *endpoint
-	refused atomic.Pointer[ending] // why nothing arrives; nil if something may
+	refused atomic.Pointer[ending] // the refusal by the server; nil if messages may arrive
 
 	news      chan struct{} // capacity 1: the watcher is to look
 	confirmed atomic.Bool   // confirm has had its answer
-	doubted   atomic.Bool   // the server refused a subscription and did not say which
+	doubted   atomic.Bool   // the server refused a subscription without naming it
 
 	asked   atomic.Uint64 // number of the last probe
 	arrived atomic.Uint64 // number of the last probe that arrived
 	answer  chan struct{} // capacity 1: a probe arrived, or was refused
 	mute    atomic.Bool   // the server does not let this end publish to its own inbox
 
-	subscribing sync.Mutex // held while NATS is asked
+	subscribing sync.Mutex // held during calls to NATS
 	unsubscribe func()
 	closed      bool
 
-	mu      sync.Mutex // guards the change of refused, and what follows
+	mu      sync.Mutex // guards changes of refused, and the fields below
 	known   error      // the refusal that was seen last: its report may come twice
 	since   time.Time  // of refused
 	changed func(error)
@@ -94,8 +94,8 @@ func (b *inbox) onChange(f func(error)) {
 	}
 }
 
-// denied takes the server's word that this end may not subscribe to its inbox. It is called with each error once, but the watcher
-// may have seen it before.
+// denied records that the server does not let this end subscribe to its inbox. It is called once for each error, but the
+// watcher may have seen the error before.
 func (b *inbox) denied(err error) {
 	b.mu.Lock()
 	seen := b.known == err
@@ -106,8 +106,8 @@ func (b *inbox) denied(err error) {
 	}
 }
 
-// confirm finds out, once and while the connection is up, whether the server has refused the inbox. A subject that is subscribed
-// to before that is known would take requests that cannot be served.
+// confirm checks, once and while the connection is up, whether the server has refused the inbox. A server that subscribes to
+// its subjects without this check would receive requests that it cannot serve.
 func (b *inbox) confirm() {
 	conn := b.ep.conn
 	if b.confirmed.Load() || conn.Status() != nats.CONNECTED || conn.Flush(probeTimeout) != nil {
@@ -133,11 +133,11 @@ func (b *inbox) wake() {
 	}
 }
 
-// refuse ends all streams, until heard.
+// refuse ends all streams and lets none begin, until heard is called.
 func (b *inbox) refuse(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	// The peers of streams that have one are told, because nothing says so to them: publishing still works.
+	// Peers get a RESET, because nothing else informs them: publishing still works.
 	e := &ending{kind: endFault, err: err, reset: CloseError{CloseGoingAway, "the NATS server refuses this end's inbox"}}
 	if !b.refused.CompareAndSwap(nil, e) {
 		return
@@ -164,8 +164,8 @@ func (b *inbox) heard() {
 	}
 }
 
-// look finds out whether the inbox is heard, and subscribes again if it is not and renew says so. It returns when to look again, 0
-// if only after news. Called by the watcher, while the connection is up.
+// look checks whether messages reach the inbox. If they do not and renew is set, it subscribes again. It returns how long to
+// wait before the next look, 0 to wait for news. The watcher calls it while the connection is up.
 func (b *inbox) look(renew bool) time.Duration {
 	if b.refused.Load() == nil && b.doubted.Swap(false) && b.silent() {
 		b.refuse(fmt.Errorf("stream: the NATS server does not deliver to %s*, because the connection has too many subscriptions; "+
@@ -190,19 +190,19 @@ func renewal(since time.Time) time.Duration {
 	return min(max(time.Since(since)/4, minRenewal), maxRenewal)
 }
 
-// silent reports whether the inbox is surely not heard, and leaves it subscribed to.
+// silent reports whether messages surely do not reach the inbox. It subscribes to the inbox again if the probe does not arrive.
 func (b *inbox) silent() bool {
 	n, ok := b.probe()
 	if !ok || b.arrived.Load() >= n {
 		return false
 	}
-	// Ending the subscription waits for what has arrived and was not handed over yet, so nothing is left that could be the probe.
-	// If it was only late, the new subscription is as good as the old one: what is lost meanwhile is sent again.
+	// The end of the subscription waits until all arrived messages are handed over, so the probe cannot be among them any more.
+	// If the probe was only late, the new subscription replaces the old one: messages lost meanwhile are retransmitted.
 	return b.subscribe() == nil && b.arrived.Load() < n && !b.mute.Load()
 }
 
-// probe publishes a message to the inbox, and waits for it. It returns its number, and false if the answer says nothing: if this end
-// may not publish there, or if the connection is in trouble, after which the watcher looks again.
+// probe publishes a message to the inbox, and waits for it. It returns the number of the probe. ok is false if the result proves
+// nothing: this end may not publish to its inbox, or the connection fails, after which the watcher looks again.
 func (b *inbox) probe() (n uint64, ok bool) {
 	ep := b.ep
 	n = b.asked.Add(1)
@@ -238,8 +238,8 @@ func (ep *endpoint) isProbe(err error) bool {
 	return ok && !d.Subscribe && d.Subject == ep.prefix+probeToken
 }
 
-// renew subscribes again, and reports whether the server accepts. crowded says that it refused the inbox because of the number of
-// subscriptions, which its error does not tell from others.
+// renew subscribes again, and reports whether the server accepts. crowded says that the server refused the inbox because of the
+// number of subscriptions: the error for that does not name the subscription.
 func (b *inbox) renew(crowded bool) bool {
 	conn := b.ep.conn
 	before := conn.LastError()

@@ -2,19 +2,20 @@ package stream
 
 import "time"
 
-// This file is about the end of an endpoint whose program may end right after it: its peers are to hear that it left.
+// This file resets the streams of an endpoint that closes, although its program may exit right after.
 //
-// A consumer that leaves before its producer has answered does not know where to send a RESET. Its answer is that to the producer's
-// first packet, for as long as there is an endpoint to give it. So an endpoint that closes waits for such answers, for a while.
+// A consumer that ends a stream before its producer has answered has no address for a RESET. It sends the RESET as the answer to
+// the producer's first packet, and needs a live endpoint for that. So an endpoint that closes waits a while for such packets.
 
-// unanswered are the requests whose streams have ended at this end and whose producers do not know it yet. The outbox owns it.
+// unanswered counts the requests of streams that have ended at this end while their producers could not be reset yet. The outbox
+// owns it.
 type unanswered struct {
 	requests int
 	last     int64 // when the last of them was added
 }
 
-// add notes that the stream of a request ended unanswered. Those from long ago are lost, or their producers answered when they
-// could not be told apart.
+// add notes that the stream of a request ended unanswered. It forgets older ones if the last is longer ago than patience: these
+// requests are lost, or their producers answered without being recognized.
 func (u *unanswered) add(now, patience int64) {
 	if now-u.last > patience {
 		u.requests = 0
@@ -23,11 +24,10 @@ func (u *unanswered) add(now, patience int64) {
 	u.last = now
 }
 
-// remove notes that a producer was answered, or that there is none.
+// remove notes that a producer was reset, or that no producer exists.
 func (u *unanswered) remove() { u.requests = max(0, u.requests-1) }
 
-// awaitAnswers returns when all sessions that are marked have been served and no producer is left that has yet to be told, or
-// after the patience.
+// awaitAnswers returns when the outbox has served all marked sessions and all producers are reset, or after the patience.
 func (o *outbox) awaitAnswers(patience time.Duration) {
 	o.leaving.Store(true)
 	o.park.Wake()
@@ -40,7 +40,7 @@ func (o *outbox) awaitAnswers(patience time.Duration) {
 	}
 }
 
-// answerLast ends awaitAnswers if there is nothing to wait for. The outbox calls it when it has nothing to do.
+// answerLast ends awaitAnswers if there is nothing to wait for. The outbox calls it when it is idle.
 func (o *outbox) answerLast() {
 	u := &o.unanswered
 	if u.requests == 0 || !o.up.Load() || o.ep.now()-u.last > o.ep.times.Ack {

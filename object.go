@@ -11,7 +11,7 @@ import (
 	"github.com/natsstream/stream/internal/object"
 )
 
-// codecFlag is the DATA flag of a codec. The default is the caller's to resolve.
+// codecFlag returns the DATA flag of a codec. The caller must replace CodecDefault before.
 func codecFlag(c Codec) FrameFlags {
 	if c == JSON {
 		return FlagJSON
@@ -27,11 +27,11 @@ func objectCodec(flag FrameFlags) object.Codec {
 	return object.MsgPack
 }
 
-// encodeUnlocked encodes v. It gives the lock up meanwhile: v's own methods may take their time, and the outbox, which
-// serves all streams, must never wait for them. The caller has the turn.
+// encodeUnlocked encodes v without the lock: methods of v may take long, and the outbox, which serves all streams, must never
+// wait for them. The caller has the turn.
 func (w *Writer) encodeUnlocked(e *object.Encoder, v any, dst []byte) ([]byte, error) {
 	w.mu.Unlock()
-	defer func() { // also where the encoder panics
+	defer func() { // also if the encoder panics
 		w.mu.Lock()
 		w.encoding = false
 	}()
@@ -42,7 +42,7 @@ func (w *Writer) encodeUnlocked(e *object.Encoder, v any, dst []byte) ([]byte, e
 	return b, err
 }
 
-// writeObjectLocked encodes straight into the open packet. What does not fit there is moved to a packet that it fits.
+// writeObjectLocked encodes straight into the open packet. An object that does not fit is moved to a larger packet.
 func (w *Writer) writeObjectLocked(v any) (int, error) {
 	// The last object's size is the best guess at this one's.
 	guess := FrameHeaderSize + w.object // kept: another object may change it while this one waits for credit
@@ -84,7 +84,7 @@ func (w *Writer) writeObjectLocked(v any) (int, error) {
 	return n, nil
 }
 
-// decodeObject decodes a record by its frame's codec; a raw one by what the stream asked for.
+// decodeObject decodes a record by its frame's codec. A raw record is decoded by the codec that the stream requested.
 func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
 	codec := flags & FlagCodecMask
 	if codec == FlagRaw {
@@ -96,8 +96,8 @@ func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
 	return nil
 }
 
-// objectError is the error of an object, which methods of the user may have returned. It matches what that matches, except
-// for errors that say how a stream ended: the stream goes on.
+// objectError is the error of an object that cannot be decoded. It wraps an error that methods of the user may have returned. It
+// matches the same errors as the wrapped one, except errors that report the end of a stream, because the stream goes on.
 type objectError struct {
 	text string
 	err  error
@@ -105,7 +105,7 @@ type objectError struct {
 
 func (e *objectError) Error() string { return e.text + e.err.Error() }
 
-// Is and As stand in for Unwrap, which would show all of err.
+// Is and As replace Unwrap, which would expose every error that err wraps.
 func (e *objectError) Is(target error) bool {
 	for _, end := range streamEnds {
 		if target == end {

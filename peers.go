@@ -7,7 +7,7 @@ import "hash/maphash"
 type peers struct {
 	seed  maphash.Seed
 	first map[uint64]*session              // by the hash of the subject
-	more  map[uint64]map[*session]struct{} // the others with the same hash: seldom any, so that a session needs no links
+	more  map[uint64]map[*session]struct{} // further sessions with the same hash: rare, so a session needs no links
 }
 
 func (p *peers) init() {
@@ -16,7 +16,7 @@ func (p *peers) init() {
 	p.more = make(map[uint64]map[*session]struct{})
 }
 
-// target returns the subject that s writes to: its peer's, or, until a consumer knows that, its request's.
+// target returns the subject that s publishes to: that of its peer. Until a consumer knows its peer, it is that of its request.
 func (s *session) target() string {
 	if s.out.peer == "" && s.stream != nil {
 		return s.out.subject

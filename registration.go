@@ -17,10 +17,10 @@ type Registration struct {
 	subject, queue string
 	handler        Handler
 
-	urgent chan struct{}  // capacity 1: there is a reason that does not wait for minStay
+	urgent chan struct{}  // capacity 1: a reason was added that does not wait for minStay
 	ending sync.WaitGroup // of subscriptions that NATS still delivers to
 
-	mu          sync.Mutex // never held while NATS is asked
+	mu          sync.Mutex // never held during a call to NATS
 	reasons     suspension
 	unsubscribe func()        // nil while there is no subscription
 	since       time.Time     // when it was made
@@ -31,11 +31,11 @@ type Registration struct {
 	refusedSince time.Time
 }
 
-// confirmation is how long a subscription that was refused must last to count as accepted. NATS refuses it within a round trip.
+// confirmation is how long a subscription must last after a refusal to count as accepted. NATS refuses within a round trip.
 const confirmation = time.Second
 
-// minStay is how long a subscription lasts before a server leaves a queue group because it is full. Handlers that are shorter
-// than it takes to leave would have it leave and return all the time.
+// minStay is the shortest time for which a server stays in a queue group before it leaves because it is full. Without it,
+// short handlers would make the server leave and return all the time.
 const minStay = 100 * time.Millisecond
 
 // suspension is a set of reasons for which a registration has no subscription.
@@ -43,17 +43,18 @@ type suspension uint8
 
 const (
 	suspendedFull    suspension = 1 << iota // the server has no room for another stream
-	suspendedRefused                        // NATS refuses the subject, and is asked again later
-	suspendedUnheard                        // the inbox is refused, so no stream could go on
-	suspendedStopped                        // for good: by Stop, Drain or Close, or because NATS takes no subscription any more
+	suspendedRefused                        // NATS refuses the subject; the server subscribes again later
+	suspendedUnheard                        // NATS refuses the inbox, so no stream could go on
+	suspendedStopped                        // for good: by Stop, Drain or Close, or because NATS accepts no more subscriptions
 )
 
-// Handle serves the requests on subject with h. The subject may have wildcards. Messages that are no requests, such as packets of
-// streams, are dropped and counted in [Stats].DroppedStray. If the first element of subject is a wildcard, everything on
-// subjects that begin with $ or _ is dropped too. If several servers handle the same subject,
-// each of them gets every request, and the consumer reads from the first that answers; [Server.HandleQueue] shares requests
-// out instead. A request that is sent before the NATS server knows the subscription fails with [nats.ErrNoResponders]: call
-// [nats.Conn.Flush] to wait until it does.
+// Handle serves the requests on subject with h. The subject may have wildcards. Messages that are no requests, such as packets
+// of streams, are dropped and counted in [Stats].DroppedStray. If the first element of subject is a wildcard, all messages on
+// subjects that begin with $ or _ are dropped, too.
+//
+// If several servers handle the same subject, each of them gets every request, and the consumer reads from the first that
+// answers. [Server.HandleQueue] distributes the requests instead. A request that is sent before the NATS server knows the
+// subscription fails with [nats.ErrNoResponders]: call [nats.Conn.Flush] to wait for the NATS server.
 //
 // Errors: those of [nats.Conn.Subscribe]; [ErrServerClosed] after the server's end; an error if h is nil.
 func (s *Server) Handle(subject string, h Handler) (*Registration, error) {
@@ -72,7 +73,7 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, e
 	}
 	s.mu.Lock()
 	ending := s.idle != nil
-	if !ending { // else the goroutine that ends the server has looked at the registrations already
+	if !ending { // the goroutine that ends a server does not look for later registrations
 		r.reasons = s.suspended & r.heeds()
 		s.registrations[r] = struct{}{}
 	}
@@ -85,8 +86,8 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, e
 		err = fmt.Errorf("%w: %w", ErrServerClosed, e.err)
 	} else if e := s.ep.inbox.refused.Load(); e != nil {
 		err = fmt.Errorf("stream: handle %s: %w", subject, e.err)
-	} else if s.ep.inbox.confirm(); s.ep.inbox.refused.Load() == nil { // else r is subscribed to when the inbox is heard
-		err = r.subscribe() // also if r begins suspended: NATS then says if it does not take the subject
+	} else if s.ep.inbox.confirm(); s.ep.inbox.refused.Load() == nil { // while it is refused, r waits for the inbox
+		err = r.subscribe() // also if r begins suspended: NATS then reports a subject that it does not accept
 	}
 	if err != nil {
 		r.mu.Lock()
@@ -101,9 +102,9 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, e
 	return r, nil
 }
 
-// Stop ends the registration: no further requests on its subject reach the handler. Requests that NATS has delivered by then
-// are served, and handlers that run are not disturbed. Stop returns when NATS has confirmed, after two seconds at most. It does
-// not wait for handlers, so a handler may call it. Stopping again, or after the server's end, does nothing.
+// Stop ends the registration: no further requests on its subject reach the handler. Requests that NATS has delivered before
+// are served, and running handlers go on. Stop returns when NATS has confirmed the end of the subscription, within 2 s. It does
+// not wait for handlers, so a handler may call it. A second call, or one after the server's end, does nothing.
 func (r *Registration) Stop() {
 	if changing := r.change(suspendedStopped, 0); changing != nil {
 		<-changing
@@ -112,18 +113,17 @@ func (r *Registration) Stop() {
 	r.server.forget(r)
 }
 
-// Err returns nil while NATS lets the server subscribe to the subject, as far as is known, and otherwise the refusal. NATS tells it
-// some time after [Server.Handle] has returned, and perhaps later, if permissions change. Requests do not reach the handler then. The
-// server goes on trying, every five seconds at least. The refusal is logged to [ServerParams].Logger as well. A refusal because
-// of max_subscriptions names no subject, so it is only logged.
+// Err returns the error with which NATS refuses the subscription to the subject, nil if NATS has reported no refusal. NATS
+// reports a refusal some time after [Server.Handle] has returned, and also later if permissions change. During a refusal no
+// requests reach the handler, and the server subscribes again at least every 5 s. The refusal is also logged to
+// [ServerParams].Logger. A refusal because of max_subscriptions names no subject, so it is only logged.
 func (r *Registration) Err() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.refused
 }
 
-// refuse takes NATS's word that the server may not subscribe to the subject, and sees to it that it tries again. Callbacks of NATS
-// call it.
+// refuse records that NATS refused the subscription, and schedules the next attempt. Callbacks of NATS call it.
 func (r *Registration) refuse(err error) {
 	err = fmt.Errorf("stream: may not subscribe to %s; allow it (docs/PROTOCOL.md section 15): %w", r.subject, err)
 	r.mu.Lock()
@@ -142,7 +142,7 @@ func (r *Registration) refuse(err error) {
 	time.AfterFunc(again, func() { r.retry(n) })
 }
 
-// retry subscribes again after refusal number n, and finds out whether that was accepted.
+// retry subscribes again after refusal number n, and checks after confirmation whether NATS accepted.
 func (r *Registration) retry(n int) {
 	r.mu.Lock()
 	stale := r.refusals != n || r.reasons&suspendedStopped != 0
@@ -164,8 +164,8 @@ func (r *Registration) retry(n int) {
 	})
 }
 
-// heeds returns the reasons that count for r. If a server outside any queue group left its subject, nobody would get the
-// requests that it refuses, and consumers would hear less than why.
+// heeds returns the reasons that apply to r. A full server outside any queue group keeps its subscription: it refuses requests
+// with a reason. Without a subscription, consumers would only get [nats.ErrNoResponders].
 func (r *Registration) heeds() suspension {
 	if r.queue == "" {
 		return ^suspendedFull
@@ -173,9 +173,9 @@ func (r *Registration) heeds() suspension {
 	return ^suspension(0)
 }
 
-// change adds and removes reasons, and has a goroutine subscribe or unsubscribe if need be. It returns a channel that is closed
-// when that is done, nil if there is nothing to do. It does not ask NATS itself, so callbacks of NATS may call it, with
-// Server.mu held.
+// change adds and removes reasons, and starts a goroutine that subscribes or unsubscribes if necessary. It returns a channel
+// that is closed when the goroutine is done, nil if there is nothing to do. change itself does not call NATS, so callbacks of
+// NATS may call it, with Server.mu held.
 func (r *Registration) change(add, remove suspension) (changing <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -199,7 +199,7 @@ func (r *Registration) change(add, remove suspension) (changing <-chan struct{})
 // settledLocked reports whether there is a subscription exactly if there is no reason against it.
 func (r *Registration) settledLocked() bool { return (r.unsubscribe != nil) == (r.reasons == 0) }
 
-// settle subscribes and unsubscribes until the registration is as its reasons want it, and closes changing then. The goroutine
+// settle subscribes and unsubscribes until the subscription agrees with the reasons, and closes changing then. The goroutine
 // that made changing calls it.
 func (r *Registration) settle() {
 	r.mu.Lock()
@@ -212,7 +212,7 @@ func (r *Registration) settle() {
 				r.server.log.Error("stream: cannot serve a subject again", "subject", r.subject, "queue", r.queue, "error", err)
 			}
 			r.mu.Lock()
-			if err != nil { // the connection is closed or drains: it takes no subscription any more
+			if err != nil { // the connection is closed or drains: it accepts no more subscriptions
 				r.reasons |= suspendedStopped
 			}
 		} else if stay := time.Until(r.since.Add(minStay)); stay > 0 && r.reasons == suspendedFull {
@@ -249,7 +249,7 @@ func (s *Server) forget(r *Registration) {
 	delete(s.registrations, r)
 }
 
-// suspendLocked gives all registrations that heed it, and those to come, a reason to have no subscription.
+// suspendLocked adds a reason to have no subscription to all present and later registrations that heed it.
 func (s *Server) suspendLocked(why suspension) {
 	s.suspended |= why
 	for r := range s.registrations {
@@ -257,7 +257,7 @@ func (s *Server) suspendLocked(why suspension) {
 	}
 }
 
-// resumeLocked takes a reason back.
+// resumeLocked removes a reason from all registrations.
 func (s *Server) resumeLocked(why suspension) {
 	s.suspended &^= why
 	for r := range s.registrations {
@@ -279,7 +279,7 @@ func (s *Server) checkRoomLocked() {
 	}
 }
 
-// room is how many streams a server takes.
+// room is the capacity of a server in streams.
 type room struct {
 	handlers int // that run
 	sessions int // of handlers that run, and of those whose streams have something left to send
@@ -289,11 +289,12 @@ func roomFor(maxStreams int) room {
 	return room{handlers: maxStreams, sessions: 2*min(maxStreams, math.MaxInt/4) + lingering}
 }
 
-// spare is the part of the room that has to be free before a full server returns to its queue groups. Without it a server that
-// is busy would leave and return with each handler that ends.
+// spare is the divisor for the part of the room that must be free before a full server returns to its queue groups: an eighth.
+// Without it, a busy server would leave and return with each handler that ends.
 const spare = 8
 
-// full reports whether a server with that many handlers and sessions is full, or is still, if it was.
+// full reports whether a server with that many handlers and sessions is full. was says that it was full before: then it
+// stays full until the spare part is free.
 func (r room) full(handlers, sessions int, was bool) bool {
 	if was {
 		return handlers > r.handlers-max(1, r.handlers/spare) || sessions > r.sessions-max(1, r.sessions/spare)

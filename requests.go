@@ -9,16 +9,17 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file decides what is a request, and where its answer may go; docs/PROTOCOL.md sections 2 and 2.6. A handler may be
-// subscribed to a wildcard, so anything can arrive: packets of streams, its own too, answers to others, acknowledgements of
-// JetStream. None of these may start a handler, or one handler's packets would start the next.
+// This file decides whether a message is a request, and to which subjects an answer may be sent; docs/PROTOCOL.md sections 2
+// and 2.6. A handler may be subscribed to a wildcard, so any message can arrive: packets of streams, also of its own, answers
+// to other requests, acknowledgements of JetStream. None of these may start a handler. Otherwise one handler's packets would
+// start the next handler.
 
 // errStray says that a message is no request.
 var errStray = errors.New("stream: not a request")
 
-// request is what a producer must know of a request before it answers.
+// request holds the facts about a request that a producer needs before it answers.
 type request struct {
-	offer Token // what the consumer takes
+	offer Token // the codec and the windows that the consumer offers
 	json  bool  // the consumer knows only the fallback
 }
 
@@ -29,9 +30,9 @@ func parseRequest(m *nats.Msg, pattern, inbox string) (request, error) {
 	switch {
 	case !hasOpen && looksLikePacket(m.Data),
 		m.Header[headerProbe] != nil,
-		len(m.Data) == 0 && m.Header["Status"] != nil, // the NATS server speaks
+		len(m.Data) == 0 && m.Header["Status"] != nil, // a status message of the NATS server
 		strings.HasPrefix(m.Subject, inbox),
-		reserved(m.Subject) && startsWild(pattern): // a wildcard asks for services, not for the inner life of NATS
+		reserved(m.Subject) && startsWild(pattern): // internal traffic of NATS that a wildcard happens to match
 		return request{}, errStray
 	case m.Reply == "":
 		return request{}, nats.ErrMsgNoReply
@@ -52,8 +53,8 @@ func parseRequest(m *nats.Msg, pattern, inbox string) (request, error) {
 
 // checkReply returns why an answer must not be written to a request's reply subject, nil if it may.
 //
-// The subject of a binary consumer ends with its token, unless a NATS server has mapped it: then it begins with _R_. Names with
-// an underscore in front are those that NATS and its clients give to inboxes, so nobody has a service there.
+// The subject of a binary consumer ends with its token, unless a NATS server has mapped it: then it begins with _R_. NATS and
+// its clients use names with a leading underscore for inboxes, so no service has such a subject.
 func checkReply(reply, pattern string, json bool) error {
 	if err := checkAnswer(reply); err != nil {
 		return err
@@ -70,9 +71,9 @@ func checkReply(reply, pattern string, json bool) error {
 	return nil
 }
 
-// checkAnswer returns why nothing must be written to a subject that a peer named, nil if it may. To publish to a subject with
-// wildcards closes a pedantic connection. Below $ are the subjects of NATS itself: an answer there would acknowledge a message
-// of JetStream, for one.
+// checkAnswer returns why this end must not publish to a subject that a peer named, nil if it may. Publishing to a subject with
+// wildcards closes a pedantic connection. Subjects that begin with $ belong to NATS itself: an answer there could, for
+// instance, acknowledge a message of JetStream.
 func checkAnswer(subject string) error {
 	if !validSubject(subject) || subject[0] == '$' {
 		return fmt.Errorf("stream: reply subject %q cannot be written to: %w", subject, nats.ErrBadSubject)
@@ -80,8 +81,8 @@ func checkAnswer(subject string) error {
 	return nil
 }
 
-// looksLikePacket reports whether b is a packet of this version or of a later one, which keeps magic and length in their
-// places.
+// looksLikePacket reports whether b is a packet of this version or of a later one. Later versions keep magic and length in
+// their places.
 func looksLikePacket(b []byte) bool {
 	return len(b) >= PacketHeaderSize && b[0] == PacketMagic && uint64(binary.BigEndian.Uint32(b[PacketHeaderSize-4:])) == uint64(len(b))
 }
@@ -98,7 +99,7 @@ func startsWild(pattern string) bool {
 	return first == "*" || first == ">"
 }
 
-// subjectMatches reports whether a subscription to pattern receives what is published to subject.
+// subjectMatches reports whether a subscription to pattern receives messages on subject.
 func subjectMatches(pattern, subject string) bool {
 	for {
 		p, pRest, pMore := strings.Cut(pattern, ".")

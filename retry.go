@@ -10,18 +10,18 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// refusal is a refusal before anything else was received: the producer's server had no room, and called no handler.
+// refusal is the end of a stream that a server without room refused. It arrived before any other packet, so no handler ran.
 type refusal struct{ *CloseError }
 
 func (r refusal) Unwrap() error { return r.CloseError }
 
-// Retryable reports whether err, returned by a method of a [Stream], says that the request surely reached no handler,
-// so that opening the stream again cannot run one twice. Two ends do: [nats.ErrNoResponders] in answer to the request,
-// and [CloseTryAgainLater] from a server without room. Every other error is not retryable for the library; the caller
-// may know more.
+// Retryable reports whether err, returned by a method of a [Stream], proves that the request reached no handler. Then opening
+// the stream again cannot run a handler twice. Two ends prove it: [nats.ErrNoResponders] as the answer to the request, and
+// [CloseTryAgainLater] from a server without room. For every other error Retryable returns false, although the caller may
+// know that the request can be repeated.
 //
-// If several servers get the same request, because they handle its subject outside a queue group, Retryable speaks of the one
-// that answered first.
+// If several servers get the same request, because they handle its subject outside a queue group, the result is about the
+// server that answered first.
 func Retryable(err error) bool {
 	if _, ok := errors.AsType[refusal](err); ok {
 		return true
@@ -30,7 +30,7 @@ func Retryable(err error) bool {
 	return errors.Is(err, nats.ErrNoResponders) && !closed
 }
 
-// Retry says how often and how soon [Client.OpenRetry] tries again. The zero value of a field means the default.
+// Retry sets how often and how soon [Client.OpenRetry] repeats a request. The zero value of a field selects the default.
 type Retry struct {
 	Attempts int           // requests in all: 5 by default
 	Wait     time.Duration // before the second request, doubled for each further one: 50 ms by default
@@ -54,8 +54,8 @@ func (r Retry) withDefaults() (Retry, error) {
 	return r, nil
 }
 
-// wait returns how long to wait after the n-th refusal, counted from 0: at least half of what Retry says, at random, so that
-// consumers that were refused together do not come back together.
+// wait returns how long to wait after the n-th refusal, counted from 0. The result is random, between half of the time that
+// Retry sets and the whole, so that consumers that were refused together do not return together.
 func (r Retry) wait(n int) time.Duration {
 	d := r.MaxWait
 	if n < 62 && r.Wait <= r.MaxWait>>n {
@@ -64,9 +64,10 @@ func (r Retry) wait(n int) time.Duration {
 	return d - rand.N(d/2+1)
 }
 
-// OpenRetry opens a stream as [Client.OpenMsg] does, waits until its producer answers, and sends the request again while it is
-// refused in a way that is [Retryable]. It never sends it again once a handler may have run. The answer is the producer's first
-// packet, or its word that the handler runs, a few milliseconds after the request. Any other end of the stream is returned by its reads.
+// OpenRetry opens a stream as [Client.OpenMsg] does and waits for the producer's answer. If the end of the stream is
+// [Retryable], it sends the request again; it never does so once a handler may have run. The answer is the producer's first
+// packet, or its notice, a few milliseconds after the request, that the handler runs. OpenRetry returns the stream after an
+// answer. It also returns the stream after an end that is not retryable; reads of the stream return its error.
 //
 // Errors: the last refusal, after retry.Attempts; those of [Client.OpenMsg]; the context's error; an error for negative
 // fields of retry.
