@@ -15,7 +15,7 @@
 //
 //	server, err := stream.NewServer(stream.ServerParams{Conn: nc})
 //	...
-//	err = server.Handle("logs", func(w *stream.Writer, r *stream.Request) error {
+//	_, err = server.Handle("logs", func(w *stream.Writer, r *stream.Request) error {
 //		_, err := fmt.Fprintf(w, "log of %s", r.Data) // one record
 //		return err                                    // nil: the stream ends, the consumer has everything
 //	})
