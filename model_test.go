@@ -747,6 +747,8 @@ func (e *modelEnd) allowedLocked(err error, write bool) string {
 		return ""
 	case errors.Is(err, ErrClosed) && write && e.side == consumerSide && s.returned:
 		return "" // reads tell how the handler ended
+	case errors.Is(err, ErrClosed) && write && e.side == consumerSide && !handler.ended.IsZero() && s.mayBeLostLocked():
+		return "" // the handler's end has given the stream up, and its CLOSE may be among what was not read: reads tell
 	case errors.Is(err, ErrClosed) && write && e.side == handlerSide && s.closed == CloseNormalClosure:
 		return ""
 	case errors.Is(err, ErrClosed):
