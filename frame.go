@@ -43,8 +43,8 @@ type PacketHeader struct {
 }
 
 // Allows reports whether a packet with header h may contain a frame of type t. A packet with [PacketSeq] may contain DATA,
-// CLOSE and META. A packet without it may contain RESET, CREDIT, PING, CHALLENGE and RESPONSE. Both may contain skippable
-// types.
+// CLOSE and META. A packet without it may contain RESET, CREDIT, PING, CHALLENGE, RESPONSE and RESUME. Both may contain
+// skippable types.
 func (h PacketHeader) Allows(t FrameType) bool {
 	set := uint32(controlTypes)
 	if h.Flags&PacketSeq != 0 {
@@ -141,6 +141,7 @@ var (
 	errCreditSize       error = &wireError{ErrPayload, "CREDIT is not 16 bytes"}
 	errPingPayload      error = &wireError{ErrPayload, "PING is not empty"}
 	errNonceSize        error = &wireError{ErrPayload, "CHALLENGE or RESPONSE is not 8 bytes"}
+	errResumeSize       error = &wireError{ErrPayload, "RESUME is not 16 bytes"}
 	errTokenSize        error = &wireError{ErrToken, "wrong length"}
 	errTokenMark        error = &wireError{ErrToken, "does not begin with ~1"}
 	errTokenCodec       error = &wireError{ErrToken, "unknown codec letter"}

@@ -96,6 +96,7 @@ const (
 	FrameMeta      FrameType = 6 // headers, or with FlagTrailer trailers, in NATS header form
 	FrameChallenge FrameType = 7 // asks whether the peer receives at a subject that it moved to; the payload is a nonce of 8 bytes
 	FrameResponse  FrameType = 8 // answers a CHALLENGE with its payload
+	FrameResume    FrameType = 9 // names a stream across accounts, so that its consumer can ask for it again; the payload is the producer's token
 
 	frameSkippable FrameType = 0x80
 )
@@ -119,6 +120,8 @@ func (t FrameType) String() string {
 		return "CHALLENGE"
 	case FrameResponse:
 		return "RESPONSE"
+	case FrameResume:
+		return "RESUME"
 	}
 	return "FrameType(" + strconv.Itoa(int(t)) + ")"
 }
@@ -157,7 +160,7 @@ var frameFlagNames = [8]string{0: "MORE/HALF/GAP/TRAILER", 1: "JSON", 2: "MSGPAC
 // Frame types that may stand in packets with and without SEQ, as bit sets.
 const (
 	sequencedTypes = 1<<FrameData | 1<<FrameClose | 1<<FrameMeta
-	controlTypes   = 1<<FrameReset | 1<<FrameCredit | 1<<FramePing | 1<<FrameChallenge | 1<<FrameResponse
+	controlTypes   = 1<<FrameReset | 1<<FrameCredit | 1<<FramePing | 1<<FrameChallenge | 1<<FrameResponse | 1<<FrameResume
 )
 
 const (
@@ -339,6 +342,15 @@ func checkFrame(f Frame) error {
 			return errCodeWithoutClose
 		case len(f.Payload) != nonceSize:
 			return errNonceSize
+		}
+	case FrameResume:
+		switch {
+		case f.Flags != 0:
+			return errFrameFlags
+		case f.Code != 0:
+			return errCodeWithoutClose
+		case len(f.Payload) != TokenSize:
+			return errResumeSize
 		}
 	default:
 		if !f.Type.Skippable() {

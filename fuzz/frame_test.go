@@ -154,10 +154,10 @@ func readModelFrame(r *bytes.Reader) (f modelFrame, err error) {
 	if h.Type >= 128 {
 		return f, nil
 	}
-	if h.Type == 0 || h.Type > 8 {
+	if h.Type == 0 || h.Type > 9 {
 		return f, stream.ErrFrameType
 	}
-	maxFlags := [...]byte{1: 5, 2: 1, 4: 1, 6: 1, 8: 0}
+	maxFlags := [...]byte{1: 5, 2: 1, 4: 1, 6: 1, 9: 0}
 	if h.Flags > maxFlags[h.Type] {
 		return f, stream.ErrFlags
 	}
@@ -174,7 +174,7 @@ func readModelFrame(r *bytes.Reader) (f modelFrame, err error) {
 			return f, stream.ErrCode
 		}
 	}
-	if h.Type == 1 && h.Flags%2 == 1 && h.Length == 0 || h.Type == 4 && h.Length != 16 || h.Type == 5 && h.Length != 0 || h.Type > 6 && h.Length != 8 {
+	if h.Type == 1 && h.Flags%2 == 1 && h.Length == 0 || h.Type == 4 && h.Length != 16 || h.Type == 5 && h.Length != 0 || (h.Type == 7 || h.Type == 8) && h.Length != 8 || h.Type == 9 && h.Length != 16 {
 		return f, stream.ErrPayload
 	}
 	return f, nil

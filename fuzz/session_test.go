@@ -609,6 +609,8 @@ func parse(b []byte) (typ, flags byte, code int, payload, rest []byte, ok bool) 
 		ok = flags < 2 && code == 0
 	case 7, 8:
 		ok = flags == 0 && code == 0 && n == 8
+	case 9:
+		ok = flags == 0 && code == 0 && n == 16
 	default:
 		ok = typ >= 128
 	}

@@ -429,6 +429,8 @@ func checkFrameCode(w *writer) {
 			w.p("case len(f.Payload) != 0: return errPingPayload")
 		case payloadNonce:
 			w.p("case len(f.Payload) != nonceSize: return errNonceSize")
+		case payloadToken:
+			w.p("case len(f.Payload) != TokenSize: return errResumeSize")
 		}
 		w.p("}")
 	}

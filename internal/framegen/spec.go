@@ -160,6 +160,7 @@ const (
 	payloadCredit
 	payloadEmpty
 	payloadNonce
+	payloadToken // a token, which is looked up and not decoded
 )
 
 type frameType struct {
@@ -200,8 +201,11 @@ var (
 	typeResponse = frameType{name: "RESPONSE", goName: "FrameResponse", value: 8,
 		payload: payloadNonce,
 		doc:     "exactly 8 bytes: those of the CHALLENGE", goDoc: "answers a CHALLENGE with its payload"}
+	typeResume = frameType{name: "RESUME", goName: "FrameResume", value: 9,
+		payload: payloadToken,
+		doc:     "exactly 16 bytes: the producer's control token. It names the stream, across accounts", goDoc: "names a stream across accounts, so that its consumer can ask for it again; the payload is the producer's token"}
 
-	frameTypes = []frameType{typeData, typeClose, typeReset, typeCredit, typePing, typeMeta, typeChallenge, typeResponse}
+	frameTypes = []frameType{typeData, typeClose, typeReset, typeCredit, typePing, typeMeta, typeChallenge, typeResponse, typeResume}
 )
 
 // skippable is the bit of a frame type that lets a receiver skip frames it does not know.

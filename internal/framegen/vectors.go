@@ -209,6 +209,7 @@ var (
 	fCodecMask, fGap        = uint64(flagCodecMask.value), uint64(flagGap.value)
 	fTrailer                = uint64(flagTrailer.value)
 	tChallenge, tResponse   = uint64(typeChallenge.value), uint64(typeResponse.value)
+	tResume                 = uint64(typeResume.value)
 	pSeq, pAck, pEnv, pMark = uint64(packetFlags[0].value), uint64(packetFlags[1].value), uint64(packetFlags[2].value), uint64(packetFlags[3].value)
 )
 
@@ -272,6 +273,8 @@ func frameVectors(vs *vectors) {
 	vs.frame("meta_trailer_empty", tMeta, fTrailer, 0, "", "")
 	vs.frame("challenge", tChallenge, 0, 0, "\x00\x01\x02\x03\xfc\xfd\xfe\xff", "")
 	vs.frame("response", tResponse, 0, 0, "\x00\x01\x02\x03\xfc\xfd\xfe\xff", "")
+	vs.frame("resume", tResume, 0, 0, "~1m5G0123456789A", "")
+	vs.frame("resume_any_text", tResume, 0, 0, "\x00no token\xff------", "")
 	vs.frame("skippable_first", skippable, 0, 0, "", "")
 	vs.frame("skippable_anything", 0xFF, 0xFF, 0xFFFF, "??", "next")
 
@@ -287,7 +290,7 @@ func frameVectors(vs *vectors) {
 			vs.rawFrame(fmt.Sprintf("length_%d_type_%d", n, t), "length", append(b, "abc"...))
 		}
 	}
-	for _, t := range []uint64{0, 9, 0x7F} {
+	for _, t := range []uint64{0, 10, 0x7F} {
 		vs.badFrame(fmt.Sprintf("type_%d", t), "type", t, 0, 0, "")
 	}
 	vs.badFrame("data_codec_reserved", "flags", tData, fCodecMask, 0, "a")
@@ -323,6 +326,11 @@ func frameVectors(vs *vectors) {
 		vs.badFrame(name+"_flag", "flags", v, 1, 0, "12345678")
 		vs.badFrame(name+"_code", "code", v, 0, 1000, "12345678")
 	}
+	vs.badFrame("resume_empty", "payload", tResume, 0, 0, "")
+	vs.badFrame("resume_15", "payload", tResume, 0, 0, "~1m5G0123456789")
+	vs.badFrame("resume_17", "payload", tResume, 0, 0, "~1m5G0123456789AB")
+	vs.badFrame("resume_flag", "flags", tResume, 1, 0, "~1m5G0123456789A")
+	vs.badFrame("resume_code", "code", tResume, 0, 1000, "~1m5G0123456789A")
 	vs.badFrame("meta_flag_02", "flags", tMeta, 2, 0, "")
 	vs.badFrame("meta_trailer_flag_80", "flags", tMeta, fTrailer|0x80, 0, "")
 	vs.badFrame("meta_code", "code", tMeta, 0, 1000, "")
@@ -360,6 +368,7 @@ func packetVectors(vs *vectors) {
 	vs.packet("reset", "", 0, 7, 9, reset)
 	vs.packet("challenge", "", 0, 7, 9, frameArgs{tChallenge, 0, 0, "12345678"})
 	vs.packet("response", "", 0, 7, 9, frameArgs{tResponse, 0, 0, "12345678"})
+	vs.packet("ping_resume", "", 0, 7, 9, ping, frameArgs{tResume, 0, 0, "~1m5G0123456789A"})
 	vs.packet("ping_ack", "", pAck, 7, 0, ping)
 	vs.packet("skippable_in_sequenced", "", pSeq, 7, 1, skip, data)
 	vs.packet("skippable_in_control", "", 0, 7, 1, skip, ping)
@@ -372,6 +381,7 @@ func packetVectors(vs *vectors) {
 	vs.packet("ping_with_seq", "misplaced", pSeq, 7, 1, data, ping)
 	vs.packet("challenge_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tChallenge, 0, 0, "12345678"})
 	vs.packet("response_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tResponse, 0, 0, "12345678"})
+	vs.packet("resume_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tResume, 0, 0, "~1m5G0123456789A"})
 	vs.packet("unknown_type_second", "type", pSeq, 7, 1, data, frameArgs{0x40, 0, 0, ""})
 
 	// A good frame, then one whose length runs past the packet, and then one whose header is cut.
