@@ -15,6 +15,36 @@ type move struct {
 	subject string
 	nonce   [nonceSize]byte
 	at      int64 // when the challenge was sent
+	lost    bool  // the one before leads nowhere any longer: what was sent there is missing
+}
+
+// whereabouts is what the outbox knows beside the address of a peer, of few streams.
+type whereabouts struct {
+	move     *move     // another subject that the peer named, and has not proved to receive at
+	crossing *crossing // of a stream across accounts
+}
+
+func (s *session) whereabouts() *whereabouts {
+	if s.out.whereabouts == nil {
+		s.out.whereabouts = new(whereabouts)
+	}
+	return s.out.whereabouts
+}
+
+// move returns where the peer of s moves, nil if it does not.
+func (s *session) move() *move {
+	if w := s.out.whereabouts; w != nil {
+		return w.move
+	}
+	return nil
+}
+
+// crossing returns what s has as a stream across accounts, nil if it is none, or a consumer does not know that yet.
+func (s *session) crossing() *crossing {
+	if w := s.out.whereabouts; w != nil {
+		return w.crossing
+	}
+	return nil
 }
 
 // challengePatience is how many AckTimeouts the answer to a challenge may take before another subject is challenged. Each
@@ -38,22 +68,32 @@ func (o *outbox) setPeer(s *session, subject string) {
 // not its own is one such packet for each time that challenges are patient.
 func (o *outbox) challenge(s *session, subject string) {
 	now := o.ep.now()
-	if m := s.out.move; m != nil && now-m.at < challengePatience*o.ep.times.Ack || !o.connected() {
+	if m := s.move(); m != nil && now-m.at < challengePatience*o.ep.times.Ack || !o.connected() {
 		return
 	}
-	s.out.move = &move{subject: subject, at: now}
-	rand.Read(s.out.move.nonce[:])
-	o.tellAt(s, subject, "", Frame{Type: FrameChallenge, Payload: s.out.move.nonce[:]})
+	o.tellAt(s, subject, "", s.moveTo(subject, now, o.seeks(s)))
+}
+
+// moveTo notes that the peer of s named subject, and returns the challenge to send there.
+func (s *session) moveTo(subject string, now int64, lost bool) Frame {
+	m := &move{subject: subject, at: now, lost: lost}
+	s.whereabouts().move = m
+	rand.Read(m.nonce[:])
+	return Frame{Type: FrameChallenge, Payload: m.nonce[:]}
 }
 
 // proved moves the peer of s to the subject that it was challenged at, if nonce is that of the challenge. What this end had to
 // say may have gone to a subject that leads nowhere any longer.
 func (o *outbox) proved(s *session, nonce []byte) {
-	if m := s.out.move; m != nil && string(nonce) == string(m.nonce[:]) && s.out.state.Phase != lifecycle.Gone {
+	if m := s.move(); m != nil && string(nonce) == string(m.nonce[:]) && s.out.state.Phase != lifecycle.Gone {
 		o.peers.move(s, m.subject)
 		o.joinRemote(s)
-		s.out.move = nil
+		s.out.whereabouts.move = nil
 		o.step(s, lifecycle.PeerKnown)
-		s.mark(workCredit)
+		if m.lost {
+			s.mark(workGap)
+		} else {
+			s.mark(workCredit)
+		}
 	}
 }

@@ -86,6 +86,7 @@ func (o *outbox) receive() (worked bool) {
 		}
 		switch {
 		case c.reply != "":
+			o.answerSought(s, c)
 			o.setPeer(s, c.reply)
 		case c.absent:
 			o.absent(s)
@@ -189,6 +190,8 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 			challenge = f.Payload
 		case FrameResponse:
 			o.proved(s, f.Payload)
+		case FrameResume:
+			s.named(f.Payload)
 		case FrameReset:
 			// What arrived before can still be read: a CLOSE may be among it.
 			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
@@ -324,12 +327,12 @@ func (o *outbox) sendEnd(s *session, e CloseError) {
 func (o *outbox) sendControl(s *session, reply string, f Frame) { o.tellAt(s, s.out.peer, reply, f) }
 
 // tellAt is tell with another subject than that of the peer.
-func (o *outbox) tellAt(s *session, subject, reply string, f Frame) {
+func (o *outbox) tellAt(s *session, subject, reply string, frames ...Frame) {
 	h := PacketHeader{Sender: s.sender}
 	if w := s.writer.Load(); w != nil {
 		h.Seq = w.unacked.Cursor()
 	}
-	err := o.publish(subject, reply, AppendPacket(o.scratch[:0], h, f))
+	err := o.publish(subject, reply, AppendPacket(o.scratch[:0], h, frames...))
 	if errors.Is(err, nats.ErrBadSubject) && subject == s.out.peer {
 		s.requestEnd(unwritable(err))
 	}

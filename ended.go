@@ -117,11 +117,16 @@ func (o *outbox) repeatEnd(c control) bool {
 	if e == nil || e.peer != c.sender {
 		return false
 	}
+	o.publishEnd(e, c.reply)
+	return !e.failed
+}
+
+// publishEnd publishes the last word about e to subject.
+func (o *outbox) publishEnd(e *endedStream, subject string) {
 	f := Frame{Type: FrameReset, Code: e.code}
 	if e.code == 0 {
 		var payload [creditSize]byte
 		f = Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], e.credit)}
 	}
-	o.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: e.sender}, f))
-	return !e.failed
+	o.publish(subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: e.sender}, f))
 }

@@ -107,7 +107,8 @@ func TestDrainAfterTheConnectionIsLost(t *testing.T) {
 		go func() {
 			defer close(done)
 			close(began)
-			server.request(&nats.Msg{Subject: "x", Reply: consumerSubject(5), Header: h}, "x", func(*Writer, *Request) error { return nil })
+			server.request(&nats.Msg{Subject: "x", Reply: consumerSubject(5), Header: h},
+				&Registration{server: server, subject: "x", handler: func(*Writer, *Request) error { return nil }})
 		}()
 		<-began
 		time.Sleep(50 * time.Microsecond)

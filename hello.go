@@ -8,7 +8,8 @@ import (
 // This file sends the hello, the first packet of a handler that neither writes nor reads at first. Its consumer cannot write
 // before it knows the producer's address; docs/PROTOCOL.md section 2.3. A handler that reads sends a hello at once. One that
 // writes needs none, because its first packet has the address. The outbox waits a moment for either, because most handlers
-// answer at once and a separate hello would be wasted.
+// answer at once and a separate hello would be wasted. A consumer in another account gets a hello in any case, because it carries
+// the name of the stream.
 
 // helloWait is that moment: a hello is due between one and two helloWait after the handler began.
 const helloWait = time.Millisecond
@@ -46,6 +47,11 @@ func (s *session) begin() {
 	s.ep.outbox.hellos.arm()
 }
 
+// wantsHello reports whether the consumer may not know where its producer is, or the name of the stream.
+func (s *session) wantsHello() bool {
+	return s.writer.Load().unacked.Next() == 0 && s.out.life.pings == 0 && s.out.life.heard == 0 || s.unnamed()
+}
+
 // expect notes that a handler has begun. Called by the outbox.
 func (h *hellos) expect(s *session) {
 	h.waiting = append(h.waiting, s)
@@ -59,7 +65,7 @@ func (o *outbox) greet() {
 	h.due.Store(false)
 	for i, s := range h.waiting[:h.old] {
 		h.waiting[i] = nil
-		if s.end.Load() == nil && s.writer.Load().unacked.Next() == 0 {
+		if s.end.Load() == nil && s.wantsHello() {
 			o.serve(s, workHello)
 		}
 	}

@@ -332,7 +332,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		f.Unacked = !w.json && !w.unacked.Empty()
 		f.Stalled = !f.Unacked && (w.unacked.waits || w.stalled())
 		f.Failed = s.nobodyReads.Load() && w.unacked.failed != nil
-		f.Silent = s.stream == nil && w.unacked.Next() == 0 && l.heard == 0
+		f.Silent = s.stream == nil && w.unacked.Next() == 0 && l.heard == 0 || s.unnamed()
 	}
 	return f
 }
@@ -400,7 +400,12 @@ func (o *outbox) publishPing(s *session) {
 			return
 		}
 	}
-	o.sendControl(s, s.reply, Frame{Type: FramePing})
+	if s.crossing() != nil && s.server != nil {
+		o.tellAt(s, s.out.peer, s.reply, Frame{Type: FramePing}, Frame{Type: FrameResume, Payload: []byte(s.token())})
+	} else {
+		o.tellAt(s, s.out.peer, s.reply, Frame{Type: FramePing})
+	}
+	o.seek(s)
 }
 
 // absent takes the server's word that nobody received a first packet or a PING. It is a hint: the peer's connection may
@@ -420,6 +425,7 @@ func (o *outbox) absent(s *session) {
 		p.suspect = o.time()
 	}
 	o.lookAtRemote(p, o.clock.Until(o.time()))
+	o.seek(s)
 }
 
 // probeDue reports whether the fallback message p is to carry a reply subject, so that NATS says if nobody receives it. A

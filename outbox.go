@@ -84,6 +84,8 @@ type outOfStream struct {
 	looked chan struct{} // look at max_payload, and close this
 
 	silenced *ending // the inbox is refused: end the streams that have no token yet
+
+	sought string // a consumer asks at subject for the stream with this token
 }
 
 // Bounds of the work outside sessions that waits for the outbox. What finds no room is counted and not done.
@@ -91,6 +93,8 @@ const (
 	maxOutOfStream      = 1 << 14
 	maxOutOfStreamBytes = 4 << 20 // of their subjects, each of which may have 4 KiB
 	outOfStreamTurn     = 32      // done before sessions have their turn
+
+	maxSought = maxOutOfStream / 4 // of them may be there when a consumer asks for its stream: strangers leave room
 )
 
 // Kinds of work, bits of session.pending.
@@ -254,7 +258,7 @@ func (o *outbox) finish() {
 // doLater hands over what is not a session's work. It neither blocks for long nor calls NATS.
 func (o *outbox) doLater(a outOfStream) {
 	o.mu.Lock()
-	full := len(o.outOfStream) >= maxOutOfStream || o.outOfStreamBytes+len(a.subject) > maxOutOfStreamBytes
+	full := len(o.outOfStream) >= maxOutOfStream || a.sought != "" && len(o.outOfStream) >= maxSought || o.outOfStreamBytes+len(a.subject) > maxOutOfStreamBytes
 	if !full {
 		o.outOfStream = append(o.outOfStream, a)
 		o.outOfStreamBytes += len(a.subject)
@@ -300,6 +304,8 @@ func (o *outbox) doOutOfStream() bool {
 					s.requestEnd(a.silenced)
 				}
 			}
+		case a.sought != "":
+			o.sought(a.sought, a.subject)
 		case a.denied != nil:
 			o.endDenied(a.subject, a.denied)
 		case a.json:
@@ -369,7 +375,7 @@ func (o *outbox) serve(s *session, work uint32) {
 	if work&workPackets != 0 && s.out.peer != "" {
 		o.servePackets(s)
 	}
-	if work&workBegin != 0 && s.writer.Load().unacked.Next() == 0 && s.out.life.pings == 0 {
+	if work&workBegin != 0 && s.wantsHello() {
 		o.hellos.expect(s)
 	}
 	if work&workSettle != 0 {
@@ -457,9 +463,12 @@ func (o *outbox) serveControl(s *session, work uint32) {
 		o.sendCredit(s, 0)
 	}
 	ended := work&workCredit != 0 && s.unheard()
-	hello := work&workHello != 0 && s.writer.Load().unacked.Next() == 0 && s.out.life.pings == 0 && s.out.life.heard == 0
+	hello := work&workHello != 0 && s.wantsHello()
 	if s.out.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
 		o.ping(s)
+		if resume {
+			o.seekNow(s)
+		}
 	}
 }
 

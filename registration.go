@@ -29,6 +29,10 @@ type Registration struct {
 	refused      error // why NATS does not let the server subscribe, nil if it does as far as is known
 	refusals     int
 	refusedSince time.Time
+
+	listening bool      // a goroutine runs hearSought
+	listens   time.Time // until when
+	deaf      bool      // NATS refuses a subscription outside the queue group
 }
 
 // confirmation is how long a subscription must last after a refusal to count as accepted. NATS refuses within a round trip.
@@ -233,7 +237,7 @@ func (r *Registration) settle() {
 
 func (r *Registration) subscribe() error {
 	s := r.server
-	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) { s.request(m, r.subject, r.handler) })
+	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) { s.request(m, r) })
 	if err != nil {
 		return fmt.Errorf("stream: handle %s: %w", r.subject, err)
 	}

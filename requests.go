@@ -19,8 +19,9 @@ var errStray = errors.New("stream: not a request")
 
 // request holds the facts about a request that a producer needs before it answers.
 type request struct {
-	offer Token // the codec and the windows that the consumer offers
-	json  bool  // the consumer knows only the fallback
+	offer   Token // the codec and the windows that the consumer offers
+	json    bool  // the consumer knows only the fallback
+	crossed bool  // from another account: its reply subject was mapped on the way
 }
 
 // parseRequest reads a message that arrived at the handler of pattern, at an endpoint whose inbox begins with inbox. The error
@@ -48,6 +49,10 @@ func parseRequest(m *nats.Msg, pattern, inbox string) (request, error) {
 		return request{}, err
 	}
 	r.json = err != nil
+	if !r.json {
+		_, err := ParseToken(lastToken(m.Reply))
+		r.crossed = err != nil
+	}
 	return r, checkReply(m.Reply, pattern, r.json)
 }
 

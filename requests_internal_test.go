@@ -128,3 +128,53 @@ func TestOfferedWindow(t *testing.T) {
 		}
 	}
 }
+
+// A request crossed accounts if its offer is in the header and its reply subject says nothing.
+func TestRequestThatCrossedAccounts(t *testing.T) {
+	const token = "~1m5I0123456789A"
+	for _, c := range []struct {
+		reply   string
+		header  nats.Header
+		crossed bool
+	}{
+		{"_R_.Ab3dEf7hIj.Kl", nats.Header{headerOpen: {"~1m5I"}}, true},
+		{"_INBOX.x.y", nats.Header{headerOpen: {"~1m5I"}}, true},
+		{"_SINBOX.x." + token, nats.Header{headerOpen: {"~1m5I"}}, false},
+		{"_SINBOX.x." + token, nil, false},
+		{"_R_.Ab3dEf7hIj.Kl", nil, false}, // a fallback consumer
+		{"_R_.Ab3dEf7hIj.Kl", nats.Header{headerOpen: {"x"}}, false},
+	} {
+		r, err := parseRequest(&nats.Msg{Subject: "svc", Reply: c.reply, Header: c.header}, "svc", "_SINBOX.server.")
+		if err != nil || r.crossed != c.crossed {
+			t.Errorf("%+v: %+v, %v", c, r, err)
+		}
+	}
+}
+
+// What asks for a stream is a control packet of no sender that begins with RESUME.
+func TestSoughtToken(t *testing.T) {
+	const token = "~1m5G0123456789A"
+	name := Frame{Type: FrameResume, Payload: []byte(token)}
+	for _, c := range []struct {
+		header PacketHeader
+		frames []Frame
+		want   string
+	}{
+		{PacketHeader{}, []Frame{name}, token},
+		{PacketHeader{}, []Frame{name, {Type: FramePing}}, token},
+		{PacketHeader{Sender: 1}, []Frame{name}, ""},
+		{PacketHeader{Flags: PacketSeq}, []Frame{name}, ""},
+		{PacketHeader{}, []Frame{{Type: FramePing}, name}, ""},
+		{PacketHeader{}, []Frame{{Type: FrameResume, Payload: []byte(token[1:])}}, ""},
+		{PacketHeader{}, nil, ""},
+	} {
+		if got := soughtToken(AppendPacket(nil, c.header, c.frames...)); got != c.want {
+			t.Errorf("%+v: %q", c, got)
+		}
+	}
+	for _, b := range []string{"", "\xf5", `{"type":1}`} {
+		if got := soughtToken([]byte(b)); got != "" {
+			t.Errorf("%q: %q", b, got)
+		}
+	}
+}

@@ -152,6 +152,8 @@ type Server struct {
 	refusing      bool
 	idle          chan struct{} // not nil once Drain or Close was called; closed when there are none of both
 	quiet         chan struct{} // made with idle; closed when no more requests come
+
+	listeners sync.WaitGroup // goroutines of registrations that listen for consumers across accounts
 }
 
 // NewServer returns a server on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection,
@@ -214,8 +216,12 @@ func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for r := range s.registrations {
-		if r.subject == d.Subject && r.queue == d.Queue {
+		switch {
+		case r.subject != d.Subject:
+		case r.queue == d.Queue:
 			r.refuse(err)
+		case d.Queue == "":
+			r.deafen()
 		}
 	}
 }
@@ -234,13 +240,15 @@ func (s *Server) inboxChanged(refused error) {
 	}
 }
 
-// request takes one message that arrived at the handler of pattern. It is called in a subscription's goroutine and waits for
+// request takes one message that arrived at the handler of from. It is called in a subscription's goroutine and waits for
 // nothing.
-func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
-	req, err := parseRequest(m, pattern, s.ep.prefix)
+func (s *Server) request(m *nats.Msg, from *Registration) {
+	req, err := parseRequest(m, from.subject, s.ep.prefix)
 	switch {
 	case err == errStray:
-		s.ep.counters.strays.Add(1)
+		if !s.sought(m, from) {
+			s.ep.counters.strays.Add(1)
+		}
 		return
 	case err != nil: // nobody waits for an answer, or nobody would understand it
 		s.ep.counters.requests.Add(1)
@@ -295,6 +303,9 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 	session := w.session
 	session.server, session.cancel, session.recv.parent = s, end, ctx
 	r := &Request{Subject: m.Subject, Header: userHeader(m.Header), Data: m.Data, session: session, ctx: inner}
+	if req.crossed {
+		session.whereabouts().crossing = &crossing{from: from}
+	}
 	if json {
 		session.recv.done = io.EOF
 		session.recv.readDone.Store(true)
@@ -311,7 +322,7 @@ func (s *Server) request(m *nats.Msg, pattern string, h Handler) {
 			stop := context.AfterFunc(ctx, session.canceled)
 			defer stop()
 		}
-		s.run(h, w, r)
+		s.run(from.handler, w, r)
 	}()
 }
 
@@ -519,5 +530,6 @@ func (s *Server) Close() error {
 	quiet, _ := s.retire()
 	<-quiet // requests that still come are refused, which takes the outbox
 	s.ep.close(e)
+	s.listeners.Wait() // the outbox, which starts them, has ended
 	return nil
 }

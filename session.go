@@ -50,7 +50,7 @@ type session struct {
 type outboxState struct {
 	subject           string        // where the request went
 	peer              string        // subject of the other end; a consumer learns it from the producer's first packet
-	move              *move         // another subject that the other end named, and has not proved to receive at
+	whereabouts       *whereabouts  // of a peer that moves or is in another account; nil of most
 	request           *nats.Msg     // what opens the stream, until it is published
 	answered          chan struct{} // closed, and set to nil, when the producer has answered; nil if nobody waits for that
 	deferredUntilUp   uint32        // work that waits for the connection; not zero while in outbox.waitingUntilUp

@@ -56,7 +56,7 @@ type Facts struct {
 	Unacked      bool // packets of this end are not acknowledged
 	Stalled      bool // a writer waits for credit
 	Failed       bool // a publish failed, and no writer will repeat it
-	Silent       bool // this end is a handler's, and has neither sent nor heard anything
+	Silent       bool // this end is a handler's, and its consumer may not know where it is, or the name of the stream
 }
 
 // Reason says why a stream is given up.
