@@ -312,8 +312,8 @@ func TestProducerListensForItsConsumer(t *testing.T) {
 	if err := s.nc.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	r, token := crossedConsumer(t, p)
 	before := s.nc.NumSubscriptions()
+	r, token := crossedConsumer(t, p)
 	eventually(t, "the producer listens", func() bool { return s.nc.NumSubscriptions() == before+1 })
 	reg.Stop()
 	var at *nats.Subscription

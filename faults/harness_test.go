@@ -65,15 +65,18 @@ func connect(t *testing.T, url string) *nats.Conn {
 	return nc
 }
 
-func dial(url string) (*nats.Conn, error) {
-	return nats.Connect(url, nats.DontRandomize(), nats.IgnoreDiscoveredServers(), nats.MaxReconnects(-1),
-		nats.ReconnectWait(50*time.Millisecond), nats.ReconnectJitter(0, 0))
+func dial(url string, opts ...nats.Option) (*nats.Conn, error) {
+	return nats.Connect(url, append([]nats.Option{nats.DontRandomize(), nats.IgnoreDiscoveredServers(), nats.MaxReconnects(-1),
+		nats.ReconnectWait(50 * time.Millisecond), nats.ReconnectJitter(0, 0)}, opts...)...)
 }
 
 // A trial is one run of a fault: a server and a client of the library, each on a connection of its own, and streams
 // between them while the fault happens.
 type trial struct {
 	server, client string              // URLs
+	sOpts, cOpts   []nats.Option       // of their connections
+	under, queue   string              // what subjects begin with, and the queue group of the handlers
+	kinds          []string            // of streams: "down", "echo", "up", "idle"; the first two by default
 	records        int                 // of each stream; 0: as many as it takes until the fault is over
 	large          bool                // records of up to 32 KiB instead of 1 KiB
 	streams        int                 // of each kind; 2 by default
@@ -130,17 +133,18 @@ type rig struct {
 	stop     chan struct{} // the fault is over
 	handlers atomic.Int64  // that run
 	began    atomic.Pointer[time.Time]
+	over     atomic.Bool // the fault has happened
 }
 
 // flow is one stream of numbered records.
 type flow struct {
-	rig     *rig
-	i       int
-	subject string
-	pace    time.Duration
-	got     atomic.Int64 // records that arrived
-	sent    atomic.Int64 // records in all; -1 while that is open
-	done    atomic.Bool
+	rig  *rig
+	i    int
+	kind string
+	pace time.Duration
+	got  atomic.Int64 // records that arrived
+	sent atomic.Int64 // records in all; -1 while that is open
+	done atomic.Bool
 }
 
 // one runs the trial.
@@ -148,6 +152,9 @@ func (x trial) one(t *testing.T) {
 	t.Helper()
 	if x.streams == 0 {
 		x.streams = 2
+	}
+	if x.kinds == nil {
+		x.kinds = []string{"down", "echo"}
 	}
 	if x.goesOn == 0 {
 		x.goesOn = patience
@@ -157,12 +164,12 @@ func (x trial) one(t *testing.T) {
 	}
 	r := &rig{trial: x, t: t, stop: make(chan struct{})}
 	var err error
-	if r.sc, err = dial(x.server); err != nil {
+	if r.sc, err = dial(x.server, x.sOpts...); err != nil {
 		t.Error(err)
 		return
 	}
 	defer r.sc.Close()
-	if r.cc, err = dial(x.client); err != nil {
+	if r.cc, err = dial(x.client, x.cOpts...); err != nil {
 		t.Error(err)
 		return
 	}
@@ -189,8 +196,7 @@ func (x trial) one(t *testing.T) {
 	}
 
 	var streams, calls sync.WaitGroup
-	for i := range 2 * x.streams {
-		f := r.flows[i]
+	for _, f := range r.flows {
 		streams.Go(func() { f.run(ctx) })
 	}
 	within(patience, func() bool { return r.all(func(f *flow) bool { return f.done.Load() || f.got.Load() > 0 }) })
@@ -201,6 +207,7 @@ func (x trial) one(t *testing.T) {
 	}
 	r.begin()
 	x.fault(r)
+	r.over.Store(true)
 	if x.ends == 0 {
 		r.goOn()
 		close(r.stop)
@@ -239,7 +246,7 @@ func (r *rig) goOn() {
 	}) {
 		for i, f := range r.flows {
 			if !f.done.Load() && f.got.Load() == before[i] {
-				r.t.Errorf("%s stands still %v after the fault, at record %d", f.subject, r.goesOn+noise, before[i])
+				r.t.Errorf("%s stands still %v after the fault, at record %d", f.kind, r.goesOn+noise, before[i])
 			}
 		}
 	}
@@ -247,16 +254,16 @@ func (r *rig) goOn() {
 
 // serve starts the handlers and returns when requests reach them.
 func (r *rig) serve(ctx context.Context) error {
-	for i := range 2 * r.streams {
-		f := &flow{rig: r, i: i, subject: [...]string{"down", "echo"}[i%2]}
-		if i%4 < 2 { // the others send as fast as they can
+	for i := range len(r.kinds) * r.streams {
+		f := &flow{rig: r, i: i, kind: r.kinds[i%len(r.kinds)]}
+		if i%(2*len(r.kinds)) < len(r.kinds) { // the others send as fast as they can
 			f.pace = time.Millisecond
 		}
 		f.sent.Store(-1)
 		r.flows = append(r.flows, f)
 	}
 	handle := func(subject string, h stream.Handler) error {
-		_, err := r.srv.Handle(subject, func(w *stream.Writer, q *stream.Request) error {
+		_, err := r.srv.HandleQueue(r.under+subject, r.queue, func(w *stream.Writer, q *stream.Request) error {
 			r.handlers.Add(1)
 			defer r.handlers.Add(-1)
 			return h(w, q)
@@ -272,6 +279,14 @@ func (r *rig) serve(ctx context.Context) error {
 			return r.flows[i].send(w)
 		}),
 		handle("echo", echo),
+		handle("idle", echo),
+		handle("up", func(w *stream.Writer, q *stream.Request) error {
+			i, err := strconv.Atoi(string(q.Data))
+			if err != nil {
+				return err
+			}
+			return r.flows[i].receive(q.Recv)
+		}),
 		handle("ready", func(w *stream.Writer, q *stream.Request) error { return nil }),
 		handle("mute", mute),
 		handle("flood", func(w *stream.Writer, q *stream.Request) error {
@@ -284,7 +299,7 @@ func (r *rig) serve(ctx context.Context) error {
 		return err
 	}
 	for { // interest takes its time to another node, and answers theirs back
-		s, err := r.cl.Open(ctx, "ready", nil)
+		s, err := r.cl.Open(ctx, r.under+"ready", nil)
 		if err != nil {
 			return err
 		}
@@ -337,6 +352,11 @@ func (f *flow) send(w io.Writer) error {
 		if _, err := w.Write(f.record(i)); err != nil {
 			return err
 		}
+		if f.kind == "idle" && i == 0 {
+			for !f.rig.over.Load() {
+				time.Sleep(time.Millisecond)
+			}
+		}
 		if i%16 == 0 {
 			if f.pace > 0 {
 				time.Sleep(f.pace)
@@ -387,43 +407,53 @@ func (f *flow) run(ctx context.Context) {
 	}
 	switch n := f.got.Load(); {
 	case r.ends == 0 && err != io.EOF:
-		r.t.Errorf("%s after record %d: %v", f.subject, n, err)
+		r.t.Errorf("%s after record %d: %v", f.kind, n, err)
 	case err == io.EOF && n != f.sent.Load():
-		r.t.Errorf("%s ended after %d of %d records without an error", f.subject, n, f.sent.Load())
+		r.t.Errorf("%s ended after %d of %d records without an error", f.kind, n, f.sent.Load())
 	case r.ends != 0 && (err == io.EOF || !r.named(err)):
-		r.t.Errorf("%s ended with %v", f.subject, err)
+		r.t.Errorf("%s ended with %v", f.kind, err)
 	case r.ends != 0 && took > r.ends+noise:
-		r.t.Errorf("%s ended after %v, want %v: %v", f.subject, took, r.ends, err)
+		r.t.Errorf("%s ended after %v, want %v: %v", f.kind, took, r.ends, err)
 	}
 }
 
 var errWrong = errors.New("wrong record")
 
 func (f *flow) read(ctx context.Context) error {
-	s, err := f.rig.cl.Open(ctx, f.subject, strconv.AppendInt(nil, int64(f.i), 10))
+	s, err := f.rig.cl.Open(ctx, f.rig.under+f.kind, strconv.AppendInt(nil, int64(f.i), 10))
 	if err != nil {
 		return err
 	}
 	defer s.Close()
 	sender := make(chan error, 1)
-	if f.subject == "echo" {
-		go func() { sender <- errors.Join(f.send(s), s.CloseSend()) }()
-	} else {
+	if f.kind == "down" {
 		sender <- nil
+	} else {
+		go func() { sender <- errors.Join(f.send(s), s.CloseSend()) }()
 	}
+	if f.kind == "up" { // the handler looks at the records
+		_, err = s.Recv()
+	} else if err = f.receive(s.Recv); err == nil {
+		err = io.EOF
+	}
+	_ = s.Close() // or the sender might wait
+	sendErr := <-sender
+	if err == io.EOF && sendErr != nil && !errors.Is(sendErr, stream.ErrClosed) {
+		return fmt.Errorf("the stream ended, but the sender: %w", sendErr)
+	}
+	return err
+}
+
+// receive takes the records of a flow to their end.
+func (f *flow) receive(recv func() ([]byte, error)) error {
 	for i := 0; ; i++ {
-		rec, err := s.Recv()
-		if err != nil {
-			_ = s.Close() // or the sender might wait
-			sendErr := <-sender
-			if err == io.EOF && sendErr != nil && !errors.Is(sendErr, stream.ErrClosed) {
-				return fmt.Errorf("the stream ended, but the sender: %w", sendErr)
-			}
+		rec, err := recv()
+		if err == io.EOF {
+			return nil
+		} else if err != nil {
 			return err
 		}
 		if want := f.record(i); !bytes.Equal(rec, want) {
-			_ = s.Close()
-			<-sender
 			return fmt.Errorf("%w: got number %d of %d, %d bytes, want number %d, %d bytes", errWrong,
 				binary.BigEndian.Uint32(rec[4:]), binary.BigEndian.Uint32(rec), len(rec), i, len(want))
 		}
@@ -439,7 +469,7 @@ func (r *rig) impatient(ctx context.Context) {
 	var calls sync.WaitGroup
 	defer calls.Wait()
 	open := func(subject string) *stream.Stream {
-		s, err := r.cl.Open(ctx, subject, nil)
+		s, err := r.cl.Open(ctx, r.under+subject, nil)
 		if err != nil {
 			r.check("Open", err)
 			return nil
