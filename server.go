@@ -22,24 +22,24 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// ServerParams configure a [Server]. The zero value of every field but Conn means the default its comment names.
+// ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment names.
 type ServerParams struct {
 	// Conn is the connection to use. The server neither closes nor drains it. As a client does, it puts a handler in front of
 	// the connection's error handler: set your own before, not after.
 	Conn *nats.Conn
-	// MaxStreams is how many handlers run at the same time, over all subjects: 10,000 by default. Further requests are
-	// answered with CloseTryAgainLater, and so they are while 16,384 and twice as many streams are open, those included whose
-	// handlers returned and whose consumers have not acknowledged everything yet.
+	// MaxStreams is how many handlers may run at the same time, over all subjects: 10,000 by default. The server answers further
+	// requests with CloseTryAgainLater. It does the same while 2*MaxStreams + 16,384 streams are open. A stream counts as open
+	// until its handler has returned and its consumer has acknowledged everything.
 	MaxStreams int
-	// StayWhenFull keeps a full server in its queue groups, where it goes on refusing its share of the requests. By default it
-	// leaves them, so that members with room get the requests, until an eighth of MaxStreams is free, one stream at least. If
-	// all members of a group are full, consumers get nats.ErrNoResponders then instead of CloseTryAgainLater.
+	// StayWhenFull keeps a full server in its queue groups: it refuses its share of the requests. By default, a full server
+	// leaves its queue groups, so that members with room get the requests. It returns when an eighth of MaxStreams is free, one
+	// stream at least. If all members of a group have left, consumers get nats.ErrNoResponders instead of CloseTryAgainLater.
 	// Subjects outside queue groups are not affected.
 	StayWhenFull bool
 	// MaxFallback is how many handlers may serve consumers that speak only the JSON fallback, at the same time and within
-	// MaxStreams. By default it is 0: such requests are refused with [CloseUnsupportedData]. A fallback consumer acknowledges
-	// nothing and cannot be asked whether it is there, so a request of a few bytes can have a stream sent to any subject. Set
-	// it if consumers use the original API. Writers made by [NewWriter] are not affected.
+	// MaxStreams. By default it is 0: such requests are refused with [CloseUnsupportedData]. Set it if consumers use the
+	// original API. A fallback consumer acknowledges nothing and answers no PING, so a request of a few bytes can direct a whole
+	// stream at any subject. Writers made by [NewWriter] are not affected.
 	MaxFallback int
 	// FallbackTimeout is how long a stream to a fallback consumer may last, 10 minutes by default. Then it ends with
 	// [CloseDeadlineExceeded], as at a consumer's own deadline.
@@ -48,7 +48,7 @@ type ServerParams struct {
 	// slog.Default() by default.
 	Logger *slog.Logger
 
-	// These are as in ClientParams, for what consumers send. Streams begin with at most 64 KiB here.
+	// These are as in ClientParams, for records that consumers send. Streams start with windows of at most 64 KiB here.
 	Window, MaxBuffered, MaxRecordSize                                   int
 	KeepAlive, PeerTimeout, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
 }
@@ -58,8 +58,8 @@ const (
 	defaultFallbackTimeout = 10 * time.Minute
 )
 
-// lingering is how many streams beside twice MaxStreams may wait for the acknowledgement of their end: enough for handlers that
-// return at once, tens of thousands in a second, on a slow network, and a bound for consumers that never acknowledge.
+// lingering is how many streams in addition to 2*MaxStreams may wait for the acknowledgement of their end. It is enough for tens of
+// thousands of short handlers in a second on a slow network, and it bounds consumers that never acknowledge.
 const lingering = 1 << 14
 
 // Handler produces one stream: it reads the [Request] and writes to w, in a goroutine of its own. Its result ends the stream:
@@ -89,8 +89,8 @@ const lingering = 1 << 14
 // discarded, and the consumer's writes fail.
 type Handler func(w *Writer, r *Request) error
 
-// Request is what a consumer opened a stream with, and the records that it sends on it. Its reads, Recv, RecvObject, All,
-// Read and WriteTo, are for one goroutine at a time, beside the one that writes.
+// Request is the request that opened a stream, and the consumer's records on that stream. Its reads (Recv, RecvObject, All, Read
+// and WriteTo) may be used by one goroutine at a time, also while others write to the [Writer].
 type Request struct {
 	Subject string      // that it was sent to
 	Header  nats.Header // that the consumer set; nil if none
@@ -100,10 +100,10 @@ type Request struct {
 	ctx     context.Context
 }
 
-// Context ends when the consumer leaves, its deadline passes, it is given up as lost, or the server ends the stream.
-// [context.Cause] tells which: a [*CloseError] where there is a code. It has the consumer's deadline. A normal end of both
-// directions does not end it: a handler that closed its [Writer] and has read [io.EOF], or whose consumer has read everything
-// and has nothing to say, may finish its work.
+// Context returns the context of the request. It has the consumer's deadline. It ends when the consumer leaves, its deadline
+// passes, it is silent for PeerTimeout, or the server ends the stream. [context.Cause] returns the reason, a [*CloseError] if
+// there is a code. A normal end of both directions does not end the context, so that the handler may finish its work: it may
+// have closed its [Writer] and read [io.EOF], or its consumer may have read everything and written nothing.
 func (r *Request) Context() context.Context { return r.ctx }
 
 // Draining returns a channel that is closed when the server's end begins, by [Server.Drain] or [Server.Close]. Drain waits for the
@@ -111,11 +111,12 @@ func (r *Request) Context() context.Context { return r.ctx }
 // does not end because of Drain until the context given to Drain does. All handlers of a server get the same channel.
 func (r *Request) Draining() <-chan struct{} { return r.session.server.draining }
 
-// Recv returns the next record from the consumer, [io.EOF] after its CloseSend, and otherwise the error that ended the stream.
-// io.EOF says that all records arrived. If the consumer leaves without closing its direction, the error is a [*CloseError] with
-// its code, or with [CloseCanceled] if it left with [CloseNormalClosure]. It waits
-// for the record if need be. The record is never reused; keeping a small one keeps its packet, up to 32 KiB, alive. A
-// consumer that speaks only the JSON fallback sends no records: io.EOF.
+// Recv returns the next record from the consumer. It waits until the record arrives or the stream ends. It returns [io.EOF] after
+// the consumer's CloseSend: all records have arrived then. At any other end it returns the error that ended the stream. If the
+// consumer leaves without CloseSend, that is a [*CloseError] with its code, or with [CloseCanceled] if it left with
+// [CloseNormalClosure]. A consumer that speaks only the JSON fallback sends no records: Recv returns io.EOF.
+//
+// The library never reuses the record's memory. A small record that is kept keeps its packet of up to 32 KiB in memory.
 func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord() }
 
 // RecvObject decodes the consumer's next record into v; see [Stream.RecvObject].
@@ -156,8 +157,8 @@ type Server struct {
 	listeners sync.WaitGroup // goroutines of registrations that listen for consumers across accounts
 }
 
-// NewServer returns a server on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection,
-// that of the subscription, or what is wrong with params.
+// NewServer returns a server on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection; the
+// error of the subscription; an error that names the invalid field of params.
 func NewServer(params ServerParams) (*Server, error) {
 	if params.Conn == nil {
 		return nil, noConnection("ServerParams.Conn", "set it to what nats.Connect returns")
@@ -205,7 +206,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	return s, nil
 }
 
-// subscriptionRefused takes NATS's word that it refuses a subscription of the connection, which may be one of the server's.
+// subscriptionRefused handles NATS's refusal of a subscription of the connection, which may be one of the server's.
 func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 	if d.Subject == "" { // it did not say which
 		if s.ep.inbox.refused.Load() == nil {
@@ -226,8 +227,8 @@ func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 	}
 }
 
-// inboxChanged takes the server off its subjects while its inbox is refused, with the reason, and back when it is heard again, with
-// nil: others can serve the requests.
+// inboxChanged ends the server's subscriptions when NATS refuses its inbox, so that other servers get the requests. refused is the
+// reason. With nil, when messages reach the inbox again, it makes the subscriptions again.
 func (s *Server) inboxChanged(refused error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -326,7 +327,7 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 	}()
 }
 
-// run runs a handler and closes its stream as it says.
+// run runs a handler and closes its stream with the handler's result.
 func (s *Server) run(h Handler, w *Writer, r *Request) {
 	defer s.handlerReturned(w)
 	end := CloseError{CloseInternalServerErr, "handler exited"} // runtime.Goexit: t.FailNow of a test, for one
@@ -421,7 +422,7 @@ func (s *Server) enterFallback() *CloseError {
 func (s *Server) handlerReturned(w *Writer) {
 	w.session.markLater(workSettle)
 	s.count(-1, 0)
-	if o := &s.ep.outbox; o.stopping.Load() { // else it sees the session, which is on its queue
+	if o := &s.ep.outbox; o.stopping.Load() { // otherwise the outbox sees the session, which is on its queue
 		<-o.done
 		if w.session.out.state.Phase != lifecycle.Gone {
 			s.streamEnded()
@@ -451,10 +452,10 @@ func (s *Server) checkIdleLocked() {
 	}
 }
 
-// Drain ends the server gracefully: it unsubscribes, serves the requests that NATS had handed over by then, and waits
-// until all handlers have returned and everything they wrote was acknowledged. Handlers learn of it through [Request.Draining]. If
-// ctx ends first, the streams that are left end with [CloseGoingAway], their handlers' contexts end, and Drain returns the error
-// of ctx without waiting for handlers that do not heed it. The connection stays open; drain it afterwards.
+// Drain ends the server gracefully. It unsubscribes, serves the requests that NATS has already delivered, and returns when all
+// handlers have returned and consumers have acknowledged everything they wrote. It closes the channel of [Request.Draining]. If
+// ctx ends first, the remaining streams end with [CloseGoingAway], their handlers' contexts end, and Drain returns the error of
+// ctx without waiting for handlers that ignore their contexts. The connection stays open; drain it afterwards.
 //
 // A handler must not wait for Drain, because Drain waits for the handler: both would wait until ctx ends. Call it in a
 // goroutine there: go server.Drain(ctx).
@@ -518,9 +519,9 @@ func (s *Server) unsubscribe() {
 	s.checkIdleLocked()
 }
 
-// Close ends the server at once: requests are no longer taken, open streams end with [CloseGoingAway], handlers' contexts
-// end. It does not wait for handlers, and may be called by one; otherwise it returns as [Client.Close] does. The connection
-// stays open. It never fails, and closing again does nothing.
+// Close ends the server at once: it accepts no more requests, open streams end with [CloseGoingAway], and handlers' contexts
+// end. Close does not wait for handlers, so a handler may call it. It takes as long as [Client.Close]. The connection stays
+// open. Close never fails. A second Close does nothing.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.refusing = true

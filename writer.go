@@ -15,28 +15,29 @@ import (
 	"github.com/natsstream/stream/internal/ring"
 )
 
-// Writer is the producer's end of a stream: records go in, and leave in packets that the outbox publishes, which keeps
-// them until the consumer's end acknowledged them, and publishes again what was lost. It is safe for use by many
-// goroutines at once; records of one goroutine keep their order.
+// Writer is the producer's end of a stream. It packs records into packets. The outbox publishes the packets, keeps them until
+// the consumer's end has acknowledged them, and retransmits lost ones. A Writer is safe for use by many goroutines at once;
+// records of one goroutine keep their order.
 //
 // A record that is written while the stream is idle leaves at once. While the outbox is busy, records gather in the
 // open packet and share a NATS message. No timer is involved.
 //
 // A Writer must be closed, by [Writer.Close] or [Writer.CloseWithCode], or its consumer waits for ever.
 type Writer struct {
-	// Owned by the outbox. Nobody else looks at sent. A word that one processor writes takes its cache line from all
-	// others, so what writers and the outbox use for each packet lies apart, with what is seldom used between.
+	// Owned by the outbox. Only the outbox reads unacked. A word that one processor writes takes its cache line from all
+	// others. So the fields that writers use for each packet and those that the outbox uses for each packet lie apart, with
+	// rarely used fields between them.
 	unacked   unackedPackets
-	published atomic.Uint32 // sent.Next, for Flush
+	published atomic.Uint32 // unacked.Next, for Flush
 	waiting   atomic.Bool   // wake is not nil
 
-	trailer []byte        // what SetTrailer was given, in META form
-	closing CloseError    // what CLOSE said
+	trailer []byte        // the headers of SetTrailer, in META form
+	closing CloseError    // the code and reason in CLOSE
 	wake    chan struct{} // closed when anything under the lock, or the credit, changes; nil while nobody waits
 
 	// Set once.
 	session  *session
-	unusable error // why this writer can never write: what NewWriter could not return
+	unusable error // the error of NewWriter, which cannot return it: this writer can never write
 	ctx      context.Context
 	json     bool // the consumer speaks only the fallback
 	codec    FrameFlags
@@ -45,7 +46,7 @@ type Writer struct {
 	cancel       context.CancelCauseFunc
 	publishError error    // the last publish failed; its packet is kept and published again by the next call
 	acked        uint32   // how many packets the consumer acknowledged
-	granted      credited // what it granted
+	granted      credited // the credit that it granted
 
 	sealed      uint32       // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64       // of all packets before it
@@ -54,7 +55,7 @@ type Writer struct {
 	kept        uint64       // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
 	object      int          // size of the object encoded last, at most an eighth of a packet
 
-	mu sync.Mutex // guards what is not the outbox's
+	mu sync.Mutex // guards the fields that the outbox does not own
 	// The open packet and how much of it is written. fast is the part of its buffer that Write may fill, and empty
 	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
 	n        int
@@ -75,9 +76,9 @@ type Writer struct {
 	ready ring.Ring[*packet] // from the writers, who push with the lock held, to the outbox, which takes no lock to pop
 }
 
-// NewWriter returns the producer's end of the stream whose request carried subject as its reply. It neither blocks nor
-// sends, and may be called in a NATS callback. client may be the one that opened the stream. It takes no records from the
-// consumer and does not see the headers of the request: a [Server] does.
+// NewWriter returns the producer's end of the stream for a request with the reply subject subject. It neither blocks nor
+// sends, and may be called in a NATS callback. client may be the client that opened the stream. The writer accepts no records
+// from the consumer and does not see the headers of the request: use a [Server] for these.
 func NewWriter(client *Client, subject string) *Writer { return client.NewWriter(subject) }
 
 // NewWriter is the function NewWriter.
@@ -112,8 +113,8 @@ func (c *Client) NewWriter(subject string) *Writer {
 	return w
 }
 
-// newProducer makes a producer's end toward subject. Its writes end with ctx. window is what was reserved for the records
-// that the consumer may send.
+// newProducer makes a producer's end toward subject. Its writes end with ctx. window is the number of bytes reserved for
+// records of the consumer.
 func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subject string, offer Token, json bool, window uint64) *Writer {
 	p := new(struct {
 		session session
@@ -127,7 +128,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	w.init(s, ctx)
 	w.subject = subject
 	if w.json = json; json {
-		s.bucket.mode = modeJSON // its consumer sends nothing: packets are of somebody else
+		s.bucket.mode = modeJSON // its consumer sends nothing: any packet is foreign
 		w.codec = FlagJSON
 		w.granted = credited{fallbackQueue, fallbackQueueBytes}
 	} else {
@@ -138,7 +139,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	return w
 }
 
-// newConsumerWriter makes the send half of a consumer's end. It may send once bind said what its peer takes.
+// newConsumerWriter makes the send half of a consumer's end. It may send after bind has set the peer's credit.
 func newConsumerWriter(s *session, ctx context.Context) *Writer {
 	w := new(Writer)
 	w.init(s, ctx)
@@ -152,38 +153,42 @@ func (w *Writer) init(s *session, ctx context.Context) {
 	w.ready.Init(maxUnacked + 1) // one more for the packet that only closes
 }
 
-// A fallback peer grants nothing, so the credit toward it is this end's own bound on what waits to be published.
+// A fallback peer grants no credit. So its credit is this end's own bound on the packets that wait to be published.
 const (
 	fallbackQueue      = maxPackets
 	fallbackQueueBytes = 4 << 20
 )
 
-// SetPeerTimeout sets for how long nothing may be heard from the consumer's end before the stream ends with
-// [CloseAbnormalClosure], as [Stream.SetPeerTimeout] does for the producer's. A consumer that speaks only the JSON fallback
-// cannot be asked.
+// SetPeerTimeout sets how long the consumer's end may be silent before the stream ends with [CloseAbnormalClosure], as
+// [Stream.SetPeerTimeout] does for the producer's end. A consumer that speaks only the JSON fallback answers no PING, so its
+// silence cannot be detected.
 func (w *Writer) SetPeerTimeout(d time.Duration) {
 	if w.unusable == nil {
 		w.session.setPeerTimeout(d)
 	}
 }
 
-// Context ends when the stream does: when the consumer left or its deadline passed, with a [*CloseError] that has its code;
-// when the consumer is gone without a word, with [CloseAbnormalClosure], after PeerTimeout; when this end's connection was
-// lost for good; when the writer was closed. [context.Cause] tells why. Of a consumer that speaks only the JSON fallback
-// neither can be seen.
+// Context returns the context of the stream. [context.Cause] returns the reason for its end. It ends:
+//
+//   - when the consumer left or its deadline passed, with a [*CloseError] that has the consumer's code
+//   - when the consumer was silent for PeerTimeout, with [CloseAbnormalClosure]
+//   - when this end's connection was lost for good
+//   - when the writer was closed
+//
+// The first two do not happen with a consumer that speaks only the JSON fallback.
 func (w *Writer) Context() context.Context { return w.ctx }
 
 // Write sends p as one record. It returns len(p) once p was copied: p may be reused at once. It blocks while the
-// consumer's credit is used up and returns when the writer's context ends. Errors:
+// consumer's credit is used up, until the writer's context ends. Errors:
 //
 //   - [ErrClosed] after [Writer.Close], and after the consumer left with [CloseNormalClosure].
 //   - [ErrRecordTooLarge] for a record above MaxRecordSize. A handler that returns it ends the stream with [CloseMessageTooBig].
 //   - Otherwise the error that ended the stream, as reads return it. After the end of a context it matches both the cause and
 //     [context.Canceled] or [context.DeadlineExceeded].
 //
-// A Write that begins after any other call returned the end of the stream fails. One that begins just after the context
-// ended may still succeed if it finds room in a packet that is open already. That record is not sent, and the next
-// [Writer.Flush], [Writer.Sync], [Writer.Close], or Write that needs a new packet returns the error.
+// After any call has returned the end of the stream, every later Write fails. A Write just after the end of the context may
+// still succeed if the open packet has room. Its record is not sent. The next [Writer.Flush], [Writer.Sync], [Writer.Close],
+// or Write that needs a new packet returns the error.
 func (w *Writer) Write(p []byte) (int, error) { return w.write(p, FlagRaw) }
 
 func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
@@ -207,7 +212,7 @@ func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 	return len(p), nil
 }
 
-// writeSlow is write where the open packet has no room. It is called with the lock held and releases it.
+// writeSlow is write if the open packet has no room. It is called with the lock held and releases it.
 func (w *Writer) writeSlow(p []byte, flags FrameFlags) (int, error) {
 	if err := w.appendRecordLocked(p, flags); err != nil {
 		w.mu.Unlock()
@@ -238,8 +243,8 @@ func (w *Writer) appendRecordLocked(p []byte, flags FrameFlags) error {
 	return w.appendPiecesLocked(p, flags)
 }
 
-// singleLimit is the largest payload that travels in one frame. It follows the server's max_payload. While most of what may be
-// kept is in use, pieces are smaller: every stream may open one packet.
+// singleLimit returns the largest payload that travels in one frame. It follows the server's max_payload. While most of the
+// budget for kept packets is in use, pieces are smaller, because every stream may open one packet.
 func (w *Writer) singleLimit() int {
 	ep, size := w.session.ep, singleSize
 	if ep.kept.Load() > ep.budget-ep.budget/4 {
@@ -248,8 +253,8 @@ func (w *Writer) singleLimit() int {
 	return max(1, min(size, w.packetLimit())-PacketHeaderSize-FrameHeaderSize)
 }
 
-// appendLocked appends one DATA frame, opening a packet where the open one has no room. It may wait for credit, and
-// other goroutines' records may go first while it does, unless the turn is mine.
+// appendLocked appends one DATA frame. If the open packet has no room, it opens a new one. It may wait for credit. Meanwhile
+// records of other goroutines may go first, unless the turn is mine.
 func (w *Writer) appendLocked(p []byte, flags FrameFlags, mine bool) error {
 	b, err := w.frameLocked(FrameHeaderSize+len(p), mine)
 	if err != nil {
@@ -317,8 +322,8 @@ func (w *Writer) awaitTurnLocked() error {
 	}
 }
 
-// failedLocked returns what ended the stream, or what the last publish failed with. The latter is said once: the
-// packet is kept, and the next call tries again.
+// failedLocked returns the error that ended the stream, or the error of the last publish. It returns an error of a publish only
+// once: the packet is kept, and the next call tries again.
 func (w *Writer) failedLocked() error {
 	switch {
 	case w.unusable != nil:
@@ -334,11 +339,11 @@ func (w *Writer) failedLocked() error {
 	return nil
 }
 
-// waitLocked waits until something changes. It gives the lock up meanwhile.
+// waitLocked waits until something changes. It releases the lock meanwhile.
 func (w *Writer) waitLocked() error { return w.sleepLocked(w.announceLocked()) }
 
-// announceLocked says that the caller is about to sleep. What it looks at between announcing and sleeping, it does not
-// miss.
+// announceLocked announces that the caller is about to sleep. A caller that checks its condition between the announcement and
+// the sleep misses no change.
 func (w *Writer) announceLocked() (wake <-chan struct{}) {
 	if w.wake == nil {
 		w.wake = make(chan struct{})
@@ -408,10 +413,10 @@ func (w *Writer) endTurnLocked() {
 	w.wakeLocked()
 }
 
-// WriteObject sends v as one record, encoded as the consumer asked: JSON or MessagePack. It returns the length of the
-// encoding. It blocks and fails as [Writer.Write] does; an error of the encoder leaves the stream as it was, and
-// matches neither [ErrClosed] nor a [*CloseError]. A panic of a method of v passes through. Methods of v that encode it
-// must not write to the same Writer.
+// WriteObject sends v as one record in the codec that the consumer requested, JSON or MessagePack. It returns the length of the
+// encoding. It blocks and fails as [Writer.Write] does. An error of the encoder does not change the stream, and matches
+// neither [ErrClosed] nor a [*CloseError]. WriteObject does not recover panics of methods of v. Methods that encode v must not
+// write to the same Writer.
 //
 // Names, embedding and omission follow the json tags for both codecs, as encoding/json has them. A msgpack tag stands in for
 // the json tag. MessagePack knows no ",string": it carries the number. It takes a value's form from the first of its
@@ -431,10 +436,12 @@ func (w *Writer) WriteObject(v any) (int, error) {
 	return w.writeObjectLocked(v)
 }
 
-// ReadFrom sends what r yields, each read as one record, until [io.EOF]. It makes io.Copy(w, r) read straight into
-// buffers of the packet size, unless r has a WriteTo of its own, as a bytes.Reader has, which may hand over everything as one
-// record: call ReadFrom then. It returns the bytes sent. Errors are those of r and of [Writer.Write]; [io.ErrNoProgress] if 100
-// reads in a row return no bytes and no error; and one for a Reader that returns a count outside its buffer.
+// ReadFrom sends the bytes of r until [io.EOF]: the bytes of each read are one record. It returns the number of bytes sent.
+// Errors: those of r and of [Writer.Write]; [io.ErrNoProgress] if 100 reads in a row return no bytes and no error; an error for
+// a Reader that returns a count outside its buffer.
+//
+// With ReadFrom, io.Copy(w, r) reads straight into buffers of the packet size. If r has a WriteTo method, as a bytes.Reader has,
+// io.Copy calls that instead, and it may write all bytes as one record. Call ReadFrom directly for such an r.
 func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 	p := getPacket(coalesceSize)
 	defer putPacket(p)
@@ -472,7 +479,7 @@ func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 // maxEmptyReads is how many reads in a row may return nothing and no error, as in package bufio.
 const maxEmptyReads = 100
 
-// checkOpen returns why nothing can be written any more, or nil.
+// checkOpen returns the error of writes after the end of the stream, nil while it is open.
 func (w *Writer) checkOpen() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -498,8 +505,8 @@ func (w *Writer) recordLimit() int {
 	return min(w.coalesceLimit()-PacketHeaderSize-FrameHeaderSize, w.session.ep.maxRecord)
 }
 
-// Flush hands everything written so far to NATS and returns when that is done, or when the writer's context ends. After
-// [Writer.Close] in a handler that includes the end of the stream.
+// Flush returns when NATS has accepted all records written so far, or when the writer's context ends. After [Writer.Close] in a
+// handler, it also waits until NATS has accepted the end of the stream. It returns the error that ended the stream, if any.
 func (w *Writer) Flush() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -512,10 +519,11 @@ func (w *Writer) Flush() error {
 	return w.flushLocked()
 }
 
-// Sync waits until the peer's end has received everything written so far, whether or not it was read there. It returns
-// nil then, the error of ctx when that ends first, or what ended the stream; an error does not mean that it was not received,
-// since the last acknowledgement may be what was lost. After Close it waits for the end of the
-// stream to be acknowledged. A peer that speaks only the JSON fallback acknowledges nothing: Sync is [Writer.Flush] then.
+// Sync returns nil when the peer's end has acknowledged all records written so far. Acknowledged records have been received,
+// but perhaps not been read. After Close, Sync also waits for the acknowledgement of the end of the stream. Errors: the error
+// of ctx if it ends first; the error that ended the stream. Records may have been received in spite of an error, because the
+// last acknowledgement may have been lost. A peer that speaks only the JSON fallback acknowledges nothing: Sync is
+// [Writer.Flush] then.
 func (w *Writer) Sync(ctx context.Context) error {
 	if ctx == nil {
 		return noContext("Sync")
@@ -570,7 +578,7 @@ func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) erro
 	case <-ctx.Done():
 		return contextError(ctx)
 	case <-over:
-		if context.Cause(w.ctx) != ErrClosed { // else the last packet was published just now
+		if context.Cause(w.ctx) != ErrClosed { // with ErrClosed the last packet was published just now
 			return w.endError()
 		}
 	}
@@ -579,7 +587,7 @@ func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) erro
 
 // flushLocked seals the open packet and waits until the outbox has published it.
 func (w *Writer) flushLocked() error {
-	if !w.closed.Load() { // else the end may be that of the stream itself
+	if !w.closed.Load() { // after CLOSE the end may be the normal one
 		if err := w.failedLocked(); err != nil {
 			return err // also for records that the end threw away
 		}
@@ -603,26 +611,26 @@ func (w *Writer) flushLocked() error {
 	}
 }
 
-// publishedLocked reports whether the packets are published that were sealed when sealed-shifted was target. What was cut
-// since shifts the number: perhaps by too much, which only makes the caller wait for what is published next.
+// publishedLocked reports whether all packets are published that were sealed when sealed-shifted was target. Packets that were
+// cut since then shift the number. The shift may be too large: then the caller only waits for some later packets as well.
 func (w *Writer) publishedLocked(target uint32) bool {
 	return int32(w.published.Load()-w.shifted-target) >= 0
 }
 
-// Close ends the stream: the reader sees [io.EOF] after the last record. It returns when everything was handed to NATS.
-// Packets that are not acknowledged then are retransmitted for ResumeTimeout, unless the client is closed;
-// [Writer.Sync] waits for the acknowledgement. Closing again does nothing; a Close that failed can be tried again.
+// Close ends the stream normally: the consumer reads [io.EOF] after the last record. Close returns when NATS has accepted all
+// records and the end. Unacknowledged packets are retransmitted for ResumeTimeout, unless the client is closed. [Writer.Sync]
+// waits for the acknowledgement. A second Close does nothing. A Close that failed can be repeated.
 //
-// In a [Handler], Close returns at once, because the handler may still fail. If the handler returns an error or panics,
-// the stream ends with that, so that "defer w.Close()" hides no failure. CLOSE is published when the handler returns,
-// and before that if it goes on: when it waits for a record of its [Request], when it calls [Writer.Flush] or
-// [Writer.Sync], and at the latest after 150 ms. The handler may go on reading until it returns.
+// In a [Handler], Close returns at once, because the handler may still fail. If the handler returns an error or panics, that
+// ends the stream, so "defer w.Close()" hides no failure. CLOSE is published when the handler returns. If the handler goes on,
+// CLOSE is published earlier: when it waits for a record of its [Request], when it calls [Writer.Flush] or [Writer.Sync], and
+// at the latest after 150 ms. The handler may go on reading until it returns.
 func (w *Writer) Close() error { return w.CloseWithCode(CloseNormalClosure) }
 
-// CloseWithCode ends the stream with a code and a reason: the reader sees [io.EOF] for [CloseNormalClosure] and a
-// [*CloseError] for any other, after the last record. In a handler another code than CloseNormalClosure is published at
-// once, and the result of the handler does not change it. The code is one from 1000 to 5999, else it fails with
-// [ErrCloseCode] and the writer goes on. The reason is cut to [MaxReason] bytes. It returns as [Writer.Close] does.
+// CloseWithCode ends the stream with a code and a reason. After the last record, the consumer reads [io.EOF] for
+// [CloseNormalClosure] and a [*CloseError] for any other code. In a handler, any other code is published at once, and the result
+// of the handler does not change it. The code must be from 1000 to 5999. Otherwise CloseWithCode fails with [ErrCloseCode] and
+// the writer stays usable. The reason is cut to [MaxReason] bytes. CloseWithCode returns as [Writer.Close] does.
 func (w *Writer) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {
@@ -711,8 +719,8 @@ func (w *Writer) closeReturned(end CloseError) (closed CloseError, ok bool) {
 	return w.closing, true
 }
 
-// closeToLeave closes w for a consumer that leaves. It waits for nothing. It reports false if the records before cannot be
-// sent to their end: the stream has ended, nobody knows the producer yet, or another goroutine is within a record.
+// closeToLeave closes w for a consumer that leaves. It does not wait. It reports false if not all records before can be sent:
+// the stream has ended, the producer is not known yet, or another goroutine is in the middle of a record.
 func (w *Writer) closeToLeave(reason string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
