@@ -9,8 +9,8 @@ import (
 	"github.com/natsstream/stream/internal/ring"
 )
 
-// bucket is the receive half of a stream: the packets that arrived and were not read yet, and what must be known to
-// tell the next packet from a repeated, a missing or a foreign one.
+// bucket is the receive half of a stream. It holds the packets that arrived and were not read yet, and the state that
+// distinguishes the next packet from a repeated, a missing or a foreign one.
 //
 // Three goroutines touch it. Their fields lie apart:
 //
@@ -26,13 +26,13 @@ type bucket struct {
 	acceptWord uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender
 	received   uint64 // bytes of all packets pushed
 
-	// What the peer was granted: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
+	// The credit granted to the peer: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
 	grantedBytes   atomic.Uint64
 	grantedPackets atomic.Uint32
 
 	gapAskedSeq uint32 // the mux's: see asked
 
-	park ring.Parker       // the reader waits here; the mux, and whoever ends the stream, wakes it
+	park ring.Parker       // the reader waits here; the mux, and the goroutine that ends the stream, wake it
 	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
 
 	// Owned by the reader.
@@ -45,7 +45,7 @@ type bucket struct {
 
 	gapAskedAt    int64         // the mux's, and seldom looked at
 	origin        string        // the mux's: the token in the control subject of the producer that the bucket is bound to
-	consumedBytes atomic.Uint64 // fallback only: stored by the reader so that the mux can bound what is queued
+	consumedBytes atomic.Uint64 // fallback only: stored by the reader so that the mux can bound the queued bytes
 }
 
 // credited is a position in the stream in both units of credit.
@@ -54,7 +54,7 @@ type credited struct {
 	bytes   uint64
 }
 
-// bucketMode says what kind of peer the bucket is bound to; docs/PROTOCOL.md section 3.
+// bucketMode is the kind of peer that the bucket is bound to; docs/PROTOCOL.md section 3.
 type bucketMode uint8
 
 const (
@@ -74,7 +74,7 @@ const (
 	defaultMaxBuffered = 64 << 20
 	fallbackOverhead   = 64       // bytes that a queued message may take beside its own, so that many small ones are bounded
 	fallbackMessages   = 1024     // that may be queued in any case
-	fallbackLimit      = 64 << 20 // bytes queued for a reader whose peer knows no credit
+	fallbackLimit      = 64 << 20 // bytes queued for a reader if its peer knows no credit
 )
 
 // init prepares the bucket for a peer that was offered the given window.
@@ -87,7 +87,7 @@ func (b *bucket) init(packets uint32, bytes uint64) {
 	b.grantedBytes.Store(bytes)
 }
 
-// verdict is what became of a packet the mux offered.
+// verdict is the result of checking a packet that the mux offered.
 type verdict uint8
 
 const (
@@ -118,7 +118,7 @@ func (b *bucket) push(data []byte) {
 	b.park.Wake()
 }
 
-// acceptSlow takes the first packet, those with rare flags, and everything that is wrong.
+// acceptSlow checks the first packet, packets with rare flags, and all invalid ones.
 func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	if err != nil {
@@ -181,7 +181,7 @@ func (b *bucket) acceptControl(data []byte, own uint64) (verdict, *CloseError) {
 }
 
 // shouldAskForGap reports whether to ask for the missing packets now. Packets keep coming for a round trip after one is found
-// missing, so there is one request for each packet that is waited for, and another only when that was not heard.
+// missing. So there is one request for each missing packet, and a further one only if the first was not answered in time.
 func (b *bucket) shouldAskForGap(now, patience int64) bool {
 	if b.gapAsked && b.gapAskedSeq == b.expect && now-b.gapAskedAt < patience {
 		return false
@@ -226,8 +226,8 @@ func onlyClose(body []byte) bool {
 	return err == nil && f.Type == FrameClose && len(rest) == 0
 }
 
-// acceptJSON queues a message of a peer that speaks only the fallback. The peer cannot be told to wait, so what it may
-// pile up is bounded, and the stream ends with CloseTooSlow there.
+// acceptJSON queues a message of a peer that speaks only the fallback. Such a peer knows no flow control. So the queue has a
+// limit, and the stream ends with CloseTooSlow if the peer exceeds it.
 func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 	switch b.mode {
 	case modeBinary:
@@ -245,8 +245,8 @@ func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 }
 
 // consume accounts for a packet read to its end and reports whether the peer should be granted more. Reader only.
-// The window doubles while it is what holds the sender back: the sender said so and the reader ran dry. A window
-// that grows because the reader is slow would only buy memory. grow reserves the bytes, or refuses.
+// The window doubles only if it limits the sender: the sender asked for credit and the reader ran dry. A window that grew
+// because of a slow reader would only cost memory. grow reserves the bytes, or refuses.
 func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bool) bool {
 	b.consumed.packets++
 	b.consumed.bytes += uint64(n)
@@ -255,7 +255,7 @@ func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bo
 		return false
 	}
 	b.limited = b.limited || ack
-	// What is left of the grant, seen from the reader. A quarter consumed means three quarters are left.
+	// The rest of the grant, as the reader sees it. If a quarter is consumed, three quarters are left.
 	leftPackets := int32(b.granted.packets - b.consumed.packets)
 	leftBytes := int64(b.granted.bytes - b.consumed.bytes)
 	if leftPackets > int32(b.windowPackets-b.windowPackets/4) && leftBytes > int64(b.windowBytes-b.windowBytes/4) {

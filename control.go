@@ -12,10 +12,10 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file is what the two ends say to each other beside records: the control packets that the mux leaves to the outbox,
-// and those that the outbox sends; docs/PROTOCOL.md sections 5, 7 and 9.3.
+// This file handles control packets: those that the mux passes to the outbox, and those that the outbox sends;
+// docs/PROTOCOL.md sections 5, 7 and 9.3.
 
-// control is what the mux leaves to the outbox: a packet of control frames, or news from a data packet's envelope.
+// control is work that the mux passes to the outbox: a packet of control frames, or news from a data packet's envelope.
 type control struct {
 	session *session // nil for a token that is not in use
 	reply   string   // the peer's subject, where the message had one
@@ -43,7 +43,7 @@ const maxControlPacket = 4 << 10
 func (o *outbox) deliver(c control) {
 	if n := c.size(); !o.hasRoom(c.session, n) || !o.inbound.Push(c) {
 		o.ep.counters.overrun.Add(1)
-		if s := c.session; s != nil && s.controls-s.acted.Load() < maxControls { // else more than enough of it is heard
+		if s := c.session; s != nil && s.controls-s.acted.Load() < maxControls { // more than maxControls of one stream are dropped
 			o.dropped.Store(true)
 		}
 	} else {
@@ -100,7 +100,7 @@ func (o *outbox) receive() (worked bool) {
 	return worked
 }
 
-// learned does what waits for the address of the peer.
+// learned does the work that waits for the address of the peer.
 func (o *outbox) learned(s *session) {
 	if s.out.state.Phase == lifecycle.Gone {
 		o.unanswered.remove() // the table has its producer told
@@ -137,9 +137,9 @@ func (o *outbox) bind(s *session) {
 	}
 }
 
-// resetUnknown tells the sender of a packet that no stream takes it. The answer carries the sender's own number, which nobody
-// else knows. Senders ask rarely, with a first packet or a PING, and what waits to be answered is bounded by the inbound
-// ring.
+// resetUnknown answers a packet that belongs to no stream with a RESET. The answer carries the sender's own number, which only
+// that sender knows. Such packets are rare, a first packet or a PING, and the inbound ring bounds those that wait for an
+// answer.
 func (o *outbox) resetUnknown(c control) {
 	if c.absent { // of a request
 		o.unanswered.remove()
@@ -158,7 +158,7 @@ func (o *outbox) resetUnknown(c control) {
 
 var unknownStream = []byte("no such stream")
 
-// takeControl acts on the frames of a control packet; docs/PROTOCOL.md section 5. What it returns ends the stream.
+// takeControl acts on the frames of a control packet; docs/PROTOCOL.md section 5. An error that it returns ends the stream.
 func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 	h, b, err := ParsePacketHeader(packet)
 	if err != nil || len(b) == 0 {
@@ -193,7 +193,7 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 		case FrameResume:
 			s.named(f.Payload)
 		case FrameReset:
-			// What arrived before can still be read: a CLOSE may be among it.
+			// Packets that arrived before can still be read: a CLOSE may be among them.
 			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
 			if s.stream != nil {
 				s.requestEnd(s.resetByProducer(h, e))
@@ -254,7 +254,7 @@ func (s *session) resetByConsumer(h PacketHeader, e *CloseError) *ending {
 	return end
 }
 
-// takeCredit takes what the peer acknowledged, granted and misses.
+// takeCredit handles a CREDIT: the peer's acknowledgement, its grant, and its report of missing packets.
 func (o *outbox) takeCredit(w *Writer, c Credit, missing bool) error {
 	if w.session.out.state.Phase != lifecycle.Live {
 		return nil
@@ -292,7 +292,7 @@ func (o *outbox) takeCredit(w *Writer, c Credit, missing bool) error {
 	return nil
 }
 
-// sendCredit tells the peer what arrived and what it may send.
+// sendCredit acknowledges the packets that arrived and grants credit.
 func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 	switch {
 	case s.peerTakesNone.Load() || s.writer.Load() != nil && s.writer.Load().json:
@@ -322,8 +322,8 @@ func (o *outbox) sendEnd(s *session, e CloseError) {
 	}
 }
 
-// sendControl publishes one control frame to the peer of s. Its sequence number is that of the packet to come next, new or again,
-// so that the peer sees what it missed of those before.
+// sendControl publishes one control frame to the peer of s. Its sequence number is that of the packet to be published next, new or
+// retransmitted, so that the peer notices if it missed any packet before.
 func (o *outbox) sendControl(s *session, reply string, f Frame) { o.tellAt(s, s.out.peer, reply, f) }
 
 // tellAt is tell with another subject than that of the peer.

@@ -9,12 +9,12 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file is the mux: what the callback of the wildcard subscription does with each message. It runs in the subscription's
-// goroutine and touches atomics, the fields of session.bucket that are its own, and the inbound ring of the outbox.
+// This file is the mux, the callback of the wildcard subscription. It runs in the subscription's goroutine. It touches atomics,
+// the fields of session.bucket that it owns, and the inbound ring of the outbox.
 
 // receive is the mux: the callback of the wildcard subscription, called for one message after the other. It finds the
-// stream and hands it the packet. For a packet in order it decodes no frame and allocates nothing; for any message it
-// takes no lock, blocks on nothing and publishes nothing: what one stream makes it do must not cost the others.
+// stream and hands it the packet. For a packet in order it decodes no frame and allocates nothing. For no message does it
+// take a lock, block or publish: a message of one stream must not delay the others.
 func (ep *endpoint) receive(m *nats.Msg) {
 	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
 	if !ok {
@@ -30,7 +30,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		return
 	}
 	if m.Size() > len(m.Subject)+len(m.Reply)+len(m.Data) {
-		m.Data = bytes.Clone(m.Data) // else its header, which nobody counts, would stay alive with it
+		m.Data = bytes.Clone(m.Data) // without the copy the message's header, which no budget counts, would stay in memory
 	}
 	data := m.Data
 	if len(data) == 0 || data[0] != PacketMagic {
@@ -132,7 +132,7 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 		}
 		return
 	}
-	if s.stream == nil { // a consumer that is sent packets answers in packets: this is somebody else
+	if s.stream == nil { // a consumer that gets packets answers in packets: this message is foreign
 		ep.refuse(s, m, foreign, nil)
 		return
 	}
@@ -150,7 +150,7 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	}
 }
 
-// refuse counts what was not accepted, asks for what is missing, and ends the stream where it cannot go on.
+// refuse counts a packet that was not accepted, asks for missing packets, and ends the stream if it cannot go on.
 func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) {
 	switch v {
 	case duplicate:

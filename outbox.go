@@ -20,9 +20,9 @@ import (
 // does, and a caller's context must be able to end the caller's wait. Sessions are served in turn, a packet a turn, so
 // that a stream with much to say delays another by one packet.
 //
-// Queueing: session.pending is a set of work bits. Whoever sets the first bit pushes the session on the queue; the
-// outbox clears all bits when it begins to serve. So a session is on the queue at most once, and work that is marked
-// while it is being served brings it back.
+// Queueing: session.pending is a set of work bits. The goroutine that sets the first bit pushes the session on the queue. The
+// outbox clears all bits when it begins to serve. So a session is on the queue at most once, and work that is marked while it is
+// being served brings it back.
 type outbox struct {
 	ep    *endpoint
 	queue atomic.Pointer[session] // a stack; the outbox takes all of it and turns it round
@@ -33,13 +33,13 @@ type outbox struct {
 	inbound   ring.Ring[control] // mux pushes, outbox pops
 	acted     atomic.Uint64      // bytes ever popped from inbound, stored by the outbox
 
-	// What others than the mux ask for goes through a list: requests that a Server refuses, subjects that NATS denied.
+	// Work outside any session that does not come from the mux: requests that a Server refuses, subjects that NATS denied.
 	mu               sync.Mutex
 	outOfStream      []outOfStream
 	outOfStreamBytes int // of their subjects
 
 	resumed atomic.Int64 // when the connection came back last, by the endpoint's time
-	// connection counts how often the connection came back: what was published before may be lost.
+	// connection counts how often the connection came back: messages that were published before may be lost.
 	connection atomic.Uint32
 	dropped    atomic.Bool // the mux found no room in inbound since the last tick
 
@@ -88,7 +88,7 @@ type outOfStream struct {
 	sought string // a consumer asks at subject for the stream with this token
 }
 
-// Bounds of the work outside sessions that waits for the outbox. What finds no room is counted and not done.
+// Bounds of the work outside sessions that waits for the outbox. Work that finds no room is counted and dropped.
 const (
 	maxOutOfStream      = 1 << 14
 	maxOutOfStreamBytes = 4 << 20 // of their subjects, each of which may have 4 KiB
@@ -101,9 +101,9 @@ const (
 const (
 	workRequest  = 1 << iota // publish the request
 	workPackets              // the writer has packets
-	workCredit               // tell the peer what was consumed
-	workGap                  // tell it what arrived, and that more is missing
-	workProbe                // ask the peer what it got and grants
+	workCredit               // grant the peer new credit
+	workGap                  // acknowledge the packets that arrived, and report missing ones
+	workProbe                // ask the peer for its acknowledgement and its credit
 	workResume               // both of these, where the peer is known: the connection was away
 	workWait                 // nothing: the session is to be looked at in time
 	workHello                // let the consumer know where its producer is
@@ -118,7 +118,7 @@ const (
 	workNews    = workClose | workBind | workPatience
 	workControl = workResume | workGap | workCredit | workHello | workProbe
 
-	workLater = workWait | workBegin | workClose | workEndLater | workSettle // what does not wake the outbox
+	workLater = workWait | workBegin | workClose | workEndLater | workSettle // work that does not wake the outbox
 )
 
 func (o *outbox) init(ep *endpoint) {
@@ -185,7 +185,7 @@ func (o *outbox) take() *session {
 func (o *outbox) run() {
 	defer close(o.done)
 	for {
-		stopping := o.stopping.Load() // what was marked before is seen below
+		stopping := o.stopping.Load() // sessions that were marked before are seen below
 		o.sawLeaving = o.leaving.Load()
 		worked := o.receive()
 		if o.tickIfDue() {
@@ -203,7 +203,7 @@ func (o *outbox) run() {
 			s.next = nil // a session must not keep another alive
 			o.serve(s, s.pending.Swap(0))
 			s = next
-			o.receive() // an acknowledgement frees what the next packet needs
+			o.receive() // an acknowledgement frees memory and credit for the next packet
 			o.tickIfDue()
 		}
 		if worked {
@@ -248,14 +248,14 @@ func (o *outbox) idle() bool {
 		o.leaving.Load() == o.sawLeaving && (len(o.waitingUntilUp) == 0 || !o.up.Load())
 }
 
-// finish lets the outbox finish what is marked and returns when it has.
+// finish lets the outbox finish all marked work, and returns when that is done.
 func (o *outbox) finish() {
 	o.stopping.Store(true)
 	o.park.Wake()
 	<-o.done
 }
 
-// doLater hands over what is not a session's work. It neither blocks for long nor calls NATS.
+// doLater queues work outside any session for the outbox. It neither blocks for long nor calls NATS.
 func (o *outbox) doLater(a outOfStream) {
 	o.mu.Lock()
 	full := len(o.outOfStream) >= maxOutOfStream || a.sought != "" && len(o.outOfStream) >= maxSought || o.outOfStreamBytes+len(a.subject) > maxOutOfStreamBytes
@@ -434,7 +434,7 @@ func (o *outbox) publishRequest(s *session) bool {
 	return true
 }
 
-// takeNews notes what the users of both halves and the mux say of s.
+// takeNews records the work that the users of both halves and the mux marked for s.
 func (o *outbox) takeNews(s *session, work uint32) {
 	if work&workClose != 0 {
 		s.out.life.closeAt = o.ep.now() + int64(closeDelay)
@@ -452,7 +452,7 @@ func (o *outbox) takeNews(s *session, work uint32) {
 func (o *outbox) serveControl(s *session, work uint32) {
 	resume := work&workResume != 0 && s.out.peer != ""
 	if l := &s.out.life; work&workResume != 0 {
-		o.schedule(s, o.time()) // what was due while the connection was down is due now
+		o.schedule(s, o.time()) // all that was due while the connection was down is due now
 		if !resume && s.out.peer == "" && l.took != 0 && l.took <= o.connection.Load() {
 			l.took, l.pinged = tookLost, o.time() // the request, or its answer, may be
 		}
@@ -486,8 +486,8 @@ func (o *outbox) servePackets(s *session) {
 	}
 }
 
-// connected reports whether what is published now is sent, as far as that can be known. What nats.go keeps while it
-// reconnects can be lost, or close the connection where the next server takes less.
+// connected reports whether a message published now is sent, as far as that can be known. nats.go keeps messages while it
+// reconnects. These can be lost, or close the connection if the next server has a smaller max_payload.
 func (o *outbox) connected() bool {
 	if !o.up.Load() {
 		return false
@@ -504,13 +504,13 @@ func (o *outbox) connected() bool {
 	return false
 }
 
-// isUp reports whether a connection with status s sends what is published. One that drains does.
+// isUp reports whether a connection with status s sends published messages. A draining connection does.
 func isUp(s nats.Status) bool {
 	return s == nats.CONNECTED || s == nats.DRAINING_SUBS || s == nats.DRAINING_PUBS
 }
 
-// publish publishes what is not a stream's data. A failure is counted and not the stream's end: credit is said again
-// after a reconnect, and a connection that takes no more bytes is noticed by itself.
+// publish publishes a message that is not a stream's data. A failure is counted and does not end the stream: credit is sent
+// again after a reconnect, and a connection that accepts no more bytes is noticed otherwise.
 func (o *outbox) publish(subject, reply string, data []byte) error {
 	err := o.send(subject, reply, data)
 	if err != nil {
@@ -543,7 +543,7 @@ func (ep *endpoint) longestPeer() int {
 	return max(safeControlLine-len(ep.prefix)-TokenSize, ordinaryPeer)
 }
 
-// unwritable is how a stream ends whose peer has named a subject that cannot be published to.
+// unwritable returns the end of a stream after its peer named a subject that cannot be published to.
 func unwritable(err error) *ending {
 	return &ending{kind: endFault, err: fmt.Errorf("stream: the peer cannot be written to: %w", err)}
 }
