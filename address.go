@@ -15,10 +15,10 @@ type move struct {
 	subject string
 	nonce   [nonceSize]byte
 	at      int64 // when the challenge was sent
-	lost    bool  // the one before leads nowhere any longer: what was sent there is missing
+	lost    bool  // the previous subject leads nowhere any longer: packets sent there are missing
 }
 
-// whereabouts is what the outbox knows beside the address of a peer, of few streams.
+// whereabouts holds further facts about the address of a peer. Few streams need it. The outbox owns it.
 type whereabouts struct {
 	move     *move     // another subject that the peer named, and has not proved to receive at
 	crossing *crossing // of a stream across accounts
@@ -39,7 +39,8 @@ func (s *session) move() *move {
 	return nil
 }
 
-// crossing returns what s has as a stream across accounts, nil if it is none, or a consumer does not know that yet.
+// crossing returns the state that s has only as a stream across accounts. It returns nil if s is no such stream, or if a consumer
+// does not know that yet.
 func (s *session) crossing() *crossing {
 	if w := s.out.whereabouts; w != nil {
 		return w.crossing
@@ -64,8 +65,8 @@ func (o *outbox) setPeer(s *session, subject string) {
 	}
 }
 
-// challenge asks the peer of s to prove that it receives at subject. What a peer can make this end send to a subject that is
-// not its own is one such packet for each time that challenges are patient.
+// challenge asks the peer of s to prove that it receives at subject. A peer can make this end send only these packets to a subject
+// that is not its own, and only one for each period that a challenge waits for its answer.
 func (o *outbox) challenge(s *session, subject string) {
 	now := o.ep.now()
 	if m := s.move(); m != nil && now-m.at < challengePatience*o.ep.times.Ack || !o.connected() {
@@ -82,8 +83,8 @@ func (s *session) moveTo(subject string, now int64, lost bool) Frame {
 	return Frame{Type: FrameChallenge, Payload: m.nonce[:]}
 }
 
-// proved moves the peer of s to the subject that it was challenged at, if nonce is that of the challenge. What this end had to
-// say may have gone to a subject that leads nowhere any longer.
+// proved moves the peer of s to the challenged subject, if nonce is that of the challenge. Earlier packets of this end may have
+// gone to a subject that leads nowhere any longer.
 func (o *outbox) proved(s *session, nonce []byte) {
 	if m := s.move(); m != nil && string(nonce) == string(m.nonce[:]) && s.out.state.Phase != lifecycle.Gone {
 		o.peers.move(s, m.subject)

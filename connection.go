@@ -24,7 +24,7 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 	first, changed, renew := true, true, false
 	for {
 		if changed {
-			// What the channel says may be old: it drops news while it is full. That there was news is enough.
+			// The status in the channel may be old: the channel drops news while it is full. It only says that there was news.
 			status := ep.conn.Status()
 			if status == nats.CLOSED {
 				ep.lost()
@@ -54,8 +54,8 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 	}
 }
 
-// follow takes the connection's status. A connection that drains still takes what is published, until its subscriptions are
-// gone. again says that it has been up before.
+// follow handles the connection's status. A draining connection still accepts messages, until its subscriptions are gone.
+// again says that the connection has been up before.
 func (ep *endpoint) follow(status nats.Status, again bool) {
 	switch status {
 	case nats.CONNECTED:
@@ -76,8 +76,8 @@ func (ep *endpoint) follow(status nats.Status, again bool) {
 	}
 }
 
-// probe says again what may have been lost with a connection: every reader its credit, every writer how far it is. The
-// answers set going what waits, and ask for what is missing.
+// probe repeats the control frames that may have been lost with a connection: every reader sends its credit, every writer its
+// position. The answers resume waiting streams and ask for missing packets.
 func (ep *endpoint) probe() {
 	ep.sessions.Range(func(_ string, s *session) bool {
 		s.mark(workResume)
@@ -95,8 +95,8 @@ func (ep *endpoint) lost() {
 	ep.stopErrors()
 }
 
-// reported takes an error that NATS reported: a stream whose subject this end may not publish to ends, and all of them if it may
-// not receive.
+// reported handles an error that NATS reported. If this end may not publish to a subject, the streams of that subject end. If it
+// may not receive, all streams end.
 func (ep *endpoint) reported(err error) {
 	d, ok := natsconn.Denied(err)
 	switch {
@@ -134,8 +134,8 @@ func (ep *endpoint) barred() *ending {
 // refused or cut because of a limit that is not known.
 const unknownPayload = math.MaxInt32
 
-// lookAtMaxPayload remembers what the connection's server takes. The server changes it at any time: with each INFO, of which
-// nats.go tells nobody. It takes the connection's lock, so only the endpoint's own goroutines call it.
+// lookAtMaxPayload remembers the max_payload of the connection's server. The server may change it with any INFO, and nats.go
+// does not report that. lookAtMaxPayload takes the connection's lock, so only the endpoint's own goroutines call it.
 func (ep *endpoint) lookAtMaxPayload() {
 	n := ep.conn.MaxPayload()
 	if n <= 0 {

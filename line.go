@@ -27,7 +27,7 @@ type line struct {
 	resumed int64 // the reconnect that the line has begun anew for
 }
 
-// places is a set of the lists of the outbox that a session is in, and of what the lists need to know.
+// places is the set of the outbox's lists that a session is in, with flags that these lists need.
 type places uint8
 
 const (
@@ -115,7 +115,7 @@ func (o *outbox) wait(l *line, s *session) {
 // waits returns how many sessions wait.
 func (l *line) waits() int { return len(l.quiet) + len(l.waiting) }
 
-// next takes the session off the line whose turn it is.
+// next removes the session that has the turn from the line.
 func (l *line) next() *session {
 	for len(l.quiet) > 0 {
 		s := takeFirst(&l.quiet)

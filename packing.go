@@ -92,8 +92,7 @@ func (w *Writer) coalesceLimit() int {
 	return min(coalesceSize, w.packetLimit())
 }
 
-// packetLimit is the most that a packet may hold: the server's max_payload, and what the line to the peer carries in a short
-// time.
+// packetLimit returns the most bytes that a packet may hold: the server's max_payload, or fewer if the line to the peer is slow.
 func (w *Writer) packetLimit() int {
 	p := int(w.packetSize.Load())
 	if p == 0 {
@@ -146,7 +145,7 @@ func (w *Writer) freeLocked(n uint64) {
 // resetFastLocked lets Write use the open packet, unless somebody has the turn.
 func (w *Writer) resetFastLocked() {
 	w.fast = nil
-	if w.open != nil && !w.turn && !w.closed.Load() && !w.held.Load() && !w.over() && w.session.ep.maxRecord >= coalesceSize { // else Write must look
+	if w.open != nil && !w.turn && !w.closed.Load() && !w.held.Load() && !w.over() && w.session.ep.maxRecord >= coalesceSize { // otherwise Write must check
 		w.fast = w.open.buf[:min(len(w.open.buf), w.coalesceLimit())]
 	}
 }
@@ -154,7 +153,7 @@ func (w *Writer) resetFastLocked() {
 // sealLocked ends the open packet: no more records go in, and it is the outbox's from here on. A packet that uses up
 // the credit asks for more.
 func (w *Writer) sealLocked() {
-	if n := len(w.open.buf); n >= wasteful*w.n && n > packetClasses[0] { // what is kept is the buffer
+	if n := len(w.open.buf); n >= wasteful*w.n && n > packetClasses[0] { // the whole buffer is kept until the acknowledgement
 		w.moveLocked(w.n)
 	}
 	p := w.open
@@ -173,7 +172,7 @@ func (w *Writer) sealLocked() {
 		}
 		putPacketHeader(p.buf, flags, w.session.sender, seq, len(p.buf))
 	}
-	w.ready.Push(p) // never full: credit bounds what is sealed and not acknowledged
+	w.ready.Push(p) // never full: credit bounds the packets that are sealed and not acknowledged
 }
 
 // closeSoon reports whether the peer is to acknowledge CLOSE at once. A consumer that still sends is told by a RESET that
@@ -186,17 +185,17 @@ func (w *Writer) closeSoon() bool {
 // wasteful is how many times as large as its packet a buffer is that is exchanged for a smaller one.
 const wasteful = 2
 
-// creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Beside what the peer granted
-// it heeds what this end may keep, so that a peer that does not acknowledge cannot make it keep more.
+// creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Besides the peer's credit, it heeds the
+// budget for kept packets, so that a peer that does not acknowledge cannot make this end keep more.
 func (w *Writer) creditLocked() bool {
 	return int32(w.sealed-w.granted.packets) < 0 && w.sealedBytes < w.granted.bytes &&
 		w.sealed-w.acked < maxUnacked && mayKeep(w.kept, w.session.ep.kept.Load(), w.session.ep.window, w.session.ep.budget)
 }
 
 // mayKeep reports whether a stream that keeps kept bytes may open another packet, at an endpoint whose streams keep all bytes
-// together. Each may keep its window and as much as is left of the budget: a few streams get all they ask for, the budget is
-// never used up, and streams that come later find as much as those that are there have (Choudhury and Hahne, "Dynamic queue
-// length thresholds for shared-memory packet switches", 1998). Every stream may keep minWindow, so that none stands still.
+// together. Each may keep at most its window and at most the free part of the budget. So a few streams get all they need, the
+// budget is never used up, and later streams get as much as present ones (Choudhury and Hahne, "Dynamic queue length thresholds
+// for shared-memory packet switches", 1998). Every stream may keep minWindow, so that none stands still.
 func mayKeep(kept uint64, all int64, window uint64, budget int64) bool {
 	return kept < window && (kept < minWindow || int64(kept) < budget-all)
 }

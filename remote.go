@@ -13,8 +13,8 @@ import (
 // This file is about the other ends of an endpoint's streams: one question asks for all streams that two ends share;
 // docs/PROTOCOL.md section 13.2.
 
-// remote is another end: all streams whose subjects there differ in the token alone. The outbox owns it. Times are those of
-// the outbox's clock; 0 is never.
+// remote is the other end of one or more streams: the subjects of these streams there differ only in the token. The outbox owns
+// it. Times are those of the outbox's clock; 0 is never.
 type remote struct {
 	name      string // the subjects without their tokens, or a whole subject that has none
 	heard     int64  // on any of the streams
@@ -61,7 +61,7 @@ func remoteName(subject string) string {
 	return subject[:i]
 }
 
-// joinRemote notes whose stream this is, once it is known where the other end receives, and whenever that changes.
+// joinRemote assigns s to its remote, once the address of the other end is known, and again when the address changes.
 func (o *outbox) joinRemote(s *session) {
 	name := remoteName(s.out.peer)
 	if p := s.remote.Load(); p != nil {
@@ -168,8 +168,8 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 	o.lookAtRemote(p, o.clock.Until(d.Next))
 }
 
-// speaker returns a stream on which p can be asked, another one each time, or nil if none is found. It notes what arrived on
-// the streams that it looks at.
+// speaker returns a stream on which p can be sent a PING, another one each time, or nil if none is found. It records the arrivals
+// on the streams that it looks at.
 func (o *outbox) speaker(p *remote, now int64) *session {
 	for range min(candidates, len(p.streams)) {
 		p.next = (p.next + 1) % len(p.streams)
@@ -191,7 +191,7 @@ func (o *outbox) askRemote(p *remote, s *session, now int64) {
 	o.publishPing(s)
 }
 
-// queued is how long what is on its way to p takes there. Its streams share one line.
+// queued returns how long the data on its way to p takes to arrive. All streams of p share one line.
 func (o *outbox) queued(p *remote) int64 {
 	if l := o.lines.byPeer[p.name]; l != nil {
 		return l.Patience()
@@ -214,8 +214,8 @@ func (o *outbox) recordsArrive(p *remote, now int64) bool {
 	return true
 }
 
-// giveUpRemote ends the streams whose patience is over: those with one of their own, and if all is set the others as well. It
-// returns when to look again.
+// giveUpRemote ends streams after their peer timeout: streams with a timeout of their own, and if all is set the others as well.
+// It returns when to look again.
 func (o *outbox) giveUpRemote(p *remote, now int64, all bool) (next int64) {
 	for _, s := range p.streams {
 		o.noteArrivals(s, now) // a stream on which records arrive shows that the peer lives

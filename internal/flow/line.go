@@ -57,7 +57,7 @@ const (
 	// Unlimited is the limit from which on windows alone bound a sender.
 	Unlimited = 8 << 20
 
-	// maxMarks marks divide what is on its way into parts, so that the line does not run empty until one is answered.
+	// maxMarks marks divide the data on its way into parts, so that the line does not run empty until one is answered.
 	maxMarks = 4
 
 	// lateMark is how long the answer to a mark may take on a line without a limit before packets wait for it.
@@ -204,7 +204,7 @@ func (l *Line[S]) fitting() uint64 {
 	return uint64(float64(l.rate) * float64(l.base.min()+queueTarget) / float64(second))
 }
 
-// Packet returns how many bytes a packet should hold at most, so that several share what may be on its way.
+// Packet returns how many bytes a packet should hold at most, so that several packets fit into the limit.
 func (l *Line[S]) Packet() int { return int(min(max(l.limit/maxMarks, MinPacket), MaxPacket)) }
 
 // Patience returns how much longer than on an empty line an answer may take, because of the bytes ahead of it.
@@ -216,7 +216,7 @@ func (l *Line[S]) Patience() int64 {
 	return int64(float64(l.onTheWay()) / float64(rate) * float64(second))
 }
 
-// Reset begins anew: the connection was made anew, and with it perhaps the line. What was on its way is lost or has arrived.
+// Reset begins anew after a reconnect, which may have changed the line. The data that was on its way is lost or has arrived.
 func (l *Line[S]) Reset() { *l = Line[S]{limit: firstLimit} }
 
 // shortest is the minimum of samples of the last one to two periods, so that a path which has become longer for good is not

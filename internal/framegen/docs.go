@@ -33,7 +33,7 @@ func tables() map[string]string {
 	}
 }
 
-// fillTables replaces what stands between the markers of doc. Each table must be asked for exactly once.
+// fillTables replaces the text between the markers of doc. Each table must be used exactly once.
 func fillTables(doc []byte) ([]byte, error) {
 	open := tables()
 	var out bytes.Buffer
@@ -65,7 +65,7 @@ func fillTables(doc []byte) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// markdown returns a table whose columns are padded to equal width, so that it reads well as text too.
+// markdown returns a table with columns padded to equal width, so that it reads well as text too.
 func markdown(rows [][]string) string {
 	width := make([]int, len(rows[0]))
 	for _, r := range rows {

@@ -190,7 +190,7 @@ func typeSet(seq bool) string {
 	return strings.Join(out, " | ")
 }
 
-// packWord returns the expression that builds one word of l from its fields, whose Go names get prefix in front.
+// packWord returns the expression that builds one word of l from its fields. It puts prefix in front of their Go names.
 func packWord(l layout, word int, prefix string) string {
 	var out []string
 	for _, f := range l.fields {

@@ -1,9 +1,9 @@
 // Framegen writes everything that follows mechanically from the description of the wire format in spec.go: the
 // package's frame_gen.go, the byte tables between the markers of docs/PROTOCOL.md, and testdata/vectors.json.
 //
-// It runs from the module root, as go generate does. Of the module it imports internal/lifecycle alone, whose table it writes
-// down in words. So it works while frame_gen.go is missing, and the vectors are computed from the description and not by the
-// code that they test.
+// It runs from the module root, as go generate does. Of the module it imports only internal/lifecycle, to write its table in words.
+// So it works while frame_gen.go is missing, and the vectors are computed from the description and not by the code that they
+// test.
 package main
 
 import (
@@ -44,7 +44,7 @@ type file struct {
 	data []byte
 }
 
-// generate returns the generated files. It reads docs/PROTOCOL.md, whose prose is written by hand.
+// generate returns the generated files. It reads docs/PROTOCOL.md, because the prose of that file is written by hand.
 func generate(root string) ([]file, error) {
 	code, err := goCode()
 	if err != nil {

@@ -14,7 +14,7 @@ type field struct {
 	doc   string
 }
 
-// masked reports whether the field is narrower than its Go type: what does not fit must not spill into its neighbour.
+// masked reports whether the field is narrower than its Go type: bits that do not fit must not spill into its neighbour.
 func (f field) masked() bool {
 	switch f.typ {
 	case "uint64":
@@ -219,13 +219,13 @@ const (
 	nonceSize    = 8
 )
 
-// closeCode is a close code with a meaning. Codes of RFC 6455 section 7.4 mean here what they mean there.
+// closeCode is a close code with a meaning. Codes of RFC 6455 section 7.4 keep their meaning.
 type closeCode struct {
 	value  uint16
 	goName string
 	name   string // in the text of errors and in the table
 	doc    string
-	goDoc  string // what the Go constant adds to doc
+	goDoc  string // text that the Go constant adds to doc
 }
 
 var closeCodes = []closeCode{

@@ -29,7 +29,7 @@ type vector struct {
 	Header *headerJSON `json:"header,omitempty"`
 	Frames []frameJSON `json:"frames,omitempty"` // packet
 	Frame  *frameJSON  `json:"frame,omitempty"`
-	Rest   string      `json:"rest,omitempty"` // packet_header, frame: what follows
+	Rest   string      `json:"rest,omitempty"` // packet_header, frame: the bytes that follow
 	Credit *creditJSON `json:"credit,omitempty"`
 	Token  *tokenJSON  `json:"token,omitempty"` // token, offer
 	Error  string      `json:"error,omitempty"`
@@ -113,7 +113,7 @@ func hexOf(b []byte) *string {
 	return &s
 }
 
-// packet returns the bytes of a packet with header v and the frames in body. Its length is what it is unless v has one.
+// packet returns the bytes of a packet with header v and the frames in body. If v has no length, it writes the true one.
 func packet(v values, body []byte) []byte {
 	if _, given := v["length"]; !given {
 		v["length"] = uint64(packetHeader.size() + len(body))
@@ -384,7 +384,7 @@ func packetVectors(vs *vectors) {
 	vs.packet("resume_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tResume, 0, 0, "~1m5G0123456789A"})
 	vs.packet("unknown_type_second", "type", pSeq, 7, 1, data, frameArgs{0x40, 0, 0, ""})
 
-	// A good frame, then one whose length runs past the packet, and then one whose header is cut.
+	// A good frame, then one with a length past the end of the packet, and then one with a cut header.
 	b, _ := frame(tData, 0, 0, "one")
 	bad := func(name, err string, v values, body ...[]byte) {
 		vs.add(vector{Name: "packet/" + name, Kind: "packet", Hex: hexOf(packet(v, slices.Concat(body...))), Error: err})
@@ -480,7 +480,7 @@ func vectorsJSON() ([]byte, error) {
 		}
 	}
 
-	// One line for each vector, so that a change shows as what it is.
+	// One line for each vector, so that a diff shows the changed vectors alone.
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)

@@ -4,7 +4,7 @@ package liveness
 // connection is down, while this end drops answers, and while the process does not run. So time that the connection was
 // up adds up over any number of reconnects, and a standstill of this end is not silence of its peers.
 //
-// The clock learns what happened at its ticks. Between two ticks it runs, for limit at most.
+// The clock is corrected at its ticks. Between two ticks it runs, for limit at most.
 type Clock struct {
 	limit   int64
 	at      int64 // time of the last tick
@@ -43,5 +43,5 @@ func (c *Clock) Resumed() int64 { return c.resumed }
 // Until returns when, at the earliest, the clock will read t.
 func (c *Clock) Until(t int64) int64 { return t + c.stopped }
 
-// At returns what the clock read at time t, or less if it stood still since.
+// At returns the reading of the clock at time t, or less if it stood still since.
 func (c *Clock) At(t int64) int64 { return max(1, t-c.stopped) }

@@ -42,7 +42,7 @@ type Facts struct {
 	Closed  int64 // since when CLOSE waits to be acknowledged
 	Resumed int64 // when the clock began to run again, at a reconnect or after a standstill of this end
 	Down    int64 // when the connection was seen to be down, if it is
-	Queued  int64 // how long what is on its way to the peer may take there, before a question or CLOSE arrives
+	Queued  int64 // how long data on its way to the peer may take, before a question or CLOSE arrives
 
 	Pings int32 // unanswered since the last sign of life
 	Asks  int32 // questions since the last packet or acknowledgement, without repetitions
@@ -71,9 +71,9 @@ const (
 	PeerGone                     // the peer was suspect for Resume
 )
 
-// Decision says what to do about a stream.
+// Decision is the decision about a stream.
 type Decision struct {
-	GiveUp    Reason // if not Alive, nothing else is to be done
+	GiveUp    Reason // if not Alive, the other fields do not matter
 	Next      int64  // when to look again, at the latest
 	Republish bool   // publish the packet that failed
 	Ping      bool   // ask the peer
@@ -197,7 +197,7 @@ func (f *Facts) unconfirmed() int64 { return f.overdue(f.Closed) + f.queued(f.Cl
 // wait behind them on a slow line.
 const behindOthers = 6
 
-// queued is how much longer than on empty lines the answer to what was said at t is waited for.
+// queued returns by how much queued data on the line prolongs the wait for the answer to a packet sent at t.
 func (f *Facts) queued(t int64) int64 {
 	if f.Others > t && f.Heard <= t {
 		return behindOthers * f.Times.Resume

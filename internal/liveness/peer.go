@@ -16,11 +16,11 @@ type PeerFacts struct {
 	Questions int32 // unanswered since the last sign of life
 	Absent    bool  // NATS said that nobody received a question
 
-	// Queued is how long what was sent before the question may take on its way.
+	// Queued is how long data that was sent before the question may take on its way.
 	Queued int64
 }
 
-// PeerDecision says what to do about a peer.
+// PeerDecision is the decision about a peer.
 type PeerDecision struct {
 	GiveUp bool  // end its streams
 	Ask    bool  // ask it on one of its streams
@@ -59,15 +59,14 @@ func DecidePeer(f *PeerFacts) PeerDecision {
 // end is when the peer is given up, if it goes on being silent.
 func (f *PeerFacts) end() int64 {
 	end := grace(f.Suspect+f.Times.Patience, f.Resumed, f.Times)
-	if !f.Absent { // else there is nobody whom the question could still reach
+	if !f.Absent { // an absent peer cannot receive the question
 		end += min(f.Queued, f.Times.Resume)
 	}
 	return end
 }
 
-// grace puts end off if the clock has just begun to run again at resumed: a connection that has just come back, or a
-// process that has just gone on, first hears what there is to hear. That does not put the end off for ever: a connection
-// may never last that long.
+// grace delays end if the clock has just begun to run again at resumed: after a reconnect or a pause of the process, messages
+// that have arrived are handled first. The delay has a limit, because a connection may never last long enough.
 func grace(end, resumed int64, t *Intervals) int64 {
 	return max(end, min(resumed+graceAcks*t.Ack, end+t.Resume))
 }
