@@ -43,7 +43,7 @@ const maxControlPacket = 4 << 10
 func (o *outbox) deliver(c control) {
 	if n := c.size(); !o.hasRoom(c.session, n) || !o.inbound.Push(c) {
 		o.ep.counters.overrun.Add(1)
-		if s := c.session; s != nil && s.controls-s.acted.Load() < maxControls { // more than maxControls of one stream are dropped
+		if s := c.session; s != nil && s.controls-s.acted.Load() < maxControls { // with maxControls of s waiting, one more lost does not matter
 			o.dropped.Store(true)
 		}
 	} else {
