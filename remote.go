@@ -134,8 +134,11 @@ func (p *remote) keepAlive(o *outbox) int64 {
 // hear notes a sign of life at a time on the outbox's clock.
 func (p *remote) hear(at int64) {
 	p.heard = max(p.heard, at)
-	if at >= p.asked {
+	switch {
+	case at >= p.asked:
 		p.questions, p.suspect, p.absent = 0, 0, false
+	case p.suspect != 0 && at > p.suspect: // a packet that the outbox sees only now arrived between two questions
+		p.suspect, p.absent = at, false
 	}
 }
 

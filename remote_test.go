@@ -463,3 +463,20 @@ func TestSlowLineIsNoSilence(t *testing.T) {
 		m.nothingLeft(t)
 	})
 }
+
+// A sign of life between two questions makes the peer's patience begin anew there, however late the outbox sees it.
+func TestSignOfLifeBetweenQuestions(t *testing.T) {
+	for name, c := range map[string]struct{ at, suspect int64 }{
+		"before the first":   {9, 10},
+		"between":            {15, 15},
+		"after the last":     {21, 0},
+		"when it was asked":  {20, 0},
+		"as the first was":   {10, 10},
+		"between, far later": {19, 19},
+	} {
+		p := remote{heard: 5, asked: 20, suspect: 10, questions: 3}
+		if p.hear(c.at); p.suspect != c.suspect || p.heard != c.at {
+			t.Errorf("%s: heard at %d, suspect since %d, want %d", name, p.heard, p.suspect, c.suspect)
+		}
+	}
+}
