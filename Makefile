@@ -6,7 +6,7 @@ TESTFLAGS ?=
 FUZZTIME  ?= 30s
 DEMOFLAGS ?=
 BENCHFLAGS ?=
-WORDLIMIT ?= 100
+WORDLIMIT ?= 3
 
 # What `make generate` writes. The first two are deleted before they are compared, the tables of the last are
 # rewritten where they stand.
