@@ -44,7 +44,7 @@ lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words o
 	$(GO) tool staticcheck ./...
 	$(GO) run ./internal/check complexity
 
-wordcheck: ## Print how many comments hide their subject, and the worst files; WORDLIMIT=3 to fail above 3 %
+wordcheck: ## Fail if more than WORDLIMIT percent of the comments hide their subject, and print the worst files
 	$(GO) run ./internal/check words -limit $(WORDLIMIT)
 
 generate: ## Rewrite the generated code, the protocol's byte tables and the test vectors

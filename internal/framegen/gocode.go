@@ -203,9 +203,9 @@ func packWord(l layout, word int, prefix string) string {
 		case f.fixed:
 			expr = f.goVar
 		case f.masked() && f.typ == "uint64":
-			expr = fmt.Sprintf("%s%s&%#x", prefix, f.goVar, 1<<f.bits-1)
+			expr = fmt.Sprintf("%s%s&%#x", prefix, f.goVar, uint64(1)<<f.bits-1)
 		case f.masked():
-			expr = fmt.Sprintf("uint64(%s%s&%#x)", prefix, f.goVar, 1<<f.bits-1)
+			expr = fmt.Sprintf("uint64(%s%s&%#x)", prefix, f.goVar, uint64(1)<<f.bits-1)
 		case f.typ == "uint64":
 			expr = prefix + f.goVar
 		}
@@ -225,7 +225,7 @@ func unpack(l layout, f field, words ...string) string {
 		expr = fmt.Sprintf("%s >> %d", expr, left)
 	}
 	if f.masked() {
-		expr = fmt.Sprintf("%s & %#x", expr, 1<<f.bits-1)
+		expr = fmt.Sprintf("%s & %#x", expr, uint64(1)<<f.bits-1)
 	}
 	if f.typ == "uint64" {
 		return expr
@@ -251,7 +251,7 @@ func packetHeaderCode(w *writer) {
 	for _, f := range packetHeader.fields {
 		if f.fixed {
 			_, left := packetHeader.shift(f.name)
-			mask |= (1<<f.bits - 1) << left
+			mask |= (uint64(1)<<f.bits - 1) << left
 			want |= f.value << left
 		}
 	}
