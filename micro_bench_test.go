@@ -37,13 +37,14 @@ func benchRecords(b *testing.B, f func(n int)) {
 }
 
 // benchConn returns a connection that swallows what is published. If a writer publishes a packet and acks is set, it plays the
-// consumer: it grants credit, through the mux, every 16 packets.
+// consumer: it grants credit, through the mux, every 16 packets and for marks.
 func benchConn(acks bool) *fake.Conn {
 	conn := fake.New()
 	var (
 		msg     nats.Msg
 		buf     []byte
 		payload [16]byte
+		marked  bool // the packet before was a mark
 	)
 	conn.Requested = func(*nats.Msg) error { return nil }
 	conn.Published = func(_, reply string, data []byte) error {
@@ -57,7 +58,7 @@ func benchConn(acks bool) *fake.Conn {
 		if err != nil {
 			return err
 		}
-		if h.Seq%16 == 0 {
+		if marked || h.Seq%16 == 0 {
 			// The packet itself counts as sent only when publish returns. The message can be used again for the next
 			// credit, because the outbox acts on it before it publishes another packet.
 			credit := Credit{Ack: h.Seq, Packets: h.Seq + maxPackets, Bytes: math.MaxInt64}
@@ -65,6 +66,7 @@ func benchConn(acks bool) *fake.Conn {
 			msg.Data = buf
 			conn.Deliver(&msg)
 		}
+		marked = h.Flags&PacketMark != 0
 		return nil
 	}
 	return conn
