@@ -4,14 +4,14 @@ import "bytes"
 
 // assembly gathers the pieces of one record. A piece that is most of its packet is kept with the packet. Other pieces are
 // copied into chunks, so that the packets around them need not be kept. Each byte is copied at most twice, into a chunk
-// and into the record, whatever the pieces and packets look like. What is held stays below about twice of what has
+// and into the record, whatever the pieces and packets look like. The memory held stays below about twice the bytes that have
 // arrived, and one chunk.
 type assembly struct {
 	pieces [][]byte // in order: packets' bytes, and parts of chunks
 	free   []byte   // the rest of the last chunk
 	chunk  int      // size of the last chunk
 	open   bool     // the last of pieces ends where free begins
-	size   uint64   // of what was added
+	size   uint64   // bytes of all pieces that were added
 	held   uint64   // bytes that take granted
 }
 
@@ -19,7 +19,7 @@ const (
 	pieceSize = 48       // bytes for an entry of pieces, and as much again that append may leave free
 	minKept   = 1 << 10  // a smaller piece is copied: the entry would cost more than a few bytes in a hundred
 	minChunk  = 1 << 10  // of the first chunk; each is twice as large as the one before
-	maxChunk  = 64 << 10 // what a chunk may leave unused
+	maxChunk  = 64 << 10 // bounds the unused rest of a chunk
 )
 
 // add takes the next piece, which came in a packet of the given size. It reports false if take refuses the memory, and is

@@ -154,9 +154,6 @@ func (l *Line[S]) Lost(stream S, n uint64) {
 	}
 }
 
-// Marks returns how many marks are not answered yet.
-func (l *Line[S]) Marks() int { return l.out }
-
 // drop takes the n oldest marks out.
 func (l *Line[S]) drop(n int) {
 	copy(l.marks[:], l.marks[n:l.out])

@@ -133,13 +133,13 @@ func TestLineForgetsStreamsThatEnded(t *testing.T) {
 		t.Error("more than the limit is on its way")
 	}
 	l.Lost("a", 3*part)
-	if l.Marks() != 1 || l.onTheWay() != part || !l.MaySend(1) {
-		t.Errorf("%d marks, %d bytes are on their way", l.Marks(), l.onTheWay())
+	if l.out != 1 || l.onTheWay() != part || !l.MaySend(1) {
+		t.Errorf("%d marks, %d bytes are on their way", l.out, l.onTheWay())
 	}
 	l.Acked("a", 9, 0, 2)
 	l.Acked("b", 2, part, 2)
-	if l.Marks() != 0 || l.onTheWay() != 0 {
-		t.Errorf("%d marks, %d bytes are on their way", l.Marks(), l.onTheWay())
+	if l.out != 0 || l.onTheWay() != 0 {
+		t.Errorf("%d marks, %d bytes are on their way", l.out, l.onTheWay())
 	}
 	if l.marks != [maxMarks]mark[string]{} {
 		t.Errorf("marks keep streams alive: %v", l.marks)
@@ -155,11 +155,11 @@ func TestLineTakesTheRightAnswers(t *testing.T) {
 		l.Sent(part)
 		l.Mark(1, first+i, int64(i+1))
 	}
-	if l.Acked(1, first, 0, 9); l.Marks() != maxMarks {
-		t.Errorf("%d marks are out", l.Marks())
+	if l.Acked(1, first, 0, 9); l.out != maxMarks {
+		t.Errorf("%d marks are out", l.out)
 	}
-	if l.Acked(1, first+3, 0, 9); l.arrived != 3*part || l.Marks() != 1 {
-		t.Errorf("%d arrived, %d marks are out", l.arrived, l.Marks())
+	if l.Acked(1, first+3, 0, 9); l.arrived != 3*part || l.out != 1 {
+		t.Errorf("%d arrived, %d marks are out", l.arrived, l.out)
 	}
 	if !l.MaySend(9) {
 		t.Error("the answer lets nothing go")
