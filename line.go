@@ -15,6 +15,7 @@ import (
 // quiet stream does not wait for a turn of each busy one (after the new flows of FQ-CoDel, RFC 8290 section 4.1).
 type line struct {
 	flow.Line[*session]
+	peer    string // the key in lines.byPeer
 	quiet   []*session
 	waiting []*session
 	turn    *session // whose packet is next, once the line has had others wait
@@ -44,6 +45,7 @@ func (p *places) clear(q places)   { *p &^= q }
 type lines struct {
 	byPeer map[string]*line
 	busy   []*line // that sessions wait for
+	idle   int     // lines without users
 	swept  int64
 }
 
@@ -51,14 +53,19 @@ type lines struct {
 // line once.
 const lineIdle = int64(60e9)
 
+// maxIdleLines bounds the lines that are remembered without users, because each request can name another peer.
+const maxIdleLines = 1 << 10
+
 // lineOf returns the line to the peer of s.
 func (o *outbox) lineOf(s *session) *line {
 	l := s.out.line
 	if l == nil {
 		key := remoteName(s.out.peer)
 		if l = o.lines.byPeer[key]; l == nil {
-			l = &line{Line: flow.NewLine[*session](), resumed: o.resumed.Load()}
-			o.lines.byPeer[strings.Clone(key)] = l
+			l = &line{Line: flow.NewLine[*session](), peer: strings.Clone(key), resumed: o.resumed.Load()}
+			o.lines.byPeer[l.peer] = l
+		} else if l.users == 0 {
+			o.lines.idle--
 		}
 		l.users++
 		s.out.line = l
@@ -208,10 +215,14 @@ func (o *outbox) leaveLine(s *session, n uint64) {
 		l.last = nil
 	}
 	l.Lost(s, n)
-	if l.users--; l.users == 0 {
+	if l.users--; l.users > 0 {
+		o.nextTurn(l)
+	} else if o.lines.idle == maxIdleLines {
+		delete(o.lines.byPeer, l.peer)
+	} else {
 		l.left = o.ep.now()
+		o.lines.idle++
 	}
-	o.nextTurn(l)
 }
 
 func (o *outbox) setBusy(l *line) {
@@ -237,6 +248,7 @@ func (o *outbox) tickLines(now int64) {
 	for key, l := range o.lines.byPeer {
 		if l.users == 0 && now-l.left >= lineIdle {
 			delete(o.lines.byPeer, key)
+			o.lines.idle--
 		}
 	}
 }
