@@ -8,9 +8,9 @@ DEMOFLAGS ?=
 BENCHFLAGS ?=
 WORDLIMIT ?= 3
 
-# What `make generate` writes. The first two are deleted before they are compared, the tables of the last are
-# rewritten where they stand.
-GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md
+# The files that `make generate` writes. `make checkgenerate` deletes the first two before it compares. In the documents the
+# generator replaces the text between its markers.
+GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp fuzz
@@ -47,7 +47,7 @@ lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words o
 wordcheck: ## Fail if more than WORDLIMIT percent of the comments hide their subject, and print the worst files
 	$(GO) run ./internal/check words -limit $(WORDLIMIT)
 
-generate: ## Rewrite the generated code, the protocol's byte tables and the test vectors
+generate: ## Rewrite the generated code, the tables and drawings in the documents, and the test vectors
 	$(GO) generate ./...
 
 checkgenerate: ## Delete what is generated, generate it again and compare

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"strings"
 
 	"github.com/natsstream/stream/internal/lifecycle"
@@ -33,9 +34,19 @@ func tables() map[string]string {
 	}
 }
 
-// fillTables replaces the text between the markers of doc. Each table must be used exactly once.
-func fillTables(doc []byte) ([]byte, error) {
-	open := tables()
+// documents are the files with generated parts. Their prose is written by hand.
+var documents = []struct {
+	path  string
+	parts func() map[string]string
+}{
+	{"docs/PROTOCOL.md", tables},
+	{"docs/DESIGN.md", lifecycleDiagrams},
+}
+
+// fillTables replaces the text between the markers of doc by the parts with the names in the markers. Each part must be used
+// exactly once.
+func fillTables(doc []byte, parts map[string]string) ([]byte, error) {
+	open := maps.Clone(parts)
 	var out bytes.Buffer
 	rest := string(doc)
 	for {
@@ -48,19 +59,19 @@ func fillTables(doc []byte) ([]byte, error) {
 		if !found {
 			return nil, fmt.Errorf("unfinished marker at %.40q", after)
 		}
-		table, found := open[name]
+		part, found := open[name]
 		if !found {
-			return nil, fmt.Errorf("table %q is unknown or stands there twice", name)
+			return nil, fmt.Errorf("part %q is unknown or stands there twice", name)
 		}
 		delete(open, name)
 		end := endMark + name + markClose
 		if _, rest, found = strings.Cut(after, end); !found {
-			return nil, fmt.Errorf("table %q has no end marker", name)
+			return nil, fmt.Errorf("part %q has no end marker", name)
 		}
-		out.WriteString(beginMark + name + markClose + "\n" + table + "\n" + end)
+		out.WriteString(beginMark + name + markClose + "\n" + part + "\n" + end)
 	}
 	for name := range open {
-		return nil, fmt.Errorf("table %q is nowhere asked for", name)
+		return nil, fmt.Errorf("part %q has no markers", name)
 	}
 	return out.Bytes(), nil
 }

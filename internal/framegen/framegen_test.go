@@ -51,26 +51,28 @@ func TestOutputIsDeterministic(t *testing.T) {
 // The generator works from nothing but the prose.
 func TestRunWritesMissingFiles(t *testing.T) {
 	dir := t.TempDir()
-	doc, err := os.ReadFile(filepath.Join(root, "docs/PROTOCOL.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	if err := os.Mkdir(filepath.Join(dir, "docs"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "docs/PROTOCOL.md"), doc, 0o644); err != nil {
-		t.Fatal(err)
+	for _, d := range documents {
+		doc, err := os.ReadFile(filepath.Join(root, d.path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, d.path), doc, 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := run(dir); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{"frame_gen.go", "testdata/vectors.json", "docs/PROTOCOL.md"} {
+	for _, path := range []string{"frame_gen.go", "testdata/vectors.json", "docs/PROTOCOL.md", "docs/DESIGN.md"} {
 		if _, err := os.Stat(filepath.Join(dir, path)); err != nil {
 			t.Error(err)
 		}
 	}
 	if err := run(t.TempDir()); err == nil {
-		t.Error("no error where docs/PROTOCOL.md is missing")
+		t.Error("no error although the documents are missing")
 	}
 }
 
@@ -79,14 +81,14 @@ func TestFillTables(t *testing.T) {
 	for name := range tables() {
 		all.WriteString("text\n" + beginMark + name + markClose + "old\n" + endMark + name + markClose)
 	}
-	once, err := fillTables([]byte(all.String()))
+	once, err := fillTables([]byte(all.String()), tables())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if bytes.Contains(once, []byte("old\n")) {
 		t.Error("old contents are still there")
 	}
-	twice, err := fillTables(once)
+	twice, err := fillTables(once, tables())
 	if err != nil || !bytes.Equal(once, twice) {
 		t.Errorf("filling again changes the text (%v)", err)
 	}
@@ -97,7 +99,7 @@ func TestFillTables(t *testing.T) {
 		"no end":   strings.ReplaceAll(string(once), endMark+"credit", "<!-- "),
 		"unclosed": string(once) + beginMark + "credit",
 	} {
-		if _, err := fillTables([]byte(doc)); err == nil {
+		if _, err := fillTables([]byte(doc), tables()); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
@@ -150,6 +152,29 @@ func TestCloseCodesAreDistinctAndInRange(t *testing.T) {
 				t.Errorf("code %d: %q is empty or stands there twice", c.value, name)
 			}
 			seen[name] = true
+		}
+	}
+}
+
+// A diagram shows each state of its dimension, and each arrow once.
+func TestDiagramsShowEveryState(t *testing.T) {
+	for _, d := range []dimension{sendDimension, recvDimension, phaseDimension} {
+		drawn := stateDiagram(d)
+		seen := map[string]bool{}
+		for line := range strings.Lines(drawn) {
+			arrow, events, found := strings.Cut(strings.TrimSpace(line), " : ")
+			if !found {
+				continue
+			}
+			if seen[arrow] || events == "" {
+				t.Errorf("arrow %q twice or without an event in:\n%s", arrow, drawn)
+			}
+			seen[arrow] = true
+		}
+		for _, w := range d.words {
+			if !strings.Contains(drawn, "--> "+w.Name+" : ") {
+				t.Errorf("no arrow leads to %s in:\n%s", w.Name, drawn)
+			}
 		}
 	}
 }

@@ -1,7 +1,8 @@
 // Framegen writes everything that follows mechanically from the description of the wire format in spec.go: the
-// package's frame_gen.go, the byte tables between the markers of docs/PROTOCOL.md, and testdata/vectors.json.
+// package's frame_gen.go, the byte tables between the markers of docs/PROTOCOL.md, and testdata/vectors.json. It also writes the
+// table of internal/lifecycle into docs/PROTOCOL.md, and draws it in docs/DESIGN.md.
 //
-// It runs from the module root, as go generate does. Of the module it imports only internal/lifecycle, to write its table in words.
+// It runs from the module root, as go generate does. Of the module it imports only internal/lifecycle.
 // So it works while frame_gen.go is missing, and the vectors are computed from the description and not by the code that they
 // test.
 package main
@@ -44,27 +45,26 @@ type file struct {
 	data []byte
 }
 
-// generate returns the generated files. It reads docs/PROTOCOL.md, because the prose of that file is written by hand.
+// generate returns the generated files. It reads the documents, because their prose is written by hand.
 func generate(root string) ([]file, error) {
 	code, err := goCode()
 	if err != nil {
 		return nil, err
 	}
-	const docPath = "docs/PROTOCOL.md"
-	doc, err := os.ReadFile(filepath.Join(root, docPath))
-	if err != nil {
-		return nil, err
-	}
-	if doc, err = fillTables(doc); err != nil {
-		return nil, fmt.Errorf("%s: %w", docPath, err)
-	}
 	vectors, err := vectorsJSON()
 	if err != nil {
 		return nil, err
 	}
-	return []file{
-		{"frame_gen.go", code},
-		{docPath, doc},
-		{"testdata/vectors.json", vectors},
-	}, nil
+	files := []file{{"frame_gen.go", code}, {"testdata/vectors.json", vectors}}
+	for _, d := range documents {
+		doc, err := os.ReadFile(filepath.Join(root, d.path))
+		if err != nil {
+			return nil, err
+		}
+		if doc, err = fillTables(doc, d.parts()); err != nil {
+			return nil, fmt.Errorf("%s: %w", d.path, err)
+		}
+		files = append(files, file{d.path, doc})
+	}
+	return files, nil
 }
