@@ -4,16 +4,21 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"math/rand/v2"
 	"runtime"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/jsonwire"
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
@@ -379,7 +384,7 @@ func TestReassemblyTakesWhatArrived(t *testing.T) {
 }
 
 // A packet full of the smallest pieces costs its reader memory in proportion to the record, not for each piece.
-func TestTinyPiecesAreLinear(t *testing.T) {
+func TestTinyPiecesTakeMemoryOfTheirRecord(t *testing.T) {
 	one := AppendFrame(nil, Frame{Type: FrameData, Flags: FlagMore, Payload: []byte("x")})
 	for _, size := range []int{1 << 18, 1 << 20} {
 		synctest.Test(t, func(t *testing.T) {
@@ -409,7 +414,7 @@ func TestTinyPiecesAreLinear(t *testing.T) {
 }
 
 // A record larger than MaxRecordSize ends the stream before memory is taken for what is too much of it.
-func TestTooBigTakesNoMemory(t *testing.T) {
+func TestRecordTooLargeTakesNoMemory(t *testing.T) {
 	const max, slack = 100_000, 20_000
 	frame := func(n int, flags FrameFlags) Frame {
 		return Frame{Type: FrameData, Flags: flags, Payload: make([]byte, n)}
@@ -447,64 +452,526 @@ func TestTooBigTakesNoMemory(t *testing.T) {
 	}
 }
 
-// A large record of one stream does not hold up small ones of another: its pieces and their packets take turns.
-func TestLargeAndSmallTakeTurns(t *testing.T) {
-	const piece = 16 << 10
-	synctest.Test(t, func(t *testing.T) {
-		m := memoryTest(t, ClientParams{})
-		release := make(chan struct{})
-		send := func(size int) Handler {
-			return func(w *Writer, _ *Request) error {
-				if _, err := w.Write(nil); err != nil { // the consumer is bound
-					return err
+// cut returns n bytes in pieces of the sizes that next returns.
+func cut(n int, next func() int) (pieces [][]byte) {
+	for n > 0 {
+		p := make([]byte, min(n, max(1, next())))
+		for i := range p {
+			p[i] = byte(n + i)
+		}
+		n -= len(p)
+		pieces = append(pieces, p)
+	}
+	return pieces
+}
+
+// A record is put together with work and memory in proportion to its size, whatever its pieces and their packets look like.
+func TestAssemblyIsLinear(t *testing.T) {
+	const size = 1 << 20
+	r := rand.New(rand.NewPCG(1, 2))
+	turn := 0
+	alternate := func(sizes ...int) func() int {
+		return func() int { turn++; return sizes[turn%len(sizes)] }
+	}
+	for name, c := range map[string]struct {
+		size   int
+		next   func() int
+		packet func(piece int) int // that the piece came in
+	}{
+		"one byte each, one packet":          {size, alternate(1), func(int) int { return 4 << 20 }},
+		"one byte each, a packet each":       {size, alternate(1), func(n int) int { return n + 20 }},
+		"one byte each, in large packets":    {size / 16, alternate(1), func(int) int { return 1 << 20 }},
+		"most of a packet":                   {size, alternate(30_000), func(n int) int { return n + 20 }},
+		"a little less than half":            {size, alternate(30_000), func(n int) int { return 2*n + 2 }},
+		"exactly half":                       {size, alternate(30_000), func(n int) int { return 2 * n }},
+		"large pieces, larger packets":       {size, alternate(200_000), func(int) int { return 8 << 20 }},
+		"just not worth keeping":             {size, alternate(minKept - 1), func(n int) int { return n + 20 }},
+		"just worth keeping":                 {size, alternate(minKept), func(n int) int { return n + 20 }},
+		"large and small in turn":            {size, alternate(minKept, 1), func(n int) int { return n + 20 }},
+		"small ones behind each that is not": {size, alternate(5000, 1, 1, 1, 1, 1), func(n int) int { return n + 20 }},
+		"any":                                {size, func() int { return 1 << r.IntN(17) }, func(n int) int { return n + r.IntN(1<<17) }},
+		"two":                                {10, alternate(5), func(n int) int { return n + 20 }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pieces := cut(c.size, c.next)
+			packets := make([]int, len(pieces))
+			for i, p := range pieces {
+				packets[i] = c.packet(len(p))
+			}
+			want := bytes.Join(pieces, nil)
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			var a assembly
+			most, taken := uint64(2*minChunk+maxChunk), uint64(0)
+			for i, p := range pieces[:len(pieces)-1] {
+				if !a.add(p, packets[i], func(n uint64) bool { taken += n; return true }) {
+					t.Fatal("memory that was granted is refused")
 				}
-				<-release
-				for range max(1, 600_000/size) {
-					if _, err := w.Write(make([]byte, size)); err != nil {
+				arrived := a.size
+				if limit := 2*arrived + arrived/8 + most; a.held > limit {
+					t.Fatalf("%d bytes are held for %d that arrived, want at most %d", a.held, arrived, limit)
+				}
+			}
+			rec := a.record(pieces[len(pieces)-1])
+			runtime.ReadMemStats(&after)
+			if !bytes.Equal(rec, want) || cap(rec) != len(rec) {
+				t.Errorf("a record of %d bytes, capacity %d; want %d", len(rec), cap(rec), len(want))
+			}
+			if taken != a.held {
+				t.Errorf("%d bytes are held, %d were granted", a.held, taken)
+			}
+			// The record, once more in chunks, and the entries with what append left behind.
+			if n, limit := after.TotalAlloc-before.TotalAlloc, uint64(3*c.size+4*minChunk+2*maxChunk); n > limit {
+				t.Errorf("%d bytes were allocated, want at most %d", n, limit)
+			}
+		})
+	}
+}
+
+// Where the memory for a piece is refused, nothing is counted for it.
+func TestRefusedPieceIsNotCounted(t *testing.T) {
+	for _, most := range []uint64{0, minChunk - 1, minChunk, 5000, 100_000} {
+		t.Run(fmt.Sprint(most), func(t *testing.T) {
+			var a assembly
+			taken := uint64(0)
+			take := func(n uint64) bool {
+				if taken+n > most {
+					return false
+				}
+				taken += n
+				return true
+			}
+			for i := 0; a.add(make([]byte, 1+i%3000), 3020, take); i++ {
+				if i > 1_000_000 {
+					t.Fatal("more is held than was granted")
+				}
+			}
+			if a.held != taken || a.held > most {
+				t.Errorf("%d bytes are held, %d were granted of %d", a.held, taken, most)
+			}
+		})
+	}
+}
+
+// However many streams there are whose peers do not acknowledge, they share the budget, and each goes on.
+func TestStreamsShareWhatMayBeKept(t *testing.T) {
+	const budget, window, packet = 64 << 20, 4 << 20, 40 << 10
+	for _, streams := range []int{1, 10, 100, 1000, 50_000} {
+		var all int64
+		kept := make([]uint64, streams)
+		for more := true; more; {
+			more = false
+			for i := range kept {
+				if mayKeep(kept[i], all, window, budget) {
+					kept[i] += packet
+					all += packet
+					more = true
+				}
+			}
+		}
+		least, most := kept[0], kept[0]
+		for _, k := range kept {
+			least, most = min(least, k), max(most, k)
+		}
+		if limit := budget + int64(streams)*(minWindow+packet); all > limit {
+			t.Errorf("%d streams keep %d bytes, want at most %d", streams, all, limit)
+		}
+		if most > window+packet || least == 0 || most-least > packet {
+			t.Errorf("%d streams keep %d to %d bytes each", streams, least, most)
+		}
+		// One that comes later gets nearly as much.
+		var late uint64
+		for mayKeep(late, all, window, budget) {
+			late += packet
+			all += packet
+		}
+		if late+packet < least/2 {
+			t.Errorf("beside %d streams that keep %d bytes each another may keep %d", streams, least, late)
+		}
+	}
+}
+
+// grantsAll is a CREDIT that grants more than anybody sends.
+func grantsAll(ack uint32) Frame {
+	return Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: ack, Packets: ack + 1<<20, Bytes: 1 << 50})}
+}
+
+// memoryOf returns the bytes of the buffers that the sender of s has, counted one by one.
+func memoryOf(w *Writer) (n, written int64) {
+	q := w.unacked.Unacked // a copy: only its cursor changes
+	q.Again(q.Acked(), 1<<62, 0)
+	for p, ok := q.Missing(); ok; p, ok = q.Missing() {
+		n, written = n+int64(cap(p.buf)), written+int64(len(p.buf))
+		q.Resent()
+	}
+	for range w.ready.Len() { // the outbox is idle
+		p, _ := w.ready.Pop()
+		n, written = n+int64(cap(p.buf)), written+int64(len(p.buf))
+		w.ready.Push(p)
+	}
+	if w.open != nil {
+		n, written = n+int64(cap(w.open.buf)), written+int64(w.n)
+	}
+	return n, written
+}
+
+// What a producer keeps for a peer that grants without end and acknowledges nothing is counted as it lies in memory. It is
+// bounded by the window, and by the budget for all streams together, whatever the records are like.
+func TestKeptPacketsAreCountedAndBounded(t *testing.T) {
+	const window, budget = 256 << 10, 4 << 20
+	for name, c := range map[string]struct {
+		streams, size int
+		flush         bool
+	}{
+		"records above a packet":        {1, 33_000, false},
+		"records of many packets":       {1, 700_000, false},
+		"records of a packet":           {1, coalesceSize - 100, false},
+		"just above a class":            {1, 4090, true},
+		"small, each flushed":           {1, 500, true},
+		"tiny, each flushed":            {1, 1, true},
+		"small":                         {1, 1000, false},
+		"many streams, above a packet":  {50, 33_000, false},
+		"many streams, each flushed":    {50, 1000, true},
+		"many streams, of many packets": {20, 700_000, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{Window: window, MaxBuffered: budget})
+				begin := make(chan struct{})
+				writers := make(chan *Writer, c.streams)
+				m.handle(t, "svc", func(w *Writer, _ *Request) error {
+					if _, err := w.Write(nil); err != nil { // the consumer knows where its producer is
 						return err
 					}
+					writers <- w
+					<-begin
+					for {
+						if _, err := w.Write(make([]byte, c.size)); err != nil {
+							return err
+						}
+						if c.flush {
+							if err := w.Flush(); err != nil {
+								return err
+							}
+						}
+					}
+				})
+				streams, tell := m.silent(t, "svc", c.streams)
+				for _, s := range streams {
+					tell(s, grantsAll(0))
 				}
-				return nil
-			}
-		}
-		m.handle(t, "large", send(1<<20))
-		m.handle(t, "small", send(1000))
-		large, small := m.open(t, "large"), m.open(t, "small")
-		synctest.Wait()
-		// While the connection is down both fill their credit. All is sent when it comes back, by one goroutine: in which
-		// order depends on nothing else.
-		m.back.Set(nats.RECONNECTING)
-		synctest.Wait()
-		m.server.ep.maxPayload.Store(piece) // so that many pieces fit the credit
-		close(release)
-		synctest.Wait()
-		var order strings.Builder
-		m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
-			if from == m.back && isSequenced(msg.Data) {
-				order.WriteString(map[string]string{large.session.reply: "L", small.session.reply: "s"}[msg.Subject])
-			}
-			return true
+				close(begin)
+				synctest.Wait()
+				var memory, written int64
+				for range c.streams {
+					n, bytes := memoryOf(<-writers)
+					if n > window+singleSize {
+						t.Errorf("a stream keeps %d bytes, its window is %d", n, window)
+					}
+					memory, written = memory+n, written+bytes
+				}
+				if kept := m.server.Stats().Kept; kept != memory {
+					t.Errorf("%d bytes count as kept, %d are", kept, memory)
+				}
+				// A packet of each goroutine that runs may be opened at the same time.
+				if limit := int64(budget + c.streams*(minWindow+coalesceSize) + 4*singleSize); memory > limit {
+					t.Errorf("all streams keep %d bytes, want at most %d", memory, limit)
+				}
+				packets := int64(0)
+				if c.size < 512 {
+					packets = maxUnacked * 512
+				}
+				if memory > 2*written+packets {
+					t.Errorf("%d bytes are kept for %d that were written", memory, written)
+				}
+				for _, s := range streams {
+					tell(s, Frame{Type: FrameReset, Code: CloseCanceled})
+					_ = s.Close()
+				}
+				m.nothingLeft(t)
+			})
 		})
-		m.back.Set(nats.CONNECTED)
-		synctest.Wait()
-		m.bus.SetFilter(nil)
-		got := order.String()
-		n := min(strings.Count(got, "L"), strings.Count(got, "s"))
-		if n < initialWindow/piece-1 {
-			t.Fatalf("packets went in the order %s: too few to tell", got)
-		}
-		// At the beginning a session may be queued and wait for the connection at the same time: it has two turns once.
-		turns := got[:2*(n-1)]
-		if doubles := strings.Count(turns, "LL") + strings.Count(turns, "ss"); doubles > 2 || strings.Contains(turns, "LLL") || strings.Contains(turns, "sss") {
-			t.Errorf("packets went in the order %s", got)
-		}
-		for _, s := range []*Stream{large, small} {
-			for _, err := range s.All() {
-				if err != nil {
-					t.Fatal(err)
+	}
+}
+
+// A consumer that acknowledges a packet now and then is waited for, but neither for hours nor while others need the memory.
+func TestTrickledAcknowledgementsEndTheStream(t *testing.T) {
+	const packets, every = 2000, 4 * time.Second
+	for name, c := range map[string]struct {
+		streams, budget int
+		least, most     time.Duration
+	}{
+		"there is room": {1, 64 << 20, 30 * time.Minute, time.Duration(maxLinger) + 2*defaultResumeTimeout},
+		"others wait":   {4, 3700 << 10, 0, 4 * defaultResumeTimeout},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{MaxBuffered: c.budget, Window: 4 << 20})
+				begin := make(chan struct{})
+				m.handle(t, "svc", func(w *Writer, _ *Request) error {
+					if _, err := w.Write(nil); err != nil { // the consumer knows where its producer is
+						return err
+					}
+					<-begin
+					for range maxUnacked - 2 {
+						if _, err := w.Write(make([]byte, 40)); err != nil { // all of them fit on a line that was not measured
+							return err
+						}
+						if err := w.Flush(); err != nil {
+							return err
+						}
+					}
+					return nil
+				})
+				streams, tell := m.silent(t, "svc", c.streams)
+				for _, s := range streams {
+					tell(s, grantsAll(0))
 				}
-			}
+				close(begin)
+				synctest.Wait()
+				start, ack := time.Now(), uint32(0)
+				for ack < packets && m.server.Stats().Streams > 0 {
+					time.Sleep(every)
+					ack++
+					for _, s := range streams {
+						tell(s, grantsAll(ack))
+					}
+				}
+				if d := time.Since(start); d < c.least || d > c.most {
+					t.Errorf("it was kept for %v, want %v to %v", d, c.least, c.most)
+				}
+				m.bus.SetFilter(nil)
+				for _, s := range streams {
+					_ = s.Close()
+				}
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// What a fallback producer piles up is bounded in memory, however small its messages.
+func TestFallbackFloodOfSmallMessagesIsBounded(t *testing.T) {
+	conn := fake.New()
+	const limit = 1 << 20
+	c := fakeClient(t, conn, ClientParams{FallbackBuffer: limit})
+	s, deliver := muxStream(t, conn, c)
+	n := 0
+	for ; s.session.end.Load() == nil && n < limit; n++ {
+		deliver([]byte("{}"))
+	}
+	if n > limit/fallbackOverhead+1 {
+		t.Errorf("%d messages of two bytes were taken with a buffer of %d", n, limit)
+	}
+	if e := s.session.end.Load(); e == nil || !errors.Is(e.err, &CloseError{Code: CloseTooSlow}) {
+		t.Errorf("the stream ended with %v", e)
+	}
+	_ = s.Close()
+}
+
+// A message's header lies in the same memory as its data, and nobody bounds it. What waits to be read is a copy.
+func TestHeaderIsNotKeptWithPayload(t *testing.T) {
+	for name, payload := range map[string][]byte{
+		"packet":   testPacket(7, 0, testData("hello")),
+		"fallback": jsonwire.AppendData(nil, []byte("hello")),
+	} {
+		conn := fake.New()
+		c := fakeClient(t, conn, ClientParams{})
+		s, _ := muxStream(t, conn, c)
+		memory := append(make([]byte, 1<<10), payload...) // as nats.go has it: the header, then the data
+		conn.Deliver(&nats.Msg{Subject: s.session.reply, Header: nats.Header{"Large": {"header"}}, Data: memory[1<<10:]})
+		clear(memory)
+		if rec, err := s.Recv(); string(rec) != "hello" || err != nil {
+			t.Errorf("%s: %q, %v: it lies in the memory of the header", name, rec, err)
 		}
+	}
+}
+
+// Peers that come and go, each another one, do not fill the memory, and a peer that comes back finds its line.
+func TestLinesWithoutUsersAreBounded(t *testing.T) {
+	ep := &endpoint{started: time.Now()}
+	ep.outbox.init(ep)
+	o := &ep.outbox
+	use := func(peer string) *line {
+		s := &session{ep: ep, role: lifecycle.Writer, out: outboxState{peer: peer + ".x"}}
+		l := o.lineOf(s)
+		o.leaveLine(s, 0)
+		return l
+	}
+	first := use("first")
+	for i := range 3 * maxIdleLines {
+		use(fmt.Sprint("peer", i))
+		if again := use("first"); again != first {
+			t.Fatalf("the line was forgotten after %d others", i)
+		}
+		if n := len(o.lines.byPeer); n > maxIdleLines || n != o.lines.idle {
+			t.Fatalf("%d lines are remembered, %d are counted", n, o.lines.idle)
+		}
+	}
+	o.tickLines(ep.now() + 2*lineIdle)
+	if n := len(o.lines.byPeer); n != 0 || o.lines.idle != 0 {
+		t.Errorf("%d lines are left, %d are counted", n, o.lines.idle)
+	}
+}
+
+// Handlers that return at once leave a bounded number of streams behind, whatever their consumers acknowledge.
+func TestLingeringStreamsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.server.room = roomFor(1)
+		m.handle(t, "x", func(w *Writer, _ *Request) error {
+			_, err := w.Write(make([]byte, 1000))
+			return err
+		})
+		stranger := m.bus.Connect("stranger")
+		var refusals atomic.Int32
+		stop, err := stranger.Subscribe("in.*", "", func(msg *nats.Msg) {
+			if isFrame(msg.Data, FrameReset) {
+				refusals.Add(1)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		const n, others = 200, lingering - 100
+		count := func(n int) (sessions int) {
+			m.server.mu.Lock()
+			defer m.server.mu.Unlock()
+			m.server.sessions += n
+			return m.server.sessions
+		}
+		count(others) // as if so many waited already
+		for i := range n {
+			reply := "in." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 10, LogBytes: 20, ID: uint64(i)}))
+			if err := stranger.PublishMsg(&nats.Msg{Subject: "x", Reply: reply}); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+		}
+		sessions := count(-others)
+		if sessions > 100+2 || sessions+int(refusals.Load()) != n {
+			t.Errorf("%d streams are kept and %d were refused of %d", sessions, refusals.Load(), n)
+		}
+		time.Sleep(2 * m.times.ResumeTimeout)
 		m.nothingLeft(t)
 	})
+}
+
+// An endpoint remembers streams for their time, a bounded number of them, and takes no memory before one has ended.
+func TestEndedStreamsAreRememberedInBounds(t *testing.T) {
+	const now, until = 1000, 2000
+	token := func(i int) (b [TokenSize]byte) { copy(b[:], fmt.Sprintf("%016d", i)); return b }
+	var table endedStreams
+	if table.find("0000000000000001", now) != nil {
+		t.Error("an empty table knows a stream")
+	}
+	held := func(n int, now int64) (found int) {
+		for i := range n {
+			b := token(i)
+			if e := table.find(string(b[:]), now); e != nil {
+				found++
+				if e.code != uint16(i) {
+					t.Errorf("stream %d has the word of %d", i, e.code)
+				}
+			}
+		}
+		return found
+	}
+	for i := range 200 {
+		table.add(endedStream{token: token(i), until: until, code: uint16(i)}, now)
+	}
+	if n := held(200, now); n != 200 {
+		t.Errorf("%d of 200 streams are remembered", n)
+	}
+	if n := held(200, until); n != 0 {
+		t.Errorf("%d streams are remembered when their time is over", n)
+	}
+	for i := range 4 * maxEnded {
+		table.add(endedStream{token: token(i), until: until}, now)
+	}
+	if n := len(table.places); n != maxEnded {
+		t.Errorf("%d places, want %d", n, maxEnded)
+	}
+	places := len(table.places)
+	for i := range 4 * maxEnded { // all others are over
+		table.add(endedStream{token: token(i), until: 2 * until}, until)
+	}
+	if n := len(table.places); n != places {
+		t.Errorf("%d places, want %d", n, places)
+	}
+}
+
+// The allocator has a size class for 768 bytes, and the next is for 896. Every idle stream of a consumer costs the difference if
+// a Stream grows beyond.
+func TestStreamFitsItsSizeClass(t *testing.T) {
+	const class = 768
+	size := unsafe.Sizeof(Stream{})
+	t.Logf("a Stream has %d bytes of %d", size, class)
+	if size > class {
+		t.Errorf("a Stream has %d bytes, and its size class %d: keep what few streams need in a struct of its own, made on first use", size, class)
+	}
+}
+
+// The mux looks at the first fields of a session for each packet. They lie on two cache lines, and its end of the ring on the
+// next. The allocator aligns a Stream, and a session with its Writer, to cache lines.
+func TestMuxFieldsLieTogether(t *testing.T) {
+	const line = 64
+	var s session
+	if size := unsafe.Sizeof(uintptr(0)); size != 8 {
+		return // what the processor caches differs
+	}
+	for name, end := range map[string]uintptr{
+		"end":            unsafe.Offsetof(s.end) + unsafe.Sizeof(s.end),
+		"controls":       unsafe.Offsetof(s.controls) + unsafe.Sizeof(s.controls),
+		"sender":         unsafe.Offsetof(s.sender) + unsafe.Sizeof(s.sender),
+		"received":       unsafe.Offsetof(s.bucket) + unsafe.Offsetof(s.bucket.received) + unsafe.Sizeof(s.bucket.received),
+		"grantedPackets": unsafe.Offsetof(s.bucket) + unsafe.Offsetof(s.bucket.grantedPackets) + unsafe.Sizeof(s.bucket.grantedPackets),
+		"park":           unsafe.Offsetof(s.bucket) + unsafe.Offsetof(s.bucket.park) + unsafe.Sizeof(s.bucket.park),
+	} {
+		if end > 2*line {
+			t.Errorf("%s ends at byte %d, beyond the second cache line", name, end)
+		}
+	}
+}
+
+// A session that the outbox has served refers to no other: through one idle stream all that were ever queued behind
+// it would stay in memory.
+func TestOutboxForgetsWhatItServed(t *testing.T) {
+	ep, conn := newFlakyEndpoint(t)
+	conn.Set(nats.RECONNECTING)
+	var all []*session
+	for range 20 {
+		s := &session{ep: ep, role: lifecycle.Consumer, sender: newSender(true)}
+		s.bucket.init(initialPackets, initialWindow)
+		if err := ep.register(s, s.controlToken()); err != nil {
+			t.Fatal(err)
+		}
+		s.out.peer = s.reply
+		all = append(all, s)
+	}
+	// The outbox is busy with none of them while they are queued, so they are taken together.
+	ep.outbox.queue.Store(nil)
+	for _, s := range all {
+		s.pending.Store(workCredit)
+		ep.outbox.push(s)
+	}
+	conn.Set(nats.CONNECTED)
+	ep.outbox.park.Wake()
+	end := time.Now().Add(5 * time.Second)
+	for _, s := range all {
+		for conn.count(s.out.peer) == 0 {
+			if time.Now().After(end) {
+				t.Fatal("not served")
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	ep.close(testClosed) // the outbox has ended: what follows is no race
+	for i, s := range all {
+		if s.next != nil {
+			t.Errorf("session %d still refers to the one that was queued behind it", i)
+			return
+		}
+	}
 }

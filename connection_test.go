@@ -6,31 +6,305 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"runtime"
+	"math/rand/v2"
+	"net/url"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
-	"weak"
 
-	natsserver "github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
 	"github.com/natsstream/stream/streamtest"
 )
 
-// reload gives a running server another configuration. Its connections stay up.
-func reload(t testing.TB, srv *streamtest.Server, config string) {
+// What is lost with a connection is said to be lost: streams yield what had arrived and end with 1006, at both ends.
+func TestLostConnectionIsReportedAtBothEnds(t *testing.T) {
+	const records = 3
+	streams := scaled(1000)
+	for _, tc := range []struct {
+		name string
+		lose func(p *pair)
+		both bool // the producer's connection, too
+	}{
+		{"closed", func(p *pair) { p.consumer.Conn.Close() }, false},
+		{"serverShutDown", func(p *pair) { p.server.Shutdown() }, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			once := []nats.Option{nats.MaxReconnects(0)}
+			o := hasty
+			o.producerConn, o.consumerConn = once, once
+			p := newPair(t, o)
+			release := make(chan struct{})
+			var flushed sync.WaitGroup
+			flushed.Add(streams)
+			lost := &stream.CloseError{Code: stream.CloseAbnormalClosure}
+			serve(t, p, "records", func(w *stream.Writer, req *nats.Msg) {
+				for i := range records {
+					write(t, w, testRecord(i, 100))
+				}
+				if err := w.Flush(); err != nil {
+					t.Errorf("Flush: %v", err)
+				}
+				flushed.Done()
+				if !tc.both {
+					<-release
+					_ = w.Close()
+					return
+				}
+				<-w.Context().Done()
+				if err := context.Cause(w.Context()); !errors.Is(err, lost) {
+					t.Errorf("the writer's context ended with %v", err)
+				}
+				if _, err := w.Write([]byte("x")); !errors.Is(err, lost) || !errors.Is(err, nats.ErrConnectionClosed) {
+					t.Errorf("Write after the connection was lost: %v", err)
+				}
+				if err := w.Close(); !errors.Is(err, lost) {
+					t.Errorf("Close after the connection was lost: %v", err)
+				}
+			})
+			serve(t, p, "fence", func(w *stream.Writer, req *nats.Msg) { closeWriter(t, w) })
+			var all []*stream.Stream
+			for range streams {
+				all = append(all, open(t, p.consumer, "records"))
+			}
+			waitFor(t, "all producers to flush", flushed.Wait)
+			wantEOF(t, open(t, p.consumer, "fence")) // came after all of that through the same subscription
+			waiting := make(chan error)
+			go func() { _, err := readAll(all[0]); waiting <- err }()
+
+			tc.lose(p)
+			waitFor(t, "a read that waits to end", func() {
+				if err := <-waiting; !errors.Is(err, lost) {
+					t.Errorf("Recv that waited: %v", err)
+				}
+			})
+			eventually(t, "the streams have ended", func() bool { return p.consumer.Stats().Streams == 0 })
+			for i, s := range all[1:] {
+				got, err := readAll(s)
+				if len(got) != records || !errors.Is(err, lost) || !errors.Is(err, nats.ErrConnectionClosed) {
+					t.Fatalf("stream %d: %d records, %v", i, len(got), err)
+				}
+			}
+			if _, err := p.consumer.Open(t.Context(), "records", nil); !errors.Is(err, nats.ErrConnectionClosed) {
+				t.Errorf("Open after the connection was lost: %v", err)
+			}
+			close(release)
+		})
+	}
+}
+
+// A lost connection that comes back does not end a stream of which nothing was lost.
+func TestIdleStreamSurvivesAReconnect(t *testing.T) {
+	reconnected := make(chan struct{}, 1)
+	p := newPair(t, pairOptions{producerConn: []nats.Option{nats.ReconnectHandler(func(*nats.Conn) { reconnected <- struct{}{} })}})
+	w, s := newWriterStream(t, p)
+	write(t, w, []byte("before"))
+	if rec, err := s.Recv(); err != nil || string(rec) != "before" {
+		t.Fatalf("%q, %v", rec, err)
+	}
+	if err := p.producer.Conn.ForceReconnect(); err != nil {
+		t.Fatal(err)
+	}
+	write(t, w, []byte("meanwhile"))
+	waitFor(t, "the connection", func() { <-reconnected })
+	write(t, w, []byte("after"))
+	closeWriter(t, w)
+	got, err := readAll(s)
+	if err != io.EOF || fmt.Sprintf("%s", got) != "[meanwhile after]" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// restart starts a server on the address of one that has been shut down.
+func restart(t testing.TB, p *pair, old *streamtest.Server) *streamtest.Server {
 	t.Helper()
-	o := new(natsserver.Options)
-	if err := o.ProcessConfigString(config); err != nil {
+	u, err := url.Parse(old.URL())
+	if err != nil {
 		t.Fatal(err)
 	}
-	o.Host, o.Port, o.NoLog, o.NoSigs = "127.0.0.1", srv.Raw().Addr().(*net.TCPAddr).Port, true, true
-	if err := srv.Raw().ReloadOptions(o); err != nil {
+	port, err := strconv.Atoi(u.Port())
+	if err != nil {
 		t.Fatal(err)
 	}
+	srv := streamtest.Run(t, streamtest.WithOptions(func(o *server.Options) { o.Port = port }))
+	t.Cleanup(func() { p.settle(t) }) // before this server stops, without which the last acknowledgements do not come
+	return srv
+}
+
+// Requests and records that were written while the connection was down are sent when it is up again, and none of the
+// streams that were opened, used and ended meanwhile stands in the way of another.
+func TestStreamsUnderLoadSurviveAReconnect(t *testing.T) {
+	streams := scaled(2000)
+	p := newPair(t)
+	serveFew(t, p)
+	srv := p.server
+	for round := range 3 {
+		srv.Shutdown()
+		eventually(t, "the connections are down", func() bool {
+			return !p.producer.Conn.IsConnected() && !p.consumer.Conn.IsConnected()
+		})
+		ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+		leave, left := context.WithCancel(ctx)
+		var readers sync.WaitGroup
+		for i := range streams {
+			parent := ctx
+			if i%3 == 0 {
+				parent = leave
+			}
+			s, err := p.consumer.Open(parent, "few", []byte("3"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			readers.Go(func() {
+				defer s.Close()
+				got, err := readAll(s)
+				switch {
+				case i%3 == 0 && errors.Is(err, context.Canceled):
+				case errors.Is(err, nats.ErrNoResponders): // the producer was not back yet
+				case len(got) != 3 || err != io.EOF:
+					t.Errorf("round %d, stream %d: %d records, %v", round, i, len(got), err)
+				}
+			})
+		}
+		srv = restart(t, p, srv)
+		eventually(t, "the consumer is connected again", p.consumer.Conn.IsConnected)
+		left()
+		waitFor(t, "all streams to end", readers.Wait)
+		cancel()
+		eventually(t, "the producer is connected again", p.producer.Conn.IsConnected)
+		if err := p.producer.Conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	verifyIdle(t, p.producer) // before the last server ends, or what is on its way waits for DisconnectTimeout
+}
+
+// A server that goes away and comes back may lose packets. A stream then either goes on and is complete, or ends with
+// an error, at the latest when the reader's context ends; it never looks complete when it is not. Afterwards both
+// clients work as before, and nothing is left.
+func TestServerRestartNeverFeignsCompleteness(t *testing.T) {
+	const size = 200
+	streams, records := scaled(200), 20_000
+	p := newPair(t)
+	serve(t, p, "records", func(w *stream.Writer, _ *nats.Msg) {
+		buf := make([]byte, size)
+		for i := range records {
+			copy(buf, testRecord(i, size))
+			if _, err := w.Write(buf); err != nil {
+				return
+			}
+		}
+		_ = w.Close()
+	})
+	serveFew(t, p)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	var complete, broken, expired, reads atomic.Int64
+	var readers sync.WaitGroup
+	for k := range streams {
+		s, err := p.consumer.Open(ctx, "records", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		readers.Go(func() {
+			defer s.Close()
+			for i := 0; ; i++ {
+				rec, err := s.Recv()
+				switch {
+				case err == io.EOF && i == records:
+					complete.Add(1)
+				case err == io.EOF:
+					t.Errorf("stream %d looks complete after %d records of %d", k, i, records)
+				case errors.Is(err, context.DeadlineExceeded):
+					expired.Add(1)
+				case err != nil:
+					if !errors.Is(err, &stream.CloseError{Code: stream.CloseProtocolError}) && !errors.Is(err, nats.ErrNoResponders) {
+						t.Errorf("stream %d after %d records: %v", k, i, err)
+					}
+					broken.Add(1)
+				case !bytes.Equal(rec, testRecord(i, size)):
+					t.Errorf("stream %d: record %d differs", k, i)
+				default:
+					reads.Add(1)
+					continue
+				}
+				return
+			}
+		})
+	}
+	eventually(t, "the streams flow", func() bool { return reads.Load() > int64(streams*records/20) })
+	p.server.Shutdown()
+	time.Sleep(50 * time.Millisecond)
+	_ = restart(t, p, p.server)
+	waitFor(t, "all streams to end", readers.Wait)
+	t.Logf("%d streams complete, %d ended by a gap, %d by their context", complete.Load(), broken.Load(), expired.Load())
+
+	eventually(t, "both are connected again", func() bool {
+		return p.producer.Conn.IsConnected() && p.consumer.Conn.IsConnected()
+	})
+	if err := p.producer.Conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	inParallel(t, 1000, func(int, *rand.Rand) {
+		s, err := p.consumer.Open(testContext(t), "few", []byte("3"))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if got, err := readAll(s); len(got) != 3 || err != io.EOF {
+			t.Errorf("after the restart: %d records, %v", len(got), err)
+		}
+	})
+	for _, c := range p.clients { // before the second server ends
+		verifyIdle(t, c)
+	}
+}
+
+// With default parameters, handlers of a consumer whose process is gone notice that soon, also those that only read: NATS
+// says that nobody receives the question, and one question asks for all.
+func TestKilledConsumerIsNoticedSoon(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	streams := scaled(1000)
+	ended := make(chan error, streams)
+	s.handle(t, "read", func(_ *stream.Writer, r *stream.Request) error {
+		_, err := r.Recv()
+		ended <- err
+		return err
+	})
+	nc, err := p.server.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := stream.NewClient(stream.ClientParams{Conn: nc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range streams {
+		if _, err := other.Open(testContext(t), "read", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "all handlers run", func() bool { return s.Stats().Streams == streams })
+	nc.Close() // nobody says goodbye
+	start := time.Now()
+	for range streams {
+		waitFor(t, "a handler", func() {
+			if err := <-ended; !errors.Is(err, &stream.CloseError{Code: stream.CloseAbnormalClosure}) || !errors.Is(err, nats.ErrNoResponders) {
+				t.Errorf("Recv: %v", err)
+			}
+		})
+	}
+	if took := time.Since(start); took > 4*4*time.Second { // four on a machine that has nothing else to do
+		t.Errorf("noticed after %v", took)
+	}
+	_ = other.Close()
+	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
 }
 
 // inform has the server send each connection an INFO, as each change of a cluster does.
@@ -49,7 +323,7 @@ func inform(t testing.TB, srv *streamtest.Server) {
 
 // The server's max_payload shrinks and grows by reloads, while connections stay up. Records of any size pass, also on streams that
 // are open meanwhile, and requests are measured against what the server takes now.
-func TestMaxPayloadReloaded(t *testing.T) {
+func TestMaxPayloadMayChangeByReload(t *testing.T) {
 	p := newRestricted(t, "max_payload: 1MB")
 	srv := newService(t, p, stream.ServerParams{})
 	srv.handle(t, "echo", echo)
@@ -96,7 +370,7 @@ func TestMaxPayloadReloaded(t *testing.T) {
 }
 
 // The limits of an account come in an INFO of their own, right after the connect. Records that were cut before pass all the same.
-func TestMaxPayloadOfAnAccount(t *testing.T) {
+func TestMaxPayloadOfAnAccountCounts(t *testing.T) {
 	p := newRestricted(t, `accounts { A { users: [ { user: a, password: a } ], limits { max_payload: 32KB } } }
 		no_auth_user: a`)
 	for range 10 {
@@ -107,115 +381,9 @@ func TestMaxPayloadOfAnAccount(t *testing.T) {
 	}
 }
 
-// A client that is made before the first connect refuses nothing, and its streams begin with the connection.
-func TestOpenBeforeTheFirstConnect(t *testing.T) {
-	checkLeaks(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := l.Addr().(*net.TCPAddr).Port
-	_ = l.Close()
-	nc, err := nats.Connect(fmt.Sprintf("nats://127.0.0.1:%d", port), nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1), nats.ReconnectWait(10*time.Millisecond))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	server, err := stream.NewServer(stream.ServerParams{Conn: nc})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer server.Close()
-	if _, err := server.Handle("echo", func(w *stream.Writer, r *stream.Request) error {
-		if _, err := w.Write(r.Data); err != nil {
-			return err
-		}
-		_, err := io.Copy(w, r)
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	c, err := stream.NewClient(stream.ClientParams{Conn: nc})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	data := testRecord(1, 100_000)
-	s, err := c.Open(testContext(t), "echo", data)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	streamtest.Run(t, streamtest.WithOptions(func(o *natsserver.Options) { o.Port = port }))
-	if rec, err := s.Recv(); err != nil || !bytes.Equal(rec, data) {
-		t.Errorf("%d bytes, %v", len(rec), err)
-	}
-}
-
-// JetStream acknowledges a request on a subject that one of its streams keeps. Nobody takes that for an answer, whichever comes
-// first, nor its refusal.
-func TestJetStreamKeepsRequests(t *testing.T) {
-	p := newRestricted(t, fmt.Sprintf("jetstream { store_dir: %q }", t.TempDir()))
-	srv := newService(t, p, stream.ServerParams{})
-	js, err := srv.nc.JetStream()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, config := range []*nats.StreamConfig{
-		{Name: "AUDIT", Subjects: []string{"svc.>"}, Storage: nats.MemoryStorage},
-		{Name: "FULL", Subjects: []string{"full.>"}, Storage: nats.MemoryStorage, MaxMsgs: 1, Discard: nats.DiscardNew},
-	} {
-		if _, err := js.AddStream(config); err != nil {
-			t.Fatal(err)
-		}
-	}
-	slow := func(h stream.Handler) stream.Handler { // its answer comes second
-		return func(w *stream.Writer, r *stream.Request) error {
-			time.Sleep(20 * time.Millisecond)
-			return h(w, r)
-		}
-	}
-	for _, subject := range []string{"svc", "full"} {
-		srv.handle(t, subject+".echo", echo)
-		srv.handle(t, subject+".slow", slow(echo))
-		old, err := srv.nc.Subscribe(subject+".old", func(m *nats.Msg) { // a producer that knows only the fallback
-			time.Sleep(5 * time.Millisecond)
-			for _, answer := range []string{`{"type":1,"data":"YQ=="}`, `{"type":1,"data":"Yg=="}`, `{"type":2,"closeError":{"Code":1000,"Text":""}}`} {
-				if err := srv.nc.Publish(m.Reply, []byte(answer)); err != nil {
-					t.Error(err)
-				}
-			}
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer func() { _ = old.Unsubscribe() }()
-	}
-	if err := srv.nc.Flush(); err != nil {
-		t.Fatal(err)
-	}
-	c := p.newClient(t, stream.ClientParams{})
-	for range scaled(100) {
-		for _, subject := range []string{"svc", "full"} {
-			verifyEcho(t, c, subject+".echo", 3, 10)
-			records, err := readAll(open(t, c, subject+".old"))
-			if len(records) != 2 || err != io.EOF {
-				t.Fatalf("the fallback on %s: %q, %v", subject, records, err)
-			}
-		}
-	}
-	before := c.Stats().DroppedPubAck
-	for _, subject := range []string{"svc", "full"} {
-		verifyEcho(t, c, subject+".slow", 3, 10)
-	}
-	if n := c.Stats().DroppedPubAck - before; n != 2 {
-		t.Errorf("%d acknowledgements were counted, want 2", n)
-	}
-}
-
 // A peer on another node names a subject that this end's node takes for an attack: it closes the connection over it. That stream ends
 // with an error, the others go on.
-func TestPeerNamesALongSubject(t *testing.T) {
+func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 	cluster := func(name string, more string) *streamtest.Server {
 		return streamtest.Run(t, streamtest.WithConfig(fmt.Sprintf("server_name: %s\ncluster { name: c, listen: \"127.0.0.1:-1\" }\n%s", name, more)))
 	}
@@ -300,51 +468,4 @@ func TestPeerNamesALongSubject(t *testing.T) {
 			t.Errorf("the %s's connection is %v, %d reconnects: %v", name, nc.Status(), s.Reconnects, nc.LastError())
 		}
 	}
-}
-
-// An inbox prefix of 400 bytes works with any peer that has an ordinary one.
-func TestOwnLongSubject(t *testing.T) {
-	p := newPair(t)
-	long := nats.CustomInboxPrefix("_SINBOX." + strings.Repeat("x", 400))
-	srv := newService(t, p, stream.ServerParams{}, long)
-	srv.handle(t, "long", echo)
-	verifyEcho(t, p.consumer, "long", 3, 10)
-	short := newService(t, p, stream.ServerParams{})
-	short.handle(t, "short", echo)
-	verifyEcho(t, p.newClient(t, stream.ClientParams{}, long), "short", 3, 10)
-}
-
-// Nothing is left of a client and a server that nobody closed, once their connection was closed for good.
-func TestNothingIsKeptOfAClosedConnection(t *testing.T) {
-	p := newPair(t)
-	var kept weak.Pointer[nats.Conn]
-	func() {
-		nc, err := p.server.Dial()
-		if err != nil {
-			t.Fatal(err)
-		}
-		kept = weak.Make(nc)
-		server, err := stream.NewServer(stream.ServerParams{Conn: nc})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := server.Handle("left", echo); err != nil {
-			t.Fatal(err)
-		}
-		c, err := stream.NewClient(stream.ClientParams{Conn: nc})
-		if err != nil {
-			t.Fatal(err)
-		}
-		s, err := c.Open(t.Context(), "left", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		exchange(t, s, 1)
-		nc.Close()
-		if _, err := s.Recv(); !errors.Is(err, nats.ErrConnectionClosed) {
-			t.Errorf("%v", err)
-		}
-	}()
-	eventually(t, "the connection is let go", func() bool { runtime.GC(); return kept.Value() == nil })
-	// The end of the test sees to it that no goroutine is left.
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -20,8 +21,13 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// oldInbox is a reply subject as the original library made them: eight base-62 characters are no token of ours.
-const oldInbox = "_INBOX.WzMBDEFgQTDaRKtrDRD6kp.Ab3dEf9Z"
+func allBytes() string {
+	b := make([]byte, 256)
+	for i := range b {
+		b[i] = byte(i)
+	}
+	return string(b)
+}
 
 // fallbackFixtures says what each file of testdata/fallback, a message of the original protocol, means.
 var fallbackFixtures = map[string]struct {
@@ -56,14 +62,6 @@ var fallbackFixtures = map[string]struct {
 	"close_null_error":      {end: &stream.CloseError{Code: stream.CloseProtocolError, Text: "close message without closeError"}},
 }
 
-func allBytes() string {
-	b := make([]byte, 256)
-	for i := range b {
-		b[i] = byte(i)
-	}
-	return string(b)
-}
-
 func fallbackFixture(t testing.TB, name string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("testdata", "fallback", name+".json"))
@@ -73,19 +71,22 @@ func fallbackFixture(t testing.TB, name string) []byte {
 	return b
 }
 
-// oldProducer opens a stream whose producer is the test: the function returned publishes messages to its reply subject,
-// byte for byte, and returns when the server has them.
-func oldProducer(t testing.TB, p *pair) (*stream.Stream, func(messages ...[]byte)) {
+// wantClose fails the test unless s ends as the producer said.
+func wantClose(t testing.TB, s *stream.Stream, want *stream.CloseError) {
 	t.Helper()
-	s, reply, nc := rawStream(t, p)
-	return s, func(messages ...[]byte) {
-		t.Helper()
-		rawPublish(t, nc, reply, messages...)
+	if want.Code == stream.CloseNormalClosure {
+		wantEOF(t, s)
+		return
+	}
+	for range 2 { // and goes on saying so
+		if rec, err := s.Recv(); rec != nil || !equalClose(err, want) {
+			t.Fatalf("Recv: %q, %v; want %v", rec, err, want)
+		}
 	}
 }
 
-// TestFallbackFixtures: an old producer to Open and OpenStream.
-func TestFallbackFixtures(t *testing.T) {
+// TestFallbackMessagesMeanWhatTheyMeant: an old producer to Open and OpenStream.
+func TestFallbackMessagesMeanWhatTheyMeant(t *testing.T) {
 	files, err := filepath.Glob("testdata/fallback/*.json")
 	if err != nil || len(files) != len(fallbackFixtures) {
 		t.Errorf("%d fixtures, %v; the test knows %d", len(files), err, len(fallbackFixtures))
@@ -146,27 +147,11 @@ func TestFallbackFixtures(t *testing.T) {
 	}
 }
 
-func equalClose(err error, want *stream.CloseError) bool {
-	ce, ok := errors.AsType[*stream.CloseError](err)
-	return ok && *ce == *want
-}
+// oldInbox is a reply subject as the original library made them: eight base-62 characters are no token of ours.
+const oldInbox = "_INBOX.WzMBDEFgQTDaRKtrDRD6kp.Ab3dEf9Z"
 
-// wantClose fails the test unless s ends as the producer said.
-func wantClose(t testing.TB, s *stream.Stream, want *stream.CloseError) {
-	t.Helper()
-	if want.Code == stream.CloseNormalClosure {
-		wantEOF(t, s)
-		return
-	}
-	for range 2 { // and goes on saying so
-		if rec, err := s.Recv(); rec != nil || !equalClose(err, want) {
-			t.Fatalf("Recv: %q, %v; want %v", rec, err, want)
-		}
-	}
-}
-
-// TestFallbackWriter: our writer to an old consumer, byte for byte, one message a record.
-func TestFallbackWriter(t *testing.T) {
+// TestFallbackWriterSendsWhatTheOriginalSent: our writer to an old consumer, byte for byte, one message a record.
+func TestFallbackWriterSendsWhatTheOriginalSent(t *testing.T) {
 	p := newPair(t)
 	sub, err := p.consumer.Conn.SubscribeSync(oldInbox)
 	if err != nil {
@@ -284,9 +269,32 @@ func TestFallbackWriter(t *testing.T) {
 	}
 }
 
-// TestFallbackRecordTooLarge: an old consumer knows no pieces, so a record that fits no message is refused, and the
+// TestFallbackObjectsAreJSON: the original WriteObject sent JSON, whatever the consumer asked for.
+func TestFallbackObjectsAreJSON(t *testing.T) {
+	p := newPair(t)
+	s, publish := oldProducer(t, p)
+	publish(fallbackFixture(t, "data_object"), fallbackFixture(t, "data"), fallbackFixture(t, "data_object"), fallbackFixture(t, "close_normal"))
+	var v struct {
+		Name string
+		N    int
+	}
+	if err := s.RecvObject(&v); err != nil || v.Name != "abc<d>" || v.N != 7 {
+		t.Errorf("RecvObject: %+v, %v", v, err)
+	}
+	if err := s.RecvObject(&v); err == nil { // "hello" is no JSON; that is an error of this call alone
+		t.Error("RecvObject of bytes that are no JSON: no error")
+	}
+	if err := s.RecvObject(&v); err != nil {
+		t.Errorf("RecvObject of the next record: %v", err)
+	}
+	if err := s.RecvObject(&v); err != io.EOF {
+		t.Errorf("RecvObject at the end: %v, want io.EOF", err)
+	}
+}
+
+// TestFallbackRefusesRecordTooLarge: an old consumer knows no pieces, so a record that fits no message is refused, and the
 // writer goes on.
-func TestFallbackRecordTooLarge(t *testing.T) {
+func TestFallbackRefusesRecordTooLarge(t *testing.T) {
 	const maxPayload = 4096
 	p := newPair(t, pairOptions{server: []streamtest.Option{streamtest.WithMaxPayload(maxPayload)}})
 	sub, err := p.consumer.Conn.SubscribeSync(oldInbox)
@@ -326,8 +334,8 @@ func TestFallbackRecordTooLarge(t *testing.T) {
 	}
 }
 
-// TestFallbackWriterEnds: a writer to an old consumer has no way back, so only this end can end it.
-func TestFallbackWriterEnds(t *testing.T) {
+// TestFallbackWriterIsEndedByItsOwnSideOnly: a writer to an old consumer has no way back, so only this end can end it.
+func TestFallbackWriterIsEndedByItsOwnSideOnly(t *testing.T) {
 	t.Run("client closed", func(t *testing.T) {
 		p := newPair(t)
 		c := p.newClient(t, stream.ClientParams{})
@@ -369,9 +377,9 @@ func TestFallbackWriterEnds(t *testing.T) {
 	})
 }
 
-// TestFallbackOverrun: an old producer cannot be told to wait. The stream whose reader falls behind ends, after what
+// TestFallbackOverrunEndsOneStream: an old producer cannot be told to wait. The stream whose reader falls behind ends, after what
 // was queued, and no other one notices.
-func TestFallbackOverrun(t *testing.T) {
+func TestFallbackOverrunEndsOneStream(t *testing.T) {
 	const limit = 10_000
 	p := newPair(t, pairOptions{consumer: stream.ClientParams{FallbackBuffer: limit}})
 	w, other := newWriterStream(t, p)
@@ -412,8 +420,8 @@ func TestFallbackOverrun(t *testing.T) {
 	}
 }
 
-// TestFallbackBinds: a stream takes the form of its first message, and drops and counts the other.
-func TestFallbackBinds(t *testing.T) {
+// TestStreamKeepsTheFormOfItsFirstMessage: a stream takes the form of its first message, and drops and counts the other.
+func TestStreamKeepsTheFormOfItsFirstMessage(t *testing.T) {
 	p := newPair(t)
 	t.Run("packets into a fallback stream", func(t *testing.T) {
 		s, publish := oldProducer(t, p)
@@ -451,9 +459,9 @@ func TestFallbackBinds(t *testing.T) {
 	})
 }
 
-// TestFallbackMany: a busy old producer and our reader, and our writer and a busy old consumer; nothing is lost and
+// TestFallbackManyStreamsArrive: a busy old producer and our reader, and our writer and a busy old consumer; nothing is lost and
 // records stay apart though they are decoded in place.
-func TestFallbackMany(t *testing.T) {
+func TestFallbackManyStreamsArrive(t *testing.T) {
 	p := newPair(t)
 	count := scaled(20_000)
 	t.Run("read", func(t *testing.T) {
@@ -508,30 +516,7 @@ func TestFallbackMany(t *testing.T) {
 	})
 }
 
-// TestFallbackObjects: the original WriteObject sent JSON, whatever the consumer asked for.
-func TestFallbackObjects(t *testing.T) {
-	p := newPair(t)
-	s, publish := oldProducer(t, p)
-	publish(fallbackFixture(t, "data_object"), fallbackFixture(t, "data"), fallbackFixture(t, "data_object"), fallbackFixture(t, "close_normal"))
-	var v struct {
-		Name string
-		N    int
-	}
-	if err := s.RecvObject(&v); err != nil || v.Name != "abc<d>" || v.N != 7 {
-		t.Errorf("RecvObject: %+v, %v", v, err)
-	}
-	if err := s.RecvObject(&v); err == nil { // "hello" is no JSON; that is an error of this call alone
-		t.Error("RecvObject of bytes that are no JSON: no error")
-	}
-	if err := s.RecvObject(&v); err != nil {
-		t.Errorf("RecvObject of the next record: %v", err)
-	}
-	if err := s.RecvObject(&v); err != io.EOF {
-		t.Errorf("RecvObject at the end: %v, want io.EOF", err)
-	}
-}
-
-func TestNoResponders(t *testing.T) {
+func TestNoRespondersMessageEndsTheStream(t *testing.T) {
 	p := newPair(t, pairOptions{producer: stream.ClientParams{ResumeTimeout: 100 * time.Millisecond}})
 	t.Run("Open", func(t *testing.T) {
 		s := open(t, p.consumer, "nobody.here")
@@ -595,4 +580,317 @@ func TestNoResponders(t *testing.T) {
 			t.Errorf("Close: %v, want nats.ErrNoResponders", err)
 		}
 	})
+}
+
+// Old consumers are served by the same handler. It reads nothing from them.
+func TestFallbackConsumerIsServed(t *testing.T) {
+	result := make(chan error, 1)
+	p, _ := newServed(t, stream.ServerParams{MaxFallback: 10}, func(w *stream.Writer, r *stream.Request) error {
+		_, err := r.Recv()
+		result <- err
+		if err := w.SetHeader(nats.Header{"K": {"v"}}); err != nil {
+			t.Error(err)
+		}
+		write(t, w, []byte("one"), nil)
+		if _, err := w.WriteObject(map[string]int{"n": 1}); err != nil {
+			t.Error(err)
+		}
+		if string(r.Data) == "fail" {
+			return &stream.CloseError{Code: 4321, Text: "text"}
+		}
+		return nil
+	})
+	for data, want := range map[string]stream.CloseError{"": {Code: 1000}, "fail": {Code: 4321, Text: "text"}} {
+		inbox, messages := jsonInbox(t, p)
+		if err := p.consumer.Conn.PublishRequest("svc", inbox, []byte(data)); err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{"one", "", `{"n":1}`} {
+			if m := nextJSON(t, messages); m.Type != stream.StreamingMsgTypeData || string(m.Data) != want {
+				t.Errorf("got %+v, want %q", m, want)
+			}
+		}
+		if m := nextJSON(t, messages); m.Type != stream.StreamingMsgTypeClose || m.CloseError == nil || *m.CloseError != want {
+			t.Errorf("got %+v, want %v", m, want)
+		}
+		if err := <-result; err != io.EOF {
+			t.Errorf("Recv in the handler: %v, want io.EOF", err)
+		}
+	}
+}
+
+func requestFallback(t *testing.T, nc *nats.Conn, reply string) {
+	t.Helper()
+	if err := nc.PublishRequest("svc", reply, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func wantRefusal(t *testing.T, messages *nats.Subscription, code int) {
+	t.Helper()
+	if m := nextJSON(t, messages); m.Type != stream.StreamingMsgTypeClose || m.CloseError == nil || m.CloseError.Code != code {
+		t.Errorf("a fallback consumer got %+v, want close %d", m, code)
+	}
+}
+
+func TestServerRefusesTheFallbackByDefault(t *testing.T) {
+	p, _ := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
+		if len(r.Data) == 0 {
+			t.Error("a fallback consumer is served")
+		}
+		return nil
+	})
+	inbox, messages := jsonInbox(t, p)
+	requestFallback(t, p.consumer.Conn, inbox)
+	wantRefusal(t, messages, stream.CloseUnsupportedData)
+	s, err := p.consumer.Open(testContext(t), "svc", []byte("binary"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantEOF(t, s)
+	// One message for one message: there is nothing to be gained by a reply subject of somebody else.
+	if m, err := messages.NextMsg(20 * time.Millisecond); err == nil {
+		t.Errorf("a second message: %q", m.Data)
+	}
+}
+
+// A consumer that speaks only the fallback acknowledges nothing and answers no question. What it can make a server do is bounded
+// by the server's parameters, and by NATS, which says if nobody receives a message.
+
+// fallbackCause serves "svc" with handlers that write until that fails, and returns the causes of their ends.
+func fallbackCause(t *testing.T, params stream.ServerParams) (*pair, *service, chan error) {
+	t.Helper()
+	causes := make(chan error, 100)
+	p, s := newServed(t, params, func(w *stream.Writer, r *stream.Request) error {
+		for {
+			if _, err := w.Write([]byte("record")); err != nil {
+				<-r.Context().Done()
+				causes <- context.Cause(r.Context())
+				return err
+			}
+			_ = w.Flush() // the next write fails as well
+		}
+	})
+	return p, s, causes
+}
+
+// Requests whose reply subject nobody listens at do not hold handlers.
+func TestFallbackStreamEndsIfNobodyReceivesIt(t *testing.T) {
+	const requests = 5
+	p, s, causes := fallbackCause(t, stream.ServerParams{MaxStreams: requests + 1, MaxFallback: requests})
+	for range 4 {
+		for range requests {
+			requestFallback(t, p.consumer.Conn, "no.body")
+		}
+		for range requests {
+			waitFor(t, "the handler's end", func() {
+				err := <-causes
+				if !errors.Is(err, nats.ErrNoResponders) {
+					t.Errorf("the handler's context ended with %v", err)
+				}
+				wantCode(t, err, stream.CloseAbnormalClosure, "")
+			})
+		}
+		eventually(t, "the streams are gone", func() bool { return s.Stats().Streams == 0 })
+		time.Sleep(10 * time.Millisecond) // the handlers are counted out as they return
+	}
+}
+
+func TestFallbackConsumerThatLeavesIsNoticed(t *testing.T) {
+	p, _, causes := fallbackCause(t, stream.ServerParams{MaxFallback: 1, KeepAlive: 20 * time.Millisecond})
+	inbox, messages := jsonInbox(t, p)
+	requestFallback(t, p.consumer.Conn, inbox)
+	for range 100 {
+		if m := nextJSON(t, messages); m.Type != stream.StreamingMsgTypeData || string(m.Data) != "record" {
+			t.Fatalf("got %+v", m)
+		}
+	}
+	if err := messages.Unsubscribe(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the handler's end", func() {
+		if err := <-causes; !errors.Is(err, nats.ErrNoResponders) {
+			t.Errorf("the handler's context ended with %v", err)
+		}
+	})
+}
+
+// Messages that carry a question to NATS are what they would be without: the original library sees no difference.
+func TestFallbackQuestionsDisturbNobody(t *testing.T) {
+	const records = 1000
+	tried := make(chan struct{})
+	p, s := newServed(t, stream.ServerParams{MaxFallback: 1, KeepAlive: time.Millisecond}, func(w *stream.Writer, _ *stream.Request) error {
+		for i := range records {
+			if i == records/2 {
+				<-tried
+			}
+			if _, err := w.Write([]byte("record")); err != nil {
+				return err
+			}
+			if err := w.Flush(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	inbox, messages := jsonInbox(t, p)
+	requestFallback(t, p.consumer.Conn, inbox)
+	asked := 0
+	for i := range records {
+		m := nextRequest(t, messages)
+		if string(m.Data) != `{"type":1,"data":"cmVjb3Jk"}` {
+			t.Fatalf("message %d is %q", i, m.Data)
+		}
+		if (m.Reply != "") != (m.Header.Get("Stream-Probe") != "") {
+			t.Fatalf("message %d has reply subject %q, header %v", i, m.Reply, m.Header)
+		}
+		if m.Reply != "" {
+			if asked++; asked > 1 {
+				continue
+			}
+			// Whoever learns the subject can do nothing with it.
+			rawPublish(t, p.consumer.Conn, m.Reply, rawPacket(0, 7, 0, rawCredit(stream.Credit{Ack: 9})), rawPacket(stream.PacketSeq, 7, 0, rawData("x")), []byte(`{"type":1}`))
+			close(tried)
+		}
+	}
+	if m := nextRequest(t, messages); string(m.Data) != `{"type":2,"closeError":{"Code":1000,"Text":""}}` {
+		t.Errorf("the last message is %q", m.Data)
+	}
+	if asked == 0 || s.Stats().DroppedForeign == 0 {
+		t.Errorf("%d of %d messages asked; %+v", asked, records, s.Stats())
+	}
+}
+
+func TestFallbackTimeoutEndsTheStream(t *testing.T) {
+	p, _, causes := fallbackCause(t, stream.ServerParams{MaxFallback: 1, FallbackTimeout: 50 * time.Millisecond})
+	for _, timeout := range []string{"", "3600000", "10"} {
+		inbox, messages := jsonInbox(t, p)
+		m := &nats.Msg{Subject: "svc", Reply: inbox, Header: nats.Header{}}
+		if timeout != "" {
+			m.Header["Stream-Timeout"] = []string{timeout}
+		}
+		if err := p.consumer.Conn.PublishMsg(m); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			if m := nextJSON(t, messages); m.Type == stream.StreamingMsgTypeClose {
+				wantCode(t, m.CloseError, stream.CloseDeadlineExceeded, "")
+				break
+			}
+		}
+		wantCode(t, <-causes, stream.CloseDeadlineExceeded, "")
+		time.Sleep(10 * time.Millisecond) // the handler is counted out as it returns
+	}
+}
+
+// Fallback consumers have their own share of the handlers, so that others find room.
+func TestMaxFallbackLeavesRoomForOthers(t *testing.T) {
+	release, began := make(chan struct{}), make(chan struct{}, 10)
+	p, _ := newServed(t, stream.ServerParams{MaxStreams: 4, MaxFallback: 2}, func(*stream.Writer, *stream.Request) error {
+		began <- struct{}{}
+		<-release
+		return nil
+	})
+	inbox, messages := jsonInbox(t, p)
+	for range 2 {
+		requestFallback(t, p.consumer.Conn, inbox)
+		<-began
+	}
+	requestFallback(t, p.consumer.Conn, inbox)
+	wantRefusal(t, messages, stream.CloseTryAgainLater)
+	s := open(t, p.consumer, "svc")
+	<-began
+	close(release)
+	wantEOF(t, s)
+	for range 2 {
+		wantRefusal(t, messages, stream.CloseNormalClosure)
+	}
+	eventually(t, "there is room again", func() bool {
+		requestFallback(t, p.consumer.Conn, inbox)
+		return nextJSON(t, messages).CloseError.Code == stream.CloseNormalClosure
+	})
+}
+
+// A fallback consumer whose producer's client is closed is told, as the original library would have done it.
+func TestFallbackConsumerIsToldOfClientClose(t *testing.T) {
+	p := newPair(t)
+	c := p.newClient(t, stream.ClientParams{})
+	messages, err := p.consumer.Conn.SubscribeSync(oldInbox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.consumer.Conn.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	w := c.NewWriter(oldInbox)
+	write(t, w, []byte("hello"))
+	if err := w.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); !errors.Is(err, stream.ErrClientClosed) {
+		t.Errorf("Writer.Close: %v", err)
+	}
+	for _, want := range []stream.StreamingMsg{
+		{Type: stream.StreamingMsgTypeData, Data: []byte("hello")},
+		{Type: stream.StreamingMsgTypeClose, CloseError: &stream.CloseError{Code: stream.CloseGoingAway, Text: "client closed"}},
+	} {
+		b, err := json.Marshal(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := messages.NextMsg(patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(m.Data) != string(b) {
+			t.Errorf("%s, want %s", m.Data, b)
+		}
+	}
+}
+
+// Messages that wait to be read are counted by their data, so their headers must not wait with them.
+func TestFallbackUnreadHeadersTakeNoMemory(t *testing.T) {
+	const messages, size = 30, 512 << 10
+	p := newPair(t)
+	s, reply, nc := rawStream(t, p)
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := heap()
+	header := nats.Header{"Large": {strings.Repeat("x", size)}}
+	for i := range messages {
+		if err := nc.PublishMsg(&nats.Msg{Subject: reply, Header: header, Data: rawPacket(stream.PacketSeq, 9, uint32(i), rawData("x"))}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := nc.FlushTimeout(patience); err != nil {
+		t.Fatal(err)
+	}
+	// The last one has arrived when the first one after it, a PING, is answered; nothing is read yet.
+	answers, err := nc.SubscribeSync(nats.NewInbox())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.PublishRequest(reply, answers.Subject, rawPacket(0, 9, messages, stream.Frame{Type: stream.FramePing})); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := answers.NextMsg(patience); err != nil {
+		t.Fatal(err)
+	}
+	header = nil
+	var held int64
+	if !poll(func() bool { held = heap() - before; return held < messages*size/2 }) {
+		t.Errorf("%d MiB are held for %d records of one byte", held>>20, messages)
+	}
+	for range messages {
+		if rec, err := s.Recv(); string(rec) != "x" || err != nil {
+			t.Fatalf("%q, %v", rec, err)
+		}
+	}
 }

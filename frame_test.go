@@ -119,7 +119,7 @@ func equalFrames(a, b Frame) bool {
 	return a.Type == b.Type && a.Flags == b.Flags && a.Code == b.Code && bytes.Equal(a.Payload, b.Payload)
 }
 
-func TestVectors(t *testing.T) {
+func TestVectorsAreEncodedAndDecoded(t *testing.T) {
 	vectors := readVectors(t)
 	if len(vectors) < 60 {
 		t.Fatalf("only %d vectors", len(vectors))
@@ -265,7 +265,7 @@ func randomFrame(r *rand.Rand) []byte {
 	return append(b, make([]byte, pick(0, 0, 3))...)[:max(0, len(b)-pick(0, 0, 0, 0, 0, 1, 8, r.IntN(9)))]
 }
 
-func TestParseFrameAgainstOracle(t *testing.T) {
+func TestParseFrameAgreesWithOracle(t *testing.T) {
 	rounds := 1_000_000
 	if testing.Short() {
 		rounds = 50_000
@@ -304,7 +304,7 @@ func TestParseFrameAgainstOracle(t *testing.T) {
 }
 
 // Every header whose upper half has at most the bits that matter, against what the rules say.
-func TestIsPlainData(t *testing.T) {
+func TestIsPlainDataAgreesWithTheRules(t *testing.T) {
 	check := func(typ, flags byte, code uint16) {
 		h := uint64(typ)<<56 | uint64(flags)<<48 | uint64(code)<<32 | 0xDEADBEEF
 		want := typ == 1 && code == 0 && (flags == 0 || flags == 2 || flags == 4)
@@ -332,7 +332,7 @@ func TestIsPlainData(t *testing.T) {
 	}
 }
 
-func TestHeaderHelpers(t *testing.T) {
+func TestPacketHeaderFieldsAreRead(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	for range 10_000 {
 		h := PacketHeader{PacketFlags(r.IntN(4)), r.Uint64() & maxSender, r.Uint32(), uint32(PacketHeaderSize + r.IntN(100))}
@@ -364,7 +364,7 @@ func TestHeaderHelpers(t *testing.T) {
 }
 
 // All 65,536 first two bytes of a packet header.
-func TestParsePacketHeaderExhaustively(t *testing.T) {
+func TestParsePacketHeaderAcceptsValidHeadersOnly(t *testing.T) {
 	b := AppendPacket(nil, PacketHeader{})
 	for v := range 1 << 16 {
 		binary.BigEndian.PutUint16(b, uint16(v))
@@ -384,7 +384,7 @@ func TestParsePacketHeaderExhaustively(t *testing.T) {
 }
 
 // A packet that lost or gained bytes anywhere is none, above all one cut exactly between two frames.
-func TestParsePacketHeaderLength(t *testing.T) {
+func TestParsePacketHeaderRefusesWrongLength(t *testing.T) {
 	records := []Frame{{Type: FrameData, Payload: []byte("one")}, {Type: FrameData, Payload: []byte("two")}}
 	whole := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 1, Seq: 2}, records...)
 	if _, frames, err := parsePacket(whole); err != nil || len(frames) != 2 {
@@ -405,7 +405,7 @@ func TestParsePacketHeaderLength(t *testing.T) {
 	}
 }
 
-func TestAppendPacket(t *testing.T) {
+func TestAppendPacketRoundTrip(t *testing.T) {
 	frames := []Frame{{Type: FrameData, Flags: FlagJSON, Payload: []byte("12")}, {Type: 0xFF}, {Type: FrameClose, Code: 1000, Payload: []byte("x")}}
 	for n := range len(frames) + 1 {
 		h := PacketHeader{PacketSeq | PacketAck, 0xBEEF, 7, 99} // the length is ignored
@@ -425,7 +425,7 @@ func TestAppendPacket(t *testing.T) {
 	}
 }
 
-func TestAllows(t *testing.T) {
+func TestFramesAreAllowedByKindOfPacket(t *testing.T) {
 	for typ := range 256 {
 		seq := typ == 1 || typ == 2 || typ == 6 || typ >= 128
 		control := typ == 3 || typ == 4 || typ == 5 || typ == 7 || typ == 8 || typ == 9 || typ >= 128
@@ -454,7 +454,7 @@ func TestAppendFrameKeepsPrefix(t *testing.T) {
 	}
 }
 
-func TestFrameLenTooLong(t *testing.T) {
+func TestFrameLenRefusesTooLong(t *testing.T) {
 	longest := uint64(math.MaxUint32)
 	if math.MaxInt == math.MaxInt32 {
 		return // no slice is too long
@@ -514,7 +514,7 @@ func TestTokenRoundTrip(t *testing.T) {
 }
 
 // One character of a good token changed to every other byte: it is another token, or an error, and never the same one.
-func TestTokenMutations(t *testing.T) {
+func TestMutatedTokenIsNeverTheSame(t *testing.T) {
 	good := string(AppendToken(nil, Token{MsgPack, 5, 18, math.MaxUint64}))
 	want, _ := ParseToken(good)
 	for i := range good {
@@ -539,7 +539,7 @@ func TestAppendTokenClamps(t *testing.T) {
 	}
 }
 
-func TestStrings(t *testing.T) {
+func TestStringsNameValues(t *testing.T) {
 	for _, c := range []struct {
 		v    fmt.Stringer
 		want string
@@ -555,7 +555,7 @@ func TestStrings(t *testing.T) {
 	}
 }
 
-func TestErrorTexts(t *testing.T) {
+func TestCodecErrorsNameTheReason(t *testing.T) {
 	_, err := ParseCredit(nil)
 	if got, want := err.Error(), "stream: invalid frame payload: CREDIT is not 16 bytes"; got != want {
 		t.Errorf("got %q, want %q", got, want)
@@ -573,7 +573,7 @@ func TestErrorTexts(t *testing.T) {
 }
 
 // Frames are passed by value on the reader's way, so their size is part of its cost.
-func TestCodecSizes(t *testing.T) {
+func TestFrameStaysSmall(t *testing.T) {
 	if strconv.IntSize != 64 {
 		return
 	}
@@ -611,7 +611,7 @@ func mallocsPerRun(f func()) float64 {
 }
 
 // Neither good nor bad input costs an allocation.
-func TestCodecAllocates(t *testing.T) {
+func TestCodecAllocatesNothing(t *testing.T) {
 	var (
 		sink error
 		buf  = make([]byte, 0, 4096)
@@ -657,4 +657,23 @@ func TestCodecAllocates(t *testing.T) {
 		buf = AppendCredit(buf, Credit{1, 2, 3})
 		buf = AppendToken(buf, Token{MsgPack, 5, 18, math.MaxUint64})
 	})
+}
+
+// META is what it says it is from its first byte to its last.
+func TestMetaIsCheckedToItsLastByte(t *testing.T) {
+	for in, good := range map[string]bool{
+		"NATS/1.0\r\n\r\n":                  true,
+		"NATS/1.0\r\nA: b\r\n\r\n":          true,
+		"NATS/1.0\r\nA:  b \r\nA:c\r\n\r\n": true,
+		"":                                  false,
+		"NATS/1.0 503\r\n\r\n":              false,
+		"NATS/1.0\r\nA: b\r\n":              false,
+		"NATS/1.0\r\n":                      false,
+		"NATS/1.0\r\nA\r\n\r\n":             false,
+		"HTTP/1.1\r\nA: b\r\n\r\n":          false,
+	} {
+		if h, err := parseMeta([]byte(in)); (err == nil) != good {
+			t.Errorf("%q: %v, %v", in, h, err)
+		}
+	}
 }

@@ -10,8 +10,10 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -20,52 +22,114 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/streamtest"
 )
 
-// What bounds a producer's lead; docs/PROTOCOL.md sections 6 and 8.
-const (
-	firstWindow = 256 << 10 // bytes offered to a new stream
-	fullWindow  = 4 << 20   // bytes a window may grow to
-	fullPacket  = 32 << 10  // bytes of a packet of many records
-)
+// blocked writes records to w until one fails, and returns when that has come to a halt: how many bytes were taken, and
+// where the error will come.
+func blocked(t *testing.T, p *pair, w *stream.Writer, atLeast int) (*atomic.Int64, <-chan error) {
+	t.Helper()
+	taken := new(atomic.Int64)
+	failed := make(chan error, 1)
+	p.handlers.Go(func() {
+		rec := make([]byte, 1000)
+		for {
+			n, err := w.Write(rec)
+			taken.Add(int64(n))
+			if err != nil {
+				failed <- err
+				return
+			}
+		}
+	})
+	last := int64(-1)
+	eventually(t, "Write blocks", func() bool {
+		time.Sleep(20 * time.Millisecond)
+		was := last
+		last = taken.Load()
+		return last == was && last >= int64(atLeast)
+	})
+	return taken, failed
+}
 
-// slowConsumers counts what NATS drops because a subscription or a connection does not keep up.
-type slowConsumers struct{ n atomic.Int64 }
-
-func (c *slowConsumers) option() nats.Option {
-	return nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-		if errors.Is(err, nats.ErrSlowConsumer) {
-			c.n.Add(1)
+func TestWriteBlocksWithoutCredit(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		end  func(t *testing.T, p *pair, s *stream.Stream)
+		want error
+	}{
+		{"consumer closes", func(_ *testing.T, _ *pair, s *stream.Stream) { s.Close() }, &stream.CloseError{Code: stream.CloseCanceled}},
+		{"consumer closes with a code", func(t *testing.T, _ *pair, s *stream.Stream) {
+			if err := s.CloseWithCode(4321, "enough"); err != nil {
+				t.Error(err)
+			}
+		}, &stream.CloseError{Code: 4321, Text: "enough"}},
+		{"consumer's client closes", func(_ *testing.T, p *pair, _ *stream.Stream) { p.consumer.Close() }, &stream.CloseError{Code: stream.CloseGoingAway}},
+		{"client closes", func(_ *testing.T, p *pair, _ *stream.Stream) { p.producer.Close() }, stream.ErrClientClosed},
+		{"connection closes", func(_ *testing.T, p *pair, _ *stream.Stream) { p.producer.Conn.Close() }, &stream.CloseError{Code: stream.CloseAbnormalClosure}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPair(t, pairOptions{consumer: stream.ClientParams{Window: smallestWindow}})
+			w, s := newWriterStream(t, p)
+			taken, failed := blocked(t, p, w, smallestWindow/2)
+			others := make(chan error, 3)
+			p.handlers.Go(func() { others <- errOf(w.WriteObject(strings.Repeat("x", 40<<10))) })
+			p.handlers.Go(func() { others <- errOf(w.Write(make([]byte, 300<<10))) })
+			p.handlers.Go(func() { others <- errOf(w.ReadFrom(strings.NewReader(strings.Repeat("x", 40<<10)))) })
+			time.Sleep(5 * time.Millisecond) // most likely they wait by now; either way they must fail
+			tt.end(t, p, s)
+			waitFor(t, "the blocked calls to fail", func() {
+				for range cap(others) {
+					if err := <-others; !errors.Is(err, tt.want) {
+						t.Errorf("a call that was blocked: %v; want %v", err, tt.want)
+					}
+				}
+				if err := <-failed; !errors.Is(err, tt.want) {
+					t.Errorf("Write: %v; want %v", err, tt.want)
+				}
+			})
+			if n := taken.Load(); n > smallestWindow+2*(32<<10) {
+				t.Errorf("%d bytes were taken for a window of %d", n, smallestWindow)
+			}
+			endedBy(t, w, tt.want)
+			s.Close()
+		})
+	}
+	t.Run("consumer reads", func(t *testing.T) {
+		p := newPair(t, pairOptions{consumer: stream.ClientParams{Window: smallestWindow}})
+		w, s := newWriterStream(t, p)
+		taken, failed := blocked(t, p, w, smallestWindow/2)
+		was := taken.Load()
+		for range 2 * was / 1000 {
+			if rec, err := s.Recv(); err != nil || len(rec) != 1000 {
+				t.Fatalf("%d bytes, %v", len(rec), err)
+			}
+		}
+		if taken.Load() <= was {
+			t.Errorf("%d bytes were taken, %d before anything was read", taken.Load(), was)
+		}
+		s.Close()
+		waitFor(t, "Write to fail", func() { <-failed })
+	})
+	t.Run("Close needs no credit", func(t *testing.T) {
+		p := newPair(t, pairOptions{consumer: stream.ClientParams{Window: smallestWindow}})
+		w, s := newWriterStream(t, p)
+		write(t, w, make([]byte, smallestWindow))
+		waitFor(t, "Close", func() {
+			if err := w.CloseWithCode(4000, strings.Repeat("x", stream.MaxReason)); err != nil {
+				t.Error(err)
+			}
+		})
+		got, err := readAll(s)
+		if len(got) != 1 || !errors.Is(err, &stream.CloseError{Code: 4000}) {
+			t.Errorf("%d records, %v", len(got), err)
 		}
 	})
 }
 
-func (c *slowConsumers) verify(t testing.TB, p *pair) {
-	t.Helper()
-	if n := c.n.Load(); n != 0 {
-		t.Errorf("NATS dropped messages of a subscription %d times", n)
-	}
-	if n := p.server.SlowConsumers(); n != 0 {
-		t.Errorf("the server cut off %d slow consumers", n)
-	}
-	for _, s := range []stream.Stats{p.producer.Stats(), p.consumer.Stats()} {
-		if n := s.DroppedMalformed + s.DroppedForeign + s.DroppedDuplicate + s.DroppedControl; n != 0 {
-			t.Errorf("packets dropped: %+v", s)
-		}
-	}
-}
-
-// newWatchedPair is newPair with both connections' slow consumers counted.
-func newWatchedPair(t testing.TB, o pairOptions) (*pair, *slowConsumers) {
-	slow := new(slowConsumers)
-	o.producerConn = append(o.producerConn, slow.option())
-	o.consumerConn = append(o.consumerConn, slow.option())
-	return newPair(t, o), slow
-}
-
 // A reader that sleeps now and then gets every record in order, and the producer is held back: it is never further
 // ahead than the window and the packet that uses it up.
-func TestSlowReader(t *testing.T) {
+func TestSlowReaderHoldsBackItsProducer(t *testing.T) {
 	const size = 1024
 	n := scaled(200_000)
 	if stream.RaceEnabled {
@@ -113,8 +177,50 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
+// writeCounted writes n records of one size, each with its number, and closes.
+func writeCounted(t testing.TB, w *stream.Writer, n, size int) {
+	buf := make([]byte, size)
+	for i := range n {
+		binary.BigEndian.PutUint64(buf, uint64(i))
+		if _, err := w.Write(buf); err != nil {
+			t.Errorf("Write of record %d: %v", i, err)
+			return
+		}
+	}
+	closeWriter(t, w)
+}
+
+// readStreams reads many streams of writeCounted at once, to their ends.
+func readStreams(t testing.TB, c *stream.Client, subject string, streams, n, size int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	defer cancel()
+	var readers sync.WaitGroup
+	for range streams {
+		s, err := c.Open(ctx, subject, nil)
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		readers.Go(func() {
+			defer s.Close()
+			for i := range n {
+				rec, err := s.Recv()
+				if err != nil || len(rec) != size || binary.BigEndian.Uint64(rec) != uint64(i) {
+					t.Errorf("record %d: %d bytes, %v", i, len(rec), err)
+					return
+				}
+			}
+			if _, err := s.Recv(); err != io.EOF {
+				t.Errorf("after the last record: %v", err)
+			}
+		})
+	}
+	readers.Wait()
+}
+
 // A reader that never reads holds back its own producer, and nothing else.
-func TestNeverReader(t *testing.T) {
+func TestReaderThatNeverReadsHoldsUpItsProducerAlone(t *testing.T) {
 	const (
 		streams = 100
 		size    = 1024
@@ -159,110 +265,6 @@ func TestNeverReader(t *testing.T) {
 	stuck.Close()
 }
 
-// waitStuck waits until the counter has stopped, and returns it.
-func waitStuck(t testing.TB, bytes *atomic.Int64) int64 {
-	t.Helper()
-	last := int64(-1)
-	eventually(t, "the producer is held back", func() bool {
-		time.Sleep(20 * time.Millisecond)
-		now := bytes.Load()
-		stopped := now == last && now > firstWindow/2
-		last = now
-		return stopped
-	})
-	return last
-}
-
-// writeCounted writes n records of one size, each with its number, and closes.
-func writeCounted(t testing.TB, w *stream.Writer, n, size int) {
-	buf := make([]byte, size)
-	for i := range n {
-		binary.BigEndian.PutUint64(buf, uint64(i))
-		if _, err := w.Write(buf); err != nil {
-			t.Errorf("Write of record %d: %v", i, err)
-			return
-		}
-	}
-	closeWriter(t, w)
-}
-
-// readStreams reads many streams of writeCounted at once, to their ends.
-func readStreams(t testing.TB, c *stream.Client, subject string, streams, n, size int) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
-	defer cancel()
-	var readers sync.WaitGroup
-	for range streams {
-		s, err := c.Open(ctx, subject, nil)
-		if err != nil {
-			t.Error(err)
-			break
-		}
-		readers.Go(func() {
-			defer s.Close()
-			for i := range n {
-				rec, err := s.Recv()
-				if err != nil || len(rec) != size || binary.BigEndian.Uint64(rec) != uint64(i) {
-					t.Errorf("record %d: %d bytes, %v", i, len(rec), err)
-					return
-				}
-			}
-			if _, err := s.Recv(); err != io.EOF {
-				t.Errorf("after the last record: %v", err)
-			}
-		})
-	}
-	readers.Wait()
-}
-
-// BenchmarkNeverReader compares two clients on the same connections: one has a stream that nobody reads, the other has
-// none. Rounds take turns, so that what disturbs the machine disturbs both; rate-% is the rate of 100 streams beside
-// the stuck one, in percent of their rate without it, the median of all rounds.
-func BenchmarkNeverReader(b *testing.B) {
-	const (
-		streams = 100
-		size    = 1024
-		n       = 500
-	)
-	p := newPair(b)
-	var stuckBytes atomic.Int64
-	serve(b, p, "stuck", func(w *stream.Writer, _ *nats.Msg) {
-		buf := make([]byte, size)
-		for {
-			if _, err := w.Write(buf); err != nil {
-				return
-			}
-			stuckBytes.Add(size)
-		}
-	})
-	serve(b, p, "records", func(w *stream.Writer, _ *nats.Msg) { writeCounted(b, w, n, size) })
-	alone := p.newClient(b, stream.ClientParams{Conn: p.consumer.Conn})
-	stuck := open(b, p.consumer, "stuck")
-	waitStuck(b, &stuckBytes)
-
-	round := func(c *stream.Client) time.Duration {
-		start := time.Now()
-		readStreams(b, c, "records", streams, n, size)
-		return time.Since(start)
-	}
-	round(alone)
-	round(p.consumer)
-	var ratios []float64
-	for i := 0; b.Loop(); i++ {
-		var without, beside time.Duration
-		if i%2 == 0 {
-			without, beside = round(alone), round(p.consumer)
-		} else {
-			beside, without = round(p.consumer), round(alone)
-		}
-		ratios = append(ratios, float64(without)/float64(beside))
-	}
-	slices.Sort(ratios)
-	b.ReportMetric(100*ratios[len(ratios)/2], "rate-%")
-	b.ReportMetric(float64(2*b.N*streams*n)/b.Elapsed().Seconds(), "records/s")
-	stuck.Close()
-}
-
 // mixedSizes yields the sizes of a stream's records: mostly small, now and then one that fills a packet, needs one of
 // its own, or is cut into pieces.
 func mixedSizes(seed uint64, n int) func(yield func(i, size int) bool) {
@@ -304,7 +306,7 @@ func (m *mixedSum) add(rec []byte) {
 
 // Streams of every kind at once: several clients, random sizes, several goroutines writing to one stream, readers with
 // delays of their own. What each goroutine wrote arrives, in its order and unchanged.
-func TestMixedLoad(t *testing.T) {
+func TestMixedLoadArrivesUnchanged(t *testing.T) {
 	const writers = 3 // goroutines of one stream
 	streams, n := 40, scaled(1500)
 	if stream.RaceEnabled {
@@ -388,12 +390,449 @@ func TestMixedLoad(t *testing.T) {
 	slow.verify(t, p)
 }
 
-// liveHeap returns the bytes of all live objects. A pool keeps what it has over one collection.
-func liveHeap() int64 {
+// BenchmarkNeverReader compares two clients on the same connections: one has a stream that nobody reads, the other has
+// none. Rounds take turns, so that what disturbs the machine disturbs both; rate-% is the rate of 100 streams beside
+// the stuck one, in percent of their rate without it, the median of all rounds.
+func BenchmarkNeverReader(b *testing.B) {
+	const (
+		streams = 100
+		size    = 1024
+		n       = 500
+	)
+	p := newPair(b)
+	var stuckBytes atomic.Int64
+	serve(b, p, "stuck", func(w *stream.Writer, _ *nats.Msg) {
+		buf := make([]byte, size)
+		for {
+			if _, err := w.Write(buf); err != nil {
+				return
+			}
+			stuckBytes.Add(size)
+		}
+	})
+	serve(b, p, "records", func(w *stream.Writer, _ *nats.Msg) { writeCounted(b, w, n, size) })
+	alone := p.newClient(b, stream.ClientParams{Conn: p.consumer.Conn})
+	stuck := open(b, p.consumer, "stuck")
+	waitStuck(b, &stuckBytes)
+
+	round := func(c *stream.Client) time.Duration {
+		start := time.Now()
+		readStreams(b, c, "records", streams, n, size)
+		return time.Since(start)
+	}
+	round(alone)
+	round(p.consumer)
+	var ratios []float64
+	for i := 0; b.Loop(); i++ {
+		var without, beside time.Duration
+		if i%2 == 0 {
+			without, beside = round(alone), round(p.consumer)
+		} else {
+			beside, without = round(p.consumer), round(alone)
+		}
+		ratios = append(ratios, float64(without)/float64(beside))
+	}
+	slices.Sort(ratios)
+	b.ReportMetric(100*ratios[len(ratios)/2], "rate-%")
+	b.ReportMetric(float64(2*b.N*streams*n)/b.Elapsed().Seconds(), "records/s")
+	stuck.Close()
+}
+
+// Streams that are opened, used and closed one after another leave nothing behind, however they end.
+func TestSoakSequential(t *testing.T) {
+	p := newPair(t)
+	serveFew(t, p)
+	verifyFootprint(t, p, soakRounds(), func(n int) {
+		for i := range n {
+			ctx, cancel := context.WithCancel(context.Background())
+			records := 1 + i%3
+			data := []byte(strconv.Itoa(records))
+			if i%5 == 4 { // the original API
+				results, err := p.consumer.OpenStream(ctx, "few", data)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got := 0
+				for r := range results {
+					if r.Err != nil {
+						t.Fatal(r.Err)
+					}
+					got++
+				}
+				if got != records {
+					t.Fatalf("%d results of %d", got, records)
+				}
+				cancel()
+				continue
+			}
+			s, err := p.consumer.Open(ctx, "few", data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range records {
+				if rec, err := s.Recv(); err != nil || !bytes.Equal(rec, data) {
+					t.Fatalf("stream %d: %q, %v", i, rec, err)
+				}
+				if i%5 == 1 { // leaves early
+					break
+				}
+			}
+			switch i % 5 {
+			case 1:
+				s.Close()
+			case 2: // ends its context instead
+				cancel()
+			default:
+				if _, err := s.Recv(); err != io.EOF {
+					t.Fatalf("stream %d: %v", i, err)
+				}
+				s.Close()
+			}
+			cancel()
+		}
+	})
+}
+
+// Streams that come and go at the same time leave nothing behind either, not even through one that stays.
+func TestSoakConcurrent(t *testing.T) {
+	const workers = 64
+	p := newPair(t)
+	serveFew(t, p)
+	serve(t, p, "quiet", func(w *stream.Writer, req *nats.Msg) {
+		if _, err := w.Write(req.Data); err != nil {
+			t.Errorf("Write: %v", err)
+		}
+		<-w.Context().Done()
+	})
+	churn := func(n int) {
+		var group sync.WaitGroup
+		for k := range workers {
+			group.Go(func() {
+				for range n / workers {
+					s, err := p.consumer.Open(t.Context(), "few", []byte("2"))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if got, err := readAll(s); len(got) != 2 || err != io.EOF {
+						t.Errorf("worker %d: %d records, %v", k, len(got), err)
+					}
+				}
+			})
+		}
+		group.Wait()
+	}
+	n := soakRounds()
+	// The ones that stay are opened while others come and go, each of them with whatever the outbox had to do then.
+	var stay []*stream.Stream
+	var opened sync.WaitGroup
+	opened.Go(func() { churn(2000) })
+	for range 32 {
+		s, err := p.consumer.Open(context.Background(), "quiet", nil) // for as long as it takes
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		if _, err := s.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		stay = append(stay, s)
+		time.Sleep(time.Millisecond)
+	}
+	opened.Wait()
+	heap := liveHeap()
+	start := time.Now()
+	churn(n)
+	took := time.Since(start)
+	eventually(t, "only the streams that stay are left", func() bool { return p.consumer.Stats().Streams == len(stay) })
+	after := liveHeap()
+	t.Logf("%d streams in %v: heap %d, then %d bytes", n, took.Round(time.Millisecond), heap, after)
+	if limit := int64(1<<20 + 4*n); !stream.RaceEnabled && after-heap > limit {
+		t.Errorf("the heap grew from %d to %d bytes over %d streams", heap, after, n)
+	}
+	for _, s := range stay {
+		s.Close()
+	}
+}
+
+// A request that cannot be published leaves nothing behind.
+func TestSoakOfUnpublishableRequestsLeavesNothing(t *testing.T) {
+	const maxPayload = 4096
+	p := newPair(t, pairOptions{server: []streamtest.Option{streamtest.WithMaxPayload(maxPayload)}})
+	closedConn, err := p.server.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := p.newClient(t, stream.ClientParams{Conn: closedConn})
+	closedConn.Close()
+	done := p.newClient(t, stream.ClientParams{})
+	if err := done.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name    string
+		client  *stream.Client
+		subject string
+		bytes   int
+		want    error
+	}{
+		{"tooLarge", p.consumer, "records", maxPayload + 1, nats.ErrMaxPayload},
+		{"tooLargeWithItsHeader", p.consumer, "records", maxPayload, nats.ErrMaxPayload},
+		{"badSubject", p.consumer, "two words", 0, nats.ErrBadSubject},
+		{"wildcard", p.consumer, "records.*", 0, nats.ErrBadSubject},
+		{"noSubject", p.consumer, "", 0, nats.ErrBadSubject},
+		{"connectionClosed", closed, "records", 0, nats.ErrConnectionClosed},
+		{"clientClosed", done, "records", 0, stream.ErrClientClosed},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			data := make([]byte, tc.bytes)
+			verifyFootprint(t, p, soakRounds()/10, func(n int) {
+				for range n {
+					s, err := tc.client.Open(t.Context(), tc.subject, data)
+					if err == nil {
+						_, err = s.Recv()
+					}
+					if !errors.Is(err, tc.want) {
+						t.Fatalf("%v, want %v", err, tc.want)
+					}
+				}
+			})
+		})
+	}
+}
+
+func TestSoakWithoutRespondersLeavesNothing(t *testing.T) {
+	p := newPair(t)
+	verifyFootprint(t, p, soakRounds()/10, func(n int) {
+		inParallel(t, n, func(i int, _ *rand.Rand) {
+			if i%2 == 0 {
+				s, err := p.consumer.Open(t.Context(), "nobody", nil)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := s.Recv(); !errors.Is(err, nats.ErrNoResponders) {
+					t.Errorf("Recv: %v", err)
+				}
+				return
+			}
+			results, err := p.consumer.OpenStream(t.Context(), "nobody", nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			n := 0
+			for res := range results {
+				n++
+				if !errors.Is(res.Err, nats.ErrNoResponders) {
+					t.Errorf("the channel yields %v", res.Err)
+				}
+			}
+			if n != 1 {
+				t.Errorf("the channel yields %d results, want 1", n)
+			}
+		})
+	})
+}
+
+// heapInUse returns the bytes that heap and stacks have taken, with what cannot be used for fragmentation.
+func heapInUse() int64 {
 	for range 3 {
 		runtime.GC()
 	}
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
-	return int64(m.HeapAlloc)
+	return int64(m.HeapInuse + m.StackInuse)
+}
+
+// An open stream on which nothing happens costs the consumer at most 2 KiB.
+func TestIdleStreamTakesLittleMemory(t *testing.T) {
+	const limit = 2048
+	n := scaled(100_000)
+	if stream.RaceEnabled {
+		n = min(n, 5000)
+	}
+	// The producer is a bare connection, so that what is measured belongs to the consumer. It answers no questions, so none is asked.
+	p := newPair(t, pairOptions{consumer: stream.ClientParams{KeepAlive: time.Hour}})
+	producer := p.producer.Conn
+	_, err := producer.Subscribe("silent", func(*nats.Msg) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := rawPacket(stream.PacketSeq, 1, 0, rawData("record"))
+	if _, err := producer.Subscribe("greeting", func(req *nats.Msg) {
+		if err := producer.PublishRequest(req.Reply, "nowhere.to.be.found", first); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := producer.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for _, subject := range []string{"silent", "greeting"} {
+		t.Run(subject, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			streams := make([]*stream.Stream, 0, n)
+			heap, goroutines := heapInUse(), runtime.NumGoroutine()
+			// What the producer and the NATS server in this process allocate for each request lies between what stays. How
+			// much of that is free at the end depends on when the collector ran, so it runs often.
+			defer debug.SetGCPercent(debug.SetGCPercent(10))
+			for range n {
+				s, err := p.consumer.Open(ctx, subject, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if subject == "greeting" {
+					if rec, err := s.Recv(); string(rec) != "record" || err != nil {
+						t.Fatalf("Recv: %q, %v", rec, err)
+					}
+				}
+				streams = append(streams, s)
+			}
+			eventually(t, "all requests were published", func() bool { // they hold their headers until then
+				st, err := p.server.Raw().Varz(nil)
+				return err == nil && st.InMsgs >= int64(n)
+			})
+			each := (heapInUse() - heap) / int64(n)
+			if open := p.consumer.Stats().Streams; open != n {
+				t.Errorf("%d streams are open, want %d", open, n)
+			}
+			t.Logf("%d idle streams, %d bytes each, %d goroutines more", n, each, runtime.NumGoroutine()-goroutines)
+			if !stream.RaceEnabled && each > limit {
+				t.Errorf("an idle stream costs %d bytes, want at most %d", each, limit)
+			}
+			if grown := runtime.NumGoroutine() - goroutines; grown > 2 {
+				t.Errorf("%d goroutines for %d idle streams", grown, n)
+			}
+			cancel()
+			runtime.KeepAlive(streams)
+			verifyIdle(t, p.consumer)
+		})
+	}
+}
+
+// Everything at once: reads, writes, and all that ends a stream, from goroutines of their own. Nothing hangs, nothing
+// races, nothing is left.
+func TestEverythingAtOnceLeavesNothing(t *testing.T) {
+	const streams = 60
+	rounds := scaled(40)
+	p := newPair(t)
+	for round := range rounds {
+		producer, err := stream.NewClient(stream.ClientParams{Conn: p.producer.Conn})
+		if err != nil {
+			t.Fatal(err)
+		}
+		consumer, err := stream.NewClient(stream.ClientParams{Conn: p.consumer.Conn, MaxBuffered: 4 << 20})
+		if err != nil {
+			t.Fatal(err)
+		}
+		subject := fmt.Sprintf("hammer.%d", round)
+		var group sync.WaitGroup
+		sub, err := p.producer.Conn.Subscribe(subject, func(req *nats.Msg) {
+			w := producer.NewWriter(req.Reply)
+			r := rand.New(rand.NewPCG(rand.Uint64(), 1))
+			for range 2 {
+				size, pause := r.IntN(40<<10), r.IntN(3)
+				group.Go(func() {
+					buf := make([]byte, size)
+					for {
+						if _, err := w.Write(buf); err != nil {
+							return
+						}
+						if pause == 0 {
+							time.Sleep(20 * time.Microsecond)
+						}
+					}
+				})
+			}
+			group.Go(func() { // an encoder that writes into the open packet
+				for w.Context().Err() == nil {
+					if _, err := w.WriteObject(map[string]int{"round": round}); err != nil {
+						return
+					}
+				}
+			})
+			wait := time.Duration(r.IntN(6000)) * time.Microsecond
+			code := stream.CloseNormalClosure + r.IntN(2)*3000
+			group.Go(func() {
+				select {
+				case <-w.Context().Done():
+				case <-time.After(wait):
+				}
+				_ = w.Flush()
+				_ = w.CloseWithCode(code, "done")
+			})
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := p.producer.Conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		var open sync.WaitGroup
+		for i := range streams {
+			open.Go(func() {
+				r := rand.New(rand.NewPCG(uint64(round), uint64(i)))
+				ctx, cancel := context.WithCancel(context.Background())
+				defer cancel()
+				var others sync.WaitGroup
+				defer others.Wait()
+				after := func(f func()) {
+					d := time.Duration(r.IntN(5000)) * time.Microsecond
+					others.Go(func() { time.Sleep(d); f() })
+				}
+				if r.IntN(3) == 0 {
+					after(cancel)
+				}
+				s, err := consumer.Open(ctx, subject, nil)
+				if err != nil {
+					if !errors.Is(err, context.Canceled) && !errors.Is(err, stream.ErrClientClosed) {
+						t.Errorf("Open: %v", err)
+					}
+					return
+				}
+				switch r.IntN(4) {
+				case 0:
+					after(func() { s.Close() })
+					after(func() { s.Close() })
+				case 1:
+					after(func() { _ = s.CloseWithCode(4999, "enough") })
+				}
+				after(func() { _ = s.Context().Err(); _ = consumer.Stats() })
+				for _, err := range s.All() {
+					if err != nil {
+						break
+					}
+				}
+			})
+		}
+		time.Sleep(time.Duration(rand.IntN(6000)) * time.Microsecond)
+		first, second := consumer, producer
+		if round%2 == 0 {
+			first, second = producer, consumer
+		}
+		waitFor(t, "both clients to close under load", func() {
+			_ = first.Close()
+			_ = second.Close()
+		})
+		// A handler may be called until the subscription has ended, and then no more.
+		if err := sub.Drain(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the subscription has ended", func() bool { return !sub.IsValid() })
+		if round%4 == 3 { // requests that nobody got: their streams ended with the client
+			if err := p.producer.Conn.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		waitFor(t, "all streams to end", open.Wait)
+		waitFor(t, "all writers to end", group.Wait)
+		for _, c := range []*stream.Client{producer, consumer} {
+			if st := c.Stats(); st.Streams != 0 || st.Reserved != 0 {
+				t.Errorf("round %d: left after the end: %+v", round, st)
+			}
+		}
+	}
 }

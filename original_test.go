@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -59,7 +61,7 @@ func receive(t *testing.T, ch resultChannel) (values [][]byte, failures []error)
 	return values, failures
 }
 
-func TestOpenStreamNormal(t *testing.T) {
+func TestOpenStreamYieldsRecordsAndCloses(t *testing.T) {
 	p := newPair(t)
 	w, ch := openStream(t, p, testContext(t))
 	if cap(ch) != stream.RequestChanLen || stream.RequestChanLen != 16 {
@@ -83,7 +85,7 @@ func TestOpenStreamNormal(t *testing.T) {
 	}
 }
 
-func TestOpenStreamCloseCodes(t *testing.T) {
+func TestOpenStreamReportsCloseCodes(t *testing.T) {
 	p := newPair(t)
 	for _, code := range []int{stream.CloseGoingAway, stream.CloseUnsupportedData, stream.CloseAbnormalClosure, stream.CloseBadRequest, stream.CloseInternalServerErr} {
 		t.Run(fmt.Sprint(code), func(t *testing.T) {
@@ -105,7 +107,7 @@ func TestOpenStreamCloseCodes(t *testing.T) {
 }
 
 // Objects arrive as JSON, whatever codec the client asks for otherwise.
-func TestOpenStreamObjects(t *testing.T) {
+func TestOpenStreamObjectsAreJSON(t *testing.T) {
 	type object struct {
 		Name string `json:"name"`
 		List []int  `json:"list"`
@@ -133,7 +135,7 @@ func TestOpenStreamObjects(t *testing.T) {
 	}
 }
 
-func TestOpenStreamNoResponders(t *testing.T) {
+func TestOpenStreamReportsNoResponders(t *testing.T) {
 	p := newPair(t)
 	ch, err := p.consumer.OpenStream(testContext(t), "nobody", nil)
 	if err != nil {
@@ -145,7 +147,7 @@ func TestOpenStreamNoResponders(t *testing.T) {
 	}
 }
 
-func TestOpenStreamContextEnds(t *testing.T) {
+func TestOpenStreamEndsWithItsContext(t *testing.T) {
 	for _, deadline := range []bool{false, true} {
 		start := func(t *testing.T) (context.Context, func()) {
 			if !deadline {
@@ -189,7 +191,7 @@ func TestOpenStreamContextEnds(t *testing.T) {
 	}
 }
 
-func TestOpenStreamClientCloses(t *testing.T) {
+func TestOpenStreamEndsWithItsClient(t *testing.T) {
 	p := newPair(t)
 	w, ch := openStream(t, p, testContext(t))
 	write(t, w, []byte("value"))
@@ -205,7 +207,7 @@ func TestOpenStreamClientCloses(t *testing.T) {
 	endedBy(t, w, &stream.CloseError{Code: stream.CloseGoingAway})
 }
 
-func TestOpenStreamConnectionCloses(t *testing.T) {
+func TestOpenStreamEndsWithItsConnection(t *testing.T) {
 	p := newPair(t, hasty)
 	w, ch := openStream(t, p, testContext(t))
 	write(t, w, []byte("value"))
@@ -216,6 +218,71 @@ func TestOpenStreamConnectionCloses(t *testing.T) {
 		t.Errorf("%q, %v", values, failures)
 	}
 	_ = w.Close()
+}
+
+// The last result of OpenStream has the error of any end but the normal one. The results before it are the first records.
+func TestOpenStreamReportsEveryEnd(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	s.handle(t, "endless", func(w *stream.Writer, _ *stream.Request) error {
+		for i := 0; ; i++ {
+			if _, err := w.Write([]byte(fmt.Sprint(i))); err != nil {
+				return err
+			}
+		}
+	})
+	cause := errors.New("budget used up")
+	for _, read := range []int{0, 1, stream.RequestChanLen, 100} {
+		for name, start := range map[string]func() (context.Context, func()){
+			"cancel": func() (context.Context, func()) { return context.WithCancel(context.Background()) },
+			"cause": func() (context.Context, func()) {
+				ctx, cancel := context.WithCancelCause(context.Background())
+				return ctx, func() { cancel(cause) }
+			},
+		} {
+			for _, waits := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s/%d read, waits %v", name, read, waits), func(t *testing.T) {
+					ctx, end := start()
+					ch, err := p.consumer.OpenStream(ctx, "endless", nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					next := 0
+					for range read {
+						if v, err := (<-ch).ValueOrError(); err != nil || string(v) != fmt.Sprint(next) {
+							t.Fatalf("record %d: %q, %v", next, v, err)
+						}
+						next++
+					}
+					if waits {
+						eventually(t, "the channel is full", func() bool { return len(ch) == cap(ch) })
+					}
+					end()
+					if waits { // long enough to be taken for a caller that is gone
+						time.Sleep(200 * time.Millisecond)
+					}
+					var last error
+					waitFor(t, "the channel to be closed", func() {
+						for res := range ch {
+							v, err := res.ValueOrError()
+							switch {
+							case last != nil:
+								t.Errorf("a result after the error: %q, %v", v, err)
+							case err != nil:
+								last = err
+							case string(v) != fmt.Sprint(next):
+								t.Errorf("record %q after %d", v, next-1)
+							}
+							next++
+						}
+					})
+					if !errors.Is(last, context.Canceled) || name == "cause" && !errors.Is(last, cause) {
+						t.Errorf("the last result has %v", last)
+					}
+				})
+			}
+		}
+	}
 }
 
 // Results are never used again: a caller may keep all of them.
@@ -261,7 +328,7 @@ func TestOpenStreamResultsAreKept(t *testing.T) {
 }
 
 // Results come out of slabs: much less than one allocation each.
-func TestOpenStreamAllocations(t *testing.T) {
+func TestOpenStreamAllocatesLittle(t *testing.T) {
 	p := newPair(t)
 	w, ch := openStream(t, p, testContext(t))
 	count := scaled(200000)
@@ -299,7 +366,7 @@ func TestOpenStreamAllocations(t *testing.T) {
 	receive(t, ch)
 }
 
-func TestStreamingMsgJSON(t *testing.T) {
+func TestStreamingMsgIsEncodedAsBefore(t *testing.T) {
 	for _, tt := range []struct {
 		msg  stream.StreamingMsg
 		want string
@@ -314,9 +381,164 @@ func TestStreamingMsgJSON(t *testing.T) {
 	}
 }
 
-func TestOriginalCloseCodes(t *testing.T) {
+func TestOriginalCloseCodesAreUnchanged(t *testing.T) {
 	got := []int{stream.CloseNormalClosure, stream.CloseGoingAway, stream.CloseUnsupportedData, stream.CloseAbnormalClosure, stream.CloseBadRequest, stream.CloseInternalServerErr}
 	if fmt.Sprint(got) != "[1000 1001 1003 1006 4000 5000]" {
 		t.Errorf("%v", got)
+	}
+}
+
+func TestNewWriterRefusesWhatIsNoRequest(t *testing.T) {
+	p := newPair(t)
+	all := func(t *testing.T, w *stream.Writer, want error) {
+		t.Helper()
+		waitFor(t, "the calls to fail", func() {
+			for i, err := range []error{
+				errOf(w.Write(nil)), errOf(w.Write([]byte("x"))), errOf(w.WriteObject(1)), errOf(w.ReadFrom(strings.NewReader("x"))),
+				errOf(fmt.Fprint(w, "x")), w.Close(), w.CloseWithCode(4000),
+			} {
+				if !errors.Is(err, want) {
+					t.Errorf("call %d: %v; want %v", i, err, want)
+				}
+			}
+			w.Flush() // has nothing to do
+			if w.Context() == nil {
+				t.Error("there is no context")
+			}
+		})
+	}
+	all(t, stream.NewWriter(nil, "a.b"), nats.ErrInvalidConnection)
+	all(t, (*stream.Client)(nil).NewWriter("a.b"), nats.ErrInvalidConnection)
+	all(t, stream.NewWriter(new(stream.Client), "a.b"), nats.ErrInvalidConnection)
+	all(t, stream.NewWriter(p.producer, ""), nats.ErrBadSubject)
+	all(t, p.producer.NewWriter("_SINBOX.x.~2m5IAAAAAAAAAAA"), stream.ErrVersion)
+	if n := p.producer.Stats(); n.Streams != 0 || n.PacketsSent != 0 {
+		t.Errorf("%+v", n)
+	}
+}
+
+// A writer may be made and used within a NATS callback, also on the connection and the client that opened the stream:
+// what a callback may write without waiting is the window.
+func TestNewWriterWorksInACallback(t *testing.T) {
+	for _, shared := range []bool{false, true} {
+		t.Run(fmt.Sprint("shared=", shared), func(t *testing.T) {
+			p := newPair(t, pairOptions{shared: shared})
+			sub, err := p.producer.Conn.Subscribe("callback", func(m *nats.Msg) {
+				w := stream.NewWriter(p.producer, m.Reply)
+				for i := range 1000 {
+					write(t, w, testRecord(i, 100))
+				}
+				if _, err := w.WriteObject("object"); err != nil {
+					t.Errorf("WriteObject: %v", err)
+				}
+				if err := w.Flush(); err != nil {
+					t.Errorf("Flush: %v", err)
+				}
+				closeWriter(t, w)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer sub.Unsubscribe()
+			if err := p.producer.Conn.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			var streams []*stream.Stream
+			for range 10 {
+				streams = append(streams, open(t, p.consumer, "callback"))
+			}
+			for _, s := range streams {
+				got, err := readAll(s)
+				if err != io.EOF || len(got) != 1001 {
+					t.Fatalf("%d records, %v", len(got), err)
+				}
+				for i, rec := range got[:1000] {
+					if !bytes.Equal(rec, testRecord(i, 100)) {
+						t.Fatalf("record %d differs", i)
+					}
+				}
+			}
+		})
+	}
+}
+
+// A writer whose client or connection is gone says so, whatever it did before. None of its calls hangs.
+func TestWriterWithoutClientFails(t *testing.T) {
+	for _, gone := range []struct {
+		name  string
+		close func(c *stream.Client)
+		want  error
+	}{
+		{"clientClosed", func(c *stream.Client) { _ = c.Close() }, stream.ErrClientClosed},
+		{"connectionClosed", func(c *stream.Client) { c.Conn.Close() }, nats.ErrConnectionClosed},
+	} {
+		for _, peer := range []string{"binary", "fallback"} {
+			for _, before := range []string{"nothing", "write", "flush", "made after"} {
+				t.Run(fmt.Sprintf("%s/%s/%s", gone.name, peer, strings.ReplaceAll(before, " ", "")), func(t *testing.T) {
+					p := newPair(t)
+					c := p.newClient(t, stream.ClientParams{})
+					subject := "old.abcdefgh"
+					if peer == "binary" {
+						sub, err := p.producer.Conn.SubscribeSync("request")
+						if err != nil {
+							t.Fatal(err)
+						}
+						open(t, p.producer, "request")
+						req, err := sub.NextMsg(patience)
+						if err != nil {
+							t.Fatal(err)
+						}
+						subject = req.Reply
+					}
+					var w *stream.Writer
+					if before != "made after" {
+						w = c.NewWriter(subject)
+					}
+					if before == "write" || before == "flush" {
+						write(t, w, []byte("record"))
+					}
+					if before == "flush" {
+						if err := w.Flush(); err != nil {
+							t.Fatal(err)
+						}
+					}
+					gone.close(c)
+					if before == "made after" {
+						w = c.NewWriter(subject)
+					}
+					verifyPromptly(t, "the writer's context", func() { <-w.Context().Done() })
+					if t.Failed() {
+						return
+					}
+					verifyPromptly(t, "Flush or Close", func() {
+						// A packet that is open takes records until the outbox has thrown it away.
+						var err error
+						poll(func() bool { _, err = w.Write([]byte("more")); return err != nil })
+						if !errors.Is(err, gone.want) {
+							t.Errorf("Write: %v, want %v", err, gone.want)
+						}
+						_ = w.Flush()
+						if err := w.Close(); !errors.Is(err, gone.want) {
+							t.Errorf("Close: %v, want %v", err, gone.want)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// A writer that is never closed ends with its client, and so does its consumer's stream.
+func TestWriterNeverClosedEndsWithItsClient(t *testing.T) {
+	p := newPair(t)
+	c := p.newClient(t, stream.ClientParams{})
+	serveClient(t, p, c, "records", func(w *stream.Writer, _ *nats.Msg) { write(t, w, []byte("only")) })
+	s := open(t, p.consumer, "records")
+	if rec, err := s.Recv(); string(rec) != "only" || err != nil {
+		t.Fatalf("Recv: %q, %v", rec, err)
+	}
+	waitFor(t, "Client.Close", func() { _ = c.Close() })
+	if _, err := s.Recv(); !errors.Is(err, &stream.CloseError{Code: stream.CloseGoingAway}) {
+		t.Errorf("Recv: %v", err)
 	}
 }

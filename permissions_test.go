@@ -10,13 +10,13 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
-	"github.com/natsstream/stream/streamtest"
 )
 
 // recipe returns the configuration in docs/PROTOCOL.md section 15 whose first line is "# permissions: " and name.
@@ -31,137 +31,6 @@ func recipe(t testing.TB, name string) string {
 		t.Fatalf("docs/PROTOCOL.md has no block %q", name)
 	}
 	return string(block[1])
-}
-
-// newRestricted is a pair on a server with the given configuration, without clients.
-func newRestricted(t testing.TB, config string) *pair {
-	t.Helper()
-	for _, user := range []string{"producer", "alice", "bob"} {
-		t.Setenv(strings.ToUpper(user)+"_PASSWORD", "secret-of-"+user)
-	}
-	checkLeaks(t)
-	p := &pair{server: streamtest.Run(t, streamtest.WithConfig(config))}
-	t.Cleanup(func() { p.finish(t) })
-	return p
-}
-
-// user is how the users of the recipes connect.
-func user(name string, more ...nats.Option) []nats.Option {
-	return append([]nats.Option{nats.UserInfo(name, "secret-of-"+name), nats.CustomInboxPrefix("_SINBOX." + name)}, more...)
-}
-
-// refusal is a permissions error as the connection's own error handler heard it.
-type refusal struct {
-	at  time.Time
-	err error
-}
-
-// refusals collects what NATS refuses.
-type refusals chan refusal
-
-func (r refusals) option() nats.Option {
-	return nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-		select {
-		case r <- refusal{time.Now(), err}:
-		default:
-		}
-	})
-}
-
-// within fails the test unless ended, when err was reported, is at most half a second after the first refusal, and err
-// names subject.
-func (r refusals) within(t testing.TB, ended time.Time, err error, subject string) {
-	t.Helper()
-	var first refusal
-	waitFor(t, "the refusal", func() { first = <-r })
-	if d := ended.Sub(first.at); d > 500*time.Millisecond {
-		t.Errorf("reported %v after the refusal", d)
-	}
-	wantRefused(t, err, subject)
-}
-
-// wantRefused fails the test unless err says that NATS does not permit subject.
-func wantRefused(t testing.TB, err error, subject string) {
-	t.Helper()
-	if !errors.Is(err, nats.ErrPermissionViolation) || !strings.Contains(err.Error(), subject) || !strings.Contains(err.Error(), "docs/PROTOCOL.md section 15") {
-		t.Errorf("error %v; want a permissions violation that names %s and the section that helps", err, subject)
-	}
-}
-
-// echo is a handler that sends back what it gets, with headers and trailers around it.
-func echo(w *stream.Writer, r *stream.Request) error {
-	if err := w.SetHeader(nats.Header{"Answer-To": {r.Subject}}); err != nil {
-		return err
-	}
-	for rec, err := range r.All() {
-		if err != nil {
-			return err
-		}
-		if _, err := w.Write(rec); err != nil {
-			return err
-		}
-	}
-	return w.SetTrailer(nats.Header{"Complete": {"yes"}})
-}
-
-// verifyEcho sends n records of the sizes, in turn, through an echo handler and compares what comes back.
-func verifyEcho(t testing.TB, c *stream.Client, subject string, n int, sizes ...int) {
-	t.Helper()
-	s := open(t, c, subject)
-	var sending sync.WaitGroup
-	sending.Go(func() {
-		for i := range n {
-			if _, err := s.Write(testRecord(i, sizes[i%len(sizes)])); err != nil {
-				t.Errorf("Write of record %d: %v", i, err)
-				return
-			}
-		}
-		if err := s.CloseSend(); err != nil {
-			t.Errorf("CloseSend: %v", err)
-		}
-	})
-	defer sending.Wait()
-	for i := range n {
-		rec, err := s.Recv()
-		if err != nil || !bytes.Equal(rec, testRecord(i, sizes[i%len(sizes)])) {
-			t.Errorf("record %d of %d: %d bytes, %v", i, n, len(rec), err)
-			s.Close()
-			return
-		}
-	}
-	wantEOF(t, s)
-	if h, err := s.Header(); h.Get("Answer-To") != subject || err != nil {
-		t.Errorf("headers %v, %v", h, err)
-	}
-	if h := s.Trailer(); h.Get("Complete") != "yes" {
-		t.Errorf("trailers %v", h)
-	}
-}
-
-// The two recipes for one account let streams pass both ways, and keep strangers out.
-func TestPermissionRecipes(t *testing.T) {
-	for _, name := range []string{"one account", "answers only"} {
-		t.Run(name, func(t *testing.T) {
-			p := newRestricted(t, recipe(t, name))
-			srv := newService(t, p, stream.ServerParams{KeepAlive: 20 * time.Millisecond}, user("producer")...)
-			srv.handle(t, "svc.echo", echo)
-			alice := p.newClient(t, stream.ClientParams{KeepAlive: 20 * time.Millisecond}, user("alice")...)
-			bob := p.newClient(t, stream.ClientParams{}, user("bob")...)
-
-			var group sync.WaitGroup
-			for _, c := range []*stream.Client{alice, bob} {
-				for range 4 {
-					group.Go(func() { verifyEcho(t, c, "svc.echo", 1200, 1, 100, 3000) })
-				}
-			}
-			group.Wait()
-			verifyEcho(t, alice, "svc.echo", 3, 2<<20)
-			if s := srv.Stats(); s.UnsentControl != 0 || s.DroppedControl != 0 {
-				t.Errorf("server: %+v", s)
-			}
-			verifyStrangers(t, p, srv, alice, bob)
-		})
-	}
 }
 
 // verifyStrangers lets bob try to read and to write what is alice's, or the producer's.
@@ -228,9 +97,35 @@ func verifyStrangers(t *testing.T, p *pair, srv *service, alice, bob *stream.Cli
 	verifyEcho(t, bob, "svc.echo", 3, 10) // whom it did not harm either
 }
 
+// The two recipes for one account let streams pass both ways, and keep strangers out.
+func TestPermissionRecipesLetStreamsPass(t *testing.T) {
+	for _, name := range []string{"one account", "answers only"} {
+		t.Run(name, func(t *testing.T) {
+			p := newRestricted(t, recipe(t, name))
+			srv := newService(t, p, stream.ServerParams{KeepAlive: 20 * time.Millisecond}, user("producer")...)
+			srv.handle(t, "svc.echo", echo)
+			alice := p.newClient(t, stream.ClientParams{KeepAlive: 20 * time.Millisecond}, user("alice")...)
+			bob := p.newClient(t, stream.ClientParams{}, user("bob")...)
+
+			var group sync.WaitGroup
+			for _, c := range []*stream.Client{alice, bob} {
+				for range 4 {
+					group.Go(func() { verifyEcho(t, c, "svc.echo", 1200, 1, 100, 3000) })
+				}
+			}
+			group.Wait()
+			verifyEcho(t, alice, "svc.echo", 3, 2<<20)
+			if s := srv.Stats(); s.UnsentControl != 0 || s.DroppedControl != 0 {
+				t.Errorf("server: %+v", s)
+			}
+			verifyStrangers(t, p, srv, alice, bob)
+		})
+	}
+}
+
 // What allow_responses cannot do ends the handler's stream with an error that names the consumer's subject: more than one
 // message by default, any after its expiry, and any after the producer's connection was made anew.
-func TestPermissionAnswersOnly(t *testing.T) {
+func TestAllowResponsesIsNotEnoughForAHandler(t *testing.T) {
 	base := recipe(t, "answers only")
 	const grant = `allow_responses: { max: -1, expires: "24h" }`
 	if strings.Count(base, grant) != 3 {
@@ -279,7 +174,7 @@ func TestPermissionAnswersOnly(t *testing.T) {
 }
 
 // Nor does a consumer's stream survive its reconnect where it may only answer.
-func TestPermissionAnswersOnlyConsumer(t *testing.T) {
+func TestAllowResponsesIsNotEnoughForAConsumer(t *testing.T) {
 	p := newRestricted(t, recipe(t, "answers only"))
 	times := stream.ServerParams{KeepAlive: time.Second, ResumeTimeout: 200 * time.Millisecond}
 	srv := newService(t, p, times, user("producer")...)
@@ -307,7 +202,7 @@ authorization { users: [
 ] }`
 
 // A consumer that may not publish its request, or its credit, hears so on that stream. Its other streams go on.
-func TestPermissionConsumerPublish(t *testing.T) {
+func TestForbiddenPublishOfConsumerEndsOneStream(t *testing.T) {
 	for name, c := range map[string]struct {
 		publish string // what alice may
 		open    string
@@ -363,19 +258,8 @@ func TestPermissionConsumerPublish(t *testing.T) {
 	}
 }
 
-// exchange sends record i through an echo handler.
-func exchange(t testing.TB, s *stream.Stream, i int) {
-	t.Helper()
-	if _, err := s.Write(testRecord(i, 100)); err != nil {
-		t.Fatal(err)
-	}
-	if rec, err := s.Recv(); err != nil || !bytes.Equal(rec, testRecord(i, 100)) {
-		t.Fatalf("%d bytes, %v", len(rec), err)
-	}
-}
-
 // A producer that may not publish to one consumer's inbox hears so on that stream. Its other streams go on.
-func TestPermissionProducerPublish(t *testing.T) {
+func TestForbiddenPublishOfProducerEndsOneStream(t *testing.T) {
 	p := newRestricted(t, recipe(t, "one account"))
 	denied := make(refusals, 1)
 	params := stream.ServerParams{KeepAlive: 20 * time.Millisecond}
@@ -431,7 +315,7 @@ func TestPermissionProducerPublish(t *testing.T) {
 }
 
 // Without permission to subscribe to its inbox a client or server has no streams, and says why.
-func TestPermissionSubscribe(t *testing.T) {
+func TestForbiddenInboxIsReported(t *testing.T) {
 	p := newRestricted(t, fmt.Sprintf(restrictedUsers, `"_SINBOX.alice.>"`, `"_SINBOX.alice.>"`, `[ "svc.>", "_SINBOX.producer.>" ]`))
 	srv := newService(t, p, stream.ServerParams{KeepAlive: time.Second, ResumeTimeout: 200 * time.Millisecond}, user("producer")...)
 	srv.handle(t, "svc.echo", echo)
@@ -471,6 +355,44 @@ func TestPermissionSubscribe(t *testing.T) {
 	verifyEcho(t, good, "svc.echo", 10, 10)
 }
 
+// The server checks permissions after it maps subjects, and names the one that it has mapped. The request hears of it all the same,
+// and no other stream does.
+func TestForbiddenMappedSubjectEndsOneStream(t *testing.T) {
+	p := newRestricted(t, `mappings: { "svc.v1": "svc.v2" }`+fmt.Sprintf(restrictedUsers, `"_SINBOX.alice.>"`, `"_SINBOX.alice.>"`,
+		`[ "svc.v1", "svc.echo", "_SINBOX.producer.>" ]`))
+	srv := newService(t, p, stream.ServerParams{}, user("producer")...)
+	srv.handle(t, "svc.echo", echo)
+	alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
+	goesOn := open(t, alice, "svc.echo")
+	exchange(t, goesOn, 1)
+	for range 3 {
+		s := open(t, alice, "svc.v1")
+		other := open(t, alice, "svc.echo") // at the same time
+		_, err := s.Recv()
+		wantRefused(t, err, "svc.v2")
+		exchange(t, other, 2)
+		if err := other.CloseSend(); err != nil {
+			t.Error(err)
+		}
+		wantEOF(t, other)
+	}
+	exchange(t, goesOn, 3)
+	if err := goesOn.CloseSend(); err != nil {
+		t.Error(err)
+	}
+	wantEOF(t, goesOn)
+}
+
+// The server quotes the subject that it names.
+func TestForbiddenSubjectMayBeQuoted(t *testing.T) {
+	const odd = `svc.odd"\\.'é`
+	p := newRestricted(t, fmt.Sprintf(restrictedUsers, `[]`, `"_SINBOX.alice.>"`, `[ "svc.echo" ]`))
+	denied := make(refusals, 1)
+	alice := p.newClient(t, stream.ClientParams{}, user("alice", denied.option())...)
+	_, err := open(t, alice, odd).Recv()
+	denied.within(t, time.Now(), err, odd)
+}
+
 // newAccounts is a server with the recipe for accounts, and what they need.
 func newAccounts(t *testing.T, server stream.ServerParams, client stream.ClientParams) (*pair, *service, *stream.Client) {
 	t.Helper()
@@ -480,7 +402,7 @@ func newAccounts(t *testing.T, server stream.ServerParams, client stream.ClientP
 }
 
 // Streams cross accounts in both directions, with headers and trailers, credit and records of any size.
-func TestAccountStreams(t *testing.T) {
+func TestStreamsCrossAccounts(t *testing.T) {
 	// No end asks whether the other has something: a question that crosses the answer is to a stream that is over.
 	p, srv, alice := newAccounts(t, stream.ServerParams{AckTimeout: patience}, stream.ClientParams{AckTimeout: patience})
 	srv.handle(t, "svc.echo", echo)
@@ -503,7 +425,7 @@ func TestAccountStreams(t *testing.T) {
 }
 
 // The reply subject of a request that crossed accounts is none of the consumer's. What it offers comes from a header.
-func TestAccountOffer(t *testing.T) {
+func TestOfferCrossesAccounts(t *testing.T) {
 	_, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{Window: 8 << 10})
 	requests, err := srv.nc.SubscribeSync("svc.raw")
 	if err != nil || srv.nc.Flush() != nil {
@@ -551,7 +473,7 @@ func TestAccountOffer(t *testing.T) {
 }
 
 // Cancellation and deadlines reach a handler in another account, and its close code comes back.
-func TestAccountEnds(t *testing.T) {
+func TestEndsCrossAccounts(t *testing.T) {
 	_, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{})
 	causes := make(chan error, 1)
 	srv.handle(t, "svc.endless", func(w *stream.Writer, r *stream.Request) error {
@@ -601,7 +523,7 @@ func TestAccountEnds(t *testing.T) {
 }
 
 // Questions to silent peers cross accounts, each with a reply subject mapped anew.
-func TestAccountSilence(t *testing.T) {
+func TestQuestionsCrossAccounts(t *testing.T) {
 	_, srv, alice := newAccounts(t, stream.ServerParams{KeepAlive: 10 * time.Millisecond, AckTimeout: 10 * time.Millisecond, ResumeTimeout: 2 * time.Second},
 		stream.ClientParams{KeepAlive: 10 * time.Millisecond, AckTimeout: 10 * time.Millisecond, ResumeTimeout: 2 * time.Second})
 	srv.handle(t, "svc.echo", echo)
@@ -618,7 +540,7 @@ func TestAccountSilence(t *testing.T) {
 }
 
 // The mapping of reply subjects goes with the connection of the end that they belong to. Streams outlive that.
-func TestAccountReconnect(t *testing.T) {
+func TestStreamsAcrossAccountsSurviveReconnects(t *testing.T) {
 	for _, name := range []string{"consumer", "producer"} {
 		t.Run(name, func(t *testing.T) {
 			_, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{})
@@ -696,40 +618,230 @@ func TestAccountReconnect(t *testing.T) {
 	}
 }
 
-// The server checks permissions after it maps subjects, and names the one that it has mapped. The request hears of it all the same,
-// and no other stream does.
-func TestPermissionMappedSubject(t *testing.T) {
-	p := newRestricted(t, `mappings: { "svc.v1": "svc.v2" }`+fmt.Sprintf(restrictedUsers, `"_SINBOX.alice.>"`, `"_SINBOX.alice.>"`,
-		`[ "svc.v1", "svc.echo", "_SINBOX.producer.>" ]`))
+// A permission for the inbox goes by a reload and comes back, while the connection is up. The client and the server report the
+// permission meanwhile, and work again soon after.
+func TestInboxPermissionGoesAndComesBack(t *testing.T) {
+	config := func(producer, alice string) string {
+		return fmt.Sprintf(`authorization { users: [
+			{ user: producer, password: secret-of-producer, permissions: { subscribe: [ "svc.>", %q ], publish: ">" } }
+			{ user: alice, password: secret-of-alice, permissions: { subscribe: %q, publish: ">" } }
+			{ user: bob, password: secret-of-bob } ] }`, producer, alice)
+	}
+	const producerInbox, aliceInbox = "_SINBOX.producer.>", "_SINBOX.alice.>"
+	p := newRestricted(t, config(producerInbox, aliceInbox))
 	srv := newService(t, p, stream.ServerParams{}, user("producer")...)
-	srv.handle(t, "svc.echo", echo)
+	if _, err := srv.HandleQueue("svc.echo", "q", echo); err != nil {
+		t.Fatal(err)
+	}
+	if err := srv.nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
 	alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
-	goesOn := open(t, alice, "svc.echo")
-	exchange(t, goesOn, 1)
+	bob := p.newClient(t, stream.ClientParams{}, user("bob")...)
+	verifyEcho(t, alice, "svc.echo", 10, 10)
 	for range 3 {
-		s := open(t, alice, "svc.v1")
-		other := open(t, alice, "svc.echo") // at the same time
-		_, err := s.Recv()
-		wantRefused(t, err, "svc.v2")
-		exchange(t, other, 2)
-		if err := other.CloseSend(); err != nil {
-			t.Error(err)
+		ofAlice, ofBob := open(t, alice, "svc.echo"), open(t, bob, "svc.echo")
+		exchange(t, ofAlice, 1)
+		exchange(t, ofBob, 1)
+		reload(t, p.server, config(producerInbox, "nothing"))
+		_, err := ofAlice.Recv()
+		wantRefused(t, err, "_SINBOX.alice.")
+		_, err = alice.Open(testContext(t), "svc.echo", nil)
+		wantRefused(t, err, "_SINBOX.alice.")
+		exchange(t, ofBob, 2)
+		wantNotDone(t, alice.Done(), alice.Err())
+
+		reload(t, p.server, config("nothing", aliceInbox)) // now the server's is gone
+		if _, err := ofBob.Recv(); err == nil {
+			t.Error("a stream of a server that hears nothing goes on")
 		}
-		wantEOF(t, other)
+		eventually(t, "the server has left its queue group", func() bool {
+			_, err := readAll(open(t, bob, "svc.echo"))
+			return errors.Is(err, nats.ErrNoResponders)
+		})
+		_, err = srv.Handle("svc.other", echo)
+		wantRefused(t, err, "_SINBOX.producer.")
+		wantNotDone(t, srv.Done(), srv.Err())
+
+		reload(t, p.server, config(producerInbox, aliceInbox))
+		eventually(t, "both are back", func() bool {
+			ctx, cancel := context.WithTimeout(testContext(t), time.Second)
+			defer cancel()
+			s, err := alice.Open(ctx, "svc.echo", nil)
+			if err != nil {
+				return false
+			}
+			defer s.Close()
+			if s.CloseSend() != nil {
+				return false
+			}
+			_, err = readAll(s)
+			return !errors.Is(err, nats.ErrNoResponders) && !errors.Is(err, context.DeadlineExceeded)
+		})
+		verifyEcho(t, alice, "svc.echo", 10, 10)
+		verifyEcho(t, bob, "svc.echo", 10, 10)
 	}
-	exchange(t, goesOn, 3)
-	if err := goesOn.CloseSend(); err != nil {
-		t.Error(err)
-	}
-	wantEOF(t, goesOn)
 }
 
-// The server quotes the subject that it names.
-func TestPermissionSubjectQuoted(t *testing.T) {
-	const odd = `svc.odd"\\.'é`
-	p := newRestricted(t, fmt.Sprintf(restrictedUsers, `[]`, `"_SINBOX.alice.>"`, `[ "svc.echo" ]`))
-	denied := make(refusals, 1)
-	alice := p.newClient(t, stream.ClientParams{}, user("alice", denied.option())...)
-	_, err := open(t, alice, odd).Recv()
-	denied.within(t, time.Now(), err, odd)
+// A member of a queue group that cannot serve leaves the requests to the others. It comes back when it can.
+func TestMemberThatCannotServeLeavesItsGroup(t *testing.T) {
+	config := func(inboxes string) string {
+		return fmt.Sprintf(`authorization { users: [
+			{ user: producer, password: secret-of-producer, permissions: { subscribe: [ "svc.>", %s ], publish: ">" } }
+			{ user: alice, password: secret-of-alice } ] }`, inboxes)
+	}
+	p := newRestricted(t, config(`"_SINBOX.good.>"`))
+	const both = `"_SINBOX.good.>", "_SINBOX.bad.>"`
+	reload(t, p.server, config(both))
+	var served [2]atomic.Int64
+	for i, prefix := range []string{"_SINBOX.good", "_SINBOX.bad"} {
+		srv := newService(t, p, stream.ServerParams{}, append(user("producer"), nats.CustomInboxPrefix(prefix))...)
+		if _, err := srv.HandleQueue("svc.x", "q", func(w *stream.Writer, r *stream.Request) error {
+			served[i].Add(1)
+			_, err := w.Write([]byte("x"))
+			return err
+		}); err != nil || srv.nc.Flush() != nil {
+			t.Fatal(err)
+		}
+	}
+	reload(t, p.server, config(`"_SINBOX.good.>"`))
+	alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
+	ask := func() error {
+		s := open(t, alice, "svc.x")
+		defer s.Close()
+		if records, err := readAll(s); len(records) != 1 {
+			return err
+		}
+		return nil
+	}
+	eventually(t, "only one member serves", func() bool {
+		before := served[1].Load()
+		for range 20 {
+			if ask() != nil {
+				return false
+			}
+		}
+		return served[1].Load() == before
+	})
+	before := served[1].Load()
+	for range scaled(500) {
+		if err := ask(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := served[1].Load() - before; n != 0 {
+		t.Errorf("%d requests were served by a member that hears nothing", n)
+	}
+	reload(t, p.server, config(both))
+	eventually(t, "both serve", func() bool {
+		if err := ask(); err != nil {
+			t.Error(err)
+			return true
+		}
+		return served[1].Load() > before
+	})
+}
+
+// The server refuses a subscription without saying which. If it is the inbox, streams end, and none begins until there is room.
+func TestRefusedInboxBySubscriptionLimitRecovers(t *testing.T) {
+	for name, limit := range map[string]string{
+		"account": `accounts { A { users: [ { user: a, password: a } ], limits { max_subscriptions: 3 } }
+			B { users: [ { user: b, password: b } ] } }
+			no_auth_user: a`,
+		"connection": `max_subscriptions: 3`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newRestricted(t, limit)
+			nc, err := p.server.Dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer nc.Close()
+			var mine []*nats.Subscription
+			for i := range 3 {
+				sub, err := nc.SubscribeSync(fmt.Sprint("mine.", i))
+				if err != nil {
+					t.Fatal(err)
+				}
+				mine = append(mine, sub)
+			}
+			if err := nc.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			c, err := stream.NewClient(stream.ClientParams{Conn: nc})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			s, err := c.Open(ctx, "mine.0", nil)
+			if err == nil {
+				_, err = s.Recv()
+			}
+			if !errors.Is(err, nats.ErrMaxSubscriptionsExceeded) {
+				t.Errorf("the first stream: %v", err)
+			}
+			if _, err := c.Open(ctx, "mine.0", nil); !errors.Is(err, nats.ErrMaxSubscriptionsExceeded) {
+				t.Errorf("the next stream: %v", err)
+			}
+			if err := mine[2].Unsubscribe(); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "there is room for the inbox", func() bool { s, err = c.Open(ctx, "mine.0", nil); return err == nil })
+			if _, err := mine[0].NextMsg(patience); err != nil {
+				t.Error(err)
+			}
+			s.Close()
+			if s, err = c.Open(ctx, "nobody", nil); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Recv(); !errors.Is(err, nats.ErrNoResponders) { // it comes by the inbox
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// If it is another subscription of the connection, no stream notices, also if the client may not write to its own inbox.
+func TestRefusedOtherSubscriptionHarmsNobody(t *testing.T) {
+	p := newRestricted(t, `accounts { A {
+		users: [ { user: producer, password: secret-of-producer }
+			{ user: alice, password: secret-of-alice, permissions: { publish: [ "svc.>", "_SINBOX.producer.>" ] } }
+			{ user: bob, password: secret-of-bob } ]
+		limits { max_subscriptions: 4 } } }`)
+	srv := newService(t, p, stream.ServerParams{}, user("producer")...)
+	srv.handle(t, "svc.echo", echo)
+	var streams []*stream.Stream
+	var clients []*stream.Client
+	for _, name := range []string{"alice", "bob"} {
+		c := p.newClient(t, stream.ClientParams{}, user(name)...)
+		if err := c.Conn.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		clients = append(clients, c)
+		s := open(t, c, "svc.echo")
+		exchange(t, s, 0)
+		streams = append(streams, s)
+	}
+	for i := range 5 {
+		for _, nc := range []*nats.Conn{srv.nc, clients[0].Conn, clients[1].Conn} {
+			sub, err := nc.SubscribeSync(fmt.Sprint("more.", i))
+			if err != nil || nc.Flush() != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = sub.Unsubscribe() }()
+		}
+		for k, s := range streams {
+			exchange(t, s, i)
+			verifyEcho(t, clients[k], "svc.echo", 3, 10)
+		}
+		time.Sleep(100 * time.Millisecond) // the doubt may take AckTimeout to end
+	}
+	for _, s := range streams {
+		if err := s.CloseSend(); err != nil {
+			t.Error(err)
+		}
+		wantEOF(t, s)
+	}
 }

@@ -19,18 +19,6 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// Bytes from a stranger. Whoever can publish to a reply subject can send anything: random bytes, packets of another
-// stream, JSON of every wrong shape. The stream they hit ends with an error that has a close code, or they are dropped
-// and counted. Nothing panics, no memory is taken because a length field says so, and no other stream notices.
-
-// rawPacket returns a packet with the given frames.
-func rawPacket(flags stream.PacketFlags, sender uint64, seq uint32, frames ...stream.Frame) []byte {
-	return stream.AppendPacket(nil, stream.PacketHeader{Flags: flags, Sender: sender, Seq: seq}, frames...)
-}
-
-// rawBytes returns a packet with the bytes of frames behind whole ones, and the length of what it is.
-func rawBytes(packet []byte, frames ...byte) []byte { return rawLength(append(packet, frames...)) }
-
 // rawLength writes into the header of b, where it is there as a whole, how long b is.
 func rawLength(b []byte) []byte {
 	if len(b) >= stream.PacketHeaderSize {
@@ -39,72 +27,8 @@ func rawLength(b []byte) []byte {
 	return b
 }
 
-func rawData(s string) stream.Frame {
-	return stream.Frame{Type: stream.FrameData, Payload: []byte(s)}
-}
-
-func rawMore(s string) stream.Frame {
-	return stream.Frame{Type: stream.FrameData, Flags: stream.FlagMore, Payload: []byte(s)}
-}
-
-func rawClose(code uint16) stream.Frame { return stream.Frame{Type: stream.FrameClose, Code: code} }
-func rawReset(code uint16) stream.Frame { return stream.Frame{Type: stream.FrameReset, Code: code} }
-func rawPing() stream.Frame             { return stream.Frame{Type: stream.FramePing} }
-
-func rawCredit(c stream.Credit) stream.Frame {
-	return stream.Frame{Type: stream.FrameCredit, Payload: stream.AppendCredit(nil, c)}
-}
-
-// rawRequests subscribes to a new subject and returns it. The requests that come are answered by the test.
-func rawRequests(t testing.TB, p *pair) (string, *nats.Subscription) {
-	t.Helper()
-	subject := nats.NewInbox()
-	sub, err := p.producer.Conn.SubscribeSync(subject)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.producer.Conn.Flush(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = sub.Unsubscribe() })
-	return subject, sub
-}
-
-func nextRequest(t testing.TB, sub *nats.Subscription) *nats.Msg {
-	t.Helper()
-	m, err := sub.NextMsg(patience)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return m
-}
-
-// rawStream opens a stream whose producer is the test, and returns its reply subject and the connection to answer on.
-func rawStream(t testing.TB, p *pair) (*stream.Stream, string, *nats.Conn) {
-	t.Helper()
-	subject, requests := rawRequests(t, p)
-	s := open(t, p.consumer, subject)
-	return s, nextRequest(t, requests).Reply, p.producer.Conn
-}
-
-// rawPublish publishes messages, byte for byte, and returns when the server has them.
-func rawPublish(t testing.TB, nc *nats.Conn, subject string, messages ...[]byte) {
-	t.Helper()
-	for _, m := range messages {
-		if err := nc.Publish(subject, m); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := nc.FlushTimeout(patience); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// rawInbox returns a reply subject as a consumer makes it, with a window of 32 packets and 256 KiB.
-func rawInbox() string {
-	token := stream.Token{Codec: stream.MsgPack, LogPackets: 5, LogBytes: 18, ID: rand.Uint64()}
-	return string(stream.AppendToken([]byte("_SINBOX.WzMBDEFgQTDaRKtrDRD6kp."), token))
-}
+// rawBytes returns a packet with the bytes of frames behind whole ones, and the length of what it is.
+func rawBytes(packet []byte, frames ...byte) []byte { return rawLength(append(packet, frames...)) }
 
 // outcome is what becomes of a stranger's message.
 type outcome struct {
@@ -116,10 +40,12 @@ type outcome struct {
 	check   func(*testing.T, error) bool // instead of code
 }
 
-func foreign(s *stream.Stats) *uint64    { return &s.DroppedForeign }
+func foreign(s *stream.Stats) *uint64 { return &s.DroppedForeign }
+
+func duplicate(s *stream.Stats) *uint64 { return &s.DroppedDuplicate }
+
 func earlyCount(s *stream.Stats) *uint64 { return &s.DroppedEarly }
 func malformed(s *stream.Stats) *uint64  { return &s.DroppedMalformed }
-func duplicate(s *stream.Stats) *uint64  { return &s.DroppedDuplicate }
 
 var (
 	ends1003 = &outcome{code: stream.CloseUnsupportedData}
@@ -309,9 +235,16 @@ func strangers() []stranger {
 	return all
 }
 
-// TestStrangerToConsumer sends each message to an open stream, as its first and as its second one, between two halves
+// stats are those counters of c that messages move which are dropped.
+func stats(c *stream.Client) stream.Stats {
+	s := c.Stats()
+	return stream.Stats{DroppedUnknown: s.DroppedUnknown, DroppedDuplicate: s.DroppedDuplicate, DroppedForeign: s.DroppedForeign, DroppedEarly: s.DroppedEarly,
+		DroppedMalformed: s.DroppedMalformed, DroppedControl: s.DroppedControl}
+}
+
+// TestStrangersMessageToAConsumerHarmsOneStream sends each message to an open stream, as its first and as its second one, between two halves
 // of another stream.
-func TestStrangerToConsumer(t *testing.T) {
+func TestStrangersMessageToAConsumerHarmsOneStream(t *testing.T) {
 	p := newPair(t)
 	for _, c := range strangers() {
 		for _, bound := range []bool{false, true} {
@@ -372,279 +305,6 @@ func TestStrangerToConsumer(t *testing.T) {
 	}
 }
 
-// stats are those counters of c that messages move which are dropped.
-func stats(c *stream.Client) stream.Stats {
-	s := c.Stats()
-	return stream.Stats{DroppedUnknown: s.DroppedUnknown, DroppedDuplicate: s.DroppedDuplicate, DroppedForeign: s.DroppedForeign, DroppedEarly: s.DroppedEarly,
-		DroppedMalformed: s.DroppedMalformed, DroppedControl: s.DroppedControl}
-}
-
-// TestStrangerRandom sends random bytes, and packets with some bytes changed, into one open stream. As long as the
-// sender's number differs they are all dropped and counted.
-func TestStrangerRandom(t *testing.T) {
-	p := newPair(t)
-	w, other := newWriterStream(t, p)
-	victim, reply, nc := rawStream(t, p)
-	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
-	before := stats(p.consumer)
-	r := rand.New(rand.NewPCG(1, 2))
-	count := scaled(5000)
-	for i := range count {
-		b := make([]byte, 1+r.IntN(200))
-		for i := range b {
-			b[i] = byte(r.Uint32())
-		}
-		switch r.IntN(3) {
-		case 1:
-			b[0] = stream.PacketMagic
-		case 2:
-			b = rawBytes(rawPacket(stream.PacketFlags(r.IntN(4)), 0, r.Uint32()), b...)
-		}
-		if len(b) >= stream.PacketHeaderSize {
-			b[2] |= 0x80 // not sender 7
-		}
-		if err := nc.Publish(reply, b); err != nil {
-			t.Fatal(err)
-		}
-		if i%100 == 0 {
-			write(t, w, testRecord(i, 50))
-		}
-	}
-	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 1, rawData("z"), rawClose(1000)))
-	closeWriter(t, w)
-	if got, err := readAll(victim); err != io.EOF || fmt.Sprintf("%q", got) != `["a" "z"]` {
-		t.Errorf("records %q, %v", got, err)
-	}
-	got, err := readAll(other)
-	if len(got) != (count+99)/100 || err != io.EOF {
-		t.Errorf("the other stream: %d records, %v", len(got), err)
-	}
-	after := stats(p.consumer)
-	if n := after.DroppedForeign + after.DroppedMalformed - before.DroppedForeign - before.DroppedMalformed; n != uint64(count) {
-		t.Errorf("%d messages counted, want %d", n, count)
-	}
-}
-
-// TestStrangerRandomFrames: a peer of the right number that sends packets in order with nonsense in them. The stream
-// ends with a close code, whatever the bytes, and all others are open still.
-func TestStrangerRandomFrames(t *testing.T) {
-	p := newPair(t)
-	w, other := newWriterStream(t, p)
-	r := rand.New(rand.NewPCG(3, 4))
-	for i := range scaled(500) {
-		victim, reply, nc := rawStream(t, p)
-		for seq := range uint32(5) {
-			flags := stream.PacketFlags(r.IntN(4))
-			b := rawPacket(flags, 7, seq, rawData("a"), rawMore("b"))
-			if flags&stream.PacketSeq == 0 {
-				b = rawPacket(flags, 7, seq, rawPing(), rawCredit(stream.Credit{}))
-			}
-			const header = stream.PacketHeaderSize
-			for range r.IntN(4) {
-				b[header+r.IntN(len(b)-header)] = byte(r.Uint32())
-			}
-			if r.IntN(4) == 0 {
-				b = rawLength(b[:header+r.IntN(len(b)-header)])
-			}
-			if err := nc.Publish(reply, b); err != nil {
-				t.Fatal(err)
-			}
-		}
-		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 5, rawClose(4000)), rawPacket(0, 7, 5, rawReset(4001)))
-		_, err := readAll(victim)
-		if ce, _ := errors.AsType[*stream.CloseError](err); ce == nil && err != io.EOF {
-			t.Fatalf("round %d: ended with %v, which has no close code", i, err)
-		}
-	}
-	write(t, w, []byte("still here"))
-	closeWriter(t, w)
-	if got, err := readAll(other); err != io.EOF || len(got) != 1 {
-		t.Errorf("the other stream: %q, %v", got, err)
-	}
-}
-
-// TestStrangerLengths: no memory is taken because a length field, or a record without end, says so.
-func TestStrangerLengths(t *testing.T) {
-	p := newPair(t, pairOptions{consumer: stream.ClientParams{MaxRecordSize: 100_000}})
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	rounds := uint64(scaled(200))
-	for i := range rounds {
-		victim, reply, nc := rawStream(t, p)
-		length := []uint32{1 << 24, 1 << 31, 1<<32 - 1}[i%3]
-		flags := byte(i / 3 % 2) // a whole record, or a piece of one
-		rawPublish(t, nc, reply, rawBytes(rawPacket(stream.PacketSeq, 7, 0),
-			1, flags, 0, 0, byte(length>>24), byte(length>>16), byte(length>>8), byte(length), 'x'))
-		_, err := readAll(victim)
-		if ce, _ := errors.AsType[*stream.CloseError](err); ce == nil || ce.Code != stream.CloseUnsupportedData {
-			t.Fatalf("length %d: %v", length, err)
-		}
-	}
-	runtime.ReadMemStats(&after)
-	if n := (after.TotalAlloc - before.TotalAlloc) / rounds; n > 1<<20 {
-		t.Errorf("%d bytes allocated for each stream", n)
-	}
-
-	t.Run("pieces", func(t *testing.T) {
-		victim, reply, nc := rawStream(t, p)
-		piece := rawMore(string(make([]byte, 30_000)))
-		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
-		for seq := range uint32(4) {
-			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, seq+1, piece))
-		}
-		got, err := readAll(victim)
-		ce, _ := errors.AsType[*stream.CloseError](err)
-		if fmt.Sprintf("%q", got) != `["a"]` || ce == nil || ce.Code != stream.CloseMessageTooBig {
-			t.Errorf("%d records, %v; want one and close %d", len(got), err, stream.CloseMessageTooBig)
-		}
-	})
-	t.Run("at the limit", func(t *testing.T) {
-		for _, n := range []int{100_000, 100_001} {
-			victim, reply, nc := rawStream(t, p)
-			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawMore(string(make([]byte, 50_000))), rawData(string(make([]byte, n-50_000)))),
-				rawPacket(stream.PacketSeq, 7, 1, rawData(string(make([]byte, n))), rawClose(1000)))
-			got, err := readAll(victim)
-			if n == 100_000 && (len(got) != 2 || err != io.EOF) {
-				t.Errorf("%d bytes: %d records, %v", n, len(got), err)
-			}
-			ce, _ := errors.AsType[*stream.CloseError](err)
-			if n > 100_000 && (len(got) != 0 || ce == nil || ce.Code != stream.CloseMessageTooBig) {
-				t.Errorf("%d bytes: %d records, %v", n, len(got), err)
-			}
-		}
-	})
-	t.Run("fallback", func(t *testing.T) {
-		victim, publish := oldProducer(t, p)
-		publish([]byte(`{"type":1,"data":"` + strings.Repeat("AAAA", 33_334) + `"}`)) // 100,002 bytes
-		got, err := readAll(victim)
-		ce, _ := errors.AsType[*stream.CloseError](err)
-		if len(got) != 0 || ce == nil || ce.Code != stream.CloseMessageTooBig {
-			t.Errorf("%d records, %v; want close %d", len(got), err, stream.CloseMessageTooBig)
-		}
-	})
-}
-
-// TestStrangerTokens: packets for another stream, for none, and for what is no token.
-func TestStrangerTokens(t *testing.T) {
-	p := newPair(t)
-	a, replyA, nc := rawStream(t, p)
-	b, replyB, _ := rawStream(t, p)
-	rawPublish(t, nc, replyA, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
-	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 8, 0, rawData("b")))
-	want := stats(p.consumer)
-	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 7, 1, rawData("x")), rawPacket(stream.PacketSeq, 7, 0, rawData("x"), rawClose(1000)))
-	rawPublish(t, nc, replyA, rawPacket(0, 8, 1, rawReset(4000)))
-	want.DroppedForeign += 3
-	prefix := replyA[:strings.LastIndexByte(replyA, '.')+1]
-	for _, token := range []string{"~1m5I00000000000", "~1m5I", "Ab3dEf9Z", "~", "ä", strings.Repeat("x", 500), "~2" + strings.Repeat("x", 30)} {
-		rawPublish(t, nc, prefix+token, rawPacket(stream.PacketSeq, 7, 1, rawData("x")), []byte("{}"), nil)
-		want.DroppedUnknown += 3
-	}
-	rawPublish(t, nc, replyA, rawPacket(stream.PacketSeq, 7, 1, rawClose(1000)))
-	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 8, 1, rawClose(1000)))
-	for s, rec := range map[*stream.Stream]string{a: "a", b: "b"} {
-		if got, err := readAll(s); len(got) != 1 || string(got[0]) != rec || err != io.EOF {
-			t.Errorf("%q, %v; want %q", got, err, rec)
-		}
-	}
-	if got := stats(p.consumer); got != want {
-		t.Errorf("counted\n%+v, want\n%+v", got, want)
-	}
-}
-
-// TestGapAndDuplicates: a missing packet is an error after the records before it, and nothing behind it is delivered;
-// a repeated one is dropped and counted.
-func TestGapAndDuplicates(t *testing.T) {
-	p := newPair(t)
-	packet := func(seq int) []byte {
-		return rawPacket(stream.PacketSeq, 7, uint32(seq), rawData(fmt.Sprint(seq)))
-	}
-	for name, c := range map[string]struct {
-		order      []int
-		missing    []int // asked for in turn, and sent again from there on to the last
-		duplicates uint64
-	}{
-		"in order":             {order: []int{0, 1, 2}},
-		"each twice":           {order: []int{0, 0, 1, 1, 2, 2}, duplicates: 3},
-		"all again":            {order: []int{0, 1, 2, 0, 1, 2}, duplicates: 3},
-		"the first is missing": {order: []int{1, 2}, missing: []int{0}},
-		"one is missing":       {order: []int{0, 1, 3}, missing: []int{2}},
-		"one is late":          {order: []int{0, 2, 1}, missing: []int{1}, duplicates: 1},
-		"many are missing":     {order: []int{0, 1, 2, 20, 3}, missing: []int{3}, duplicates: 1},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s, reply, nc := rawStream(t, p)
-			control, err := nc.SubscribeSync(nats.NewInbox())
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := nc.PublishRequest(reply, control.Subject, rawPacket(0, 7, 0, rawPing())); err != nil {
-				t.Fatal(err)
-			}
-			before := stats(p.consumer)
-			last := 0
-			for _, seq := range c.order {
-				rawPublish(t, nc, reply, packet(seq))
-				last = max(last, seq)
-			}
-			for _, seq := range c.missing {
-				for {
-					m, err := control.NextMsg(patience)
-					if err != nil {
-						t.Fatalf("packet %d was not asked for: %v", seq, err)
-					}
-					_, b, _ := stream.ParsePacketHeader(m.Data)
-					f, _, err := stream.ParseFrame(b)
-					if err != nil || f.Type != stream.FrameCredit {
-						t.Fatalf("%v, %v; want CREDIT", f.Type, err)
-					}
-					if credit, _ := stream.ParseCredit(f.Payload); f.Flags&stream.FlagGap != 0 && credit.Ack >= uint32(seq) {
-						break
-					}
-				}
-				for again := seq; again <= last; again++ {
-					rawPublish(t, nc, reply, packet(again))
-				}
-			}
-			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, uint32(last+1), rawClose(1000)))
-			got, err := readAll(s)
-			if len(got) != last+1 || err != io.EOF {
-				t.Errorf("%d records, want %d; %v", len(got), last+1, err)
-			}
-			for i, rec := range got {
-				if string(rec) != fmt.Sprint(i) {
-					t.Errorf("record %d is %q", i, rec)
-				}
-			}
-			if n := stats(p.consumer).DroppedDuplicate - before.DroppedDuplicate; n != c.duplicates {
-				t.Errorf("%d duplicates counted, want %d", n, c.duplicates)
-			}
-		})
-	}
-}
-
-// TestOverrunningPeer: a peer that sends more than it was granted is told and cut off; what it was granted arrives.
-func TestOverrunningPeer(t *testing.T) {
-	p := newPair(t)
-	victim, reply, nc := rawStream(t, p)
-	control, err := nc.SubscribeSync(nats.NewInbox())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := nc.PublishRequest(reply, control.Subject, rawPacket(stream.PacketSeq, 7, 0, rawData("0"))); err != nil {
-		t.Fatal(err)
-	}
-	for seq := range uint32(40) {
-		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, seq+1, rawData(fmt.Sprint(seq+1))))
-	}
-	wantReset(t, control, stream.CloseProtocolError) // before anything was read
-	got, err := readAll(victim)
-	ce, _ := errors.AsType[*stream.CloseError](err)
-	if len(got) != 32 || ce == nil || ce.Code != stream.CloseProtocolError {
-		t.Errorf("%d records, %v; want 32 and close %d", len(got), err, stream.CloseProtocolError)
-	}
-}
-
 // wantReset waits for a RESET with the given code.
 func wantReset(t testing.TB, sub *nats.Subscription, code int) {
 	t.Helper()
@@ -674,42 +334,6 @@ func wantReset(t testing.TB, sub *nats.Subscription, code int) {
 	}
 }
 
-// TestPing: whatever the consumer reads, it answers a PING, at the subject that the PING or a packet before it named.
-func TestPing(t *testing.T) {
-	p := newPair(t)
-	victim, reply, nc := rawStream(t, p)
-	control, err := nc.SubscribeSync(nats.NewInbox())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for seq, to := range []string{control.Subject, "", ""} {
-		if err := nc.PublishMsg(&nats.Msg{Subject: reply, Reply: to, Data: rawPacket(0, 7, uint32(seq), rawPing())}); err != nil {
-			t.Fatal(err)
-		}
-		m, err := control.NextMsg(patience)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, rest, err := stream.ParsePacketHeader(m.Data)
-		if err != nil {
-			t.Fatal(err)
-		}
-		f, _, err := stream.ParseFrame(rest)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := stream.ParseCredit(f.Payload)
-		if f.Type != stream.FrameCredit || err != nil || c.Ack != uint32(seq) || c.Packets != 32 || c.Bytes != 256<<10 {
-			t.Errorf("answer %d: %v, %+v, %v", seq, f.Type, c, err)
-		}
-		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, uint32(seq), rawData("x")))
-	}
-	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 3, rawClose(1000)))
-	if got, err := readAll(victim); len(got) != 3 || err != io.EOF {
-		t.Errorf("%q, %v", got, err)
-	}
-}
-
 // rawConsumer makes a writer whose consumer is the test. It returns what the writer publishes, and the subject on which
 // it listens.
 func rawConsumer(t testing.TB, p *pair) (w *stream.Writer, packets *nats.Subscription, control string) {
@@ -735,8 +359,8 @@ func rawConsumer(t testing.TB, p *pair) (w *stream.Writer, packets *nats.Subscri
 	return w, packets, m.Reply
 }
 
-// TestStrangerToProducer sends messages to the control subject of a writer, before and after its consumer did.
-func TestStrangerToProducer(t *testing.T) {
+// TestStrangersMessageToAProducerHarmsOneStream sends messages to the control subject of a writer, before and after its consumer did.
+func TestStrangersMessageToAProducerHarmsOneStream(t *testing.T) {
 	p := newPair(t, hasty)
 	credit := rawCredit(stream.Credit{Ack: 1, Packets: 33, Bytes: 1 << 20})
 	control := func(sender uint64, frames ...stream.Frame) []byte { return rawPacket(0, sender, 0, frames...) }
@@ -850,9 +474,279 @@ func TestStrangerToProducer(t *testing.T) {
 	}
 }
 
-// TestGenerousPeer: a consumer that grants everything and acknowledges nothing does not make its producer keep more
+// TestRandomBytesAreDropped sends random bytes, and packets with some bytes changed, into one open stream. As long as the
+// sender's number differs they are all dropped and counted.
+func TestRandomBytesAreDropped(t *testing.T) {
+	p := newPair(t)
+	w, other := newWriterStream(t, p)
+	victim, reply, nc := rawStream(t, p)
+	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
+	before := stats(p.consumer)
+	r := rand.New(rand.NewPCG(1, 2))
+	count := scaled(5000)
+	for i := range count {
+		b := make([]byte, 1+r.IntN(200))
+		for i := range b {
+			b[i] = byte(r.Uint32())
+		}
+		switch r.IntN(3) {
+		case 1:
+			b[0] = stream.PacketMagic
+		case 2:
+			b = rawBytes(rawPacket(stream.PacketFlags(r.IntN(4)), 0, r.Uint32()), b...)
+		}
+		if len(b) >= stream.PacketHeaderSize {
+			b[2] |= 0x80 // not sender 7
+		}
+		if err := nc.Publish(reply, b); err != nil {
+			t.Fatal(err)
+		}
+		if i%100 == 0 {
+			write(t, w, testRecord(i, 50))
+		}
+	}
+	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 1, rawData("z"), rawClose(1000)))
+	closeWriter(t, w)
+	if got, err := readAll(victim); err != io.EOF || fmt.Sprintf("%q", got) != `["a" "z"]` {
+		t.Errorf("records %q, %v", got, err)
+	}
+	got, err := readAll(other)
+	if len(got) != (count+99)/100 || err != io.EOF {
+		t.Errorf("the other stream: %d records, %v", len(got), err)
+	}
+	after := stats(p.consumer)
+	if n := after.DroppedForeign + after.DroppedMalformed - before.DroppedForeign - before.DroppedMalformed; n != uint64(count) {
+		t.Errorf("%d messages counted, want %d", n, count)
+	}
+}
+
+func rawMore(s string) stream.Frame {
+	return stream.Frame{Type: stream.FrameData, Flags: stream.FlagMore, Payload: []byte(s)}
+}
+
+// TestRandomFramesEndTheirStreamAlone: a peer of the right number that sends packets in order with nonsense in them. The stream
+// ends with a close code, whatever the bytes, and all others are open still.
+func TestRandomFramesEndTheirStreamAlone(t *testing.T) {
+	p := newPair(t)
+	w, other := newWriterStream(t, p)
+	r := rand.New(rand.NewPCG(3, 4))
+	for i := range scaled(500) {
+		victim, reply, nc := rawStream(t, p)
+		for seq := range uint32(5) {
+			flags := stream.PacketFlags(r.IntN(4))
+			b := rawPacket(flags, 7, seq, rawData("a"), rawMore("b"))
+			if flags&stream.PacketSeq == 0 {
+				b = rawPacket(flags, 7, seq, rawPing(), rawCredit(stream.Credit{}))
+			}
+			const header = stream.PacketHeaderSize
+			for range r.IntN(4) {
+				b[header+r.IntN(len(b)-header)] = byte(r.Uint32())
+			}
+			if r.IntN(4) == 0 {
+				b = rawLength(b[:header+r.IntN(len(b)-header)])
+			}
+			if err := nc.Publish(reply, b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 5, rawClose(4000)), rawPacket(0, 7, 5, rawReset(4001)))
+		_, err := readAll(victim)
+		if ce, _ := errors.AsType[*stream.CloseError](err); ce == nil && err != io.EOF {
+			t.Fatalf("round %d: ended with %v, which has no close code", i, err)
+		}
+	}
+	write(t, w, []byte("still here"))
+	closeWriter(t, w)
+	if got, err := readAll(other); err != io.EOF || len(got) != 1 {
+		t.Errorf("the other stream: %q, %v", got, err)
+	}
+}
+
+// TestLengthFieldsTakeNoMemory: no memory is taken because a length field, or a record without end, says so.
+func TestLengthFieldsTakeNoMemory(t *testing.T) {
+	p := newPair(t, pairOptions{consumer: stream.ClientParams{MaxRecordSize: 100_000}})
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	rounds := uint64(scaled(200))
+	for i := range rounds {
+		victim, reply, nc := rawStream(t, p)
+		length := []uint32{1 << 24, 1 << 31, 1<<32 - 1}[i%3]
+		flags := byte(i / 3 % 2) // a whole record, or a piece of one
+		rawPublish(t, nc, reply, rawBytes(rawPacket(stream.PacketSeq, 7, 0),
+			1, flags, 0, 0, byte(length>>24), byte(length>>16), byte(length>>8), byte(length), 'x'))
+		_, err := readAll(victim)
+		if ce, _ := errors.AsType[*stream.CloseError](err); ce == nil || ce.Code != stream.CloseUnsupportedData {
+			t.Fatalf("length %d: %v", length, err)
+		}
+	}
+	runtime.ReadMemStats(&after)
+	if n := (after.TotalAlloc - before.TotalAlloc) / rounds; n > 1<<20 {
+		t.Errorf("%d bytes allocated for each stream", n)
+	}
+
+	t.Run("pieces", func(t *testing.T) {
+		victim, reply, nc := rawStream(t, p)
+		piece := rawMore(string(make([]byte, 30_000)))
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
+		for seq := range uint32(4) {
+			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, seq+1, piece))
+		}
+		got, err := readAll(victim)
+		ce, _ := errors.AsType[*stream.CloseError](err)
+		if fmt.Sprintf("%q", got) != `["a"]` || ce == nil || ce.Code != stream.CloseMessageTooBig {
+			t.Errorf("%d records, %v; want one and close %d", len(got), err, stream.CloseMessageTooBig)
+		}
+	})
+	t.Run("at the limit", func(t *testing.T) {
+		for _, n := range []int{100_000, 100_001} {
+			victim, reply, nc := rawStream(t, p)
+			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawMore(string(make([]byte, 50_000))), rawData(string(make([]byte, n-50_000)))),
+				rawPacket(stream.PacketSeq, 7, 1, rawData(string(make([]byte, n))), rawClose(1000)))
+			got, err := readAll(victim)
+			if n == 100_000 && (len(got) != 2 || err != io.EOF) {
+				t.Errorf("%d bytes: %d records, %v", n, len(got), err)
+			}
+			ce, _ := errors.AsType[*stream.CloseError](err)
+			if n > 100_000 && (len(got) != 0 || ce == nil || ce.Code != stream.CloseMessageTooBig) {
+				t.Errorf("%d bytes: %d records, %v", n, len(got), err)
+			}
+		}
+	})
+	t.Run("fallback", func(t *testing.T) {
+		victim, publish := oldProducer(t, p)
+		publish([]byte(`{"type":1,"data":"` + strings.Repeat("AAAA", 33_334) + `"}`)) // 100,002 bytes
+		got, err := readAll(victim)
+		ce, _ := errors.AsType[*stream.CloseError](err)
+		if len(got) != 0 || ce == nil || ce.Code != stream.CloseMessageTooBig {
+			t.Errorf("%d records, %v; want close %d", len(got), err, stream.CloseMessageTooBig)
+		}
+	})
+}
+
+// TestPacketsForNoStreamAreDropped: packets for another stream, for none, and for what is no token.
+func TestPacketsForNoStreamAreDropped(t *testing.T) {
+	p := newPair(t)
+	a, replyA, nc := rawStream(t, p)
+	b, replyB, _ := rawStream(t, p)
+	rawPublish(t, nc, replyA, rawPacket(stream.PacketSeq, 7, 0, rawData("a")))
+	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 8, 0, rawData("b")))
+	want := stats(p.consumer)
+	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 7, 1, rawData("x")), rawPacket(stream.PacketSeq, 7, 0, rawData("x"), rawClose(1000)))
+	rawPublish(t, nc, replyA, rawPacket(0, 8, 1, rawReset(4000)))
+	want.DroppedForeign += 3
+	prefix := replyA[:strings.LastIndexByte(replyA, '.')+1]
+	for _, token := range []string{"~1m5I00000000000", "~1m5I", "Ab3dEf9Z", "~", "ä", strings.Repeat("x", 500), "~2" + strings.Repeat("x", 30)} {
+		rawPublish(t, nc, prefix+token, rawPacket(stream.PacketSeq, 7, 1, rawData("x")), []byte("{}"), nil)
+		want.DroppedUnknown += 3
+	}
+	rawPublish(t, nc, replyA, rawPacket(stream.PacketSeq, 7, 1, rawClose(1000)))
+	rawPublish(t, nc, replyB, rawPacket(stream.PacketSeq, 8, 1, rawClose(1000)))
+	for s, rec := range map[*stream.Stream]string{a: "a", b: "b"} {
+		if got, err := readAll(s); len(got) != 1 || string(got[0]) != rec || err != io.EOF {
+			t.Errorf("%q, %v; want %q", got, err, rec)
+		}
+	}
+	if got := stats(p.consumer); got != want {
+		t.Errorf("counted\n%+v, want\n%+v", got, want)
+	}
+}
+
+// TestGapIsAnErrorAndDuplicatesAreDropped: a missing packet is an error after the records before it, and nothing behind it is delivered;
+// a repeated one is dropped and counted.
+func TestGapIsAnErrorAndDuplicatesAreDropped(t *testing.T) {
+	p := newPair(t)
+	packet := func(seq int) []byte {
+		return rawPacket(stream.PacketSeq, 7, uint32(seq), rawData(fmt.Sprint(seq)))
+	}
+	for name, c := range map[string]struct {
+		order      []int
+		missing    []int // asked for in turn, and sent again from there on to the last
+		duplicates uint64
+	}{
+		"in order":             {order: []int{0, 1, 2}},
+		"each twice":           {order: []int{0, 0, 1, 1, 2, 2}, duplicates: 3},
+		"all again":            {order: []int{0, 1, 2, 0, 1, 2}, duplicates: 3},
+		"the first is missing": {order: []int{1, 2}, missing: []int{0}},
+		"one is missing":       {order: []int{0, 1, 3}, missing: []int{2}},
+		"one is late":          {order: []int{0, 2, 1}, missing: []int{1}, duplicates: 1},
+		"many are missing":     {order: []int{0, 1, 2, 20, 3}, missing: []int{3}, duplicates: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, reply, nc := rawStream(t, p)
+			control, err := nc.SubscribeSync(nats.NewInbox())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := nc.PublishRequest(reply, control.Subject, rawPacket(0, 7, 0, rawPing())); err != nil {
+				t.Fatal(err)
+			}
+			before := stats(p.consumer)
+			last := 0
+			for _, seq := range c.order {
+				rawPublish(t, nc, reply, packet(seq))
+				last = max(last, seq)
+			}
+			for _, seq := range c.missing {
+				for {
+					m, err := control.NextMsg(patience)
+					if err != nil {
+						t.Fatalf("packet %d was not asked for: %v", seq, err)
+					}
+					_, b, _ := stream.ParsePacketHeader(m.Data)
+					f, _, err := stream.ParseFrame(b)
+					if err != nil || f.Type != stream.FrameCredit {
+						t.Fatalf("%v, %v; want CREDIT", f.Type, err)
+					}
+					if credit, _ := stream.ParseCredit(f.Payload); f.Flags&stream.FlagGap != 0 && credit.Ack >= uint32(seq) {
+						break
+					}
+				}
+				for again := seq; again <= last; again++ {
+					rawPublish(t, nc, reply, packet(again))
+				}
+			}
+			rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, uint32(last+1), rawClose(1000)))
+			got, err := readAll(s)
+			if len(got) != last+1 || err != io.EOF {
+				t.Errorf("%d records, want %d; %v", len(got), last+1, err)
+			}
+			for i, rec := range got {
+				if string(rec) != fmt.Sprint(i) {
+					t.Errorf("record %d is %q", i, rec)
+				}
+			}
+			if n := stats(p.consumer).DroppedDuplicate - before.DroppedDuplicate; n != c.duplicates {
+				t.Errorf("%d duplicates counted, want %d", n, c.duplicates)
+			}
+		})
+	}
+}
+
+// TestOverrunningPeerIsCutOff: a peer that sends more than it was granted is told and cut off; what it was granted arrives.
+func TestOverrunningPeerIsCutOff(t *testing.T) {
+	p := newPair(t)
+	victim, reply, nc := rawStream(t, p)
+	control, err := nc.SubscribeSync(nats.NewInbox())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.PublishRequest(reply, control.Subject, rawPacket(stream.PacketSeq, 7, 0, rawData("0"))); err != nil {
+		t.Fatal(err)
+	}
+	for seq := range uint32(40) {
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, seq+1, rawData(fmt.Sprint(seq+1))))
+	}
+	wantReset(t, control, stream.CloseProtocolError) // before anything was read
+	got, err := readAll(victim)
+	ce, _ := errors.AsType[*stream.CloseError](err)
+	if len(got) != 32 || ce == nil || ce.Code != stream.CloseProtocolError {
+		t.Errorf("%d records, %v; want 32 and close %d", len(got), err, stream.CloseProtocolError)
+	}
+}
+
+// TestGenerousPeerMakesNobodyKeepMoreThanAWindow: a consumer that grants everything and acknowledges nothing does not make its producer keep more
 // than a window.
-func TestGenerousPeer(t *testing.T) {
+func TestGenerousPeerMakesNobodyKeepMoreThanAWindow(t *testing.T) {
 	const window = 256 << 10
 	p := newPair(t, pairOptions{producer: stream.ClientParams{Window: window}})
 	for _, size := range []int{0, 100, 30_000} {
@@ -884,5 +778,41 @@ func TestGenerousPeer(t *testing.T) {
 		if n := written.Load(); n > window+64<<10 || n < window/2 {
 			t.Errorf("records of %d bytes: %d bytes taken, the window is %d", size, n, window)
 		}
+	}
+}
+
+// TestPingIsAnswered: whatever the consumer reads, it answers a PING, at the subject that the PING or a packet before it named.
+func TestPingIsAnswered(t *testing.T) {
+	p := newPair(t)
+	victim, reply, nc := rawStream(t, p)
+	control, err := nc.SubscribeSync(nats.NewInbox())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for seq, to := range []string{control.Subject, "", ""} {
+		if err := nc.PublishMsg(&nats.Msg{Subject: reply, Reply: to, Data: rawPacket(0, 7, uint32(seq), rawPing())}); err != nil {
+			t.Fatal(err)
+		}
+		m, err := control.NextMsg(patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, rest, err := stream.ParsePacketHeader(m.Data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, _, err := stream.ParseFrame(rest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := stream.ParseCredit(f.Payload)
+		if f.Type != stream.FrameCredit || err != nil || c.Ack != uint32(seq) || c.Packets != 32 || c.Bytes != 256<<10 {
+			t.Errorf("answer %d: %v, %+v, %v", seq, f.Type, c, err)
+		}
+		rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, uint32(seq), rawData("x")))
+	}
+	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 3, rawClose(1000)))
+	if got, err := readAll(victim); len(got) != 3 || err != io.EOF {
+		t.Errorf("%q, %v", got, err)
 	}
 }

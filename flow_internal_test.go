@@ -2,7 +2,6 @@ package stream
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -11,26 +10,15 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
-	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
-
-// testPacket returns a sequenced packet with the given frames.
-func testPacket(sender uint64, seq uint32, frames ...Frame) []byte {
-	return testPacketFlags(PacketSeq, sender, seq, frames...)
-}
-
-func testPacketFlags(flags PacketFlags, sender uint64, seq uint32, frames ...Frame) []byte {
-	return AppendPacket(nil, PacketHeader{Flags: flags, Sender: sender, Seq: seq}, frames...)
-}
-
-func testData(s string) Frame { return Frame{Type: FrameData, Payload: []byte(s)} }
 
 func testBucket(packets uint32, bytes uint64) *bucket {
 	b := new(bucket)
@@ -50,7 +38,7 @@ func wantVerdict(t *testing.T, what string, v verdict, err *CloseError, want ver
 	}
 }
 
-func TestBucketAccept(t *testing.T) {
+func TestBucketAcceptsPacketsInOrder(t *testing.T) {
 	b := testBucket(32, 1<<20)
 	cut := testPacket(7, 3, testData("x"), testData("y"))
 	cut = cut[:len(cut)-FrameHeaderSize-1]
@@ -91,8 +79,8 @@ func TestBucketAccept(t *testing.T) {
 	}
 }
 
-// TestBucketFirst: a stranger's bytes as the first message of a stream. Nobody is bound, so they end it.
-func TestBucketFirst(t *testing.T) {
+// TestBucketEndsByAStrangersFirstMessage: a stranger's bytes as the first message of a stream. Nobody is bound, so they end it.
+func TestBucketEndsByAStrangersFirstMessage(t *testing.T) {
 	for name, data := range map[string][]byte{
 		"the magic alone":    {PacketMagic},
 		"most of a header":   testPacket(7, 0)[:PacketHeaderSize-1],
@@ -115,7 +103,7 @@ func TestBucketFirst(t *testing.T) {
 	}
 }
 
-func TestBucketGap(t *testing.T) {
+func TestBucketNoticesGaps(t *testing.T) {
 	b := testBucket(32, 1<<20)
 	v, err := b.accept(testPacket(7, 0, testData("a")))
 	wantVerdict(t, "packet 0", v, err, accepted, 0)
@@ -136,8 +124,8 @@ func TestBucketGap(t *testing.T) {
 	wantVerdict(t, "the missing one", v, err, accepted, 0)
 }
 
-// TestBucketAsksOnce: one request for each packet that is waited for, and another when that was not heard.
-func TestBucketAsksOnce(t *testing.T) {
+// TestBucketAsksOnceForAPacket: one request for each packet that is waited for, and another when that was not heard.
+func TestBucketAsksOnceForAPacket(t *testing.T) {
 	b := testBucket(32, 1<<20)
 	const patience = 100
 	for _, step := range []struct {
@@ -152,8 +140,8 @@ func TestBucketAsksOnce(t *testing.T) {
 	}
 }
 
-// TestBucketSequenceWrap: numbers wrap at 2^32, in the sequence, in the grant and in what duplicates and gaps are.
-func TestBucketSequenceWrap(t *testing.T) {
+// TestBucketSequenceWraps: numbers wrap at 2^32, in the sequence, in the grant and in what duplicates and gaps are.
+func TestBucketSequenceWraps(t *testing.T) {
 	for ahead := range uint32(40) {
 		start := -ahead
 		b := testBucket(32, 1<<20)
@@ -191,7 +179,7 @@ func TestBucketSequenceWrap(t *testing.T) {
 	}
 }
 
-func TestBucketOverrun(t *testing.T) {
+func TestBucketRefusesOverrun(t *testing.T) {
 	t.Run("packets", func(t *testing.T) {
 		b := testBucket(4, 1<<20)
 		for seq := range uint32(4) {
@@ -222,9 +210,9 @@ func TestBucketOverrun(t *testing.T) {
 	})
 }
 
-// TestBucketCloseBeyondCredit: docs/PROTOCOL.md section 8, rule 2. Closing never waits for credit, and that is all the
+// TestBucketTakesCloseBeyondCredit: docs/PROTOCOL.md section 8, rule 2. Closing never waits for credit, and that is all the
 // exception allows.
-func TestBucketCloseBeyondCredit(t *testing.T) {
+func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 	closing := Frame{Type: FrameClose, Code: CloseNormalClosure, Payload: []byte("bye")}
 	fill := func(packets uint32, bytes uint64) *bucket {
 		b := testBucket(packets, bytes)
@@ -294,7 +282,7 @@ func TestBucketRingHoldsWindow(t *testing.T) {
 	}
 }
 
-func TestBucketControl(t *testing.T) {
+func TestBucketPassesControlPackets(t *testing.T) {
 	ping := Frame{Type: FramePing}
 	b := testBucket(32, 1<<20)
 	v, err := b.acceptControl(testPacketFlags(0, 7, 0, ping), 0)
@@ -323,7 +311,7 @@ func TestBucketControl(t *testing.T) {
 	}
 }
 
-func TestBucketJSON(t *testing.T) {
+func TestBucketTakesFallbackMessages(t *testing.T) {
 	const limit = 100
 	ten := []byte(`{"type":1}`)
 	b := testBucket(32, 50) // the credit binds only those who know of it
@@ -359,8 +347,8 @@ func TestBucketJSON(t *testing.T) {
 	wantVerdict(t, "one message larger than the limit", v, err, violation, CloseTooSlow)
 }
 
-// TestBucketCredit: when the peer is granted more, and how much.
-func TestBucketCredit(t *testing.T) {
+// TestBucketGrantsCreditInTime: when the peer is granted more, and how much.
+func TestBucketGrantsCreditInTime(t *testing.T) {
 	const size = 1000
 	// read consumes packets until the bucket grants more, and returns how many.
 	read := func(t *testing.T, b *bucket, size int, ack bool, maxWindow uint64, grow func(uint64) bool) int {
@@ -445,9 +433,9 @@ func TestBucketCredit(t *testing.T) {
 	})
 }
 
-// TestBucketCreditInvariants plays a sender that uses its credit to the full, and a reader, in random turns: the sender
+// TestBucketCreditNeverStarvesNorOverruns plays a sender that uses its credit to the full, and a reader, in random turns: the sender
 // is never refused, the grant never goes back and never exceeds a window beyond what was consumed, and nobody starves.
-func TestBucketCreditInvariants(t *testing.T) {
+func TestBucketCreditNeverStarvesNorOverruns(t *testing.T) {
 	seeds := uint64(100)
 	if testing.Short() {
 		seeds /= 10
@@ -518,165 +506,8 @@ func TestBucketCreditInvariants(t *testing.T) {
 	}
 }
 
-func fakeClient(t *testing.T, conn natsconn.Conn, p ClientParams) *Client {
-	t.Helper()
-	p, err := p.withDefaults()
-	if err != nil {
-		t.Fatal(err)
-	}
-	ep, err := newEndpoint(conn, "", p)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &Client{ep: ep, codec: MsgPack}
-	t.Cleanup(func() { _ = c.Close() })
-	return c
-}
-
-// TestOutboxQueueHammer: whatever is marked is served afterwards, from however many goroutines it is marked, also
-// while the connection comes and goes.
-func TestOutboxQueueHammer(t *testing.T) {
-	const sessions, markers = 50, 8
-	rounds := 100_000
-	if testing.Short() {
-		rounds /= 10
-	}
-	var marks, seen [sessions]atomic.Int64
-	conn := fake.New()
-	conn.Published = func(subject, _ string, _ []byte) error {
-		i := binary.BigEndian.Uint16([]byte(subject))
-		seen[i].Store(marks[i].Load())
-		return nil
-	}
-	c := fakeClient(t, conn, ClientParams{})
-	all := make([]*session, sessions)
-	for i := range all {
-		s := &session{ep: c.ep, role: lifecycle.Consumer, out: outboxState{peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}}
-		s.bucket.init(initialPackets, initialWindow)
-		all[i] = s
-	}
-	var wg sync.WaitGroup
-	for m := range markers {
-		wg.Go(func() {
-			r := rand.New(rand.NewPCG(uint64(m), 2))
-			for range rounds {
-				i := r.IntN(sessions)
-				marks[i].Add(1)
-				all[i].mark(workCredit)
-			}
-		})
-	}
-	flapping := make(chan struct{})
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		for n := 0; ; n++ {
-			select {
-			case <-flapping:
-				conn.Set(nats.CONNECTED)
-				return
-			default:
-				conn.Set([]nats.Status{nats.RECONNECTING, nats.CONNECTED}[n%2])
-				time.Sleep(100 * time.Microsecond)
-			}
-		}
-	}()
-	wg.Wait()
-	close(flapping)
-	<-stopped
-	end := time.Now().Add(30 * time.Second)
-	for i := range all {
-		for seen[i].Load() != marks[i].Load() {
-			if time.Now().After(end) {
-				t.Fatalf("session %d: marked %d times, served last at mark %d; pending %b, held %b", i,
-					marks[i].Load(), seen[i].Load(), all[i].pending.Load(), all[i].out.deferredUntilUp)
-			}
-			time.Sleep(time.Millisecond)
-		}
-	}
-}
-
-// TestOutboxHeldWorkSurvives: two streams wait for the connection; it comes back for as long as serving one takes.
-func TestOutboxHeldWorkSurvives(t *testing.T) {
-	conn := fake.New()
-	c := fakeClient(t, conn, ClientParams{})
-	requested := make(chan string, 10)
-	var first atomic.Bool
-	conn.Requested = func(m *nats.Msg) error {
-		requested <- m.Subject
-		if first.CompareAndSwap(false, true) {
-			c.ep.outbox.up.Store(false)
-		}
-		return nil
-	}
-	conn.Set(nats.RECONNECTING)
-	for c.ep.outbox.up.Load() {
-		time.Sleep(time.Millisecond)
-	}
-	var streams []*Stream
-	for _, subject := range []string{"one", "two"} {
-		s, err := c.Open(t.Context(), subject, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer s.Close()
-		streams = append(streams, s)
-	}
-	for _, s := range streams { // until the outbox holds them both
-		for s.session.pending.Load() != 0 {
-			time.Sleep(time.Millisecond)
-		}
-	}
-	time.Sleep(10 * time.Millisecond)
-	conn.Set(nats.CONNECTED)
-	<-requested
-	time.Sleep(10 * time.Millisecond)
-	conn.Set(nats.CONNECTED)
-	select {
-	case <-requested:
-	case <-time.After(5 * time.Second):
-		t.Fatal("the second request was forgotten when the connection went down again")
-	}
-}
-
-// TestOutboxTakeKeepsOrder: the queue is a stack that is taken whole and turned round, so streams are served in turn.
-func TestOutboxTakeKeepsOrder(t *testing.T) {
-	ep := new(endpoint)
-	ep.outbox.init(ep)
-	sessions := make([]session, 10)
-	for i := range sessions {
-		s := &sessions[i]
-		s.ep = ep
-		s.mark(workCredit)
-		s.mark(workPackets) // queued once
-	}
-	n := 0
-	for s := ep.outbox.take(); s != nil; s, n = s.next, n+1 {
-		if s != &sessions[n] {
-			t.Fatalf("place %d is not that of session %d", n, n)
-		}
-		if s.pending.Load() != workCredit|workPackets {
-			t.Errorf("session %d: pending %b", n, s.pending.Load())
-		}
-	}
-	if n != len(sessions) || ep.outbox.take() != nil {
-		t.Fatalf("%d sessions on the queue, want %d", n, len(sessions))
-	}
-}
-
-// muxStream opens a stream on a fake connection and returns it with a function that puts a message for it into the mux.
-func muxStream(t *testing.T, conn *fake.Conn, c *Client) (*Stream, func(data []byte)) {
-	t.Helper()
-	s, err := c.Open(t.Context(), "subject", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = s.Close() })
-	return s, func(data []byte) { conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: data}) }
-}
-
-// TestMuxCounts: each kind of message that is dropped is counted where it belongs, and no other stream is touched.
-func TestMuxCounts(t *testing.T) {
+// TestMuxCountsWhatItDrops: each kind of message that is dropped is counted where it belongs, and no other stream is touched.
+func TestMuxCountsWhatItDrops(t *testing.T) {
 	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{})
 	s, deliver := muxStream(t, conn, c)
@@ -720,9 +551,9 @@ func TestMuxCounts(t *testing.T) {
 	}
 }
 
-// TestMuxNothingAfterTheEnd: a fallback peer overran the limit; the reader frees room before the stream is taken out
+// TestMuxDeliversNothingAfterTheEnd: a fallback peer overran the limit; the reader frees room before the stream is taken out
 // of the mux. It must not see a record from behind the one that was dropped.
-func TestMuxNothingAfterTheEnd(t *testing.T) {
+func TestMuxDeliversNothingAfterTheEnd(t *testing.T) {
 	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{FallbackBuffer: 60})
 	s, deliver := muxStream(t, conn, c)
@@ -751,5 +582,384 @@ func TestMuxNothingAfterTheEnd(t *testing.T) {
 	ce, ok := errors.AsType[*CloseError](err)
 	if !ok || ce.Code != CloseTooSlow {
 		t.Fatalf("%q, %v; want close %d", rec, err, CloseTooSlow)
+	}
+}
+
+// What consumers send to handlers that do not read is bounded as well.
+func TestHandlersWindowsAreBounded(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		p       ClientParams
+		streams int
+		most    int
+	}{
+		{"Window", ClientParams{Window: minWindow}, 1, minWindow},
+		{"MaxBuffered", ClientParams{MaxBuffered: 256 << 10}, 100, 256<<10 + 100*minWindow},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, c.p)
+				m.handle(t, "deaf", func(_ *Writer, r *Request) error {
+					<-r.Context().Done()
+					return nil
+				})
+				var sent atomic.Int64
+				const record = 1000
+				for range c.streams {
+					s := m.open(t, "deaf")
+					go func() {
+						for {
+							if _, err := s.Write(make([]byte, record)); err != nil {
+								return
+							}
+							if s.Flush() == nil {
+								sent.Add(record)
+							}
+						}
+					}()
+				}
+				time.Sleep(time.Second)
+				reserved := int(m.server.Stats().Reserved)
+				if reserved == 0 || reserved > c.most {
+					t.Errorf("%d bytes are reserved, should be 1 to %d", reserved, c.most)
+				}
+				if n, most := int(sent.Load()), reserved+2*c.streams*record; n == 0 || n > most { // a packet beyond the window, and one not sent
+					t.Errorf("%d bytes were sent to handlers that do not read, with %d reserved", n, reserved)
+				}
+				m.close()
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// Credit that is due before the outbox knows where the producer is goes out once it does: with a window of one packet
+// both ends would wait for ever otherwise.
+func TestCreditDueBeforePeerIsKnownIsSentLater(t *testing.T) {
+	conn := newRecorder(nil)
+	c := fakeClient(t, conn.Conn, ClientParams{})
+	s, err := c.Open(t.Context(), "subject", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.session.mark(workCredit)
+	until(t, "the outbox has served the mark", func() bool { return s.session.pending.Load() == 0 })
+	data := Frame{Type: FrameData, Payload: []byte("a")}
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacketFlags(PacketSeq, 9, 0, data)})
+	until(t, "credit was sent", func() bool {
+		for _, m := range conn.sent() {
+			if m.Subject == "producer" {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// A large record of one stream does not hold up small ones of another: its pieces and their packets take turns.
+func TestLargeAndSmallRecordsTakeTurns(t *testing.T) {
+	const piece = 16 << 10
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		release := make(chan struct{})
+		send := func(size int) Handler {
+			return func(w *Writer, _ *Request) error {
+				if _, err := w.Write(nil); err != nil { // the consumer is bound
+					return err
+				}
+				<-release
+				for range max(1, 600_000/size) {
+					if _, err := w.Write(make([]byte, size)); err != nil {
+						return err
+					}
+				}
+				return nil
+			}
+		}
+		m.handle(t, "large", send(1<<20))
+		m.handle(t, "small", send(1000))
+		large, small := m.open(t, "large"), m.open(t, "small")
+		synctest.Wait()
+		// While the connection is down both fill their credit. All is sent when it comes back, by one goroutine: in which
+		// order depends on nothing else.
+		m.back.Set(nats.RECONNECTING)
+		synctest.Wait()
+		m.server.ep.maxPayload.Store(piece) // so that many pieces fit the credit
+		close(release)
+		synctest.Wait()
+		var order strings.Builder
+		m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
+			if from == m.back && isSequenced(msg.Data) {
+				order.WriteString(map[string]string{large.session.reply: "L", small.session.reply: "s"}[msg.Subject])
+			}
+			return true
+		})
+		m.back.Set(nats.CONNECTED)
+		synctest.Wait()
+		m.bus.SetFilter(nil)
+		got := order.String()
+		n := min(strings.Count(got, "L"), strings.Count(got, "s"))
+		if n < initialWindow/piece-1 {
+			t.Fatalf("packets went in the order %s: too few to tell", got)
+		}
+		// At the beginning a session may be queued and wait for the connection at the same time: it has two turns once.
+		turns := got[:2*(n-1)]
+		if doubles := strings.Count(turns, "LL") + strings.Count(turns, "ss"); doubles > 2 || strings.Contains(turns, "LLL") || strings.Contains(turns, "sss") {
+			t.Errorf("packets went in the order %s", got)
+		}
+		for _, s := range []*Stream{large, small} {
+			for _, err := range s.All() {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		m.nothingLeft(t)
+	})
+}
+
+// A stream whose peer floods it with control packets has a few of them waiting, and leaves the others room and turns.
+func TestControlFloodTakesItsShare(t *testing.T) {
+	const flood = 2 * maxInbound
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		ended := make(chan error, 2)
+		m.handle(t, "svc", waits(ended))
+		hostile, honest := m.open(t, "svc"), m.open(t, "svc")
+		synctest.Wait()
+		subject := func(s *Stream) string { return s.session.out.peer }
+		release := m.hold()
+		before := m.server.Stats().DroppedControl
+		ping := hostile.controlPacket(Frame{Type: FramePing})
+		for range flood {
+			m.server.ep.receive(&nats.Msg{Subject: subject(hostile), Data: ping})
+		}
+		if n := m.server.ep.outbox.inbound.Len(); n > maxControls {
+			t.Errorf("%d control words of one stream wait, want at most %d", n, maxControls)
+		}
+		if n := m.server.Stats().DroppedControl - before; n != flood-maxControls {
+			t.Errorf("%d control packets were counted as dropped of %d", n, flood)
+		}
+		m.server.ep.receive(&nats.Msg{Subject: subject(honest), Reply: honest.session.reply, Data: honest.controlPacket(Frame{Type: FramePing})})
+		if n := m.server.Stats().DroppedControl - before; n != flood-maxControls {
+			t.Errorf("a control packet of another stream was dropped")
+		}
+		answers := map[string]int{}
+		published := m.back.Published
+		m.back.Published = func(to, reply string, data []byte) error {
+			if isFrame(data, FrameCredit) {
+				answers[to]++
+			}
+			return published(to, reply, data)
+		}
+		release()
+		if answers[honest.session.reply] == 0 {
+			t.Error("the other stream was not answered")
+		}
+		if n := answers[hostile.session.reply]; n > maxControls {
+			t.Errorf("%d answers to %d questions that were taken", n, maxControls)
+		}
+		// There is room again.
+		dropped := m.server.Stats().DroppedControl
+		m.server.ep.receive(&nats.Msg{Subject: subject(hostile), Data: ping})
+		synctest.Wait()
+		if m.server.Stats().DroppedControl != dropped {
+			t.Error("there is no room again")
+		}
+		for _, s := range []*Stream{hostile, honest} {
+			_ = s.Close()
+			synctest.Wait()
+			<-ended
+		}
+		m.nothingLeft(t)
+	})
+}
+
+// Control packets and reply subjects that wait for an outbox which is held in a publish take no more than a bound in bytes,
+// those of strangers a quarter of it.
+func TestControlWordsAreBoundedInBytes(t *testing.T) {
+	long := strings.Repeat("r", 4000)
+	for name, c := range map[string]struct {
+		stranger bool
+		word     control
+		most     int // that wait
+	}{
+		"packets of streams":   {false, control{packet: make([]byte, maxControlPacket)}, maxInboundBytes / maxControlPacket},
+		"replies to streams":   {false, control{reply: long}, maxInboundBytes / len(long)},
+		"short, of streams":    {false, control{absent: true}, maxInbound},
+		"replies of strangers": {true, control{reply: long}, maxInboundBytes / 4 / len(long)},
+		"short, of strangers":  {true, control{reply: "r"}, maxInbound/4 + 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := new(outbox)
+			o.init(&endpoint{})
+			var s *session
+			for i := range 2 * maxInbound {
+				if i%maxControls == 0 && !c.stranger {
+					s = new(session)
+				}
+				c.word.session = s
+				o.deliver(c.word)
+			}
+			n := o.inbound.Len()
+			if n > c.most || n < c.most*9/10 {
+				t.Errorf("%d wait, want at most %d", n, c.most)
+			}
+			if n, dropped := 2*maxInbound-n, o.ep.counters.overrun.Load(); dropped != uint64(n) {
+				t.Errorf("%d are counted as dropped, want %d", dropped, n)
+			}
+		})
+	}
+}
+
+// What a stream publishes is in proportion to what it was sent: an answer for each question that it takes, and for requests to
+// send again no more than is under way, and a packet or two each after that.
+func TestFloodsAreAnsweredOnce(t *testing.T) {
+	const packets = 30 // that the handler has sent, and that nobody acknowledged
+	credit := func(ack int, flags FrameFlags) Frame {
+		return Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(nil, Credit{Ack: uint32(ack), Packets: packets + 2, Bytes: initialWindow})}
+	}
+	for name, c := range map[string]struct {
+		frame func(i int) Frame
+		n     int
+		most  int64 // messages out
+	}{
+		"PING":                       {func(int) Frame { return Frame{Type: FramePing} }, 1000, 1000},
+		"CREDIT of nothing":          {func(int) Frame { return credit(0, 0) }, 1000, 0},
+		"GAP, the same again":        {func(int) Frame { return credit(0, FlagGap) }, 1000, packets + 1},
+		"GAP, a packet further each": {func(i int) Frame { return credit(i+1, FlagGap) }, packets, 2*packets + packets},
+		"GAP, back and forth":        {func(i int) Frame { return credit(i/2*(i%2), FlagGap) }, 2 * packets, 2*packets + packets},
+		"CREDIT, acknowledging":      {func(i int) Frame { return credit(i+1, 0) }, packets, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				m.handle(t, "svc", func(w *Writer, r *Request) error {
+					for range packets {
+						if _, err := w.Write([]byte("x")); err != nil {
+							return err
+						}
+						if err := w.Flush(); err != nil {
+							return err
+						}
+					}
+					<-r.Context().Done()
+					return nil
+				})
+				s := m.open(t, "svc")
+				synctest.Wait()
+				m.bus.SetFilter(func(from, _ *fake.Conn, _ *nats.Msg) bool { return from != m.conn }) // the test is the consumer now
+				subject := s.session.out.peer
+				m.sentBack.take()
+				for i := range c.n {
+					m.server.ep.receive(&nats.Msg{Subject: subject, Data: s.controlPacket(c.frame(i))})
+					synctest.Wait()
+				}
+				if all, _ := m.sentBack.take(); all > c.most {
+					t.Errorf("%d messages for %d, want at most %d", all, c.n, c.most)
+				}
+				m.bus.SetFilter(nil)
+				_ = s.Close()
+				synctest.Wait()
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
+
+// A consumer learns that its producer takes no records however many control packets come before.
+func TestOneWayIsLearnedBesideAFlood(t *testing.T) {
+	c, conn, stick, release := stuckOutbox(t)
+	_, deliverOther := muxStream(t, conn.Conn, c)
+	s, deliver := muxStream(t, conn.Conn, c)
+	stick()
+	for range maxInbound {
+		deliverOther(testPacketFlags(0, 7, 0, Frame{Type: FramePing}))
+	}
+	deliver(jsonwire.AppendData(nil, []byte("a")))
+	release()
+	if _, err := s.Write([]byte("x")); !errors.Is(err, ErrOneWay) {
+		t.Errorf("Write: %v", err)
+	}
+	_ = s.Close()
+}
+
+// Where the mux is faster than the outbox, control packets are dropped and counted, as NATS may lose them, and streams go on:
+// what they said is asked for.
+func TestFullInboundRingDropsAndGoesOn(t *testing.T) {
+	busy, idle := make(chan struct{}), make(chan struct{})
+	conn := newRecorder(func(_ int, data []byte) error {
+		if bytes.Contains(data, []byte("stuck")) {
+			close(busy)
+			<-idle
+		}
+		return nil
+	})
+	c := fakeClient(t, conn.Conn, ClientParams{})
+	s, _ := muxStream(t, conn.Conn, c)
+	var others []*Stream // as many as can fill the ring
+	var fill []func([]byte)
+	for range maxInbound / maxControls {
+		other, deliver := muxStream(t, conn.Conn, c)
+		others, fill = append(others, other), append(fill, deliver)
+	}
+	w, stuck := c.NewWriter(consumerSubject(5)), c.NewWriter("y"+consumerSubject(5))
+	if _, err := w.Write([]byte("a")); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Flush(); err != nil { // it is registered
+		t.Fatal(err)
+	}
+	if _, err := stuck.Write([]byte("stuck")); err != nil {
+		t.Fatal(err)
+	}
+	<-busy
+	ping := testPacketFlags(0, 7, 0, Frame{Type: FramePing})
+	for _, deliver := range fill {
+		for range maxControls {
+			deliver(ping)
+		}
+	}
+	if n := c.Stats().DroppedControl; n != 0 {
+		t.Fatalf("%d control packets were dropped before the ring was full", n)
+	}
+	credit := testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: 1, Packets: 99, Bytes: 1 << 40})})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: credit})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 0, testData("hi"))})
+	if n := c.Stats().DroppedControl; n != 2 {
+		t.Errorf("%d control packets were counted as dropped, want 2", n)
+	}
+	close(idle)
+
+	if rec, err := s.Recv(); string(rec) != "hi" || err != nil {
+		t.Errorf("%q, %v; want the record that arrived", rec, err)
+	}
+	until(t, "the writer asks", func() bool {
+		for _, m := range conn.sent() {
+			if m.Subject == w.subject && m.Reply != "" && bytes.Contains(m.Data, []byte{byte(FramePing), 0, 0, 0, 0, 0, 0, 0}) {
+				return true
+			}
+		}
+		return false
+	})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: credit})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 1, testData("more"), Frame{Type: FrameClose, Code: CloseNormalClosure})})
+	if rec, err := s.Recv(); string(rec) != "more" || err != nil {
+		t.Errorf("%q, %v; want what came afterwards", rec, err)
+	}
+	if _, err := s.Recv(); err != io.EOF {
+		t.Errorf("the stream ended with %v", err)
+	}
+	if err := w.Sync(t.Context()); err != nil {
+		t.Errorf("the writer did not hear that its packet arrived: %v", err)
+	}
+	for _, w := range []*Writer{w, stuck} {
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, other := range others {
+		_ = other.Close()
 	}
 }

@@ -1,0 +1,746 @@
+package stream
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/jsonwire"
+	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/natsconn/fake"
+	"github.com/natsstream/stream/internal/race"
+)
+
+// TestOutboxServesWhateverIsMarked: whatever is marked is served afterwards, from however many goroutines it is marked, also
+// while the connection comes and goes.
+func TestOutboxServesWhateverIsMarked(t *testing.T) {
+	const sessions, markers = 50, 8
+	rounds := 100_000
+	if testing.Short() {
+		rounds /= 10
+	}
+	var marks, seen [sessions]atomic.Int64
+	conn := fake.New()
+	conn.Published = func(subject, _ string, _ []byte) error {
+		i := binary.BigEndian.Uint16([]byte(subject))
+		seen[i].Store(marks[i].Load())
+		return nil
+	}
+	c := fakeClient(t, conn, ClientParams{})
+	all := make([]*session, sessions)
+	for i := range all {
+		s := &session{ep: c.ep, role: lifecycle.Consumer, out: outboxState{peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}}
+		s.bucket.init(initialPackets, initialWindow)
+		all[i] = s
+	}
+	var wg sync.WaitGroup
+	for m := range markers {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(m), 2))
+			for range rounds {
+				i := r.IntN(sessions)
+				marks[i].Add(1)
+				all[i].mark(workCredit)
+			}
+		})
+	}
+	flapping := make(chan struct{})
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for n := 0; ; n++ {
+			select {
+			case <-flapping:
+				conn.Set(nats.CONNECTED)
+				return
+			default:
+				conn.Set([]nats.Status{nats.RECONNECTING, nats.CONNECTED}[n%2])
+				time.Sleep(100 * time.Microsecond)
+			}
+		}
+	}()
+	wg.Wait()
+	close(flapping)
+	<-stopped
+	end := time.Now().Add(30 * time.Second)
+	for i := range all {
+		for seen[i].Load() != marks[i].Load() {
+			if time.Now().After(end) {
+				t.Fatalf("session %d: marked %d times, served last at mark %d; pending %b, held %b", i,
+					marks[i].Load(), seen[i].Load(), all[i].pending.Load(), all[i].out.deferredUntilUp)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+// TestOutboxTakeKeepsOrder: the queue is a stack that is taken whole and turned round, so streams are served in turn.
+func TestOutboxTakeKeepsOrder(t *testing.T) {
+	ep := new(endpoint)
+	ep.outbox.init(ep)
+	sessions := make([]session, 10)
+	for i := range sessions {
+		s := &sessions[i]
+		s.ep = ep
+		s.mark(workCredit)
+		s.mark(workPackets) // queued once
+	}
+	n := 0
+	for s := ep.outbox.take(); s != nil; s, n = s.next, n+1 {
+		if s != &sessions[n] {
+			t.Fatalf("place %d is not that of session %d", n, n)
+		}
+		if s.pending.Load() != workCredit|workPackets {
+			t.Errorf("session %d: pending %b", n, s.pending.Load())
+		}
+	}
+	if n != len(sessions) || ep.outbox.take() != nil {
+		t.Fatalf("%d sessions on the queue, want %d", n, len(sessions))
+	}
+}
+
+// The server may refuse a client's subscription before anything else is done.
+func TestSubscriptionRefusedAtOnceIsReported(t *testing.T) {
+	conn := fake.New()
+	conn.Refuse = func(subject, _ string) error { return fake.SubscriptionDenied(subject) }
+	c := fakeClient(t, conn, ClientParams{})
+	if _, err := c.Open(t.Context(), "x", nil); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("Open: %v", err)
+	}
+}
+
+// A publish that fails is reported once, by the call that waits for it or the next one, and tried again by the call
+// after that: no record is lost, repeated or out of order.
+func TestFailedPublishIsReportedOnceAndRepeated(t *testing.T) {
+	subject := "x." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 8, LogBytes: 20, ID: 1}))
+	for _, fallback := range []bool{false, true} {
+		for failures := range 4 {
+			f, c := newFaulty(t)
+			to := subject
+			if fallback {
+				to = "x.oldtoken"
+			}
+			w := c.NewWriter(to)
+			if _, err := w.Write([]byte("first")); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			f.fail(failures)
+			failed := 0
+			for {
+				err := w.CloseWithCode(4000, "end")
+				if err == nil {
+					break
+				}
+				if failed++; !errors.Is(err, errFaulty) || failed > failures {
+					t.Fatalf("CloseWithCode, %d. time: %v", failed, err)
+				}
+			}
+			if failed != failures {
+				t.Errorf("%d publishes failed and %d closes", failures, failed)
+			}
+			if _, err := w.Write(nil); !errors.Is(err, ErrClosed) {
+				t.Errorf("Write after Close: %v", err)
+			}
+			if len(f.published) != 2 {
+				t.Fatalf("%d messages were published: %q", len(f.published), f.published)
+			}
+			if fallback {
+				if got := string(f.published[1]); got != `{"type":2,"closeError":{"Code":4000,"Text":"end"}}` {
+					t.Errorf("the second is %s", got)
+				}
+				continue
+			}
+			h, body, err := ParsePacketHeader(f.published[1])
+			if err != nil || h.Seq != 1 {
+				t.Fatalf("the second packet's header is %+v, %v", h, err)
+			}
+			if fr, rest, err := ParseFrame(body); err != nil || fr.Type != FrameClose || fr.Code != 4000 || len(rest) != 0 {
+				t.Errorf("the second packet holds %+v, %v", fr, err)
+			}
+		}
+	}
+}
+
+// A fault between records: the writer goes on where it stood.
+func TestFailedPublishOfRecordsLosesNothing(t *testing.T) {
+	f, c := newFaulty(t)
+	w := c.NewWriter("x." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 30, LogBytes: 60, ID: 1})))
+	const records = 1000 // fewer packets than may wait for their acknowledgement
+	for i := range records {
+		if i%7 == 0 {
+			f.fail(i % 3)
+		}
+		for {
+			_, err := w.Write([]byte{byte(i >> 8), byte(i)})
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, errFaulty) {
+				t.Fatal(err)
+			}
+		}
+	}
+	f.fail(0)
+	for {
+		err := w.Close()
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, errFaulty) {
+			t.Fatal(err)
+		}
+	}
+	next, seq := 0, uint32(0)
+	for _, packet := range f.published {
+		h, body, err := ParsePacketHeader(packet)
+		if err != nil || h.Seq != seq {
+			t.Fatalf("packet %d: %+v, %v", seq, h, err)
+		}
+		seq++
+		for len(body) > 0 {
+			var fr Frame
+			if fr, body, err = ParseFrame(body); err != nil {
+				t.Fatal(err)
+			}
+			if fr.Type == FrameClose {
+				break
+			}
+			if got := int(fr.Payload[0])<<8 | int(fr.Payload[1]); got != next {
+				t.Fatalf("record %d, want %d", got, next)
+			}
+			next++
+		}
+	}
+	if next != records {
+		t.Errorf("%d records were published", next)
+	}
+	if err := context.Cause(w.Context()); err == nil {
+		t.Error("the writer's context goes on")
+	}
+}
+
+// A request that cannot be published ends its stream, and nothing is kept of it.
+func TestFailedRequestEndsItsStream(t *testing.T) {
+	f, c := newFaulty(t)
+	f.fail(1)
+	s, err := c.Open(t.Context(), "x", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Recv(); !errors.Is(err, errFaulty) {
+		t.Errorf("Recv: %v", err)
+	}
+	if n := c.Stats(); n.Streams != 0 || n.Reserved != 0 {
+		t.Errorf("%+v", n)
+	}
+}
+
+type netTimeout struct{}
+
+func (netTimeout) Error() string   { return "broken" }
+func (netTimeout) Timeout() bool   { return true }
+func (netTimeout) Temporary() bool { return true }
+
+// A packet that cannot be sent again does not keep records written meanwhile from being sent.
+func TestFailedRetransmissionHoldsUpNoRecords(t *testing.T) {
+	const n = 1000
+	release, waiting := make(chan struct{}), make(chan struct{})
+	var arm atomic.Bool
+	conn := newRecorder(func(_ int, data []byte) error {
+		h, _, _ := ParsePacketHeader(data)
+		switch {
+		case h.Flags&PacketSeq == 0 || !arm.Load():
+		case h.Seq == n/2+99:
+			close(waiting)
+			<-release
+		case h.Seq == n/2+100:
+			arm.Store(false)
+			return netTimeout{}
+		}
+		return nil
+	})
+	c := fakeClient(t, conn.Conn, ClientParams{})
+	w := c.NewWriter(consumerSubject(31))
+	for range n {
+		if _, err := w.Write([]byte("a")); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	credit := func(ack uint32, flags FrameFlags) {
+		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Flags: flags,
+			Payload: AppendCredit(nil, Credit{Ack: ack, Packets: 1 << 30, Bytes: 1 << 40})})})
+	}
+	credit(0, FlagGap)
+	until(t, "half was sent again", func() bool { return c.Stats().PacketsResent == n/2 })
+	arm.Store(true)
+	credit(n/2, 0)
+	<-waiting
+	if _, err := w.Write([]byte("b")); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	until(t, "sending again failed", func() bool { return !arm.Load() })
+	credit(n, 0) // it had everything
+	done := make(chan error, 1)
+	go func() { done <- w.Flush() }()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("Flush hangs")
+	}
+}
+
+// faultOnce makes a client whose first publish waits for release and then fails.
+func faultOnce(t *testing.T) (conn *recorder, c *Client, busy, release chan struct{}) {
+	busy, release = make(chan struct{}), make(chan struct{})
+	conn = newRecorder(func(n int, _ []byte) error {
+		if n > 0 {
+			return nil
+		}
+		close(busy)
+		<-release
+		return errFaulty
+	})
+	return conn, fakeClient(t, conn.Conn, ClientParams{}), busy, release
+}
+
+// A publish that failed and then succeeded, before anybody asked, is no reason for Close to fail.
+func TestCloseSucceedsAfterRepeatedPublish(t *testing.T) {
+	conn, c, busy, release := faultOnce(t)
+	w := c.NewWriter(consumerSubject(5))
+	if _, err := w.Write([]byte("a")); err != nil {
+		t.Fatal(err)
+	}
+	<-busy
+	if _, err := w.Write([]byte("b")); err != nil { // has opened the next packet, so that the next Write is a short one
+		t.Fatal(err)
+	}
+	close(release)
+	until(t, "the publish failed", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.publishError != nil
+	})
+	if _, err := w.Write([]byte("c")); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "all was published", func() bool { return len(conn.sent()) == 2 && w.published.Load() == 2 })
+	if err := w.Flush(); err != nil {
+		t.Errorf("Flush: %v", err)
+	}
+	if err := w.Close(); err != nil {
+		t.Errorf("Close: %v", err)
+	}
+	frames := conn.frames(t)
+	if len(frames) != 4 || frames[3].Type != FrameClose || frames[3].Code != CloseNormalClosure {
+		t.Fatalf("%d frames were published: %v", len(frames), frames)
+	}
+	for i, want := range []string{"a", "b", "c"} {
+		if got := string(frames[i].Payload); got != want {
+			t.Errorf("record %d is %q, want %q", i, got, want)
+		}
+	}
+}
+
+// A large record of which nothing was sent, because an earlier packet could not be, has not cut the stream off.
+func TestLargeRecordNotBegunDoesNotCutTheStreamOff(t *testing.T) {
+	conn, c, busy, release := faultOnce(t)
+	w := c.NewWriter(consumerSubject(0)) // one packet
+	if _, err := w.Write([]byte("a")); err != nil {
+		t.Fatal(err)
+	}
+	<-busy
+	large := bytes.Repeat([]byte("large"), 200_000)
+	written := make(chan error, 1)
+	go func() { _, err := w.Write(large); written <- err }()
+	until(t, "the record waits for credit", w.waiting.Load)
+	close(release)
+	if err := <-written; !errors.Is(err, errFaulty) {
+		t.Fatalf("Write: %v", err)
+	}
+	if err := context.Cause(w.Context()); err != nil {
+		t.Fatalf("the stream ended: %v", err)
+	}
+	if err := w.Flush(); err != nil { // the first packet, again
+		t.Fatalf("Flush: %v", err)
+	}
+	acknowledge := func() {
+		credit := Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: w.published.Load(), Packets: 99, Bytes: 1 << 40})}
+		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, credit)})
+	}
+	acknowledge()
+	closed := make(chan error, 1)
+	go func() {
+		_, err := w.Write(large)
+		closed <- errors.Join(err, w.Close())
+	}()
+	until(t, "the record is written and the writer closed", func() bool {
+		acknowledge()
+		return len(closed) > 0
+	})
+	if err := <-closed; err != nil {
+		t.Fatalf("Write, again, and Close: %v", err)
+	}
+	var got []byte
+	frames := conn.frames(t)
+	for _, f := range frames[1 : len(frames)-1] {
+		got = append(got, f.Payload...)
+	}
+	if string(frames[0].Payload) != "a" || !bytes.Equal(got, large) || frames[len(frames)-1].Type != FrameClose {
+		t.Errorf("%d frames were published, %d bytes of the large record", len(frames), len(got))
+	}
+}
+
+// All calls return when their stream ends, also while the connection takes no bytes.
+func TestCallsReturnBesideAStuckPublish(t *testing.T) {
+	c, conn, stick, release := stuckOutbox(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	s, err := c.Open(ctx, "x", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
+	if _, err := s.Write([]byte("a")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	stick()
+	var wg sync.WaitGroup
+	for name, call := range map[string]func() error{
+		"Sync":  func() error { return s.Sync(context.Background()) },
+		"Flush": func() error { _, _ = s.Write([]byte("b")); return s.Flush() },
+		"Recv":  func() error { _, err := s.Recv(); return err },
+	} {
+		wg.Go(func() {
+			if err := call(); !errors.Is(err, context.Canceled) {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+	time.Sleep(20 * time.Millisecond) // all of them wait
+	cancel()
+	wg.Wait()
+	release()
+}
+
+func TestRefusalIsAttributedToItsRequest(t *testing.T) {
+	for name, c := range map[string]struct {
+		requests  []waiting
+		subject   string
+		ok        bool
+		undecided bool
+	}{
+		"nothing waits":         {},
+		"the only one":          {requests: []waiting{{"a", 100}}, subject: "a", ok: true},
+		"in the same moment":    {requests: []waiting{{"a", 100}}, subject: "a", ok: true},
+		"several to a subject":  {requests: []waiting{{"a", 70}, {"a", 100}, {"a", 60}}, subject: "a", ok: true},
+		"published later":       {requests: []waiting{{"a", 101}}},
+		"published long before": {requests: []waiting{{"a", 49}}},
+		"at the edge":           {requests: []waiting{{"a", 50}}, subject: "a", ok: true},
+		"others too early, or late": {
+			requests: []waiting{{"b", 49}, {"a", 100}, {"c", 101}}, subject: "a", ok: true},
+		"two subjects": {requests: []waiting{{"a", 90}, {"b", 100}}, undecided: true},
+	} {
+		if subject, ok, undecided := attribute(c.requests, 100, 50); subject != c.subject && ok || ok != c.ok || undecided != c.undecided {
+			t.Errorf("%s: %q, %v, %v", name, subject, ok, undecided)
+		}
+	}
+}
+
+// What is remembered of requests and refusals is bounded.
+func TestDenialsAreBounded(t *testing.T) {
+	var d denials
+	for i := range 10 * maxRequested {
+		d.publishes(fmt.Sprint(i), int64(i), 10)
+		d.add(fmt.Sprint("x", i), nil, int64(i), 10)
+		d.add("same", nil, int64(i), 10)
+	}
+	if len(d.requested) > maxRequested || len(d.pending) > maxDenials {
+		t.Errorf("%d requests and %d refusals are kept", len(d.requested), len(d.pending))
+	}
+}
+
+// A refusal that names a subject no stream publishes to ends the one stream that it can be about, and no other.
+func TestRefusalOfAMappedSubjectEndsOneStream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "echo", func(w *Writer, r *Request) error {
+			_, err := io.Copy(w, r)
+			return err
+		})
+		listen := func(subject string, f nats.MsgHandler) {
+			stop, err := m.back.Subscribe(subject, "", f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(stop)
+		}
+		slow := make(chan string, 10)
+		listen("slow", func(m *nats.Msg) { slow <- m.Reply }) // a producer that answers when the test says so
+		listen("lost", func(*nats.Msg) {})                    // its request is refused
+		bound := m.open(t, "echo")
+		exchange := func() {
+			t.Helper()
+			if _, err := bound.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+			if rec, err := bound.Recv(); string(rec) != "x" || err != nil {
+				t.Fatal(string(rec), err)
+			}
+		}
+		exchange()
+		ended := func(s *Stream) bool { return s.session.end.Load() != nil }
+
+		// Alone, it is found out.
+		lost := m.open(t, "lost")
+		synctest.Wait()
+		m.conn.DenyPublish("mapped")
+		_, err := lost.Recv()
+		if !errors.Is(err, nats.ErrPermissionViolation) || !strings.Contains(err.Error(), "mapped") || !strings.Contains(err.Error(), "lost") {
+			t.Errorf("%v", err)
+		}
+		exchange()
+
+		// Beside another that waits too, it is found out when that has been answered.
+		waits := m.open(t, "slow")
+		lost = m.open(t, "lost")
+		synctest.Wait()
+		m.conn.DenyPublish("mapped")
+		time.Sleep(10 * time.Second)
+		if ended(waits) || ended(lost) {
+			t.Error("a stream ended that may be healthy")
+		}
+		reply := <-slow
+		if err := m.back.Publish(reply, "", jsonwire.AppendData(nil, []byte("late"))); err != nil {
+			t.Fatal(err)
+		}
+		if rec, err := waits.Recv(); string(rec) != "late" || err != nil {
+			t.Errorf("%q, %v", rec, err)
+		}
+		if _, err := lost.Recv(); !errors.Is(err, nats.ErrPermissionViolation) {
+			t.Errorf("%v", err)
+		}
+		_ = waits.Close()
+		exchange()
+
+		// Requests from long before, or after it, and subjects of streams that have ended, are not meant.
+		waits = m.open(t, "slow")
+		time.Sleep(denialWindow*m.times.AckTimeout + time.Second)
+		m.conn.DenyPublish("mapped")
+		time.Sleep(time.Second)
+		m.conn.DenyPublish("mapped")
+		time.Sleep(time.Millisecond)
+		after := m.open(t, "slow")
+		over := m.open(t, "lost")
+		synctest.Wait()
+		_ = over.Close()
+		m.conn.DenyPublish("lost")
+		m.conn.DenyPublish(over.session.reply)
+		time.Sleep(10 * time.Second)
+		if ended(waits) || ended(after) {
+			t.Error("a stream ended that a refusal was not about")
+		}
+		_, _ = waits.Close(), after.Close()
+		exchange()
+	})
+}
+
+// Sessions are found by the subject that they write to, however they came, moved and went. A slow list is the oracle.
+func TestPeersFindSessions(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	var p peers
+	p.init()
+	var all []*session
+	subject := func() string { return fmt.Sprint("peer.", r.IntN(20)) }
+	for range 20_000 {
+		switch {
+		case len(all) < 10 || len(all) < 100 && r.IntN(3) == 0:
+			s := &session{out: outboxState{peer: subject()}}
+			if r.IntN(2) == 0 { // a consumer's, which has not heard from its producer
+				s.out.peer, s.out.subject, s.stream = "", subject(), new(Stream)
+			}
+			p.add(s)
+			all = append(all, s)
+		case r.IntN(3) == 0:
+			i := r.IntN(len(all))
+			p.remove(all[i])
+			p.remove(all[i]) // does nothing
+			all = slices.Delete(all, i, i+1)
+		case r.IntN(10) == 0:
+			gone := subject()
+			var got, want []*session
+			p.take(gone, func(s *session) { got = append(got, s) })
+			all = slices.DeleteFunc(all, func(s *session) bool {
+				if s.target() != gone {
+					return false
+				}
+				want = append(want, s)
+				return true
+			})
+			for _, s := range want {
+				if !slices.Contains(got, s) {
+					t.Fatalf("a session that writes to %s was not found", gone)
+				}
+			}
+			if len(got) != len(want) {
+				t.Fatalf("%d sessions write to %s, want %d", len(got), gone, len(want))
+			}
+		default:
+			p.move(all[r.IntN(len(all))], subject())
+		}
+	}
+	for _, s := range all {
+		p.remove(s)
+	}
+	if len(p.first) != 0 || len(p.more) != 0 {
+		t.Errorf("%d and %d subjects are listed and have no session", len(p.first), len(p.more))
+	}
+	s := &session{out: outboxState{peer: "a"}} // finished: it changes its peer and is not listed again
+	p.move(s, "b")
+	if s.out.peer != "b" || len(p.first) != 0 {
+		t.Errorf("peer %s, %d subjects listed", s.out.peer, len(p.first))
+	}
+}
+
+// A refused publish looks at the streams that write to its subject, and at no others: their number does not count.
+func TestRefusalTouchesOnlyItsStreams(t *testing.T) {
+	var p peers
+	p.init()
+	for i := range 10_000 {
+		p.add(&session{out: outboxState{peer: fmt.Sprint("peer.", i)}})
+	}
+	if len(p.more) != 0 {
+		t.Fatalf("%d subjects have the hash of another", len(p.more)) // one in 10^11 runs
+	}
+	refused := func() {
+		p.take("nobody", func(*session) { t.Error("a session was found that writes elsewhere") })
+	}
+	if n := testing.AllocsPerRun(1000, refused); n != 0 && !race.Enabled {
+		t.Errorf("%v allocations", n)
+	}
+	found := 0
+	for i := range 10_000 {
+		p.take(fmt.Sprint("peer.", i), func(*session) { found++ })
+	}
+	if found != 10_000 {
+		t.Errorf("%d sessions were found of 10,000", found)
+	}
+}
+
+// Streams do not wait for all refused requests and refused publishes that are there: the outbox does a few of them, and then
+// serves the streams that have something to send.
+func TestRefusalsTakeTurnsWithStreams(t *testing.T) {
+	const streams, refusals = 5, 3000
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		begin := make(chan struct{})
+		m.handle(t, "svc", func(w *Writer, _ *Request) error {
+			if _, err := w.Write(nil); err != nil {
+				return err
+			}
+			<-begin
+			_, err := w.Write([]byte("record"))
+			return err
+		})
+		var open []*Stream
+		for range streams {
+			open = append(open, m.open(t, "svc"))
+		}
+		synctest.Wait()
+		// Everything gathers while the outbox is held in a publish.
+		hold, order := make(chan struct{}), ""
+		o := &m.server.ep.outbox
+		m.back.Published = func(subject, _ string, data []byte) error {
+			switch {
+			case subject == "first":
+				<-hold
+			case subject == "refused":
+				order += "r"
+			case isSequenced(data):
+				order += "S"
+			}
+			return nil
+		}
+		o.doLater(outOfStream{subject: "first", refuse: &CloseError{Code: CloseTryAgainLater}})
+		synctest.Wait()
+		for range refusals {
+			o.doLater(outOfStream{subject: "refused", refuse: &CloseError{Code: CloseTryAgainLater}})
+			o.doLater(outOfStream{subject: "denied", denied: errors.New("denied")})
+		}
+		close(begin)
+		synctest.Wait()
+		close(hold)
+		synctest.Wait()
+		first, last := strings.IndexByte(order, 'S'), strings.LastIndexByte(order, 'S')
+		if first < 0 || len(order) < refusals+streams {
+			t.Fatalf("%d messages, the first packet is number %d", len(order), first)
+		}
+		if last > 2*(outOfStreamTurn+streams) {
+			t.Errorf("the last packet was number %d of %d messages, want it among the first", last, len(order))
+		}
+		for _, s := range open {
+			for _, err := range s.All() {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		m.nothingLeft(t)
+	})
+}
+
+// What waits to be refused is bounded by number and by bytes.
+func TestRefusalsAreBounded(t *testing.T) {
+	for name, subject := range map[string]string{
+		"short": "a", "long": string(make([]byte, 4000)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				m.back.Set(nats.RECONNECTING)
+				synctest.Wait()
+				o := &m.server.ep.outbox
+				const asked = 2 * maxOutOfStream
+				for range asked {
+					o.doLater(outOfStream{subject: subject, refuse: &CloseError{Code: CloseTryAgainLater}})
+				}
+				kept := len(o.outOfStream)
+				if kept > maxOutOfStream || kept*len(subject) > maxOutOfStreamBytes || kept < min(maxOutOfStream, maxOutOfStreamBytes/len(subject)) {
+					t.Errorf("%d refusals of %d bytes each wait", kept, len(subject))
+				}
+				if n := m.server.Stats().DroppedControl; n != uint64(asked-kept) {
+					t.Errorf("%d were counted as dropped, want %d", n, asked-kept)
+				}
+				m.back.Set(nats.CONNECTED)
+				synctest.Wait()
+				if o.outOfStreamBytes != 0 || len(o.outOfStream) != 0 {
+					t.Errorf("%d refusals, %d bytes wait when all are done", len(o.outOfStream), o.outOfStreamBytes)
+				}
+			})
+		})
+	}
+}
