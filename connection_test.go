@@ -419,6 +419,10 @@ func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 	serve(producer, "narrow")
 	consumer := connect(narrow)
 	local := client(consumer)
+	known := func(srv *streamtest.Server, subject string) {
+		eventually(t, subject+" is known at the other node", func() bool { return srv.Raw().GlobalAccount().Interest(subject) > 0 })
+	}
+	known(wide, "narrow")
 	goesOn := open(t, local, "narrow")
 	exchange(t, goesOn, 0)
 	for _, n := range []int{100, 300, 400, 430, 460, 490, 520, 600, 2000} {
@@ -426,10 +430,15 @@ func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 		far := connect(wide, prefix)
 		subject := fmt.Sprint("wide", n)
 		serve(far, subject)
+		known(narrow, subject)
+		timeout := patience
+		if n > 300 {
+			timeout = time.Second // the answer of the far end is dropped, or its connection ends
+		}
 		// To a producer of the narrow node, and from one.
 		for name, f := range map[string]func() error{
 			"its consumer": func() error {
-				ctx, cancel := context.WithTimeout(testContext(t), time.Second)
+				ctx, cancel := context.WithTimeout(testContext(t), timeout)
 				defer cancel()
 				s, err := client(far).Open(ctx, "narrow", nil)
 				if err != nil {

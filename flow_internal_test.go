@@ -555,13 +555,14 @@ func TestMuxCountsWhatItDrops(t *testing.T) {
 // of the mux. It must not see a record from behind the one that was dropped.
 func TestMuxDeliversNothingAfterTheEnd(t *testing.T) {
 	conn := fake.New()
-	c := fakeClient(t, conn, ClientParams{FallbackBuffer: 60})
-	s, deliver := muxStream(t, conn, c)
-	message := func(rec string) []byte { return jsonwire.AppendData(nil, []byte(rec)) } // 24 bytes each
 	// The outbox is kept busy, so that the stream stays registered.
 	busy, idle := make(chan struct{}), make(chan struct{})
 	begin := sync.OnceFunc(func() { close(busy) }) // at the end it is told that the client is closed
+	conn.Requested = func(*nats.Msg) error { return nil }
 	conn.Published = func(string, string, []byte) error { begin(); <-idle; return nil }
+	c := fakeClient(t, conn, ClientParams{FallbackBuffer: 60})
+	s, deliver := muxStream(t, conn, c)
+	message := func(rec string) []byte { return jsonwire.AppendData(nil, []byte(rec)) } // 24 bytes each
 	other := &session{ep: c.ep, role: lifecycle.Consumer, out: outboxState{peer: "other"}}
 	other.bucket.init(1, 1)
 	other.mark(workCredit)
