@@ -42,7 +42,7 @@ func printLog(ctx context.Context, client *stream.Client, job string) error {
 	defer s.Close()
 	for record, err := range s.All() {
 		if err != nil {
-			return err // the stream broke off: what came is not all there is
+			return err // the stream broke off: the records are incomplete
 		}
 		fmt.Printf("%s\n", record)
 	}
@@ -91,7 +91,7 @@ func Example() {
 	// job 17: line 2
 }
 
-// The end of a stream tells how it ended: what a handler returns is what the reader gets.
+// The error of the last read tells how the stream ended: the reader gets the code and text that the handler returned.
 func ExampleCloseError() {
 	client, server, stop := connect()
 	defer stop()
