@@ -197,6 +197,7 @@ func TestCloseWaitsAgainAfterAStandstill(t *testing.T) {
 		if err := w.Close(); err != nil {
 			t.Fatal(err)
 		}
+		o.park.Wake()   // the outbox notes that CLOSE is held back
 		synctest.Wait() // the outbox sleeps: what it owns is the test's
 		s.out.life.closeAt = ep.now()
 		late := s.out.life.closeAt + int64(2*maxTick) + 1
