@@ -1,5 +1,5 @@
-// Package stream carries streams of records over core NATS. A consumer opens a stream with a request; from then on both ends
-// send any number of records, until each closes its direction.
+// Package stream carries streams of records over core NATS. A consumer opens a stream with a request. Both ends then send any
+// number of records, until each closes its direction.
 //
 // # Terms
 //
@@ -34,13 +34,19 @@
 // Use a Server to produce. [NewWriter] is for programs that receive requests in a subscription of their own, as the original
 // API did: its streams take no records from the consumer.
 //
+// # Both directions, and objects
+//
+// The consumer sends records with [Stream.Write], and half-closes with [Stream.CloseSend]. The handler reads them with
+// [Request.Recv] until [io.EOF], while it may write. WriteObject and RecvObject of these types send and receive Go values, in
+// the [Codec] that the client chose.
+//
 // # Ends and errors
 //
 // Each direction ends once. A reader gets [io.EOF] if the peer closed normally, and a [*CloseError] with its code and text
-// otherwise. EOF says that every record arrived, once and in order: a stream that lost anything ends with another error. A
-// Handler's return value is the end of its stream. The context of a Writer or Request ends if the consumer leaves, and
-// [context.Cause] tells why. A consumer reads to the end, calls [Stream.Close], or ends the context that it gave to
-// [Client.Open]; otherwise the stream stays open.
+// otherwise. EOF guarantees that every record arrived, once and in order: an incomplete stream ends with another error. The
+// return value of a Handler ends its stream. The context of a Writer or Request ends if the consumer leaves, and
+// [context.Cause] returns the reason. A stream stays open until the consumer reads to its end, calls [Stream.Close], or ends the
+// context that it gave to [Client.Open]. Give that context a deadline: NATS does not report a request that is lost on its way.
 //
 // # Flow control and limits
 //
@@ -51,10 +57,10 @@
 //
 // # Reconnects
 //
-// Packets are kept until the peer acknowledges them and are sent again if they are lost, so a stream survives a reconnect,
-// also to another server of a cluster. A stream ends with [CloseAbnormalClosure] if its peer stays away for PeerTimeout or
-// its own connection for DisconnectTimeout. A request is sent only once, because a handler may have run: [Retryable] tells the
-// errors after which it surely did not, and [Client.OpenRetry] repeats those requests.
+// Packets are kept until the peer acknowledges them, and retransmitted if they are lost. So a stream survives a reconnect, also
+// to another server of a cluster. A stream ends with [CloseAbnormalClosure] if its peer stays away for PeerTimeout or
+// its own connection for DisconnectTimeout. A request is sent only once, because a handler may have run. [Retryable] marks the
+// errors after which no handler ran, and [Client.OpenRetry] repeats those requests.
 //
 // # The original API
 //

@@ -15,9 +15,9 @@ import (
 // childEnv in the environment makes a test binary run as a server instead of its tests.
 const childEnv = "STREAMTEST_SERVER"
 
-// A Process runs the test's own binary again, because that has the server linked already and nothing needs to be
-// installed. The binary must turn into a server before its main runs, or it would run the tests: hence init, and no test
-// package needs a TestMain for it. Packages that are initialised before this one run their init in the child too.
+// A Process runs the test's own binary again, because that binary has the server linked and nothing has to be installed. The
+// binary must become a server before its main runs, or it would run the tests. So this is an init function, and test packages
+// need no TestMain. Packages that are initialised before this one run their init in the child too.
 func init() {
 	if os.Getenv(childEnv) == "" {
 		return
@@ -33,18 +33,18 @@ func init() {
 type order struct {
 	Steps []step
 	Port  int  // where to listen
-	Fixed bool // on Port whatever Steps say
+	Fixed bool // Port overrides Steps
 }
 
-// A report is a line that the child writes to its standard output, after reportMark: an error before it ends, the port
-// as soon as it accepts connections, and then an answer to each line of its input.
+// A report is a line that the child writes to its standard output, after reportMark. The child reports an error before it
+// ends, the port when it accepts connections, and then an answer to each line of its input.
 type report struct {
 	Error   string
 	Port    int
 	Seq     int
 	Remotes int   // other nodes that are connected
 	Routes  int   // connections to them
-	Pool    int   // connections there should be to each
+	Pool    int   // connections that there should be to each
 	Slow    int64 // connections cut off because they did not read
 }
 

@@ -27,12 +27,12 @@ func WithConfig(text string) Option {
 	}
 }
 
-// recorders holds a *recorder for each *server.Options that options are being applied to. An Option has no other argument,
+// recorders holds a *recorder for each *server.Options to which options are being applied. An Option has no other argument,
 // and it cannot return an error.
 var recorders sync.Map
 
-// A recorder takes values from WithConfig that server.Options has no field for: its error and, if the server will run in
-// another process, the text itself. A parsed configuration could not be sent to that process.
+// A recorder takes values of WithConfig for which server.Options has no field: its error, and the text itself if the server
+// will run in another process. A parsed configuration could not be sent to that process.
 type recorder struct {
 	remote bool
 	texts  []string
@@ -47,7 +47,7 @@ func (r *recorder) config(o *server.Options, text string) {
 	}
 }
 
-// defaults are the options that hold before any Option is applied, here and in a Process.
+// defaults are the options before any Option is applied, here and in a Process.
 func defaults() *server.Options {
 	return &server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true}
 }

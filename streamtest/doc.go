@@ -1,5 +1,5 @@
-// Package streamtest provides NATS servers for tests of streams, connections to them, and faults of the network in
-// between. The servers choose their own ports and need no files, no parsing of logs and no installed binary.
+// Package streamtest provides NATS servers for tests of streams, connections to them, and faults of the network between
+// them. The servers choose their own ports. They need no files and no installed binary.
 //
 //	func TestTail(t *testing.T) {
 //		srv := streamtest.Run(t)
@@ -7,21 +7,22 @@
 //		...
 //	}
 //
-// Everything that a function named Run… starts ends with the test; the Start… of the same name is for programs.
+// A server, cluster, proxy or interceptor that a function Run… starts ends with the test. The function Start… of the same
+// name is for programs.
 //
 // # Servers
 //
 // [Run] starts a server in the test's process, in a few milliseconds. [RunProcess] starts one in a process of its own, which
-// can crash, stand still, leave in order, and come back at the same address, perhaps with other limits:
+// can be killed, paused, shut down, and started again at the same address, also with other limits:
 //
 //	srv := streamtest.RunProcess(t)
 //	nc := srv.Connect(t)
 //	srv.Kill()
 //	err := srv.Restart(streamtest.WithMaxPayload(64 << 10))
 //
-// Both take the same options. [WithConfig] is NATS configuration as it is documented, for instance a recipe for permissions.
+// Both take the same options. [WithConfig] takes the text of a NATS configuration, such as one for permissions.
 //
-// [RunCluster] starts several such processes with routes between them, and can put these far apart:
+// [RunCluster] starts several such processes with routes between them, and can delay the routes:
 //
 //	c := streamtest.RunCluster(t, 3)
 //	c.DelayRoutes(20 * time.Millisecond)
@@ -30,8 +31,8 @@
 //
 // # Networks
 //
-// [RunProxy] stands between a client and its server, or between any two ends of a TCP connection. It delays, throttles,
-// holds, cuts and resets:
+// [RunProxy] starts a proxy between a client and its server, or between any two ends of a TCP connection. It delays,
+// throttles, holds, cuts and resets connections:
 //
 //	p := streamtest.RunProxy(t, srv.URL())
 //	nc, err := nats.Connect(p.URL(), nats.IgnoreDiscoveredServers())
@@ -41,8 +42,9 @@
 //
 // # Messages
 //
-// [RunInterceptor] stands in the same place, parses the protocol of NATS clients, and applies rules to each message. Rules
-// are ready-made, such as [Drop], [Duplicate], [Reorder] and [Corrupt], or functions of the test. It can also forge messages.
+// [RunInterceptor] starts a proxy that parses the protocol of NATS clients, and applies rules to each message. A rule is
+// ready-made, such as [Drop], [Duplicate], [Reorder] and [Corrupt], or a function of the test. An interceptor can also forge
+// messages.
 //
 //	rng := rand.New(rand.NewPCG(1, 2))
 //	i := streamtest.RunInterceptor(t, srv.URL(),
@@ -50,5 +52,5 @@
 //			streamtest.Drop(0.01, rng), streamtest.Reorder(0.1, 3, rng)))
 //	nc, err := nats.Connect(i.URL(), nats.IgnoreDiscoveredServers())
 //
-// It is the only package of the module outside its tests, examples and benchmarks that links the NATS server.
+// Of all packages for users, only streamtest links the NATS server.
 package streamtest

@@ -7,13 +7,13 @@ import (
 	"time"
 )
 
-// A Message is one on its way between a client and its server, published (ToServer) or delivered (ToClient).
+// A Message is a NATS message between a client and its server: published (ToServer) or delivered (ToClient).
 type Message struct {
 	Dir     Direction
-	Conn    uint64 // the connection, counted from 1 in the order of their making
+	Conn    uint64 // number of the connection, from 1 in the order of acceptance
 	Subject string
 	Reply   string // or empty
-	Header  []byte // as it is sent, with the line NATS/1.0 and the empty line at its end; or empty
+	Header  []byte // as sent, with the line NATS/1.0 and the empty line at its end; or empty
 	Data    []byte
 
 	sid string // of the subscription that it is delivered to
@@ -22,24 +22,25 @@ type Message struct {
 // A Verdict is the decision of a [Rule] about a message. The zero Verdict lets the message pass.
 type Verdict struct {
 	Drop   bool // it does not arrive
-	Copies int  // it arrives so many times more, at once
-	// Hold is the number of messages of the same connection and direction that shall overtake it. It is also released
-	// when no message passes for about 5 ms. Other parts of the protocol overtake it too, so a Flush of the client does
-	// not wait for it.
+	Copies int  // additional copies, which arrive at once
+	// Hold is the number of messages of the same connection and direction that overtake this one. A held message is also
+	// released when no message passes for about 5 ms. Other parts of the protocol overtake it too, so a Flush of the client
+	// does not wait for it.
 	Hold int
 }
 
-// A Rule decides about a message, which it may change: its Subject, Reply, Header and Data. The message and its bytes are
-// the rule's until it returns: a rule that keeps bytes for longer must copy them. An [Interceptor] calls its rules one at a
-// time, for any number of connections. A rule may call Inject, which sends before the message at hand.
+// A Rule decides about a message. It may change the message's Subject, Reply, Header and Data. The message and its bytes belong
+// to the rule until it returns: a rule that keeps bytes for longer must copy them. An [Interceptor] calls its rules one at a
+// time, for all its connections. A rule may call Inject, which sends before the current message.
 //
-// The ready-made rules take a probability p, from 0 to 1, and a source of chance. They decide the same about the same
-// messages in the same order. Rules of one Interceptor may share a source; those of several may not, nor may goroutines.
+// The ready-made rules take a probability p, from 0 to 1, and a random source. With the same seed they decide the same about
+// the same messages in the same order. Rules of one Interceptor may share a source. Rules of several Interceptors, and
+// goroutines, must not.
 type Rule func(m *Message) Verdict
 
 // Counts are the numbers of messages that an [Interceptor] has handled so far.
 type Counts struct {
-	Passed     int // as they came or changed, those held too
+	Passed     int // unchanged or changed, held messages included
 	Dropped    int
 	Duplicated int // copies
 	Held       int
@@ -49,8 +50,8 @@ type Counts struct {
 // Interceptor is a proxy for NATS clients that lets rules decide about each message. All other bytes pass unchanged.
 // Its methods may be called concurrently.
 //
-// Clients should be given nats.IgnoreDiscoveredServers, or a server that tells its own address leads them around it. TLS
-// cannot pass.
+// Give clients the option nats.IgnoreDiscoveredServers. Otherwise a server that announces its own address leads them around
+// the interceptor. TLS cannot pass.
 type Interceptor struct {
 	relay
 
@@ -72,7 +73,7 @@ func StartInterceptor(target string, rules ...Rule) (*Interceptor, error) {
 	return i, nil
 }
 
-// RunInterceptor starts an interceptor that ends with the test. Where it cannot start, the test ends at once.
+// RunInterceptor starts an interceptor that ends with the test. If it cannot start, the test fails at once.
 func RunInterceptor(tb testing.TB, target string, rules ...Rule) *Interceptor {
 	tb.Helper()
 	i, err := StartInterceptor(target, rules...)
@@ -83,8 +84,8 @@ func RunInterceptor(tb testing.TB, target string, rules ...Rule) *Interceptor {
 	return i
 }
 
-// SetRules replaces the rules. They see each message in turn: one drops it, and the others do not see it; their copies
-// add up, and the longest hold counts. No old rule runs when SetRules returns; so a rule must not call it.
+// SetRules replaces the rules. They see each message in turn. If one drops it, the next ones do not see it. Their copies add up,
+// and the longest hold counts. When SetRules returns, no old rule runs, so a rule must not call it.
 func (i *Interceptor) SetRules(rules ...Rule) {
 	i.decide.Lock()
 	defer i.decide.Unlock()
@@ -98,9 +99,9 @@ func (i *Interceptor) Counts() Counts {
 	return i.counts
 }
 
-// Inject forges a message and returns how many copies were sent. No rule sees it. To the server it is published by
-// connection m.Conn or, if that is 0, by the oldest. To clients it is delivered to the subscriptions that match its
-// subject, one copy each, of connection m.Conn or, if that is 0, of all.
+// Inject sends a forged message and returns the number of copies sent. No rule sees it. A message to the server is published
+// on connection m.Conn, or on the oldest one if that is 0. A message to clients is delivered to each subscription that
+// matches its subject, of connection m.Conn, or of all connections if that is 0.
 func (i *Interceptor) Inject(m Message) (copies int) {
 	for _, l := range i.all() {
 		if m.Conn != 0 && m.Conn != l.id {
@@ -166,29 +167,29 @@ func (i *Interceptor) intercept(l *link) {
 	i.state.Unlock()
 }
 
-// holdTime is after how long without a message those held are released.
+// holdTime is the time without a message after which held messages are released.
 const holdTime = 5 * time.Millisecond
 
 // A tap is one direction of a connection.
 type tap struct {
 	dir  Direction
 	conn uint64
-	subs subscriptions // of the client, where dir is ToServer
+	subs subscriptions // of the client, if dir is ToServer
 
-	mu      sync.Mutex // all below; there are the reader, the timer, and those that inject
+	mu      sync.Mutex // guards the fields below, which the reader, the timer and Inject use
 	dst     net.Conn
 	out     []byte // not yet written
 	held    []heldMessage
 	passed  uint64 // messages
 	seen    uint64 // passed when the timer was set
 	timer   *time.Timer
-	waiting bool // for the timer
+	waiting bool // the timer runs
 	closed  bool
 }
 
 type heldMessage struct {
 	b    []byte
-	left int // messages that shall overtake it
+	left int // messages that still have to overtake it
 }
 
 func newTap(dir Direction, conn uint64, dst net.Conn) *tap {
@@ -233,7 +234,7 @@ func (t *tap) message(m *Message, v Verdict) {
 	}
 }
 
-// tick releases all that is held, unless messages still pass.
+// tick releases all held messages, unless messages still pass.
 func (t *tap) tick() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -270,7 +271,7 @@ func (t *tap) inject(m *Message) int {
 	return 1
 }
 
-// raw forwards bytes that are no message.
+// raw forwards bytes that belong to no message.
 func (t *tap) raw(b []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -296,7 +297,7 @@ func (t *tap) flushLocked() {
 	}
 }
 
-// close releases the messages that are held and ends all writing.
+// close releases the held messages and ends all writing.
 func (t *tap) close() {
 	t.timer.Stop()
 	t.mu.Lock()

@@ -17,12 +17,12 @@ import (
 //	HPUB subject [reply] header total HMSG subject sid [reply] header total
 //	SUB subject [queue] sid           UNSUB sid [max]
 //
-// PUB and MSG and their kin are followed by as many bytes as they say and CR LF.
+// After a line of the first two rows come as many bytes as it states, and CR LF.
 
 // maxMessage is the largest message that any NATS server accepts, in bytes.
 const maxMessage = 64 << 20
 
-// errProtocol ends a connection on which the interceptor lost its way.
+// errProtocol ends a connection on which the interceptor cannot parse the protocol.
 var errProtocol = errors.New("streamtest: not the NATS protocol")
 
 // flusher is a connection that forwards all bytes it has read before it waits for more.
@@ -43,7 +43,7 @@ func (t *tap) run(src net.Conn, i *Interceptor) error {
 	var body []byte
 	for {
 		line, err := in.ReadSlice('\n')
-		if errors.Is(err, bufio.ErrBufferFull) { // INFO may be as long as it likes
+		if errors.Is(err, bufio.ErrBufferFull) { // INFO has no bound
 			line = bytes.Clone(line)
 			var rest []byte
 			rest, err = in.ReadBytes('\n')
@@ -108,14 +108,14 @@ func (t *tap) parse(line []byte, m *Message) (header, total int, ok bool) {
 	case t.dir == ToServer && is(op, "SUB"):
 		t.subs.add(string(f[len(f)-1]), string(f[0]))
 		return 0, 0, false
-	case t.dir == ToServer && is(op, "UNSUB") && len(f) == 1: // with a maximum it goes on for a while
+	case t.dir == ToServer && is(op, "UNSUB") && len(f) == 1: // with a maximum the subscription goes on for a while
 		t.subs.remove(string(f[0]))
 		return 0, 0, false
 	default:
 		return 0, 0, false
 	}
 	names := len(f) - sizes
-	sid := int(t.dir) // one where there is a sid
+	sid := int(t.dir) // 1 in the direction that has a sid
 	if names < 1+sid || names > 2+sid {
 		return -1, 0, true
 	}
@@ -143,7 +143,7 @@ func size(b []byte) int {
 	return n
 }
 
-// append appends m as it is sent.
+// append appends m in the form of the protocol.
 func (m *Message) append(b []byte) []byte {
 	if len(m.Header) > 0 {
 		b = append(b, 'H')
@@ -198,7 +198,7 @@ func (s *subscriptions) match(subject string) (sids []string) {
 	return sids
 }
 
-// matches reports whether subject is among those that pattern, with the wildcards * and >, stands for.
+// matches reports whether subject matches pattern, which may have the wildcards * and >.
 func matches(pattern, subject string) bool {
 	for {
 		p, moreP, okP := strings.Cut(pattern, ".")

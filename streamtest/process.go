@@ -12,9 +12,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Process is a NATS server in a process of its own, which can be killed, stopped, paused and started again at the same
-// address. Otherwise it is like a [Server]. It needs no binary except the test's own, and does not outlive the test. Its
-// methods may be called concurrently; those that change its state wait for each other.
+// Process is a NATS server in a process of its own. It can be killed, stopped, paused, and started again at the same address.
+// In all other respects it is like a [Server]. It needs no binary except the test's own, and does not outlive the test. Its
+// methods may be called concurrently. Methods that change its state wait for each other.
 type Process struct {
 	port int
 
@@ -26,8 +26,8 @@ type Process struct {
 
 // StartProcess starts a server and returns when it accepts connections. The caller ends it with [Process.Kill] or [Process.Stop].
 //
-// All options of [Start] can be given whose values can be sent to another process: numbers, texts, users, but neither a
-// *tls.Config nor an interface; for those there is [WithConfig]. An option is called in this process.
+// An option may set values that can be sent to another process, such as numbers, texts and users. It may set neither a
+// *tls.Config nor an interface: use [WithConfig] for these. Options are called in this process.
 func StartProcess(opts ...Option) (*Process, error) {
 	o := defaults()
 	steps, err := record(o, opts)
@@ -50,7 +50,7 @@ func StartProcess(opts ...Option) (*Process, error) {
 	}
 }
 
-// RunProcess starts a server that is killed at the end of the test. Where it cannot start, the test ends at once.
+// RunProcess starts a server that is killed at the end of the test. If it cannot start, the test fails at once.
 func RunProcess(tb testing.TB, opts ...Option) *Process {
 	tb.Helper()
 	p, err := StartProcess(opts...)
@@ -71,31 +71,31 @@ func (p *Process) Dial(opts ...nats.Option) (*nats.Conn, error) {
 	return dial(p.URL(), opts)
 }
 
-// Connect is [Process.Dial] for a test, as [Server.Connect] is.
+// Connect is [Process.Dial] for a test: the connection is closed at its end; see [Server.Connect].
 func (p *Process) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
 	tb.Helper()
 	return connect(tb, p.URL(), opts)
 }
 
-// Kill ends the server as a crash would, without a word to anybody, and returns when it ended. It does nothing to one
-// that has ended.
+// Kill ends the server as a crash does, without notice to clients, and returns when the server has ended. It does nothing if
+// the server has ended before.
 func (p *Process) Kill() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.child.kill()
 }
 
-// Stop ends the server as an orderly shutdown does and returns when it ended. One that is paused is resumed before; one
-// that does not end in ten seconds is killed. It does nothing to one that has ended.
+// Stop shuts the server down and returns when it has ended. It resumes a paused server first, and kills a server that does not
+// end within ten seconds. It does nothing if the server has ended before.
 func (p *Process) Stop() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.child.stop()
 }
 
-// LameDuck tells the server to announce its end to its clients and then to end: it refuses new connections, closes the
-// present ones after 100 ms over the course of a second, and ends. LameDuck returns at once, Wait when the server
-// ended. An error says that there is none, or errors.ErrUnsupported on systems without such signals.
+// LameDuck starts the lame duck mode of the server: it announces its end to clients, refuses new connections, closes the present
+// ones after 100 ms, spread over a second, and ends. LameDuck returns at once; [Process.Wait] returns when the server has ended.
+// It returns an error if no server runs, and errors.ErrUnsupported on systems without such signals.
 func (p *Process) LameDuck() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -103,21 +103,21 @@ func (p *Process) LameDuck() error {
 }
 
 // Pause stops the server from running until [Process.Resume]. Its connections stay open and nothing is read from them. On Linux
-// nothing runs any more when Pause returns, elsewhere very soon. Errors are those of LameDuck.
+// nothing runs when Pause returns, and elsewhere very soon after. Errors are those of LameDuck.
 func (p *Process) Pause() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.child.pause()
 }
 
-// Resume lets a paused server run again. Errors are those of LameDuck.
+// Resume ends a [Process.Pause]. Errors are those of LameDuck.
 func (p *Process) Resume() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.child.resume()
 }
 
-// Wait returns when the server, as it runs when Wait is called, has ended.
+// Wait returns when the server that runs at the time of the call has ended.
 func (p *Process) Wait() {
 	p.mu.Lock()
 	c := p.child
@@ -125,8 +125,8 @@ func (p *Process) Wait() {
 	<-c.done
 }
 
-// Restart starts the server again at the same address, with opts applied after those that it had, and returns when it
-// accepts connections. One that still runs is stopped before. After an error none runs, and Restart can be tried again.
+// Restart starts the server again at the same address and returns when it accepts connections. It applies opts after the
+// earlier options. It stops a running server first. After an error no server runs, and Restart can be tried again.
 func (p *Process) Restart(opts ...Option) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -145,8 +145,8 @@ func (p *Process) Restart(opts ...Option) error {
 	return nil
 }
 
-// SlowConsumers returns how many connections the server, as it runs, has cut off so far because they did not read fast
-// enough. An error says that it does not answer within a second.
+// SlowConsumers returns how many connections the server has closed since its last start because they did not read fast enough.
+// It returns an error if the server does not answer within a second.
 func (p *Process) SlowConsumers() (int64, error) {
 	r, err := p.ask()
 	return r.Slow, err
@@ -169,8 +169,8 @@ func (p *Process) ask() (report, error) {
 	return p.child.ask()
 }
 
-// freePort returns a port of 127.0.0.1 that nobody listens on. It is below those that systems give to outgoing
-// connections, or one of these could take it while the server is down.
+// freePort returns a free port of 127.0.0.1. It is below the ports that systems give to outgoing connections. Otherwise such a
+// connection could take it while the server is down.
 func freePort() (int, error) {
 	var err error
 	for range 100 {

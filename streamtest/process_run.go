@@ -30,7 +30,7 @@ func startChild(ord order) (*child, int, error) {
 	cmd := exec.Command(exe)
 	cmd.Args[0] = "nats-server"
 	cmd.Env = append(os.Environ(), childEnv+"=1")
-	cmd.Stderr = os.Stderr // where a panic of the server is seen
+	cmd.Stderr = os.Stderr // shows a panic of the server
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return nil, 0, fmt.Errorf("streamtest: %w", err)
@@ -50,7 +50,7 @@ func startChild(ord order) (*child, int, error) {
 		select {
 		case r = <-c.reports:
 		case <-c.done:
-			// It may have said why before.
+			// It may have reported the reason before.
 			select {
 			case r = <-c.reports:
 			default:
@@ -82,14 +82,14 @@ func (c *child) watch(out io.Reader) {
 		if b, ok := bytes.CutPrefix(line, []byte(reportMark)); ok && json.Unmarshal(b, &r) == nil {
 			select {
 			case c.reports <- r:
-			default: // nobody waits for it
+			default: // no call waits for it
 			}
 		}
 	}
 	_ = c.cmd.Wait() // it fails for every child that was killed
 }
 
-// ask returns how the child is.
+// ask returns the child's report on its state.
 func (c *child) ask() (report, error) {
 	c.seq++
 	if _, err := fmt.Fprintln(c.in, c.seq); err != nil {
@@ -111,7 +111,7 @@ func (c *child) ask() (report, error) {
 }
 
 func (c *child) kill() {
-	_ = c.cmd.Process.Kill() // it fails when there is nothing to kill
+	_ = c.cmd.Process.Kill() // it fails if the process has ended
 	<-c.done
 }
 

@@ -9,16 +9,17 @@ import (
 	"time"
 )
 
-// Proxy is a TCP proxy that imitates the faults of networks. It does not look at the bytes that pass. By default it passes
-// all bytes at once. A setting holds for all present and later connections. Its methods may be called concurrently.
+// Proxy is a TCP proxy that imitates the faults of networks. It does not parse the bytes. By default it passes all bytes at
+// once. A setting holds for all present and later connections. Its methods may be called concurrently.
 //
-// Clients should be given nats.IgnoreDiscoveredServers, or a server that tells its own address leads them around it.
+// Give clients the option nats.IgnoreDiscoveredServers. Otherwise a server that announces its own address leads them around
+// the proxy.
 type Proxy struct {
 	relay
 	faults atomic.Pointer[faults]
 }
 
-// faults is how a Proxy treats the bytes of each direction. It is never changed, but replaced.
+// faults states how a Proxy treats the bytes of each direction. It is never changed, only replaced.
 type faults struct {
 	hole    [2]bool
 	delay   [2]time.Duration
@@ -27,7 +28,7 @@ type faults struct {
 }
 
 // StartProxy starts a proxy to target, which is host:port or a NATS URL. It listens on a free port of 127.0.0.1. The caller
-// ends it with Close. It is no error when nobody listens at target; connections are reset then.
+// ends it with Close. It is no error if nothing listens at target: connections are reset then.
 func StartProxy(target string) (*Proxy, error) {
 	p := &Proxy{}
 	p.faults.Store(&faults{changed: make(chan struct{})})
@@ -37,7 +38,7 @@ func StartProxy(target string) (*Proxy, error) {
 	return p, nil
 }
 
-// RunProxy starts a proxy that ends with the test. Where it cannot start, the test ends at once.
+// RunProxy starts a proxy that ends with the test. If it cannot start, the test fails at once.
 func RunProxy(tb testing.TB, target string) *Proxy {
 	tb.Helper()
 	p, err := StartProxy(target)
@@ -48,26 +49,25 @@ func RunProxy(tb testing.TB, target string) *Proxy {
 	return p
 }
 
-// Cut closes all connections in the orderly way. Bytes that the proxy holds are lost. New connections can be made at once.
+// Cut closes all connections in the orderly way. The proxy drops the bytes that it holds. New connections can be made at once.
 func (p *Proxy) Cut() {
 	for _, l := range p.all() {
 		l.cut()
 	}
 }
 
-// Reset closes all connections with a TCP reset. Bytes that the proxy holds are lost. New connections can be made at once.
+// Reset closes all connections with a TCP reset. The proxy drops the bytes that it holds. New connections can be made at once.
 func (p *Proxy) Reset() {
 	for _, l := range p.all() {
 		l.reset()
 	}
 }
 
-// Refuse resets new connections as soon as they are made, or no longer does. Those that there are remain.
+// Refuse sets whether new connections are reset as soon as they are made. Existing connections remain.
 func (p *Proxy) Refuse(refuse bool) { p.refuse.Store(refuse) }
 
-// BlackHole lets nothing more through in the given direction, until [Proxy.Heal]. Connections remain open, and new ones can
-// be made. Bytes that are sent are held until the system's buffers are full; then the sender's writes block. Neither bytes
-// nor the end of a connection get through.
+// BlackHole stops the given direction until [Proxy.Heal]. Connections remain open, and new ones can be made. Sent bytes are held
+// until the system's buffers are full. Then the sender's writes block. Neither bytes nor the end of a connection get through.
 func (p *Proxy) BlackHole(dir Direction) {
 	p.change(dir, func(f *faults, d Direction) { f.hole[d] = true })
 }
@@ -77,19 +77,19 @@ func (p *Proxy) Heal() {
 	p.change(Both, func(f *faults, d Direction) { f.hole[d] = false })
 }
 
-// Delay makes every byte of the given direction arrive d later than it would. It takes no throughput away up to some
-// 32 MiB on the way. Zero, as at the start, is no delay. Bytes on the way arrive by the new delay, and in order.
+// Delay makes every byte of the given direction arrive d later. It does not limit throughput up to about 32 MiB on the way.
+// Zero, the default, is no delay. The new delay also holds for bytes on the way, which stay in order.
 func (p *Proxy) Delay(dir Direction, d time.Duration) {
 	p.change(dir, func(f *faults, dir Direction) { f.delay[dir] = d })
 }
 
-// Throttle lets at most bytesPerSecond of each connection through in the given direction. Zero, as at the start, or less
-// is no limit.
+// Throttle lets at most bytesPerSecond of each connection through in the given direction. Zero, the default, or less is no
+// limit.
 func (p *Proxy) Throttle(dir Direction, bytesPerSecond int) {
 	p.change(dir, func(f *faults, d Direction) { f.rate[d] = max(0, bytesPerSecond) })
 }
 
-// change replaces the faults and wakes all that wait by the old ones.
+// change replaces the faults and wakes all goroutines that wait because of the old ones.
 func (p *Proxy) change(dir Direction, set func(*faults, Direction)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -105,21 +105,20 @@ func (p *Proxy) change(dir Direction, set func(*faults, Direction)) {
 	close(old.changed)
 }
 
-// A chunk is bytes on the way or, as the last, the error that ended them.
+// A chunk is bytes on the way. The last chunk has the error that ended them.
 type chunk struct {
 	b   []byte
 	at  time.Time // of reading
 	err error
 }
 
-// Reading and writing are apart, for a delay must not keep the next bytes from entering.
+// Reading and writing have goroutines of their own, because a delay must not keep the next bytes from being read.
 const (
 	chunkSize = 32 << 10
-	maxChunks = 1024 // many small chunks fill it early, and then grow, for they are read together
+	maxChunks = 1024 // many small chunks fill the queue early; later ones are larger, because their bytes are read together
 )
 
-// slack is how much unused time a throttle makes up for: that by which its timers are late, but not that of an idle
-// connection.
+// slack is the unused time that a throttle makes up for. It covers timers that are late, but not an idle connection.
 const slack = 100 * time.Millisecond
 
 // pump moves the bytes of a link until it ends.
@@ -159,7 +158,7 @@ func (p *Proxy) read(l *link, dir Direction, q chan<- chunk) {
 	}
 }
 
-// drain reads until the sender ends too, so that the end is orderly.
+// drain reads until the sender ends as well, so that the end is orderly.
 func drain(src *net.TCPConn) { _, _ = io.Copy(io.Discard, src) }
 
 func (p *Proxy) write(l *link, dir Direction, q <-chan chunk) {
@@ -182,7 +181,7 @@ func (p *Proxy) write(l *link, dir Direction, q <-chan chunk) {
 		for len(c.b) > 0 {
 			n := len(c.b)
 			if rate := p.faults.Load().rate[dir]; rate > 0 {
-				n = min(n, max(1, rate/100)) // a hundred steps a second are smooth enough
+				n = min(n, max(1, rate/100)) // a hundred steps a second look like a slow line
 				if now := time.Now(); free.Before(now.Add(-slack)) {
 					free = now
 				}
@@ -202,8 +201,8 @@ func (p *Proxy) write(l *link, dir Direction, q <-chan chunk) {
 	}
 }
 
-// pass waits until bytes that were read at the given time may pass. It returns false when the link ends before. The zero
-// time is for bytes that are yet to be read.
+// pass waits until bytes that were read at the given time may pass. It returns false if the link ends before. The zero time
+// stands for bytes that were not read yet.
 func (p *Proxy) pass(l *link, dir Direction, at time.Time) bool {
 	for {
 		f := p.faults.Load()
@@ -224,8 +223,7 @@ func (p *Proxy) pass(l *link, dir Direction, at time.Time) bool {
 	}
 }
 
-// wait waits until t, or until there is another limit than the one by which t was found. It returns false when the link
-// ends before.
+// wait waits until t, or until the limit from which t was computed changes. It returns false if the link ends before.
 func (p *Proxy) wait(l *link, dir Direction, t time.Time) bool {
 	f := p.faults.Load()
 	for rate := f.rate[dir]; f.rate[dir] == rate; f = p.faults.Load() {

@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// Direction is that of bytes or messages between a client and its server.
+// Direction is a direction of bytes or messages between a client and its server.
 type Direction int
 
-// The directions. Both stands for each of them.
+// The directions. Both stands for the two others.
 const (
 	ToServer Direction = iota
 	ToClient
@@ -30,10 +30,10 @@ func (d Direction) String() string {
 	return [...]string{"ToServer", "ToClient", "Both"}[d]
 }
 
-// includes reports whether d is one, which is not Both, or Both.
+// includes reports whether d is one or Both. one is not Both.
 func (d Direction) includes(one Direction) bool { return d == one || d == Both }
 
-// A relay accepts connections and makes one to its target for each. serve moves the bytes.
+// A relay accepts connections, and makes a connection to its target for each. serve moves the bytes.
 type relay struct {
 	ln     net.Listener
 	target string
@@ -48,11 +48,11 @@ type relay struct {
 	last  uint64  // id
 }
 
-// A link is a connection of a client and that to the server made for it.
+// A link is a connection of a client together with the connection to the server that was made for it.
 type link struct {
 	id             uint64
 	client, server *net.TCPConn
-	done           chan struct{} // closed when the link shall end
+	done           chan struct{} // closed when the link has to end
 	once           sync.Once
 }
 
@@ -79,7 +79,7 @@ func (r *relay) accept() {
 		if errors.Is(err, net.ErrClosed) {
 			return
 		} else if err != nil {
-			time.Sleep(time.Millisecond) // out of file descriptors, perhaps not for long
+			time.Sleep(time.Millisecond) // most likely there are no free file descriptors: try again
 			continue
 		}
 		client := conn.(*net.TCPConn)
@@ -114,33 +114,33 @@ func (r *relay) join(client *net.TCPConn) {
 	defer r.mu.Unlock()
 	for i := range r.links {
 		if r.links[i] == l {
-			r.links = append(r.links[:i:i], r.links[i+1:]...) // all may be iterating over the old ones
+			r.links = append(r.links[:i:i], r.links[i+1:]...) // a copy: callers of all may iterate over the old slice
 			break
 		}
 	}
 }
 
-// all returns the links that there are.
+// all returns the present links.
 func (r *relay) all() []*link {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.links[:len(r.links):len(r.links)]
 }
 
-// Addr returns where clients connect to, as host:port.
+// Addr returns the address for clients, as host:port.
 func (r *relay) Addr() string { return r.ln.Addr().String() }
 
-// URL returns where clients connect to, for nats.Connect.
+// URL returns the address for clients, for nats.Connect.
 func (r *relay) URL() string { return "nats://" + r.Addr() }
 
-// Close resets all connections, accepts no more, and returns when everything ended. It may be called again.
+// Close resets all connections, accepts no more, and returns when all goroutines have ended. A second call does nothing.
 func (r *relay) Close() {
 	_ = r.ln.Close()
 	r.cancel()
 	r.wg.Wait()
 }
 
-// ends returns where the bytes of a direction come from and where they go.
+// ends returns the source and the destination of the bytes of a direction.
 func (l *link) ends(dir Direction) (src, dst *net.TCPConn) {
 	if dir == ToServer {
 		return l.client, l.server
@@ -148,7 +148,7 @@ func (l *link) ends(dir Direction) (src, dst *net.TCPConn) {
 	return l.server, l.client
 }
 
-// ending reports whether the link shall end.
+// ending reports whether the link has to end.
 func (l *link) ending() bool {
 	select {
 	case <-l.done:
@@ -158,7 +158,7 @@ func (l *link) ending() bool {
 	}
 }
 
-// stop ends the link. Bytes that it has not written yet are lost.
+// stop ends the link. It drops bytes that it has not written yet.
 func (l *link) stop() { l.once.Do(func() { close(l.done) }) }
 
 func (l *link) reset() {
@@ -167,7 +167,7 @@ func (l *link) reset() {
 	reset(l.server)
 }
 
-// linger is how long an orderly end waits for the peer's.
+// linger is how long an orderly end waits for that of the peer.
 const linger = 100 * time.Millisecond
 
 // cut ends both connections as their ends would.

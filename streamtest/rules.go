@@ -49,7 +49,7 @@ func Truncate(p float64, rng *rand.Rand) Rule {
 	}
 }
 
-// Chain is one rule for several, which see each message in turn as SetRules says.
+// Chain combines several rules into one. They see each message in turn, as [Interceptor.SetRules] describes.
 func Chain(rules ...Rule) Rule {
 	return func(m *Message) (v Verdict) {
 		for _, r := range rules {
@@ -64,7 +64,7 @@ func Chain(rules ...Rule) Rule {
 	}
 }
 
-// Only applies the rules to those messages for which match returns true. The others pass.
+// Only applies the rules to messages for which match returns true. Other messages pass.
 func Only(match func(*Message) bool, rules ...Rule) Rule {
 	chain := Chain(rules...)
 	return func(m *Message) Verdict {
@@ -80,7 +80,7 @@ func To(dir Direction) func(*Message) bool {
 	return func(m *Message) bool { return dir.includes(m.Dir) }
 }
 
-// HasPrefix matches, for [Only], the messages whose Data begins with prefix.
+// HasPrefix matches, for [Only], the messages with Data that begins with prefix.
 func HasPrefix(prefix ...byte) func(*Message) bool {
 	return func(m *Message) bool { return bytes.HasPrefix(m.Data, prefix) }
 }

@@ -9,20 +9,20 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// readyTimeout is how long Start waits for the server to accept connections. It takes milliseconds; the limit is for
-// a machine that is out of breath.
+// readyTimeout is how long Start waits for the server to accept connections. A start takes milliseconds; the limit is for an
+// overloaded machine.
 const readyTimeout = 10 * time.Second
 
-// An Option changes the server that is about to start, in this process or in one of its own.
+// An Option changes a server before it starts, in this process or in one of its own.
 type Option func(*server.Options)
 
-// WithMaxPayload sets the largest message in bytes that the server accepts. Default: 1 MiB, as every NATS server.
+// WithMaxPayload sets the largest message in bytes that the server accepts. The default is 1 MiB, that of NATS.
 func WithMaxPayload(bytes int32) Option {
 	return func(o *server.Options) { o.MaxPayload = bytes }
 }
 
-// WithOptions lets tweak change any option of the server, after the defaults of this package were set. The options
-// given to [Start] and [Run] are applied in order.
+// WithOptions lets tweak change any option of the server, after this package has set its defaults. [Start] and [Run] apply their
+// options in order.
 func WithOptions(tweak func(*server.Options)) Option {
 	return tweak
 }
@@ -52,7 +52,7 @@ func Start(opts ...Option) (*Server, error) {
 	return s, nil
 }
 
-// Run starts a server that ends with the test. Where it cannot start, the test ends at once.
+// Run starts a server that ends with the test. If it cannot start, the test fails at once.
 func Run(tb testing.TB, opts ...Option) *Server {
 	tb.Helper()
 	s, err := Start(opts...)
@@ -68,8 +68,8 @@ func (s *Server) URL() string {
 	return s.raw.ClientURL()
 }
 
-// Dial returns a new connection to the server. It reconnects for ever and every 50 ms, so that a test that interrupts it
-// need not wait for the two seconds that are NATS's default; options given override this. The caller closes it.
+// Dial returns a new connection to the server. The connection tries to reconnect every 50 ms, without end, because NATS's
+// default of two seconds is long for tests. The given options override this. The caller closes the connection.
 func (s *Server) Dial(opts ...nats.Option) (*nats.Conn, error) {
 	return dial(s.URL(), opts)
 }
@@ -83,8 +83,8 @@ func dial(urls string, opts []nats.Option) (*nats.Conn, error) {
 	return nc, nil
 }
 
-// Connect is [Server.Dial] for a test: the connection is closed at its end, before a server of [Run] ends. Where it cannot
-// be made, the test ends at once.
+// Connect is [Server.Dial] for a test: the connection is closed at its end, before a server of [Run] ends. If it cannot be made,
+// the test fails at once.
 func (s *Server) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
 	tb.Helper()
 	return connect(tb, s.URL(), opts)
@@ -100,17 +100,17 @@ func connect(tb testing.TB, urls string, opts []nats.Option) *nats.Conn {
 	return nc
 }
 
-// SlowConsumers returns how many connections the server has cut off so far because they did not read fast enough.
+// SlowConsumers returns how many connections the server has closed because they did not read fast enough.
 func (s *Server) SlowConsumers() int64 {
 	return s.raw.NumSlowConsumers()
 }
 
-// Raw returns the server itself, for calls that this package does not wrap.
+// Raw returns the embedded server, for calls that this package does not wrap.
 func (s *Server) Raw() *server.Server {
 	return s.raw
 }
 
-// Shutdown cuts all connections off, ends the server and returns when it ended. It may be called again.
+// Shutdown closes all connections, ends the server and returns when it has ended. A second call does nothing.
 func (s *Server) Shutdown() {
 	s.raw.Shutdown()
 	s.raw.WaitForShutdown()

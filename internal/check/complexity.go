@@ -9,14 +9,14 @@ import (
 	"slices"
 )
 
-// tooComplex names the functions that are above the limit today, as "package.function" or "package.type.method". Take a
-// function out when it is simpler; put none in.
+// tooComplex names the functions that are above the limit today, as "package.function" or "package.type.method". Remove a
+// function when it is simpler. Add none.
 var tooComplex = map[string]bool{
 	"object.check": true,
 }
 
-// complexity prints the functions whose cyclomatic complexity is above limit and that are no exceptions. An error
-// means that there are some, or that an exception is none any more.
+// complexity prints the functions with a cyclomatic complexity above limit, except the exceptions. It returns an error if there
+// are some, or if an exception is not above the limit.
 func complexity(out io.Writer, files []source, limit int, exceptions map[string]bool) error {
 	bad := 0
 	left := maps.Clone(exceptions)

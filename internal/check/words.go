@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// vague finds the words that are counted. Each stands in for a noun that the writer did not name.
+// vague finds the words that are counted. Each replaces a noun that the sentence does not name.
 var vague = regexp.MustCompile(`(?i)\b(what|whoever|whom|whose|else|wherever)\b`)
 
 const minWords = 3 // fewer are a label and not a sentence
@@ -64,7 +64,7 @@ var (
 	listMark    = regexp.MustCompile(`^\s*([-*•]|\d+[.)])\s+`)
 )
 
-// sentences splits the text of a comment. Code blocks are left out; an item of a list begins a new sentence.
+// sentences splits the text of a comment. It omits code blocks. An item of a list begins a new sentence.
 func sentences(text string) []string {
 	var paragraphs []string
 	open := false // the last paragraph goes on

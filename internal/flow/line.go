@@ -32,7 +32,7 @@ type Line[S comparable] struct {
 	base     shortest
 }
 
-// mark is a packet whose acknowledgement the sender asked for.
+// mark is a packet that the sender asked to acknowledge at once.
 type mark[S comparable] struct {
 	stream  S
 	seq     uint32 // of the packet
@@ -67,8 +67,7 @@ const (
 	// becomes slow is noticed soon.
 	restMarks = 100 * second / 1000
 
-	// MinPacket and MaxPacket bound what one packet should hold, in bytes. The smallest takes a quarter of a second at
-	// 16 KiB/s.
+	// MinPacket and MaxPacket bound the size of a packet in bytes. The smallest takes a quarter of a second at 16 KiB/s.
 	MinPacket = 4 << 10
 	MaxPacket = 64 << 10
 
@@ -119,8 +118,8 @@ func (l *Line[S]) WantsMark(n int, now int64) bool {
 	return l.out < maxMarks && (l.sent+uint64(n)-last >= part || l.out == 0 && l.onTheWay()+uint64(n) >= l.limit)
 }
 
-// Stuck reports whether the limit holds packets back and no mark is on its way whose answer could change that: the limit
-// shrank below what had been published. The packet that was published last must be the mark: its sender asks for the
+// Stuck reports whether the limit holds packets back although no mark is on its way, so that no answer can raise it: the limit
+// shrank below the published bytes. The packet that was published last must then become the mark. Its sender asks for the
 // acknowledgement when that is overdue.
 func (l *Line[S]) Stuck() bool { return l.out == 0 && l.limit != Unlimited && l.onTheWay() >= l.limit }
 

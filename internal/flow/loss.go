@@ -1,9 +1,8 @@
 package flow
 
-// Loss limits the packets that are on their way after some were lost. Packets that are lost together were most often too
-// much at once for a server or a connection between the ends, and would be again. So the limit is half of the packets that were
-// on their way at the loss. It rises by an eighth each time that as many packets arrived as it allows (after RFC 5681 and RFC
-// 8312).
+// Loss limits the packets that are on their way after a loss. Packets that are lost together were most often too many at once for
+// a server or a connection between the ends, and would be lost again. So the limit is half of the packets that were on their
+// way at the loss. It rises by an eighth each time that as many packets arrived as it allows (after RFC 5681 and RFC 8312).
 //
 // The zero Loss is no limit. All methods belong to one goroutine.
 type Loss struct {
@@ -13,30 +12,30 @@ type Loss struct {
 	asked  bool   // the peer was asked how many of those on their way arrived
 }
 
-// slowness is how many times as much has to arrive for a step where the last loss was. Elsewhere steps come fast, because it
-// is known that so much gets through.
+// slowness is how many times as many packets have to arrive for a step near the size of the last loss. Below that size steps come
+// fast, because so many packets are known to get through.
 const slowness = 16
 
 // Limit returns how many packets may be on their way, 0 for any number.
 func (l *Loss) Limit() uint32 { return l.limit }
 
-// Lost says that packets were lost while n were on their way.
+// Lost records that packets were lost while n were on their way.
 func (l *Loss) Lost(n uint32) { *l = Loss{limit: max(1, n/2), lostAt: n} }
 
 // Full reports whether no further packet may be on its way beside n.
 func (l *Loss) Full(n uint32) bool { return l.limit != 0 && n >= l.limit }
 
-// Ask reports whether to ask the peer for an acknowledgement, because only that lets more be on its way. It does so once until
-// packets arrive.
+// Ask reports whether to ask the peer for an acknowledgement, without which no more packets may be on their way. It returns true
+// once until packets arrive.
 func (l *Loss) Ask() bool {
 	ask := !l.asked
 	l.asked = true
 	return ask
 }
 
-// Arrived says that n packets were acknowledged, and lets more be on their way: an eighth more, at least one, each time that
-// as many as are allowed arrived. It is slow from near the last loss up to twice as many packets. A limit that reaches most is
-// no limit any more. Arrived reports whether there was one.
+// Arrived records that n packets were acknowledged, and raises the limit by an eighth, at least one, each time that as many
+// packets arrived as it allows. It raises more slowly from near the size of the last loss up to twice that size. A limit that
+// reaches most is removed. Arrived reports whether there was a limit.
 func (l *Loss) Arrived(n, most uint32) bool {
 	if l.limit == 0 {
 		return false
@@ -56,8 +55,8 @@ func (l *Loss) Arrived(n, most uint32) bool {
 	return true
 }
 
-// Unanswered says that the peer did not answer. If it was asked because of the limit, the question behind the packets was
-// lost, so not all got through: a little less may be on its way.
+// Unanswered records that the peer did not answer. If Ask was the reason for the question, the question behind the packets was
+// lost. So not all packets got through, and the limit becomes one less.
 func (l *Loss) Unanswered() {
 	if l.asked && l.limit > 1 {
 		l.lostAt = l.limit

@@ -18,15 +18,15 @@ import (
 // NewRecords makes one.
 type Records[K, P comparable] struct {
 	budget int64
-	used   *atomic.Int64 // all that shares the budget: these records and whatever the owner counts beside them
+	used   *atomic.Int64 // bytes in use of the budget: these records, and the bytes that the owner counts beside them
 	begun  map[K]*begun[P]
 	peers  map[P]int64 // bytes that the records of each peer hold
-	queue  []K         // those that wait, in the order in which they came
+	queue  []K         // waiting records, in the order of their arrival
 	ticket K           // zero if no record has it
 	last   P           // peer of the record that had the ticket last
 }
 
-// begun is a record of which at least one piece has come.
+// begun is a record with at least one arrived piece.
 type begun[P comparable] struct {
 	peer  P
 	held  int64
@@ -50,8 +50,8 @@ func NewRecords[K, P comparable](budget int64, used *atomic.Int64) Records[K, P]
 	return Records[K, P]{budget: budget, used: used, begun: make(map[K]*begun[P]), peers: make(map[P]int64)}
 }
 
-// Take takes n bytes for the record of stream k, which peer sends. It reports false if the record has to wait: then the bytes
-// are taken as soon as it does not wait any more.
+// Take takes n bytes for the record of stream k, which peer sends. It reports false if the record has to wait. The bytes are taken
+// when the wait ends.
 func (r *Records[K, P]) Take(k K, peer P, n, now int64) bool {
 	b := r.begun[k]
 	if b == nil {
@@ -77,7 +77,7 @@ func (r *Records[K, P]) Waits(k K) bool {
 // Waiting reports whether any record waits.
 func (r *Records[K, P]) Waiting() bool { return len(r.queue) > 0 }
 
-// Done ends the record of stream k, which is complete or given up. Those that need not wait any longer are appended to woken.
+// Done ends the record of stream k, which is complete or given up. It appends the streams that need not wait any longer to woken.
 func (r *Records[K, P]) Done(k K, now int64, woken []K) []K {
 	b := r.begun[k]
 	if b == nil {
@@ -98,7 +98,7 @@ func (r *Records[K, P]) Done(k K, now int64, woken []K) []K {
 	return r.Admit(now, woken)
 }
 
-// Admit lets those go on for which there is room, in their order, and appends them to woken.
+// Admit grants waiting records their bytes while there is room, in their order, and appends their streams to woken.
 func (r *Records[K, P]) Admit(now int64, woken []K) []K {
 	if len(r.queue) == 0 {
 		return woken
@@ -120,8 +120,8 @@ func (r *Records[K, P]) Admit(now int64, woken []K) []K {
 	return woken
 }
 
-// Overdue yields the streams to end because their records do not proceed and others wait. A record has a patience, and longer
-// the more of it came. It is shorter if a record of another peer waits.
+// Overdue appends the streams to end because their records do not proceed while others wait. A record has a patience, which grows
+// with the bytes that arrived. It is shorter if a record of another peer waits.
 func (r *Records[K, P]) Overdue(now int64, overdue []K) []K {
 	if len(r.queue) == 0 {
 		return overdue
@@ -142,7 +142,7 @@ func (r *Records[K, P]) Overdue(now int64, overdue []K) []K {
 	return overdue
 }
 
-// mayHold reports whether b may take what it wants.
+// mayHold reports whether b may take the bytes that it waits for.
 func (r *Records[K, P]) mayHold(b *begun[P]) bool {
 	return r.holdsTicket(b) || r.peers[b.peer]+b.want <= r.budget-r.used.Load()-b.want
 }
@@ -160,7 +160,7 @@ func (r *Records[K, P]) grant(k K, b *begun[P], now int64) {
 	b.want = 0
 }
 
-// passTicket gives the ticket, if no record has it, to one that waits.
+// passTicket gives a free ticket to a waiting record.
 func (r *Records[K, P]) passTicket(now int64) (K, bool) {
 	var none K
 	if r.ticket != none || len(r.queue) == 0 {

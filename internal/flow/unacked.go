@@ -2,9 +2,9 @@ package flow
 
 import "iter"
 
-// Unacked holds the packets of a stream that were published and are not acknowledged, by their sequence numbers, and says
-// which to publish again. Sequence numbers are modulo 2^32; fewer than 2^31 packets are held at once. It allocates when
-// it has to hold more packets than ever before.
+// Unacked holds the published packets of a stream until they are acknowledged, by their sequence numbers, and yields those to
+// publish again. Sequence numbers are modulo 2^32; fewer than 2^31 packets are held at once. It allocates when it has to hold
+// more packets than ever before.
 //
 // The zero Unacked is empty. All methods belong to one goroutine.
 type Unacked[P any] struct {
@@ -13,7 +13,7 @@ type Unacked[P any] struct {
 	next    uint32 // number of the next packet that is new
 	cursor  uint32 // number of the next packet to publish again; next if there is none
 
-	againFrom uint32 // the packet from which on the peer asked last
+	againFrom uint32 // the packet from which on the peer last asked
 	againAt   int64  // when it did; 0 is never
 }
 
@@ -54,17 +54,17 @@ func (q *Unacked[P]) Push(p P) {
 	}
 	q.packets[q.next&uint32(len(q.packets)-1)] = p
 	q.next++
-	q.cursor = q.next // it was there before
+	q.cursor = q.next // no packet is left to publish again
 }
 
-// Skip counts a packet that was published to a peer which acknowledges nothing. It counts as acknowledged.
+// Skip counts a packet that was published to a peer without acknowledgements, as acknowledged.
 func (q *Unacked[P]) Skip() {
 	q.next++
 	q.acked, q.cursor = q.next, q.next
 }
 
-// Release takes the acknowledgement of all packets before seq, and calls free for each of them, in order. If seq is not one that
-// could be acknowledged now, it is old and does nothing. It returns how many packets were released.
+// Release handles the acknowledgement of all packets before seq, and calls free for each of them, in order. A seq that cannot be
+// acknowledged now is old, and Release does nothing. It returns the number of released packets.
 func (q *Unacked[P]) Release(seq uint32, free func(P)) (n uint32) {
 	if seq-q.acked > q.next-q.acked {
 		return 0 // old, or half the number space away
@@ -82,9 +82,9 @@ func (q *Unacked[P]) Release(seq uint32, free func(P)) (n uint32) {
 	return n
 }
 
-// Again says that the peer misses everything from seq on, and reports whether there is something to publish again. A peer that
-// asks for the same once more is heard only if the answer to the first time is overdue, after patience. lost is how many packets
-// were on their way if this is a new loss, and 0 otherwise.
+// Again handles the peer's report that everything from seq on is missing. It returns whether there are packets to publish
+// again. A repeated report for the same seq is ignored until patience has passed, because the answer to the first one may be on
+// its way. lost is the number of packets that were on their way if this is a new loss, and 0 otherwise.
 func (q *Unacked[P]) Again(seq uint32, now, patience int64) (again bool, lost uint32) {
 	if seq != q.acked || seq == q.next {
 		return false, 0 // old news
@@ -108,8 +108,8 @@ func (q *Unacked[P]) Missing() (p P, ok bool) {
 	return q.packets[q.cursor&uint32(len(q.packets)-1)], true
 }
 
-// Resent says that the packet that Missing returned was published.
+// Resent records that the packet of Missing was published.
 func (q *Unacked[P]) Resent() { q.cursor++ }
 
-// GiveUp says that the packets that are missing cannot be published now. The peer will ask for them again.
+// GiveUp records that missing packets cannot be published now. The peer will ask for them again.
 func (q *Unacked[P]) GiveUp() { q.cursor = q.next }

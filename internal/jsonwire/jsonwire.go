@@ -26,7 +26,7 @@ type message struct {
 	CloseError *Close `json:"closeError,omitempty"`
 }
 
-// Close is the end of a stream as the peer said it.
+// Close is the end of a stream as a message states it.
 type Close struct {
 	Code int
 	Text string
@@ -61,12 +61,12 @@ func MaxRecord(size int) int { return (size - DataSize(0)) / 4 * 3 }
 func AppendClose(dst []byte, c Close) []byte {
 	m, err := json.Marshal(message{Type: typeClose, CloseError: &c})
 	if err != nil {
-		panic(err) // a number and a string: there is nothing to go wrong
+		panic(err) // impossible for a number and a string
 	}
 	return append(dst, m...)
 }
 
-// ErrNoCloseError is returned by [Parse] for a message that ends the stream and does not say how.
+// ErrNoCloseError is the error of [Parse] for a message that ends the stream without a close error.
 var ErrNoCloseError = errors.New("close message without closeError")
 
 // Parse decodes one message. For a record it returns record, for the end of a stream it returns end. Any other error than

@@ -9,9 +9,8 @@ import (
 // numbers. Longer messages are not looked at, so that the mux spends little on them.
 const maxPubAck = 4 << 10
 
-// IsPubAck reports whether b is how JetStream acknowledges that it keeps a message, or says that it does not. A JetStream stream
-// on the subject of a request sends that to the request's reply subject. Messages of the fallback have a type, which these never
-// have.
+// IsPubAck reports whether b is JetStream's acknowledgement of a message, or its refusal. A JetStream stream on the subject of a
+// request sends these to the request's reply subject. They have no type, and messages of the fallback have one.
 func IsPubAck(b []byte) bool {
 	if len(b) > maxPubAck || bytes.HasPrefix(b, []byte(`{"type":`)) || len(b) == 0 || b[0] != '{' {
 		return false

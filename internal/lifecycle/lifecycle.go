@@ -1,15 +1,16 @@
-// Package lifecycle is the life of a stream at one end, as a table: which states its two halves have, which events move
-// them, and which actions each transition asks for.
+// Package lifecycle holds the life of a stream at one end as a table: the states of its two halves and of the stream, the events
+// that change them, and the actions of each transition.
 //
-// The table is data. The outbox asks it with [State.On] and carries out the answer, tests walk all of it, and the tables of
-// docs/PROTOCOL.md section 12 are generated from it. The package knows no packets, no goroutines and no time.
+// The table is data. The outbox calls [State.On] and carries out the actions. Tests walk the whole table. The tables of
+// docs/PROTOCOL.md section 12 and the drawings of docs/DESIGN.md are generated from it. The package knows no packets, no
+// goroutines and no time.
 package lifecycle
 
 import (
 	"fmt"
 )
 
-// Role says which end of a stream a state belongs to. Roles are bits, so that a rule can name several.
+// Role is the end of a stream that a state belongs to. Roles are bits, so that a rule can name several.
 type Role uint8
 
 const (
@@ -35,7 +36,7 @@ type Recv uint8
 const (
 	Reading Recv = iota // records may come
 	Done                // the peer's CLOSE was read, or none is expected
-	Unread              // the handler returned, or the consumer left: nobody reads the records that still come
+	Unread              // the handler returned, or the consumer left: records that still arrive are not read
 )
 
 // Phase is the state of the stream as a whole.
@@ -47,14 +48,14 @@ const (
 	Gone         // over: the token is out of use
 )
 
-// State is the life of a stream at one end. The zero State is that of a consumer which has just opened its stream.
+// State is the state of a stream at one end. The zero State is that of a consumer that has just opened its stream.
 type State struct {
 	Send  Send
 	Recv  Recv
 	Phase Phase
 }
 
-// Start returns the state in which a stream begins. A producer whose consumer cannot send records expects none.
+// Start returns the first state of a stream. A producer that does not take records expects no CLOSE of its consumer.
 func Start(r Role, takesRecords bool) State {
 	switch {
 	case r == Consumer:
@@ -65,7 +66,7 @@ func Start(r Role, takesRecords bool) State {
 	return State{Open, Done, Live}
 }
 
-// Event is something that happened to a stream.
+// Event is an event in the life of a stream.
 type Event uint8
 
 const (
@@ -81,7 +82,7 @@ const (
 	PeerFailed                   // CLOSE with another code was read
 	ResetRead                    // the peer's RESET arrived
 	Ended                        // this end ends the stream before it is complete
-	Told                         // RESET was published, or there is nobody to be told
+	Told                         // RESET was published, or cannot be
 	events
 )
 
@@ -94,11 +95,11 @@ const (
 	Probe                         // send PING, once, if nothing was received
 	FailWrites                    // writes fail from now on
 	Release                       // take the token out of use, end the users' contexts, give buffers and windows back
-	Forget                        // the stream counts no longer
+	Forget                        // remove the stream from the outbox's tables and from the server's count
 )
 
-// On returns the state that event e leads to and the actions that it asks for. ok is false for an event that the table does
-// not expect in state s: the state stays, and nothing is to be done.
+// On returns the state after event e, and the actions to carry out. ok is false for an event that the table does not expect in
+// state s: the state stays, and there are no actions.
 func (s State) On(e Event, r Role) (next State, do Action, ok bool) {
 	for i := range rules {
 		if rule := &rules[i]; rule.matches(s, e, r) {
@@ -111,8 +112,8 @@ func (s State) On(e Event, r Role) (next State, do Action, ok bool) {
 	return s, 0, false
 }
 
-// Strict makes On panic for an event without a rule. Tests set it before they start anything: an event that the table lacks
-// is a mistake in the table or in the code that raised it.
+// Strict makes On panic for an event without a rule. Tests set it before they start goroutines: an event that the table lacks is a
+// mistake in the table or in the code that raised it.
 var Strict bool
 
 // sends, recvs are sets of states: bit n stands for state n. A zero set stands for all states.
@@ -135,7 +136,7 @@ func at(states ...Recv) (set recvs) {
 	return set
 }
 
-// keep says that a rule does not change a half.
+// keep marks a half that a rule does not change.
 const keep = 0xFF
 
 // rule is one row of the table.

@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// Words of the table, as they stand in docs/PROTOCOL.md section 12.
+// This file has the words of the table for docs/PROTOCOL.md section 12.
 var (
 	roleNames  = []string{"consumer", "handler", "writer"}
 	eventNames = [events]string{

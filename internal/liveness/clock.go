@@ -13,10 +13,10 @@ type Clock struct {
 	running bool
 }
 
-// NewClock returns a clock. A tick that comes more than limit after the one before came late: the process stood still.
+// NewClock returns a clock. A tick more than limit after the one before shows that the process stood still.
 func NewClock(limit int64) Clock { return Clock{limit: limit, running: true} }
 
-// Tick says that it is now. hears tells whether this end can hear its peers, broke whether that was interrupted since the
+// Tick sets the clock at time now. hears says that this end can hear its peers, and broke that it could not at some time since the
 // last tick.
 func (c *Clock) Tick(now int64, hears, broke bool) {
 	reads := c.Now(now)
@@ -26,7 +26,7 @@ func (c *Clock) Tick(now int64, hears, broke bool) {
 	c.at, c.stopped, c.running = now, now-reads, hears
 }
 
-// Start says that it is now, and that nobody needed the clock since the last tick.
+// Start sets the clock at time now, after a time without ticks in which nobody used the clock.
 func (c *Clock) Start(now int64) { c.at, c.stopped = now, now-c.Now(now) }
 
 // Now reads the clock. now is the time, as in Tick.

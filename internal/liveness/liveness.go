@@ -1,6 +1,6 @@
-// Package liveness decides about streams and their peers in time: when a peer is asked whether it lives, when it or a
-// stream is given up, and when to look again. [DecidePeer] is about the other end, which many streams may share, and
-// [Decide] about one stream. Both are pure functions over facts. The outbox of package stream gathers the facts and acts.
+// Package liveness decides when a peer is asked for a sign of life, when a peer or a stream is given up, and when to look again.
+// [DecidePeer] decides about the other end, which many streams may share. [Decide] decides about one stream. Both are pure
+// functions over facts. The outbox of package stream gathers the facts and acts.
 //
 // All times are in nanoseconds of a [Clock], which never reads 0; 0 means never.
 package liveness
@@ -8,33 +8,33 @@ package liveness
 // SuspectPings is the number of unanswered questions that make a peer suspect.
 const SuspectPings = 3
 
-// graceAcks is how many times Ack nothing is given up after the clock began to run again: a question and its answer.
+// graceAcks times Ack is the time after a standstill of the clock in which nothing is given up: a question and its answer.
 const graceAcks = 2
 
-// maxBackoff is the largest power of two by which a question about an acknowledgement is put off.
+// maxBackoff is the largest power of two by which a question about an acknowledgement is delayed.
 const maxBackoff = 6
 
 // Intervals are the parameters of an endpoint that have the same names, in nanoseconds.
 type Intervals struct {
 	KeepAlive, Ack, Resume, Disconnect int64
 
-	Patience int64 // how long a peer may take that was asked: PeerTimeout without KeepAlive
+	Patience int64 // how long a peer may take to answer: PeerTimeout without KeepAlive
 }
 
 // Facts are all that a decision depends on.
 type Facts struct {
 	Now   int64
 	Times *Intervals
-	// Patience is how long the peer may be suspect in any case.
+	// Patience is the shortest time for which the peer may be suspect before it is given up.
 	Patience int64
-	// Repeat is after how long a question that was not answered is repeated, at least Times.Ack.
+	// Repeat is the time after which an unanswered question is repeated, at least Times.Ack.
 	Repeat int64
 	// Jitter shortens KeepAlive, so that streams that began together are not asked together.
 	Jitter int64
 
 	Born    int64 // when the outbox first saw the stream
 	Heard   int64 // last sign of life of the peer on this stream
-	Others  int64 // when records were last seen to have arrived from the peer, on any stream
+	Others  int64 // when records of the peer last arrived, on any stream
 	Sent    int64 // when the last packet was published
 	Lost    int64 // since when the request may be lost, with the connection that took it
 	Pinged  int64 // when the last PING was published
@@ -42,7 +42,7 @@ type Facts struct {
 	Closed  int64 // since when CLOSE waits to be acknowledged
 	Resumed int64 // when the clock began to run again, at a reconnect or after a standstill of this end
 	Down    int64 // when the connection was seen to be down, if it is
-	Queued  int64 // how long data on its way to the peer may take, before a question or CLOSE arrives
+	Queued  int64 // how long the data before a question or CLOSE may take on its way to the peer
 
 	Pings int32 // unanswered since the last sign of life
 	Asks  int32 // questions since the last packet or acknowledgement, without repetitions
@@ -109,14 +109,14 @@ func Decide(f *Facts) Decision {
 
 func giveUp(r Reason) Decision { return Decision{GiveUp: r} }
 
-// since is t, or when the clock began to run again after it.
+// since returns t, or the time when the clock began to run again if that is later.
 func (f *Facts) since(t int64) int64 { return max(t, f.Resumed) }
 
-// overdue is when Resume is over, which began at t.
+// overdue returns the end of Resume if it began at t.
 func (f *Facts) overdue(t int64) int64 { return grace(t+f.Times.Resume, f.Resumed, f.Times) }
 
-// waitForConnection is Decide while the connection is down. Now, Born, Down and the next look are times that run on
-// meanwhile, and the other facts are not looked at.
+// waitForConnection is Decide while the connection is down. It uses Now, Born, Down and the next look, which are times of a
+// clock that does not stop, and no other times.
 func (f *Facts) waitForConnection(d Decision) Decision {
 	down := f.Down
 	if down == 0 { // the outbox has not seen it yet
@@ -164,7 +164,7 @@ func (f *Facts) ask(d Decision) Decision {
 		d.Ping = f.Now >= silent || f.Silent
 		d.until(silent)
 		if f.Unacked || f.Stalled {
-			// A credit that was lost looks like a reader that takes its time, so questions become ever rarer.
+			// A lost credit looks like a slow reader, so the questions become rarer.
 			overdue := f.since(max(f.Sent, f.Pinged)) + f.Times.Ack<<min(f.Asks, maxBackoff)
 			d.Ping = d.Ping || f.Now >= overdue
 			d.until(overdue)
@@ -172,7 +172,7 @@ func (f *Facts) ask(d Decision) Decision {
 	}
 	suspect := f.Suspect
 	if d.Ping {
-		d.Repeated, d.Lost = f.Pings > 0, f.Pings > 1 // one may only be slower than Ack
+		d.Repeated, d.Lost = f.Pings > 0, f.Pings > 1 // the first answer may only be slower than Ack
 		if suspect == 0 && f.Pings >= SuspectPings {
 			suspect = f.Now
 		}
@@ -187,10 +187,10 @@ func (f *Facts) ask(d Decision) Decision {
 	return d
 }
 
-// gone is when a peer that is suspect since t is given up.
+// gone returns the time when a peer that is suspect since t is given up.
 func (f *Facts) gone(t int64) int64 { return max(f.overdue(t), t+f.Patience) + f.queued(t) }
 
-// unconfirmed is when the end of the stream is given up.
+// unconfirmed returns the time when the acknowledgement of CLOSE is given up.
 func (f *Facts) unconfirmed() int64 { return f.overdue(f.Closed) + f.queued(f.Closed) }
 
 // behindOthers is how many times Resume a stream may be silent since it was asked, if records arrive on others. The answer may

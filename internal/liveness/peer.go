@@ -1,11 +1,11 @@
 package liveness
 
-// PeerFacts are all that a decision about a peer depends on: about the other end of one or many streams.
+// PeerFacts are all that a decision about a peer depends on. A peer is the other end of one or many streams.
 type PeerFacts struct {
 	Now   int64
 	Times *Intervals
-	// KeepAlive is Times.KeepAlive, or shorter if a stream asks for that, or longer if there are many peers. Jitter
-	// shortens it.
+	// KeepAlive is Times.KeepAlive. It is shorter if a stream asks for that, and longer if there are many peers. Jitter shortens
+	// it.
 	KeepAlive, Jitter int64
 
 	Heard   int64 // last sign of life, on any stream
@@ -27,8 +27,8 @@ type PeerDecision struct {
 	Next   int64 // when to look again, at the latest
 }
 
-// DecidePeer looks at a peer. When it was silent for KeepAlive it is asked every Ack, and Patience after the first question
-// it is given up.
+// DecidePeer decides about a peer. A peer that is silent for KeepAlive is asked every Ack. It is given up Patience after the first
+// question.
 func DecidePeer(f *PeerFacts) PeerDecision {
 	d := PeerDecision{Next: f.Now + f.KeepAlive}
 	if f.Questions == 0 && !f.Absent {
@@ -56,7 +56,7 @@ func DecidePeer(f *PeerFacts) PeerDecision {
 	return d
 }
 
-// end is when the peer is given up, if it goes on being silent.
+// end returns the time when the peer is given up if it stays silent.
 func (f *PeerFacts) end() int64 {
 	end := grace(f.Suspect+f.Times.Patience, f.Resumed, f.Times)
 	if !f.Absent { // an absent peer cannot receive the question

@@ -12,13 +12,16 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// hooks are the error handlers that endpoints have put in front of their users' own, one for each connection.
+// This file delivers the errors that NATS reports on a connection, and parses permission errors. nats.go calls the handler on a
+// goroutine of its own.
+
+// hooks are the error handlers that endpoints have put in front of the users' own, one for each connection.
 var hooks struct {
 	sync.Mutex
 	byConn map[*nats.Conn]*hook
 }
 
-// hook hands the errors of one connection to its endpoints and to the handler that was there before.
+// hook passes the errors of one connection to its endpoints and to the user's handler.
 type hook struct {
 	before nats.ErrHandler
 	next   int

@@ -17,9 +17,8 @@ type Conn interface {
 	Publish(subject, reply string, data []byte) error
 	// PublishMsg sends a message with headers. It blocks as Publish does.
 	PublishMsg(m *nats.Msg) error
-	// Subscribe calls f for one message after the other until unsubscribe has returned. Before it returns, unsubscribe
-	// lets f have all that the server sent before it stopped sending, if the connection delivers it within
-	// UnsubscribeTimeout. queue is a queue group, or empty.
+	// Subscribe calls f for one message after the other until unsubscribe has returned. unsubscribe first waits until f has
+	// all messages that the server sent, for at most UnsubscribeTimeout. queue is a queue group, or empty.
 	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
 	// Flush returns when the server has received all messages that were sent before, and has sent all errors about them, or
 	// after the timeout.
@@ -43,9 +42,8 @@ type conn struct{ nc *nats.Conn }
 // New returns the Conn that is nc.
 func New(nc *nats.Conn) Conn { return conn{nc} }
 
-// maxSubjects is how long the subject of a message and its reply subject may be together. A NATS server closes the
-// connection, and so ends all its streams, over a longer control line: 4,096 bytes unless it is configured otherwise, some
-// of them for sizes.
+// maxSubjects is the largest length of a subject and a reply subject together. Over a longer control line, a NATS server closes
+// the connection, and so all its streams. By default a control line has 4,096 bytes, of which 32 are for sizes.
 const maxSubjects = 4096 - 32
 
 // CheckSubjects returns an error that wraps nats.ErrBadSubject if a subject and a reply subject of n bytes together are too

@@ -15,12 +15,15 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// decoder reads one record. The record's content cannot exhaust its stack or its memory: lengths are compared with the bytes
-// that are present, and nesting is bounded.
+// This file decodes MessagePack into Go values, in the goroutine that calls Decode. struct.go has structs, loose.go targets
+// without a type.
+
+// decoder reads one record. No record can exhaust its stack or its memory: it compares lengths with the bytes that are present,
+// and bounds nesting.
 type decoder struct {
 	p        []byte
 	off      int
-	promised int // elements that maps and arrays announced and that were not read yet: each takes a byte at least
+	promised int // elements that maps and arrays announced and that were not read yet: each takes at least a byte
 	depth    int
 	hops     int
 
@@ -42,7 +45,7 @@ func decodeMsgPack(p []byte, v any) (err error) {
 	d := decoders.Get().(*decoder)
 	defer func() {
 		d.free()
-		if r := recover(); r != nil { // a method took the bytes of a peer at their word
+		if r := recover(); r != nil { // a method trusted the bytes of a peer
 			err = fmt.Errorf("%w: %v", errPanic, r)
 		}
 	}()
@@ -79,7 +82,7 @@ func (d *decoder) delegate(decode func(*msgpack.Decoder) error) error {
 	}
 	d.guard.Reset(d.p)
 	d.guard.Seek(int64(d.off), io.SeekStart)
-	d.foreign.Reset(&d.guard) // options that a method set are not the next one's
+	d.foreign.Reset(&d.guard) // removes options that the last method set
 	d.foreign.SetCustomStructTag("json")
 	err := decode(d.foreign)
 	d.off = len(d.p) - d.guard.Len()
@@ -473,7 +476,7 @@ func (m maker) decodeList(t reflect.Type) kindDecoder {
 	}
 }
 
-// firstElements is how many elements of a list get memory before the first one is there.
+// firstElements is how many elements of a list get memory before the first one was read.
 const firstElements = 4
 
 // setBytes sets a list of bytes. A slice never shares memory with the record, nor with the slice's previous value.
@@ -486,7 +489,7 @@ func setBytes(v reflect.Value, b []byte) {
 	clear(list[copy(list, b):])
 }
 
-// maxMapHint bounds the memory that the length of a map is taken at its word for.
+// maxMapHint bounds the memory that is allocated because of a map's stated length.
 const maxMapHint = 1024
 
 func (m maker) decodeMap(t reflect.Type) kindDecoder {

@@ -10,6 +10,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
+// This file encodes Go values as MessagePack, in the goroutine that calls Encode. struct.go has structs.
+
 // encodeMsgPack encodes v as one MessagePack object.
 func (e *Encoder) encodeMsgPack(v any) error {
 	e.depth, e.hops, e.foreign = 0, 0, false
@@ -101,7 +103,7 @@ func (e *Encoder) enter() error {
 	return nil
 }
 
-// hop follows a pointer or an interface, of which a chain may have no end without any map or array.
+// hop follows a pointer or an interface. A chain of these may have no end without any map or array.
 func (e *Encoder) hop() error {
 	if e.hops++; e.hops > maxHops {
 		return errDepth
@@ -109,7 +111,7 @@ func (e *Encoder) hop() error {
 	return nil
 }
 
-// partError says which part of an object an error is about. Its path has the innermost names.
+// partError names the part of an object that an error is about. Its path has the innermost names.
 type partError struct {
 	path  string
 	names int
@@ -144,7 +146,7 @@ func (m maker) makeEncoder(t reflect.Type, p *plan) {
 	case hasMethods(t, customEncoderType), hasMethods(t, marshalerType):
 		p.encode = nilOr(t, func(e *Encoder, v reflect.Value) error {
 			e.foreign = true
-			e.msgpack.Reset(e) // options that a method set are not the next one's
+			e.msgpack.Reset(e) // removes options that the last method set
 			e.msgpack.SetCustomStructTag("json")
 			return e.msgpack.EncodeValue(addressed(v))
 		})

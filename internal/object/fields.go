@@ -8,6 +8,8 @@ import (
 	"unicode"
 )
 
+// This file finds the fields of a struct and their names from tags, once for each type.
+
 // field is one entry of a struct's record.
 type field struct {
 	name      string
@@ -95,7 +97,7 @@ func structField(f reflect.StructField, index []int) (_ field, embedded, ok bool
 	return out, false, true
 }
 
-// takesPart reports whether the codecs look at f: it is exported, or embedded and has fields that may be.
+// takesPart reports whether the codecs use f: it is exported, or it is embedded and may have exported fields.
 func takesPart(f reflect.StructField) bool {
 	t := f.Type
 	if t.Kind() == reflect.Pointer {

@@ -5,6 +5,8 @@ import (
 	"sync"
 )
 
+// This file guards encoding/json: it refuses values that would overflow the stack, and values that could not be decoded.
+
 // encodeJSON encodes v with encoding/json. It refuses values for which that package would overflow the stack, and values
 // that it would write but could not read.
 func (e *Encoder) encodeJSON(v any) error {
@@ -57,10 +59,10 @@ func jsonDepth(b []byte) int {
 
 // shape says how to check values of a type before encoding/json encodes them.
 type shape struct {
-	look    bool // the type does not bound the nesting, or a part is nothing for JSON: values are looked at
+	look    bool // the type does not bound the nesting, or JSON cannot hold a part of it: walk checks the values
 	raw     bool // a method writes a part
-	methods bool // values write themselves
-	pointer bool // values that have an address write themselves
+	methods bool // values encode themselves
+	pointer bool // values that have an address encode themselves
 	refuse  error
 	elem    *shape // of pointers, lists and maps
 	fields  []shapeField
@@ -90,7 +92,8 @@ func shapeOf(t reflect.Type) *shape {
 	return s
 }
 
-// makeShape makes the shape of t. While that is not complete, look is true in it: a type that contains itself is looked at.
+// makeShape makes the shape of t. look is true in it until it is complete, so values of a type that contains itself are
+// checked.
 func makeShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 	if s, ok := shapes.made.Load(t); ok {
 		return s.(*shape)
@@ -134,7 +137,7 @@ func makeShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 	return s
 }
 
-// walk looks at the value in an interface. Common types need no shape.
+// walk checks the value in an interface. Common types need no shape.
 func walk(v any, depth, hops int) error {
 	switch v := v.(type) {
 	case nil, string, bool, int, int64, float64:

@@ -9,6 +9,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
+// This file decodes MessagePack into targets without a type, such as an any.
+
 // value decodes the next object into a value of the type that fits it best.
 func (d *decoder) value() (any, error) {
 	c, err := d.code()

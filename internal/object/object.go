@@ -6,10 +6,10 @@
 //     json tag; there are as_array, for a field _msgpack, alias:name and noinline as well. The option string of a json tag
 //     is JSON's alone: MessagePack carries the number.
 //   - Decoding into a value that is not empty has the same result as with json.Unmarshal.
-//   - A number that the target cannot hold is an error, and so is anything behind the object.
+//   - A number that the target cannot hold is an error. So are bytes behind the object.
 //
 // Types choose their form in MessagePack by methods, the first of: EncodeMsgpack, MarshalMsgpack, MarshalBinary, MarshalText.
-// Functions registered with msgpack.Register are not asked. A json.RawMessage travels as bytes, a json.Number as a string.
+// Functions registered with msgpack.Register are not called. A json.RawMessage travels as bytes, a json.Number as a string.
 package object
 
 import (
@@ -28,8 +28,8 @@ const (
 	MsgPack
 )
 
-// Encoder encodes one object into a buffer it is given, as long as that has room, and moves it to one of its own when it
-// has not. Encoders are reused: making one costs more than encoding most objects. It is for one goroutine at a time.
+// Encoder encodes one object into a given buffer. If that has no room, the encoder moves the object to a buffer of its own.
+// Encoders are reused, because making one costs more than encoding most objects. One goroutine at a time may use an Encoder.
 type Encoder struct {
 	buf     []byte // the encoded bytes
 	spilled bool   // buf is the encoder's own
@@ -84,8 +84,8 @@ func (e *Encoder) WriteByte(c byte) error {
 	return nil
 }
 
-// Encode encodes v into dst, or into a buffer of its own if dst has no room; Spilled tells. The result belongs to the
-// encoder until Free or the next Encode. A panic of a method of v passes through.
+// Encode encodes v into dst, or into a buffer of its own if dst has no room; see Spilled. The result belongs to the encoder until
+// Free or the next Encode. A panic of a method of v passes through.
 func (e *Encoder) Encode(v any, codec Codec, dst []byte) (b []byte, err error) {
 	if e.spilled {
 		e.spill = e.buf
@@ -102,7 +102,7 @@ func (e *Encoder) Encode(v any, codec Codec, dst []byte) (b []byte, err error) {
 // Spilled reports whether the last object did not fit into dst.
 func (e *Encoder) Spilled() bool { return e.spilled }
 
-// Free gives e back.
+// Free returns e to the pool of encoders.
 func (e *Encoder) Free() {
 	if e.spilled {
 		e.spill = e.buf

@@ -10,6 +10,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
+// This file reads single MessagePack elements from the decoder.
+
 // code returns the first byte of the next object and leaves it.
 func (d *decoder) code() (byte, error) {
 	if d.off == len(d.p) {
@@ -45,7 +47,7 @@ func (d *decoder) number(size int) (uint64, error) {
 	return binary.BigEndian.Uint64(b), nil
 }
 
-// isNil takes nil, if that is next.
+// isNil takes the next object if that is nil, and reports it.
 func (d *decoder) isNil() (bool, error) {
 	c, err := d.code()
 	if err != nil || c != msgpcode.Nil {

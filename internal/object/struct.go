@@ -8,6 +8,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
+// This file encodes and decodes structs as MessagePack, as a map or as an array.
+
 // fieldPlan is how one field of a struct is written and read.
 type fieldPlan struct {
 	field

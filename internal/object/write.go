@@ -9,6 +9,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
+// This file writes single MessagePack elements to the encoder.
+
 // room makes room for n more bytes.
 func (e *Encoder) room(n int) {
 	if n <= cap(e.buf)-len(e.buf) {

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Ticker is the goroutine that wakes the owner of a [Wheel] at every tick, for as long as the owner has something on it.
-// It sees when the owner stays away.
+// Ticker is the goroutine that wakes the owner of a [Wheel] at every tick, while the wheel has entries. It also detects an owner
+// that takes no ticks.
 //
 // [Ticker.Run] belongs to the ticker's goroutine, and [Ticker.Disarm] and [Ticker.TakeDue] to the owner. Any goroutine may
 // call the other methods. Init must come first.
@@ -15,7 +15,7 @@ type Ticker struct {
 	patience time.Duration
 
 	armed atomic.Bool // the ticker ticks
-	due   atomic.Bool // it did, and the owner has not looked: stored by the ticker, taken by the owner
+	due   atomic.Bool // it ticked, and the owner has not taken the tick: stored by the ticker, cleared by the owner
 
 	wake  chan struct{} // capacity 1: ends the sleep of a ticker that was not armed
 	quit  chan struct{}
@@ -24,11 +24,11 @@ type Ticker struct {
 
 // Hooks are the functions that a [Ticker] calls, one after the other, on its goroutine. None of them may block.
 type Hooks struct {
-	Wake  func() // wakes the owner, which then finds a tick due
-	Stuck func() // called at each tick from when the owner has taken no tick for patience
+	Wake  func() // wakes the owner, which then takes the tick
+	Stuck func() // called at each tick while the owner has taken no tick for patience or longer
 }
 
-// Init prepares t for ticks of the given length, and for an owner that is stuck when it has taken no tick for patience.
+// Init prepares t for ticks of the given length. An owner is stuck if it has taken no tick for patience.
 func (t *Ticker) Init(tick, patience time.Duration) {
 	t.tick, t.patience = tick, patience
 	t.wake = make(chan struct{}, 1)

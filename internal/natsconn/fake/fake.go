@@ -1,7 +1,7 @@
 // Package fake implements natsconn.Conn in memory, for tests. Connections to one Bus reach each other through it. New returns
 // a connection without a bus: it hands published messages to functions of the test, and the test delivers messages by hand.
 //
-// Everything that waits in this package waits durably in the sense of testing/synctest, so time passes in a bubble.
+// All waiting in this package is durable in the sense of testing/synctest, so time passes in a bubble.
 package fake
 
 import (
