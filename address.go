@@ -6,9 +6,9 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file is about where the peer of a stream is written to; docs/PROTOCOL.md section 2.3. It belongs to the outbox. A peer
-// may move, since NATS maps its reply subject anew for each message that crosses accounts. It may also name a subject that is
-// not its own. So nothing is sent to a new subject but a challenge, until the peer has shown that it receives there.
+// This file follows the address of a peer; docs/PROTOCOL.md section 2.3. The outbox runs all of it. An address may change, because
+// NATS maps a reply subject anew for each message that crosses accounts. A peer may also name a subject that is not its own. So
+// the outbox sends nothing but a challenge to a new subject until the peer has proved that it receives there.
 
 // move is a subject that the peer of a stream named and has not proved yet.
 type move struct {
@@ -20,8 +20,8 @@ type move struct {
 
 // whereabouts holds further facts about the address of a peer. Few streams need it. The outbox owns it.
 type whereabouts struct {
-	move     *move     // another subject that the peer named, and has not proved to receive at
-	crossing *crossing // of a stream across accounts
+	move     *move     // another subject that the peer named and has not proved; nil if there is none
+	crossing *crossing // nil if the stream is within one account
 }
 
 func (s *session) whereabouts() *whereabouts {
@@ -31,7 +31,7 @@ func (s *session) whereabouts() *whereabouts {
 	return s.out.whereabouts
 }
 
-// move returns where the peer of s moves, nil if it does not.
+// move returns the unproved subject of the peer of s, nil if there is none.
 func (s *session) move() *move {
 	if w := s.out.whereabouts; w != nil {
 		return w.move
@@ -52,7 +52,7 @@ func (s *session) crossing() *crossing {
 // question of a peer across accounts comes from another subject; the first of them is as good as the next.
 const challengePatience = 4
 
-// setPeer notes that the peer of s receives at subject.
+// setPeer handles a reply subject of the peer of s: the first one is its address, and a new one is challenged.
 func (o *outbox) setPeer(s *session, subject string) {
 	switch {
 	case subject == s.out.peer || checkAnswer(subject) != nil:
@@ -75,7 +75,7 @@ func (o *outbox) challenge(s *session, subject string) {
 	o.tellAt(s, subject, "", s.moveTo(subject, now, o.seeks(s)))
 }
 
-// moveTo notes that the peer of s named subject, and returns the challenge to send there.
+// moveTo stores subject as the unproved subject of the peer of s, and returns the challenge to send there.
 func (s *session) moveTo(subject string, now int64, lost bool) Frame {
 	m := &move{subject: subject, at: now, lost: lost}
 	s.whereabouts().move = m

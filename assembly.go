@@ -2,7 +2,7 @@ package stream
 
 import "bytes"
 
-// assembly gathers the pieces of one record. A piece that is most of its packet is kept with the packet. Other pieces are
+// assembly gathers the pieces of one record. The reader owns it. A piece that is most of its packet is kept with the packet. Other pieces are
 // copied into chunks, so that the packets around them need not be kept. Each byte is copied at most twice, into a chunk
 // and into the record, whatever the pieces and packets look like. The memory held stays below about twice the bytes that have
 // arrived, and one chunk.

@@ -233,7 +233,7 @@ const (
 	headerTimeout = headerPrefix + "Timeout" // milliseconds that the consumer will wait for the end of the stream
 )
 
-// setTimeout writes the time until the deadline of ctx into h. It is sent as a duration, because clocks of two machines differ.
+// setTimeout writes the time until the deadline of ctx into h, as a duration, because the clocks of two machines differ.
 func setTimeout(h nats.Header, ctx context.Context) {
 	if deadline, ok := ctx.Deadline(); ok {
 		left := time.Until(deadline)

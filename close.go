@@ -11,7 +11,10 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// CloseError is the end of a stream with a close code. The peer sent the code, or this end chose it for a fault it found.
+// This file has the errors that end streams, and the rules that turn errors into close codes. Its functions touch no state, and any
+// goroutine may call them.
+
+// CloseError is the end of a stream with a close code. The peer sent the code, or this end found a fault and chose it.
 // A CloseError marshals to the JSON of the original protocol, {"Code":1000,"Text":""}.
 type CloseError struct {
 	Code int
@@ -65,8 +68,8 @@ var (
 	ErrCloseCode = errors.New("stream: invalid close code")
 )
 
-// noConnection and noContext are the errors for nil arguments. They name the argument, which the errors of nats.go that they
-// match do not.
+// noConnection and noContext are the errors for nil arguments. They name the argument, and match errors of nats.go, which do not
+// name it.
 func noConnection(field, advice string) error {
 	return fmt.Errorf("stream: %s is nil: %s: %w", field, advice, nats.ErrInvalidConnection)
 }
@@ -98,8 +101,8 @@ func contextError(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// handlerEnd returns how the result of a handler ends its stream; [Handler] documents it. Only nil and a bare *CloseError with
-// CloseNormalClosure are a normal end: if an error wraps one, more happened than a normal end.
+// handlerEnd returns the code and text with which the result of a handler ends its stream; [Handler] documents them. Only nil and a
+// bare *CloseError with CloseNormalClosure are a normal end. An error that wraps one reports more than a normal end.
 func handlerEnd(err error) CloseError {
 	if err == nil {
 		return CloseError{Code: CloseNormalClosure}

@@ -13,15 +13,18 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// inbox is the one wildcard subscription of an endpoint, and the knowledge whether the NATS server delivers to it. Subscribing
-// never fails at once. A server that refuses the subscription, or drops it at a reload, reports it later by an error on the
-// connection. While the inbox is refused, all streams end and none begins, because no packet would arrive. The watcher
-// subscribes again until the server accepts.
+// inbox is the one wildcard subscription of an endpoint, and whether the NATS server delivers to it. A server that refuses the
+// subscription, or drops it at a reload, reports that some time later, by an error on the connection. While the inbox is
+// refused, all streams end and none begins, because no packet would arrive. The watcher subscribes again until the server
+// accepts.
+//
+// The watcher runs look, probe and renew. The mux runs receive, and NATS's error callback runs denied, doubt and muted. User calls
+// run confirm and onChange.
 type inbox struct {
 	ep      *endpoint
 	refused atomic.Pointer[ending] // the refusal by the server; nil if messages may arrive
 
-	news      chan struct{} // capacity 1: the watcher is to look
+	news      chan struct{} // capacity 1: wakes the watcher
 	confirmed atomic.Bool   // confirm has had its answer
 	doubted   atomic.Bool   // the server refused a subscription without naming it
 
@@ -35,7 +38,7 @@ type inbox struct {
 	closed      bool
 
 	mu      sync.Mutex // guards changes of refused, and the fields below
-	known   error      // the refusal that was seen last: its report may come twice
+	known   error      // the last refusal that was handled: it may be reported twice
 	since   time.Time  // of refused
 	changed func(error)
 }

@@ -11,6 +11,9 @@ import (
 	"github.com/natsstream/stream/internal/object"
 )
 
+// This file sends and receives objects with internal/object. Writers run the encoding, with the turn of the Writer, and the reader
+// runs the decoding.
+
 // codecFlag returns the DATA flag of a codec. The caller must replace CodecDefault before.
 func codecFlag(c Codec) FrameFlags {
 	if c == JSON {

@@ -26,7 +26,7 @@ type Registration struct {
 	since       time.Time     // when it was made
 	changing    chan struct{} // not nil while a goroutine runs settle; closed when it is done
 
-	refused      error // why NATS does not let the server subscribe, nil if it does as far as is known
+	refused      error // the error with which NATS refused the subscription, nil if no refusal is known
 	refusals     int
 	refusedSince time.Time
 

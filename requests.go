@@ -9,10 +9,10 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file decides whether a message is a request, and to which subjects an answer may be sent; docs/PROTOCOL.md sections 2
-// and 2.6. A handler may be subscribed to a wildcard, so any message can arrive: packets of streams, also of its own, answers
-// to other requests, acknowledgements of JetStream. None of these may start a handler. Otherwise one handler's packets would
-// start the next handler.
+// This file decides whether a message is a request, and to which subjects an answer may be sent; docs/PROTOCOL.md sections 2.6 and
+// 2.7. Its functions touch no state, and any goroutine may call them. A handler may be subscribed to a wildcard, so any message
+// can arrive: packets of streams, also of its own, answers to other requests, acknowledgements of JetStream. None of these may
+// start a handler. Otherwise one handler's packets would start the next handler.
 
 // errStray says that a message is no request.
 var errStray = errors.New("stream: not a request")
@@ -33,7 +33,7 @@ func parseRequest(m *nats.Msg, pattern, inbox string) (request, error) {
 		m.Header[headerProbe] != nil,
 		len(m.Data) == 0 && m.Header["Status"] != nil, // a status message of the NATS server
 		strings.HasPrefix(m.Subject, inbox),
-		reserved(m.Subject) && startsWild(pattern): // internal traffic of NATS that a wildcard happens to match
+		reserved(m.Subject) && startsWild(pattern): // internal traffic of NATS that a wildcard matches
 		return request{}, errStray
 	case m.Reply == "":
 		return request{}, nats.ErrMsgNoReply

@@ -10,6 +10,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
+// This file repeats requests that reached no handler. The goroutine of the caller of OpenRetry runs it.
+
 // refusal is the end of a stream that a server without room refused. It arrived before any other packet, so no handler ran.
 type refusal struct{ *CloseError }
 
@@ -64,10 +66,10 @@ func (r Retry) wait(n int) time.Duration {
 	return d - rand.N(d/2+1)
 }
 
-// OpenRetry opens a stream as [Client.OpenMsg] does and waits for the producer's answer. If the end of the stream is
-// [Retryable], it sends the request again; it never does so once a handler may have run. The answer is the producer's first
-// packet, or its notice, a few milliseconds after the request, that the handler runs. OpenRetry returns the stream after an
-// answer. It also returns the stream after an end that is not retryable; reads of the stream return its error.
+// OpenRetry opens a stream as [Client.OpenMsg] does and waits for the producer's answer. If the stream ends and its error is
+// [Retryable], OpenRetry sends the request again. It never does so if a handler may have run. The answer is the producer's first
+// packet, or its notice that the handler runs, a few milliseconds after the request. OpenRetry returns the stream after an
+// answer. It also returns a stream that ended with another error; reads of the stream return that error.
 //
 // Errors: the last refusal, after retry.Attempts; those of [Client.OpenMsg]; the context's error; an error for negative
 // fields of retry.
