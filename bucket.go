@@ -18,12 +18,15 @@ import (
 //   - the reader (the goroutine in a read of the stream) pops, decodes and decides about credit.
 //   - the outbox sends the credit the reader decided on.
 type bucket struct {
-	// Owned by the mux. mode is stored once, before the first push, and so published to the reader by it.
-	mode       bucketMode
+	// The form of the peer's messages. It is stored once: by the mux when a producer's first message arrives, or when a
+	// producer's end is made.
+	form atomic.Uint32
+
+	// Owned by the mux.
 	last       bool   // the packet that closes came beyond the credit: none may follow
 	gapAsked   bool   // a CREDIT with GAP asked for packet gapAskedSeq, at gapAskedAt by the endpoint's clock
 	expect     uint32 // sequence number of the next packet
-	acceptWord uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender
+	acceptWord uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender; 0 before bind
 	received   uint64 // bytes of all packets pushed
 
 	// The credit granted to the peer: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
@@ -54,13 +57,11 @@ type credited struct {
 	bytes   uint64
 }
 
-// bucketMode is the kind of peer that the bucket is bound to; docs/PROTOCOL.md section 3.
-type bucketMode uint8
-
+// Values of bucket.form; docs/PROTOCOL.md section 3.
 const (
-	modeUnbound bucketMode = iota
-	modeBinary
-	modeJSON
+	formUnknown uint32 = iota // the producer has not answered
+	formPackets
+	formJSON // the fallback
 )
 
 // Windows, docs/PROTOCOL.md section 8.
@@ -122,24 +123,19 @@ func (b *bucket) push(data []byte) {
 func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	if err != nil {
-		if b.mode == modeUnbound {
+		if b.unbound() {
 			return violation, protocolError(CloseUnsupportedData, "first packet: %v", err)
 		}
 		return malformed, nil
 	}
-	switch b.mode {
-	case modeJSON:
+	if b.ofAnother(h.Sender) {
 		return foreign, nil
-	case modeBinary:
-		if h.Sender != b.sender() {
-			return foreign, nil
-		}
 	}
 	switch d := int32(h.Seq - b.expect); {
 	case d < 0:
 		return duplicate, nil
 	case d > 0:
-		if b.mode == modeUnbound {
+		if b.unbound() {
 			b.bind(h.Sender)
 		}
 		return gap, nil
@@ -151,7 +147,7 @@ func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 		}
 		b.last = true
 	}
-	if b.mode == modeUnbound {
+	if b.unbound() {
 		b.bind(h.Sender)
 	}
 	b.push(data)
@@ -163,16 +159,16 @@ func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 func (b *bucket) acceptControl(data []byte, own uint64) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	switch {
-	case err != nil && b.mode == modeUnbound:
+	case err != nil && b.unbound():
 		return violation, protocolError(CloseUnsupportedData, "first packet: %v", err)
 	case err != nil || len(data) > maxControlPacket:
 		return malformed, nil
 	case len(body) > 0 && FrameType(body[0]) == FrameReset && h.Sender == own:
 		return accepted, nil
-	case b.mode == modeUnbound:
-		b.bind(h.Sender)
-	case b.mode == modeJSON || h.Sender != b.sender():
+	case b.ofAnother(h.Sender):
 		return foreign, nil
+	case b.unbound():
+		b.bind(h.Sender)
 	}
 	if d := int32(h.Seq - b.expect); d > 0 && (len(body) == 0 || FrameType(body[0]) != FrameReset) {
 		return gap, nil
@@ -192,8 +188,16 @@ func (b *bucket) shouldAskForGap(now, patience int64) bool {
 
 // bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.1.
 func (b *bucket) bind(sender uint64) {
-	b.mode = modeBinary
+	b.form.Store(formPackets)
 	b.acceptWord = packetWord(PacketSeq, sender)
+}
+
+// unbound reports whether no packet of the peer has arrived, and may still.
+func (b *bucket) unbound() bool { return b.acceptWord == 0 && b.form.Load() != formJSON }
+
+// ofAnother reports whether packets with this sender number are not of the peer that the bucket is bound to.
+func (b *bucket) ofAnother(sender uint64) bool {
+	return !b.unbound() && (b.acceptWord == 0 || sender != b.sender())
 }
 
 // sender is the number that the bucket is bound to.
@@ -204,7 +208,7 @@ func (b *bucket) sender() uint64 { return b.acceptWord & maxSender }
 // its own. A subject that was mapped between accounts tells nothing.
 func (b *bucket) impostor(data []byte, reply string) bool {
 	h, _, err := ParsePacketHeader(data)
-	if err != nil || b.mode == modeJSON || b.mode == modeBinary && h.Sender != b.sender() {
+	if err != nil || b.ofAnother(h.Sender) {
 		return false // refused for another reason
 	}
 	token := lastToken(reply)
@@ -229,11 +233,11 @@ func onlyClose(body []byte) bool {
 // acceptJSON queues a message of a peer that speaks only the fallback. Such a peer knows no flow control. So the queue has a
 // limit, and the stream ends with CloseTooSlow if the peer exceeds it.
 func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
-	switch b.mode {
-	case modeBinary:
+	switch b.form.Load() {
+	case formPackets:
 		return foreign, nil
-	case modeUnbound:
-		b.mode = modeJSON
+	case formUnknown:
+		b.form.Store(formJSON)
 		b.ring.SetLimit(math.MaxInt32)
 	}
 	queued, n := b.received-b.consumedBytes.Load(), b.ring.Len()
@@ -250,7 +254,7 @@ func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bool) bool {
 	b.consumed.packets++
 	b.consumed.bytes += uint64(n)
-	if b.mode == modeJSON {
+	if b.form.Load() == formJSON {
 		b.consumedBytes.Store(b.consumed.bytes)
 		return false
 	}

@@ -200,7 +200,7 @@ func TestUnfinishedRecordsGiveWay(t *testing.T) {
 				_, err = server.Handle("unfinished", func(w *Writer, r *Request) error {
 					time.Sleep(100 * time.Millisecond) // the consumer hears where the handler is
 					piece := Frame{Type: FrameData, Flags: FlagMore, Payload: make([]byte, 200<<10)}
-					packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: w.session.sender}, piece)
+					packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: w.session.senderNumber}, piece)
 					if err := conn.Publish(w.session.out.peer, "", packet); err != nil {
 						t.Error(err)
 					}
@@ -598,7 +598,7 @@ func grantsAll(ack uint32) Frame {
 
 // memoryOf returns the bytes of the buffers that the sender of s has, counted one by one.
 func memoryOf(w *Writer) (n, written int64) {
-	q := w.unacked.Unacked // a copy: only its cursor changes
+	q := w.sender.unacked.Unacked // a copy: only its cursor changes
 	q.Again(q.Acked(), 1<<62, 0)
 	for p, ok := q.Missing(); ok; p, ok = q.Missing() {
 		n, written = n+int64(cap(p.buf)), written+int64(len(p.buf))
@@ -924,7 +924,7 @@ func TestMuxFieldsLieTogether(t *testing.T) {
 	for name, end := range map[string]uintptr{
 		"end":            unsafe.Offsetof(s.end) + unsafe.Sizeof(s.end),
 		"controls":       unsafe.Offsetof(s.controls) + unsafe.Sizeof(s.controls),
-		"sender":         unsafe.Offsetof(s.sender) + unsafe.Sizeof(s.sender),
+		"senderNumber":   unsafe.Offsetof(s.senderNumber) + unsafe.Sizeof(s.senderNumber),
 		"received":       unsafe.Offsetof(s.bucket) + unsafe.Offsetof(s.bucket.received) + unsafe.Sizeof(s.bucket.received),
 		"grantedPackets": unsafe.Offsetof(s.bucket) + unsafe.Offsetof(s.bucket.grantedPackets) + unsafe.Sizeof(s.bucket.grantedPackets),
 		"park":           unsafe.Offsetof(s.bucket) + unsafe.Offsetof(s.bucket.park) + unsafe.Sizeof(s.bucket.park),
@@ -942,8 +942,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 	conn.Set(nats.RECONNECTING)
 	var all []*session
 	for range 20 {
-		s := &session{ep: ep, role: lifecycle.Consumer, sender: newSender(true)}
-		s.bucket.init(initialPackets, initialWindow)
+		s := unopenedStream(ep)
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}

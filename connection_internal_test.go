@@ -20,7 +20,6 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
-	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
 )
@@ -825,8 +824,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 	ep, conn := newFlakyEndpoint(t)
 	all := make([]*session, sessions)
 	for i := range all {
-		s := &session{ep: ep, role: lifecycle.Consumer, sender: newSender(true)}
-		s.bucket.init(initialPackets, initialWindow)
+		s := unopenedStream(ep)
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}

@@ -123,16 +123,16 @@ func (s *session) tellRetry() {
 
 // bind takes notice of a consumer's send half, or of the form that its producer speaks.
 func (o *outbox) bind(s *session) {
-	if s.peerTakesNone.Load() {
+	if s.peerTakesNone() {
 		s.tellRetry()
 	}
-	if s.writer.Load() != nil && s.out.state.Send == lifecycle.NoSender {
+	if s.send.Load() != nil && s.out.state.Send == lifecycle.NoSender {
 		o.step(s, lifecycle.Written)
 		if s.out.peer != "" {
 			o.step(s, lifecycle.PeerKnown)
 		}
 	}
-	if s.peerTakesNone.Load() && s.out.state.Send <= lifecycle.Waiting {
+	if s.peerTakesNone() && s.out.state.Send <= lifecycle.Waiting {
 		o.step(s, lifecycle.PeerIsJSON)
 	}
 }
@@ -153,7 +153,7 @@ func (o *outbox) resetUnknown(c control) {
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway
 	}
-	o.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: c.sender}, f))
+	o.ep.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: c.sender}, f))
 }
 
 var unknownStream = []byte("no such stream")
@@ -176,8 +176,8 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 		switch b = rest; f.Type {
 		case FrameCredit:
 			c, err := ParseCredit(f.Payload)
-			if w := s.writer.Load(); err == nil && w != nil {
-				err = o.takeCredit(w, c, f.Flags&FlagGap != 0)
+			if snd := s.send.Load(); err == nil && snd != nil {
+				err = o.takeCredit(snd, c, f.Flags&FlagGap != 0)
 			} else if err == nil && c.Ack != 0 {
 				err = fmt.Errorf("packet %d acknowledged, none sent", c.Ack)
 			}
@@ -195,7 +195,7 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 		case FrameReset:
 			// Packets that arrived before can still be read: a CLOSE may be among them.
 			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
-			if s.stream != nil {
+			if s.role == lifecycle.Consumer {
 				s.requestEnd(s.resetByProducer(h, e))
 			} else {
 				s.requestEnd(s.resetByConsumer(h, e))
@@ -214,7 +214,7 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 	end := &ending{kind: endReset, err: e}
 	arrived := s.bucket.ring.Pushed() > 0
 	switch {
-	case h.Sender == s.sender:
+	case h.Sender == s.senderNumber:
 		end.err = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
 	case e.Code == CloseNormalClosure: // follows a CLOSE that was acknowledged; without that one it is no normal end
 		end.err = &CloseError{CloseAbnormalClosure, "the producer reset the stream and did not close it"}
@@ -223,7 +223,7 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 	default:
 		end.err = s.resetError(e)
 	}
-	if arrived && (h.Sender == s.sender || e.Code == CloseNormalClosure) {
+	if arrived && (h.Sender == s.senderNumber || e.Code == CloseNormalClosure) {
 		end.kind = endPeerDone
 	}
 	return end
@@ -248,23 +248,23 @@ func (s *session) resetByConsumer(h PacketHeader, e *CloseError) *ending {
 	if normal && s.bucket.ring.Pushed() == 0 && h.Seq == 0 {
 		end.err = io.EOF // it never wrote, and leaves
 	}
-	if normal || h.Sender == s.sender { // a consumer that forgot the stream may have done so because it is done
+	if normal || h.Sender == s.senderNumber { // a consumer that forgot the stream may have done so because it is done
 		end.kind = endComplete
 	}
 	return end
 }
 
 // takeCredit handles a CREDIT: the peer's acknowledgement, its grant, and its report of missing packets.
-func (o *outbox) takeCredit(w *Writer, c Credit, missing bool) error {
-	if w.session.out.state.Phase != lifecycle.Live {
+func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
+	s, q := snd.session, &snd.unacked
+	if s.out.state.Phase != lifecycle.Live {
 		return nil
 	}
-	before := w.unacked.Acked()
-	bytes, err := w.grant(c)
+	before := q.Acked()
+	bytes, err := snd.grant(c)
 	if err != nil {
 		return err
 	}
-	s, q := w.session, &w.unacked
 	o.offLine(s, c.Ack, bytes)
 	if n := q.Acked() - before; n != 0 {
 		s.out.life.asks = 0
@@ -295,7 +295,7 @@ func (o *outbox) takeCredit(w *Writer, c Credit, missing bool) error {
 // sendCredit acknowledges the packets that arrived and grants credit.
 func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 	switch {
-	case s.peerTakesNone.Load() || s.writer.Load() != nil && s.writer.Load().json:
+	case s.json():
 	case s.out.peer == "":
 		s.out.deferredUntilPeer |= workCredit // the reader, or the mark of the mux, was faster than the subject on the inbound ring
 		if flags&FlagGap == 0 {
@@ -315,10 +315,10 @@ func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 // sendEnd tells the peer of s that the stream ended early.
 func (o *outbox) sendEnd(s *session, e CloseError) {
 	e.Text = cutReason(e.Text, o.ep.reasonLimit())
-	if s.binary() {
-		o.sendControl(s, "", Frame{Type: FrameReset, Code: uint16(e.Code), Payload: []byte(e.Text)})
+	if s.peerTakesJSON() {
+		o.ep.publish(s.out.peer, "", jsonwire.AppendClose(nil, jsonwire.Close(e)))
 	} else {
-		o.publish(s.out.peer, "", jsonwire.AppendClose(nil, jsonwire.Close(e)))
+		o.sendControl(s, "", Frame{Type: FrameReset, Code: uint16(e.Code), Payload: []byte(e.Text)})
 	}
 }
 
@@ -328,18 +328,12 @@ func (o *outbox) sendControl(s *session, reply string, f Frame) { o.tellAt(s, s.
 
 // tellAt is tell with another subject than that of the peer.
 func (o *outbox) tellAt(s *session, subject, reply string, frames ...Frame) {
-	h := PacketHeader{Sender: s.sender}
-	if w := s.writer.Load(); w != nil {
-		h.Seq = w.unacked.Cursor()
+	h := PacketHeader{Sender: s.senderNumber}
+	if snd := s.send.Load(); snd != nil {
+		h.Seq = snd.unacked.Cursor()
 	}
-	err := o.publish(subject, reply, AppendPacket(o.scratch[:0], h, frames...))
+	err := o.ep.publish(subject, reply, AppendPacket(o.scratch[:0], h, frames...))
 	if errors.Is(err, nats.ErrBadSubject) && subject == s.out.peer {
 		s.requestEnd(unwritable(err))
 	}
-}
-
-// binary reports whether the peer understands packets. Called by the outbox.
-func (s *session) binary() bool {
-	w := s.writer.Load()
-	return w == nil || !w.json
 }

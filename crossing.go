@@ -25,12 +25,12 @@ type crossing struct {
 // unnamed reports whether s is a stream across accounts whose consumer was not told the name yet. After CLOSE was published it
 // is too late: the consumer may be done.
 func (s *session) unnamed() bool {
-	return s.crossing() != nil && s.server != nil && s.out.life.pinged == 0 && s.out.state.Send < lifecycle.Closing
+	return s.crossing() != nil && s.role == lifecycle.Handler && s.out.life.pinged == 0 && s.out.state.Send < lifecycle.Closing
 }
 
 // named notes the name of a stream across accounts, the first that its producer gives.
 func (s *session) named(token []byte) {
-	if s.stream != nil && s.crossing() == nil {
+	if s.role == lifecycle.Consumer && s.crossing() == nil {
 		s.whereabouts().crossing = &crossing{token: string(token)}
 	}
 }
@@ -49,7 +49,7 @@ func (o *outbox) seekNow(s *session) {
 	c, now := s.crossing(), o.ep.now()
 	switch {
 	case c == nil:
-	case s.server != nil:
+	case s.role == lifecycle.Handler:
 		c.from.listen(time.Duration(o.ep.times.Resume))
 	case c.asked == 0 || now-c.asked >= o.ep.times.Ack/2:
 		c.asked = now
@@ -121,7 +121,7 @@ func (o *outbox) sought(token, subject string) {
 		return
 	}
 	now := o.ep.now()
-	if s.crossing() == nil || s.server == nil || s.end.Load() != nil || !o.connected() ||
+	if s.crossing() == nil || s.role != lifecycle.Handler || s.end.Load() != nil || !o.connected() ||
 		s.move() != nil && s.move().lost && now-s.move().at < o.ep.times.Ack {
 		return
 	}

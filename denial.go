@@ -3,6 +3,8 @@ package stream
 import (
 	"fmt"
 	"slices"
+
+	"github.com/natsstream/stream/internal/lifecycle"
 )
 
 // denials are refused publishes to subjects that no stream of this endpoint publishes to. The NATS server checks permissions
@@ -136,5 +138,5 @@ func (o *outbox) decideDenials(now int64) {
 
 // unanswered reports whether the session is a consumer's, its request was published, and no answer came.
 func (s *session) unanswered() bool {
-	return s.stream != nil && s.out.life.took != 0 && s.out.peer == "" && !s.peerTakesNone.Load() && s.bucket.ring.Pushed() == 0 && s.end.Load() == nil
+	return s.role == lifecycle.Consumer && s.out.life.took != 0 && s.out.peer == "" && !s.peerTakesNone() && s.bucket.ring.Pushed() == 0 && s.end.Load() == nil
 }

@@ -92,19 +92,19 @@ func (t *endedStreams) find(token string, now int64) *endedStream {
 // long as its connection may be down and it waits for an acknowledgement.
 func (o *outbox) remember(s *session) {
 	end := s.end.Load()
-	if end.kind != endComplete && end.kind != endPeerClosed || s.reply == "" || !s.binary() || s.bucket.mode != modeBinary {
-		return // only after a normal end the mux has bound the bucket, and no longer changes mode and want
+	if end.kind != endComplete && end.kind != endPeerClosed || s.reply == "" || s.bucket.acceptWord == 0 {
+		return // after a normal end the mux no longer changes what the bucket is bound to
 	}
 	now := o.time()
 	e := endedStream{
-		until: now + max(o.ep.times.Resume, o.ep.times.Disconnect), sender: s.sender, peer: s.bucket.sender(),
+		until: now + max(o.ep.times.Resume, o.ep.times.Disconnect), sender: s.senderNumber, peer: s.bucket.sender(),
 		failed: end.kind == endPeerClosed,
 	}
 	copy(e.token[:], s.token())
 	if s.closeRead(end) || s.role == lifecycle.Handler && s.recv.readDone.Load() {
 		e.credit = s.bucket.credit()
 	} else {
-		e.code = uint16(s.writer.Load().closing.Code)
+		e.code = uint16(s.send.Load().packer.closing.Code)
 	}
 	o.ended.add(e, now)
 }
@@ -128,5 +128,5 @@ func (o *outbox) publishEnd(e *endedStream, subject string) {
 		var payload [creditSize]byte
 		f = Frame{Type: FrameCredit, Payload: AppendCredit(payload[:0], e.credit)}
 	}
-	o.publish(subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: e.sender}, f))
+	o.ep.publish(subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: e.sender}, f))
 }

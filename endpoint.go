@@ -134,6 +134,9 @@ func (ep *endpoint) close(e *ending) {
 	close(ep.closed)
 }
 
+// now is the time since the endpoint was made, never 0.
+func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
+
 // lastToken returns the last token of a subject.
 func lastToken(subject string) string { return subject[strings.LastIndexByte(subject, '.')+1:] }
 

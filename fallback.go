@@ -85,13 +85,12 @@ func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
 	return len(record), nil
 }
 
-func (w *Writer) appendCloseJSONLocked(code int, reason string) error {
-	m := jsonwire.AppendClose(nil, jsonwire.Close{Code: code, Text: cutReason(reason, w.session.ep.reasonLimit())})
-	w.open = getPacket(len(m))
-	w.keepLocked(w.open)
-	w.n = copy(w.open.buf, m)
-	w.closed.Store(true)
-	w.closing = CloseError{code, reason}
-	w.sealLocked()
-	return nil
+func (pk *packer) appendCloseJSONLocked(code int, reason string) {
+	m := jsonwire.AppendClose(nil, jsonwire.Close{Code: code, Text: cutReason(reason, pk.session.ep.reasonLimit())})
+	pk.open = getPacket(len(m))
+	pk.keepLocked(pk.open)
+	pk.n = copy(pk.open.buf, m)
+	pk.closed.Store(true)
+	pk.closing = CloseError{code, reason}
+	pk.sealLocked()
 }

@@ -16,7 +16,6 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
-	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
@@ -563,8 +562,8 @@ func TestMuxDeliversNothingAfterTheEnd(t *testing.T) {
 	c := fakeClient(t, conn, ClientParams{FallbackBuffer: 60})
 	s, deliver := muxStream(t, conn, c)
 	message := func(rec string) []byte { return jsonwire.AppendData(nil, []byte(rec)) } // 24 bytes each
-	other := &session{ep: c.ep, role: lifecycle.Consumer, out: outboxState{peer: "other"}}
-	other.bucket.init(1, 1)
+	other := unopenedStream(c.ep)
+	other.out.peer = "other"
 	other.mark(workCredit)
 	<-busy
 	defer close(idle)

@@ -18,6 +18,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"go.uber.org/goleak"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
@@ -47,6 +48,16 @@ func fakeClient(t *testing.T, conn natsconn.Conn, p ClientParams) *Client {
 	c := &Client{ep: ep, codec: MsgPack}
 	t.Cleanup(func() { _ = c.Close() })
 	return c
+}
+
+// unopenedStream makes a consumer's stream that has sent no request.
+func unopenedStream(ep *endpoint) *session {
+	st := new(Stream)
+	s := &st.session
+	s.init(ep, lifecycle.Consumer, initialPackets, initialWindow)
+	st.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.stream, s.recv.parent = st, context.Background()
+	return s
 }
 
 // muxStream opens a stream on a fake connection and returns it with a function that puts a message for it into the mux.
@@ -239,7 +250,7 @@ func (m *memoryPair) hold() (release func()) {
 
 // controlPacket returns a control packet from the consumer s to its handler.
 func (s *Stream) controlPacket(frames ...Frame) []byte {
-	return AppendPacket(nil, PacketHeader{Sender: s.session.sender}, frames...)
+	return AppendPacket(nil, PacketHeader{Sender: s.session.senderNumber}, frames...)
 }
 
 // consumerSubject is the reply subject of a consumer that grants 2^logPackets packets and 2^30 bytes.

@@ -49,7 +49,7 @@ func (s *session) begin() {
 
 // wantsHello reports whether the consumer may not know where its producer is, or the name of the stream.
 func (s *session) wantsHello() bool {
-	return s.writer.Load().unacked.Next() == 0 && s.out.life.pings == 0 && s.out.life.heard == 0 || s.unnamed()
+	return s.send.Load().unacked.Next() == 0 && s.out.life.pings == 0 && s.out.life.heard == 0 || s.unnamed()
 }
 
 // expect notes that a handler has begun. Called by the outbox.

@@ -403,10 +403,9 @@ func TestNormalResetByConsumerEndsNormallyIfNothingCanBeLost(t *testing.T) {
 					t.Fatal(err)
 				}
 				if c.closed {
-					if err := w.Close(); err != nil {
-						t.Fatal(err)
-					}
-				} else if err := w.Flush(); err != nil {
+					w.closeReturned(CloseError{Code: CloseNormalClosure})
+				}
+				if err := w.Flush(); err != nil {
 					t.Fatal(err)
 				}
 				if c.received {

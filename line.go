@@ -106,7 +106,7 @@ func (o *outbox) wait(l *line, s *session) {
 	if s.out.places.has(onLine) {
 		return
 	}
-	switch n := s.writer.Load().backlog(); {
+	switch n := s.send.Load().backlog(); {
 	case n == 0:
 		s.out.places.clear(steady)
 		return
@@ -126,7 +126,7 @@ func (l *line) waits() int { return len(l.quiet) + len(l.waiting) }
 func (l *line) next() *session {
 	for len(l.quiet) > 0 {
 		s := takeFirst(&l.quiet)
-		if s.writer.Load().backlog() <= littleBacklog {
+		if s.send.Load().backlog() <= littleBacklog {
 			return s
 		}
 		l.waiting = append(l.waiting, s) // it has written on
@@ -138,30 +138,6 @@ func takeFirst(list *[]*session) *session {
 	s := (*list)[0]
 	*list = slices.Delete(*list, 0, 1)
 	return s
-}
-
-// aboutToPublish makes p a mark if the line is to be measured. The last packet is none: its acknowledgement may be the
-// stream's last word. A packet that is published again may be a mark where it was none, and the other way round.
-func (o *outbox) aboutToPublish(s *session, p *packet) {
-	l := s.out.line
-	p.buf[1] &^= byte(PacketMark)
-	if !p.last && l.WantsMark(len(p.buf), o.ep.clock.Load()) {
-		p.buf[1] |= byte(PacketMark)
-		l.began = o.ep.now() // the clock of ticks is too coarse to measure with
-	}
-}
-
-// onLine notes that p, packet seq of s, was published.
-func (o *outbox) onLine(s *session, seq uint32, p *packet) {
-	l := s.out.line
-	l.last, l.lastSeq = s, seq
-	l.Sent(len(p.buf))
-	if p.buf[1]&byte(PacketMark) != 0 {
-		l.Mark(s, seq, l.began)
-	}
-	if w, n := s.writer.Load(), int32(l.Packet()); n != w.packetSize.Load() {
-		w.packetSize.Store(n)
-	}
 }
 
 // offLine notes that the peer of s acknowledged n more bytes, which are the packets before seq.

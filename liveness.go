@@ -90,9 +90,6 @@ func (ep *endpoint) stuck() {
 	})
 }
 
-// now is the time since the endpoint was made, never 0.
-func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
-
 // time reads the clock by which peers are judged. It stands still while this end cannot hear them.
 func (o *outbox) time() int64 { return o.clock.Now(o.ep.now()) }
 
@@ -245,8 +242,8 @@ func (o *outbox) check(s *session, now int64) {
 		if !d.Repeated { // an answer that does not come says nothing about the reader
 			s.out.life.asks = min(s.out.life.asks, math.MaxInt16-1) + 1
 		}
-		if w := s.writer.Load(); w != nil && d.Lost {
-			w.unacked.loss.Unanswered()
+		if snd := s.send.Load(); snd != nil && d.Lost {
+			snd.unacked.loss.Unanswered()
 		}
 		o.ping(s)
 	}
@@ -269,7 +266,7 @@ func (o *outbox) checkHeldClose(s *session, now int64) {
 		l.closeAt = now + int64(closeDelay)
 	case late >= 0:
 		l.closeAt = 0
-		s.writer.Load().publishHeld()
+		s.send.Load().packer.publishHeld()
 		return
 	}
 	o.lookAt(s, l.closeAt)
@@ -299,11 +296,11 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 
 // facts gathers what liveness.Decide goes by.
 func (o *outbox) facts(s *session, now int64) liveness.Facts {
-	l, w := &s.out.life, s.writer.Load()
+	l, snd := &s.out.life, s.send.Load()
 	if !o.up.Load() {
 		return liveness.Facts{
 			Now: now, Times: &o.streamTimes, Born: l.upSince, Down: o.down,
-			Ending: s.end.Load() != nil, Disconnected: true, Consumer: s.stream != nil, Registered: s.reply != "",
+			Ending: s.end.Load() != nil, Disconnected: true, Consumer: s.role == lifecycle.Consumer, Registered: s.reply != "",
 		}
 	}
 	now = o.clock.Now(now)
@@ -315,8 +312,8 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		Born: o.clock.At(l.upSince), Heard: l.heard, Sent: l.sent, Pinged: l.pinged,
 		Suspect: l.suspect, Resumed: o.clock.Resumed(),
 		Pings: int32(l.pings), Asks: int32(l.asks),
-		Ending: s.end.Load() != nil, Consumer: s.stream != nil, Registered: s.reply != "",
-		Received: l.seen != 0, NoPeer: s.stream != nil && s.out.peer == "" || w != nil && w.json,
+		Ending: s.end.Load() != nil, Consumer: s.role == lifecycle.Consumer, Registered: s.reply != "",
+		Received: l.seen != 0, NoPeer: s.role == lifecycle.Consumer && s.out.peer == "" || s.peerTakesJSON(),
 	}
 	if l.took == tookLost {
 		f.Lost = l.pinged
@@ -327,12 +324,13 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	if p := s.remote.Load(); p != nil {
 		f.Others = p.records
 	}
-	if w != nil {
-		f.Closed = w.unacked.closed
-		f.Unacked = !w.json && !w.unacked.Empty()
-		f.Stalled = !f.Unacked && (w.unacked.waits || w.stalled())
-		f.Failed = s.nobodyReads.Load() && w.unacked.failed != nil
-		f.Silent = s.stream == nil && w.unacked.Next() == 0 && l.heard == 0 || s.unnamed()
+	if snd != nil {
+		q := &snd.unacked
+		f.Closed = q.closed
+		f.Unacked = !s.peerTakesJSON() && !q.Empty()
+		f.Stalled = !f.Unacked && (q.waits || snd.packer.stalled())
+		f.Failed = s.nobodyReads.Load() && q.failed != nil
+		f.Silent = s.role != lifecycle.Consumer && q.Next() == 0 && l.heard == 0 || s.unnamed()
 	}
 	return f
 }
@@ -354,7 +352,7 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 		e.Text = "the peer does not answer"
 	}
 	end := &ending{kind: endFault, err: &e}
-	if s.out.peer != "" && s.binary() {
+	if s.out.peer != "" && !s.peerTakesJSON() {
 		end.reset = e
 	}
 	if why == liveness.PeerGone && s.remote.Load() != nil && s.remote.Load().absent {
@@ -400,7 +398,7 @@ func (o *outbox) publishPing(s *session) {
 			return
 		}
 	}
-	if s.crossing() != nil && s.server != nil {
+	if s.crossing() != nil && s.role == lifecycle.Handler {
 		o.tellAt(s, s.out.peer, s.reply, Frame{Type: FramePing}, Frame{Type: FrameResume, Payload: []byte(s.token())})
 	} else {
 		o.tellAt(s, s.out.peer, s.reply, Frame{Type: FramePing})
@@ -411,7 +409,7 @@ func (o *outbox) publishPing(s *session) {
 // absent takes the server's word that nobody received a first packet or a PING. It is a hint: the peer's connection may
 // be coming back.
 func (o *outbox) absent(s *session) {
-	if !s.binary() { // what nobody received is lost, and cannot be sent again
+	if s.peerTakesJSON() { // what nobody received is lost, and cannot be sent again
 		e := &CloseError{CloseAbnormalClosure, "nobody receives the stream"}
 		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("%w: %w", e, nats.ErrNoResponders)})
 		return
@@ -426,16 +424,6 @@ func (o *outbox) absent(s *session) {
 	}
 	o.lookAtRemote(p, o.clock.Until(o.time()))
 	o.seek(s)
-}
-
-// probeDue reports whether the fallback message p is to carry a reply subject, so that NATS says if nobody receives it. A
-// fallback peer cannot be asked. The first message of a handler does, and then one in each KeepAlive. Those of NewWriter do not:
-// they are what the original library would send.
-func (o *outbox) probeDue(s *session, p *packet) bool {
-	const header = len("NATS/1.0\r\n" + headerProbe + ": 1\r\n\r\n")
-	l := &s.out.life
-	return s.server != nil && (l.pinged == 0 || o.ep.clock.Load()-l.pinged >= o.ep.times.KeepAlive) &&
-		int64(len(p.buf)+header) <= o.ep.maxPayload.Load() && len(s.out.peer) <= o.ep.longestPeer()
 }
 
 // jitter is by how much an interval of d is made shorter, at random: up to a tenth.

@@ -322,7 +322,7 @@ func TestEndIsKeptWhileItArrives(t *testing.T) {
 		}
 		synctest.Wait()
 		s := w.session
-		for ack := range w.published.Load() + 1 {
+		for ack := range w.sender.published.Load() + 1 {
 			if s.end.Load() != nil {
 				t.Fatalf("given up after packet %d was acknowledged: %v", ack, s.end.Load().err)
 			}

@@ -64,7 +64,7 @@ func (w *Writer) SetHeader(h nats.Header) error {
 		return err
 	}
 	meta, err := w.meta(h)
-	if err != nil || w.json {
+	if err != nil || w.session.peerTakesJSON() {
 		return err
 	}
 	if w.sealed > 0 || w.open != nil && w.n > PacketHeaderSize {

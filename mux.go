@@ -37,7 +37,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.receiveJSON(s, m)
 		return
 	}
-	if m.Reply != "" && s.stream != nil && s.bucket.impostor(data, m.Reply) {
+	if m.Reply != "" && s.role == lifecycle.Consumer && s.bucket.impostor(data, m.Reply) {
 		ep.answerUnknown(m)
 		ep.refuse(s, m, violation, protocolError(CloseProtocolError, "two producers answer with one sender number; open the stream again"))
 		return
@@ -99,7 +99,7 @@ func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
 		}
 		return
 	}
-	v, err := s.bucket.acceptControl(m.Data, s.sender)
+	v, err := s.bucket.acceptControl(m.Data, s.senderNumber)
 	if v == accepted || v == gap {
 		v, err = violation, protocolError(CloseProtocolError, "this producer takes no records")
 	}
@@ -108,7 +108,7 @@ func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
 
 // receiveControl checks a packet without sequence number and leaves it to the outbox, where its frames are acted on.
 func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
-	v, err := s.bucket.acceptControl(m.Data, s.sender)
+	v, err := s.bucket.acceptControl(m.Data, s.senderNumber)
 	if v == gap {
 		ep.askForGap(s)
 	} else if v != accepted {
@@ -125,18 +125,18 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 		switch {
 		case m.Header.Get("Status") != "503":
 			ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "empty message"))
-		case s.stream != nil && s.bucket.mode == modeUnbound:
+		case s.bucket.form.Load() == formUnknown:
 			s.endFromMux(&ending{kind: endFault, err: nats.ErrNoResponders})
 		default:
 			ep.outbox.deliver(control{session: s, absent: true})
 		}
 		return
 	}
-	if s.stream == nil { // a consumer that gets packets answers in packets: this message is foreign
+	if s.role != lifecycle.Consumer { // a consumer that gets packets answers in packets: this message is foreign
 		ep.refuse(s, m, foreign, nil)
 		return
 	}
-	first := s.bucket.mode == modeUnbound
+	first := s.bucket.form.Load() == formUnknown
 	if jsonwire.IsPubAck(m.Data) {
 		ep.counters.pubAcks.Add(1)
 		return
@@ -145,7 +145,6 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	if v != accepted {
 		ep.refuse(s, m, v, err)
 	} else if first {
-		s.peerTakesNone.Store(true)
 		s.mark(workBind | workSettle) // its reader may have come to the end before this
 	}
 }

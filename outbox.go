@@ -97,30 +97,6 @@ const (
 	maxSought = maxOutOfStream / 4 // of them may be there when a consumer asks for its stream: strangers leave room
 )
 
-// Kinds of work, bits of session.pending.
-const (
-	workRequest  = 1 << iota // publish the request
-	workPackets              // the writer has packets
-	workCredit               // grant the peer new credit
-	workGap                  // acknowledge the packets that arrived, and report missing ones
-	workProbe                // ask the peer for its acknowledgement and its credit
-	workResume               // both of these, where the peer is known: the connection was away
-	workWait                 // nothing: the session is to be looked at in time
-	workHello                // let the consumer know where its producer is
-	workBind                 // the consumer has a send half now
-	workSettle               // one half has come to its end: was it the last?
-	workClose                // a handler closed its direction: CLOSE waits for the handler's result, but not for long
-	workBegin                // the handler has begun: let the consumer know soon, if it does not hear anyway
-	workEnd                  // the session ended: tell the peer, let go of the buffers
-	workEndLater             // the same, and the peer waits for nothing
-	workPatience             // the user has set how long the peer may be silent
-
-	workNews    = workClose | workBind | workPatience
-	workControl = workResume | workGap | workCredit | workHello | workProbe
-
-	workLater = workWait | workBegin | workClose | workEndLater | workSettle // work that does not wake the outbox
-)
-
 func (o *outbox) init(ep *endpoint) {
 	o.ep = ep
 	o.park.Init()
@@ -130,56 +106,6 @@ func (o *outbox) init(ep *endpoint) {
 	o.lines.byPeer = make(map[string]*line)
 	o.told, o.done = make(chan struct{}), make(chan struct{})
 	o.scratch = make([]byte, 0, PacketHeaderSize+FrameHeaderSize+MaxReason)
-}
-
-// mark gives the session work. It neither blocks nor locks.
-func (s *session) mark(work uint32) {
-	before := s.pending.Or(work)
-	if before&^workLater != 0 {
-		return // queued, or about to be served
-	}
-	o := &s.ep.outbox
-	if before == 0 {
-		o.push(s)
-	}
-	o.park.Wake()
-}
-
-// markLater gives the session work that can wait until the outbox is up for another reason, at the latest the next tick. A
-// stream that opens and ends at once need not wake it for that.
-func (s *session) markLater(work uint32) {
-	if s.pending.Or(work) != 0 {
-		return
-	}
-	o := &s.ep.outbox
-	o.push(s)
-	if !s.ep.ticker.Armed() {
-		s.ep.ticker.Arm()
-	}
-}
-
-func (o *outbox) push(s *session) {
-	for {
-		head := o.queue.Load()
-		s.next = head // published by the swap below
-		if o.queue.CompareAndSwap(head, s) {
-			return
-		}
-	}
-}
-
-// take empties the queue and returns it in the order in which it was filled.
-func (o *outbox) take() *session {
-	if o.queue.Load() == nil {
-		return nil
-	}
-	var first *session
-	for s := o.queue.Swap(nil); s != nil; {
-		next := s.next
-		s.next = first
-		first, s = s, next
-	}
-	return first
 }
 
 func (o *outbox) run() {
@@ -309,10 +235,10 @@ func (o *outbox) doOutOfStream() bool {
 		case a.denied != nil:
 			o.endDenied(a.subject, a.denied)
 		case a.json:
-			o.publish(a.subject, "", jsonwire.AppendClose(nil, jsonwire.Close(*a.refuse)))
+			o.ep.publish(a.subject, "", jsonwire.AppendClose(nil, jsonwire.Close(*a.refuse)))
 		default:
 			f := Frame{Type: FrameReset, Code: uint16(a.refuse.Code), Payload: []byte(a.refuse.Text)}
-			o.publish(a.subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: newSender(false)}, f))
+			o.ep.publish(a.subject, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: newSender(false)}, f))
 		}
 	}
 	return true
@@ -390,7 +316,7 @@ func (o *outbox) firstLook(s *session) {
 	}
 	s.out.life.upSince = o.ep.now()
 	look := s.out.life.upSince
-	if s.stream == nil { // its first look sends a hello, which is wasted on a producer that writes soon
+	if s.role != lifecycle.Consumer { // its first look sends a hello, which is wasted on a producer that writes soon
 		look += int64(tickLength(&o.ep.times))
 	}
 	o.lookAt(s, look)
@@ -464,7 +390,7 @@ func (o *outbox) serveControl(s *session, work uint32) {
 	}
 	ended := work&workCredit != 0 && s.unheard()
 	hello := work&workHello != 0 && s.wantsHello()
-	if s.out.peer != "" && s.binary() && (hello || resume || ended || work&workProbe != 0) {
+	if s.out.peer != "" && !s.peerTakesJSON() && (hello || resume || ended || work&workProbe != 0) {
 		o.ping(s)
 		if resume {
 			o.seekNow(s)
@@ -474,16 +400,50 @@ func (o *outbox) serveControl(s *session, work uint32) {
 
 // servePackets publishes the next packet of s, unless too much is on its way to the peer.
 func (o *outbox) servePackets(s *session) {
-	w := s.writer.Load()
-	if !w.json && !o.mayPublish(s) {
+	snd := s.send.Load()
+	if !s.peerTakesJSON() && !o.mayPublish(s) {
 		return
 	}
-	if w.publishNext(o) {
+	switch snd.publishNext() {
+	case noPacket:
+		s.out.places.clear(steady)
+	case heldByLoss:
+		o.ping(s)
+	case tryAgain:
 		s.mark(workPackets)
+	case packetPublished:
+		o.watchAck(s)
+		s.mark(workPackets)
+	case closePublished:
+		o.watchAck(s)
+		o.closed(snd)
 	}
 	if l := s.out.line; l != nil {
 		o.nextTurn(l)
 	}
+}
+
+// watchAck sees to it that s is looked at when the acknowledgement of the packet published just now is overdue.
+func (o *outbox) watchAck(s *session) {
+	l, ack := &s.out.life, o.ep.times.Ack
+	if s.peerTakesJSON() || o.dueBy(s, l.sent+2*ack) {
+		return
+	}
+	l.sent = o.time() // the stream was idle
+	o.schedule(s, l.sent+ack)
+}
+
+// closed moves a stream on whose CLOSE was published, and waits for the acknowledgement.
+func (o *outbox) closed(snd *sender) {
+	s := snd.session
+	o.step(s, lifecycle.ClosePublished)
+	if s.peerTakesJSON() {
+		o.step(s, lifecycle.CloseAcked)
+		return
+	}
+	snd.unacked.closed = o.time()
+	snd.unacked.closeSent = snd.unacked.closed
+	o.schedule(s, snd.unacked.closed+min(o.ep.times.Ack, o.ep.times.Resume))
 }
 
 // connected reports whether a message published now is sent, as far as that can be known. nats.go keeps messages while it
@@ -502,48 +462,4 @@ func (o *outbox) connected() bool {
 	}
 	o.ep.ticker.Arm()
 	return false
-}
-
-// isUp reports whether a connection with status s sends published messages. A draining connection does.
-func isUp(s nats.Status) bool {
-	return s == nats.CONNECTED || s == nats.DRAINING_SUBS || s == nats.DRAINING_PUBS
-}
-
-// publish publishes a message that is not a stream's data. A failure is counted and does not end the stream: credit is sent
-// again after a reconnect, and a connection that accepts no more bytes is noticed otherwise.
-func (o *outbox) publish(subject, reply string, data []byte) error {
-	err := o.send(subject, reply, data)
-	if err != nil {
-		o.ep.counters.unsent.Add(1)
-	}
-	return err
-}
-
-// send publishes data to a subject that a peer named. All publishing does, except for requests
-// and the questions to NATS in the fallback.
-func (o *outbox) send(subject, reply string, data []byte) error {
-	if most := o.ep.longestPeer(); len(subject) > most {
-		return fmt.Errorf("subject of %d bytes, which may be longer than this connection's NATS server takes (max_control_line); "+
-			"use an inbox prefix that makes it %d at most: %w", len(subject), most, nats.ErrBadSubject)
-	}
-	return o.ep.conn.Publish(subject, reply, data)
-}
-
-// Peers on other nodes of a cluster name subjects that their own node takes. This connection's node may take less, and closes
-// the connection, with all its streams, over a control line that is too long. It does not say how much it takes: INFO
-// has no max_control_line. Servers take 4,096 bytes by default.
-const (
-	safeControlLine = 512 - len(" 1048576 1048576 ") // for subject and reply subject, of any server that is in use
-	ordinaryPeer    = 128                            // an inbox without a prefix of its own has about 50
-)
-
-// longestPeer is how long the subject of a peer may be. The line also has this end's own subject, because the first packet and
-// each PING carry it. Its length is this connection's own choice, so it always leaves room for an ordinary peer.
-func (ep *endpoint) longestPeer() int {
-	return max(safeControlLine-len(ep.prefix)-TokenSize, ordinaryPeer)
-}
-
-// unwritable returns the end of a stream after its peer named a subject that cannot be published to.
-func unwritable(err error) *ending {
-	return &ending{kind: endFault, err: fmt.Errorf("stream: the peer cannot be written to: %w", err)}
 }

@@ -19,7 +19,6 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
-	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
 )
@@ -42,8 +41,8 @@ func TestOutboxServesWhateverIsMarked(t *testing.T) {
 	c := fakeClient(t, conn, ClientParams{})
 	all := make([]*session, sessions)
 	for i := range all {
-		s := &session{ep: c.ep, role: lifecycle.Consumer, out: outboxState{peer: string(binary.BigEndian.AppendUint16(nil, uint16(i)))}}
-		s.bucket.init(initialPackets, initialWindow)
+		s := unopenedStream(c.ep)
+		s.out.peer = string(binary.BigEndian.AppendUint16(nil, uint16(i)))
 		all[i] = s
 	}
 	var wg sync.WaitGroup
@@ -346,7 +345,7 @@ func TestCloseSucceedsAfterRepeatedPublish(t *testing.T) {
 	if _, err := w.Write([]byte("c")); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "all was published", func() bool { return len(conn.sent()) == 2 && w.published.Load() == 2 })
+	until(t, "all was published", func() bool { return len(conn.sent()) == 2 && w.sender.published.Load() == 2 })
 	if err := w.Flush(); err != nil {
 		t.Errorf("Flush: %v", err)
 	}
@@ -387,7 +386,7 @@ func TestLargeRecordNotBegunDoesNotCutTheStreamOff(t *testing.T) {
 		t.Fatalf("Flush: %v", err)
 	}
 	acknowledge := func() {
-		credit := Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: w.published.Load(), Packets: 99, Bytes: 1 << 40})}
+		credit := Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: w.sender.published.Load(), Packets: 99, Bytes: 1 << 40})}
 		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, credit)})
 	}
 	acknowledge()

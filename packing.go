@@ -1,196 +1,297 @@
 package stream
 
 import (
+	"context"
+	"sync"
+	"sync/atomic"
+
 	"github.com/natsstream/stream/internal/flow"
+	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/ring"
 )
 
-// This file is the writers' half of a Writer: how records get into the open packet, and how a packet is opened and sealed as
-// credit allows. Writers run it with the lock held.
+// packer is shared by the writers of a stream and the outbox. It holds the open packet, the credit that packets are opened with, and the
+// queue of sealed packets. The writers fill packets. The outbox seals the open packet when no sealed one is left.
+// Nobody waits in a packer; see Writer.
+type packer struct {
+	// Set once.
+	session *session
+	ctx     context.Context // the writers'
+	cancel  context.CancelCauseFunc
 
-// frameLocked returns the next n bytes of the open packet. It seals the packet and opens another where n bytes do not
-// fit, and waits for credit where none is left. mine says that the caller has the turn.
-func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
-	for {
-		if w.open != nil {
-			end := w.n + n
-			limit := w.coalesceLimit()
-			if w.n == PacketHeaderSize {
-				limit = max(limit, end) // a record too large to share a packet has one of its own
-			}
-			if end <= limit {
-				if end > len(w.open.buf) {
-					w.growLocked(end)
-				}
-				b := w.open.buf[w.n:end]
-				w.n = end
-				return b, nil
-			}
-			w.sealLocked()
-			w.markLocked()
-		}
-		if w.creditLocked() {
-			w.openLocked(PacketHeaderSize + n)
-			continue
-		}
-		if err := w.waitCreditLocked(mine); err != nil {
-			return nil, err
-		}
-	}
+	waiting atomic.Bool // wake is not nil; stored with the lock held
+
+	mu sync.Mutex // guards the fields down to closing
+	// The open packet and how much of it is written. fast is the part of its buffer that Write may fill, and empty
+	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
+	n        int
+	fast     []byte
+	open     *packet
+	queued   bool // the session is marked: the outbox will look for packets
+	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
+	turn     bool // one goroutine is writing something that takes several steps: others wait
+	half     bool // CLOSE says that the handler goes on reading
+	soon     bool // CLOSE asks to be acknowledged at once
+
+	sealed      uint32   // sequence number of the open packet, or of the next to be opened
+	sealedBytes uint64   // of all packets before it
+	shifted     uint32   // by how much sealed grew because packets were cut; changed by the outbox, which reads it without the lock
+	acked       uint32   // how many packets the consumer acknowledged
+	granted     credited // the credit that it granted
+	kept        uint64   // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
+	size        int      // of the packet sealed last
+
+	wake         chan struct{} // closed when anything under the lock, or the credit, changes; nil while nobody waits
+	publishError error         // the last publish failed; its packet is kept and published again by the next call
+	subject      string        // of the peer; a consumer's send half does not know it at first
+	trailer      []byte        // the headers of SetTrailer, in META form
+	closing      CloseError    // the code and reason in CLOSE. After CLOSE was sealed, the outbox reads it, half and soon without the lock
+
+	// held is set while a handler has closed the stream and CLOSE is not written yet: the handler may still fail. Stored with the lock held.
+	held   atomic.Bool
+	closed atomic.Bool // CLOSE was written: no records after it. Stored with the lock held
+
+	packetSize atomic.Int32 // bytes that a packet should hold at most, 0 before the outbox stored it
+
+	ready ring.Ring[*packet] // from the writers, who push with the lock held, to the outbox, which takes no lock to pop
 }
 
-// waitCreditLocked waits until something changes that may be credit, and until the caller may write again: meanwhile
-// anything may have happened, another goroutine's Close, its turn, the end of the stream.
-func (w *Writer) waitCreditLocked(mine bool) error {
-	if err := w.waitLocked(); err != nil {
-		return err
-	}
-	if mine {
-		return w.failedLocked()
-	}
-	return w.awaitTurnLocked()
-}
-
-// appendCloseLocked writes the last frame. It needs no credit: one packet beyond it is reserved for it.
-func (w *Writer) appendCloseLocked(code int, reason string) error {
-	if w.json {
-		return w.appendCloseJSONLocked(code, reason)
-	}
-	reason = cutReason(reason, w.session.ep.reasonLimit())
-	n := FrameHeaderSize + len(reason)
-	if w.trailer != nil {
-		n += FrameHeaderSize + len(w.trailer)
-	}
-	if w.open != nil && w.n+n > w.coalesceLimit() {
-		w.sealLocked()
-	}
-	if w.open == nil {
-		w.openLocked(PacketHeaderSize + n)
-	}
-	if w.n+n > len(w.open.buf) {
-		w.growLocked(w.n + n)
-	}
-	b := w.open.buf[w.n : w.n+n]
-	if w.trailer != nil {
-		putFrameHeader(b, FrameMeta, FlagTrailer, 0, len(w.trailer))
-		b = b[FrameHeaderSize+copy(b[FrameHeaderSize:], w.trailer):]
-	}
-	var flags FrameFlags
-	if w.half {
-		flags = FlagHalf
-	}
-	putFrameHeader(b, FrameClose, flags, uint16(code), len(reason))
-	copy(b[FrameHeaderSize:], reason)
-	w.n += n
-	w.closed.Store(true)
-	w.closing = CloseError{code, reason}
-	w.fast = nil
-	return nil
+func (pk *packer) init(s *session, ctx context.Context) {
+	pk.session = s
+	pk.ctx, pk.cancel = context.WithCancelCause(ctx)
+	pk.ready.Init(maxUnacked + 1) // one more for the packet that only closes
 }
 
 // coalesceLimit is the size up to which a packet gathers records.
-func (w *Writer) coalesceLimit() int {
-	return min(coalesceSize, w.packetLimit())
+func (pk *packer) coalesceLimit() int {
+	return min(coalesceSize, pk.packetLimit())
 }
 
 // packetLimit returns the most bytes that a packet may hold: the server's max_payload, or fewer if the line to the peer is slow.
-func (w *Writer) packetLimit() int {
-	p := int(w.packetSize.Load())
+func (pk *packer) packetLimit() int {
+	p := int(pk.packetSize.Load())
 	if p == 0 {
 		p = flow.FirstPacket
 	}
-	return min(int(w.session.ep.maxPayload.Load()), p)
+	return min(int(pk.session.ep.maxPayload.Load()), p)
 }
 
 // openLocked opens the packet with number sealed. Its size follows that of the one before: a busy stream soon has
 // large packets, an idle one small ones.
-func (w *Writer) openLocked(n int) {
-	w.open = getPacket(max(n, min(w.size, coalesceSize)))
-	w.keepLocked(w.open)
-	w.n = PacketHeaderSize
-	w.resetFastLocked()
+func (pk *packer) openLocked(n int) {
+	pk.open = getPacket(max(n, min(pk.size, coalesceSize)))
+	pk.keepLocked(pk.open)
+	pk.n = PacketHeaderSize
+	pk.resetFastLocked()
 }
 
 // growLocked moves the open packet into a buffer of at least n bytes. A stream under load has large packets in few steps.
-func (w *Writer) growLocked(n int) {
-	w.moveLocked(max(n, min(growthFactor*len(w.open.buf), coalesceSize)))
-	w.resetFastLocked()
-}
-
-// moveLocked moves the open packet into another buffer of at least n bytes.
-func (w *Writer) moveLocked(n int) {
-	p := getPacket(n)
-	copy(p.buf, w.open.buf[:w.n])
-	w.keepLocked(p)
-	w.freeLocked(w.open.memory())
-	putPacket(w.open)
-	w.open = p
+func (pk *packer) growLocked(n int) {
+	pk.moveLocked(max(n, min(growthFactor*len(pk.open.buf), coalesceSize)))
+	pk.resetFastLocked()
 }
 
 // growthFactor is by how much a packet grows at least.
 const growthFactor = 4
 
-// keepLocked counts the buffer of p from when it is opened until it is acknowledged; freeLocked ends that for n bytes.
-func (w *Writer) keepLocked(p *packet) {
-	w.kept += p.memory()
-	w.session.ep.kept.Add(int64(p.memory()))
+// moveLocked moves the open packet into another buffer of at least n bytes.
+func (pk *packer) moveLocked(n int) {
+	p := getPacket(n)
+	copy(p.buf, pk.open.buf[:pk.n])
+	pk.keepLocked(p)
+	pk.freeLocked(pk.open.memory())
+	putPacket(pk.open)
+	pk.open = p
 }
 
-func (w *Writer) freeLocked(n uint64) {
+// keepLocked counts the buffer of p from when it is opened until it is acknowledged; freeLocked ends that for n bytes.
+func (pk *packer) keepLocked(p *packet) {
+	pk.kept += p.memory()
+	pk.session.ep.kept.Add(int64(p.memory()))
+}
+
+func (pk *packer) freeLocked(n uint64) {
 	if n != 0 { // the endpoint's count is shared with all writers
-		w.kept -= n
-		w.session.ep.kept.Add(-int64(n))
+		pk.kept -= n
+		pk.session.ep.kept.Add(-int64(n))
 	}
 }
 
+// markLocked tells the outbox that there is something to publish.
+func (pk *packer) markLocked() {
+	if !pk.queued {
+		pk.queued = true
+		pk.session.mark(workPackets)
+	}
+}
+
+// wakeLocked wakes the writers that wait.
+func (pk *packer) wakeLocked() {
+	if pk.wake != nil {
+		close(pk.wake)
+		pk.wake = nil
+		pk.waiting.Store(false)
+	}
+}
+
+// over reports whether the stream or its context ended. The context that the user gave ends first; those below it follow.
+func (pk *packer) over() bool {
+	return pk.session.end.Load() != nil || pk.session.recv.parent.Err() != nil || pk.ctx.Err() != nil
+}
+
+// shut makes Write take its slow path, which sees that the stream has ended.
+func (pk *packer) shut() {
+	pk.mu.Lock()
+	pk.fast = nil
+	pk.mu.Unlock()
+}
+
 // resetFastLocked lets Write use the open packet, unless somebody has the turn.
-func (w *Writer) resetFastLocked() {
-	w.fast = nil
-	if w.open != nil && !w.turn && !w.closed.Load() && !w.held.Load() && !w.over() && w.session.ep.maxRecord >= coalesceSize { // otherwise Write must check
-		w.fast = w.open.buf[:min(len(w.open.buf), w.coalesceLimit())]
+func (pk *packer) resetFastLocked() {
+	pk.fast = nil
+	if pk.open != nil && !pk.turn && !pk.closed.Load() && !pk.held.Load() && !pk.over() && pk.session.ep.maxRecord >= coalesceSize { // otherwise Write must check
+		pk.fast = pk.open.buf[:min(len(pk.open.buf), pk.coalesceLimit())]
 	}
 }
 
 // sealLocked ends the open packet: no more records go in, and it is the outbox's from here on. A packet that uses up
 // the credit asks for more.
-func (w *Writer) sealLocked() {
-	if n := len(w.open.buf); n >= wasteful*w.n && n > packetClasses[0] { // the whole buffer is kept until the acknowledgement
-		w.moveLocked(w.n)
+func (pk *packer) sealLocked() {
+	if n := len(pk.open.buf); n >= wasteful*pk.n && n > packetClasses[0] { // the whole buffer is kept until the acknowledgement
+		pk.moveLocked(pk.n)
 	}
-	p := w.open
-	p.buf = p.buf[:w.n]
-	p.last = w.closed.Load()
-	seq := w.sealed
-	w.sealed++
-	w.sealedBytes += uint64(w.n)
-	w.size = w.n
-	w.open, w.n, w.fast = nil, 0, nil
-	if !w.json {
+	p := pk.open
+	p.buf = p.buf[:pk.n]
+	p.last = pk.closed.Load()
+	seq := pk.sealed
+	pk.sealed++
+	pk.sealedBytes += uint64(pk.n)
+	pk.size = pk.n
+	pk.open, pk.n, pk.fast = nil, 0, nil
+	if !pk.session.peerTakesJSON() {
 		flags := PacketSeq
-		w.soon = w.soon || p.last && w.closeSoon()
-		if p.last && w.soon || !w.creditLocked() {
+		pk.soon = pk.soon || p.last && pk.closeSoon()
+		if p.last && pk.soon || !pk.creditLocked() {
 			flags |= PacketAck
 		}
-		putPacketHeader(p.buf, flags, w.session.sender, seq, len(p.buf))
+		putPacketHeader(p.buf, flags, pk.session.senderNumber, seq, len(p.buf))
 	}
-	w.ready.Push(p) // never full: credit bounds the packets that are sealed and not acknowledged
-}
-
-// closeSoon reports whether the peer is to acknowledge CLOSE at once. A consumer that still sends is told by a RESET that
-// nobody reads any longer, and the RESET must come after the acknowledgement.
-func (w *Writer) closeSoon() bool {
-	s := w.session
-	return s.server != nil && !s.recv.readDone.Load() && s.bucket.ring.Pushed() > 0
+	pk.ready.Push(p) // never full: credit bounds the packets that are sealed and not acknowledged
 }
 
 // wasteful is how many times as large as its packet a buffer is that is exchanged for a smaller one.
 const wasteful = 2
 
+// closeSoon reports whether the peer is to acknowledge CLOSE at once. A consumer that still sends is told by a RESET that
+// nobody reads any longer, and the RESET must come after the acknowledgement.
+func (pk *packer) closeSoon() bool {
+	s := pk.session
+	return s.role == lifecycle.Handler && !s.recv.readDone.Load() && s.bucket.ring.Pushed() > 0
+}
+
+// publishHeld publishes a CLOSE that was held back, because the handler goes on.
+func (pk *packer) publishHeld() {
+	if pk.held.Load() {
+		pk.mu.Lock()
+		pk.publishHeldLocked()
+		pk.mu.Unlock()
+	}
+}
+
+func (pk *packer) publishHeldLocked() {
+	if !pk.held.Load() || pk.over() {
+		return
+	}
+	pk.held.Store(false)
+	pk.half = !pk.session.peerTakesJSON()
+	pk.appendCloseLocked(pk.closing.Code, pk.closing.Text)
+	pk.markLocked()
+}
+
+// closeToLeave closes the direction of a consumer that leaves. It does not wait. It reports false if not all records before can be sent:
+// the stream has ended, the producer is not known yet, or another goroutine is in the middle of a record.
+func (pk *packer) closeToLeave(reason string) bool {
+	pk.mu.Lock()
+	defer pk.mu.Unlock()
+	switch {
+	case pk.turn || pk.subject == "" || pk.session.end.Load() != nil || pk.ctx.Err() != nil && !pk.closed.Load():
+		return false
+	case pk.closed.Load():
+		pk.closing.Text = reason // for the RESET
+		pk.session.mark(workProbe)
+		return true
+	}
+	pk.soon = true
+	pk.appendCloseLocked(CloseNormalClosure, reason)
+	pk.markLocked()
+	pk.wakeLocked()
+	return true
+}
+
+// appendCloseLocked writes the last frame. It needs no credit: one packet beyond it is reserved for it.
+func (pk *packer) appendCloseLocked(code int, reason string) {
+	if pk.session.peerTakesJSON() {
+		pk.appendCloseJSONLocked(code, reason)
+		return
+	}
+	reason = cutReason(reason, pk.session.ep.reasonLimit())
+	n := FrameHeaderSize + len(reason)
+	if pk.trailer != nil {
+		n += FrameHeaderSize + len(pk.trailer)
+	}
+	if pk.open != nil && pk.n+n > pk.coalesceLimit() {
+		pk.sealLocked()
+	}
+	if pk.open == nil {
+		pk.openLocked(PacketHeaderSize + n)
+	}
+	if pk.n+n > len(pk.open.buf) {
+		pk.growLocked(pk.n + n)
+	}
+	b := pk.open.buf[pk.n : pk.n+n]
+	if pk.trailer != nil {
+		putFrameHeader(b, FrameMeta, FlagTrailer, 0, len(pk.trailer))
+		b = b[FrameHeaderSize+copy(b[FrameHeaderSize:], pk.trailer):]
+	}
+	var flags FrameFlags
+	if pk.half {
+		flags = FlagHalf
+	}
+	putFrameHeader(b, FrameClose, flags, uint16(code), len(reason))
+	copy(b[FrameHeaderSize:], reason)
+	pk.n += n
+	pk.closed.Store(true)
+	pk.closing = CloseError{code, reason}
+	pk.fast = nil
+}
+
+// hasOpenLocked reports whether the open packet holds records that are complete.
+func (pk *packer) hasOpenLocked() bool {
+	return pk.open != nil && (!pk.turn || pk.encoding) && pk.n != PacketHeaderSize
+}
+
+// sealOpenLocked seals the open packet for the outbox, which has published all sealed ones: while the outbox is busy, the packet
+// fills. If there is no record to publish, the next one marks the session again.
+func (pk *packer) sealOpenLocked() {
+	if !pk.hasOpenLocked() {
+		pk.queued = false
+		return
+	}
+	if pk.encoding { // complete records do not wait; the rest of the buffer is the encoder's, so it is not pooled
+		pk.open = &packet{buf: pk.open.buf, class: unpooled}
+	}
+	pk.sealLocked()
+}
+
 // creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Besides the peer's credit, it heeds the
 // budget for kept packets, so that a peer that does not acknowledge cannot make this end keep more.
-func (w *Writer) creditLocked() bool {
-	return int32(w.sealed-w.granted.packets) < 0 && w.sealedBytes < w.granted.bytes &&
-		w.sealed-w.acked < maxUnacked && mayKeep(w.kept, w.session.ep.kept.Load(), w.session.ep.window, w.session.ep.budget)
+func (pk *packer) creditLocked() bool {
+	return int32(pk.sealed-pk.granted.packets) < 0 && pk.sealedBytes < pk.granted.bytes &&
+		pk.sealed-pk.acked < maxUnacked && mayKeep(pk.kept, pk.session.ep.kept.Load(), pk.session.ep.window, pk.session.ep.budget)
 }
+
+// maxUnacked bounds the packets kept for a peer that grants without end.
+const maxUnacked = 4 * maxPackets
 
 // mayKeep reports whether a stream that keeps kept bytes may open another packet, at an endpoint whose streams keep all bytes
 // together. Each may keep at most its window and at most the free part of the budget. So a few streams get all they need, the
@@ -200,8 +301,62 @@ func mayKeep(kept uint64, all int64, window uint64, budget int64) bool {
 	return kept < window && (kept < minWindow || int64(kept) < budget-all)
 }
 
-// maxUnacked bounds the packets kept for a peer that grants without end.
-const maxUnacked = 4 * maxPackets
-
 // offered is the first credit that a token or offer gives; docs/PROTOCOL.md section 8.
-func offered(t Token) credited { return credited{1 << min(t.LogPackets, 30), 1 << t.LogBytes} }
+func offered(t Token) credited {
+	return credited{1 << min(t.LogPackets, halfLogPackets), 1 << t.LogBytes}
+}
+
+// halfLogPackets keeps a first credit below half of the sequence numbers, which are compared by their distance.
+const halfLogPackets = 30
+
+// grantLocked takes a grant of the consumer, which acknowledged n more packets with buffers of memory bytes. Grants are absolute, so an old or
+// repeated one changes nothing.
+func (pk *packer) grantLocked(n uint32, memory uint64, granted credited) {
+	pk.acked += n
+	pk.freeLocked(memory)
+	if int32(granted.packets-pk.granted.packets) > 0 {
+		pk.granted.packets = granted.packets
+	}
+	pk.granted.bytes = max(pk.granted.bytes, granted.bytes)
+	pk.wakeLocked()
+}
+
+// stalled reports whether writes wait for the peer's credit.
+func (pk *packer) stalled() bool {
+	if pk.session.peerTakesJSON() || !pk.waiting.Load() {
+		return false
+	}
+	pk.mu.Lock()
+	defer pk.mu.Unlock()
+	return pk.wake != nil && !pk.creditLocked()
+}
+
+// bind lets a consumer's send half begin: its producer, and the credit that it offers, are known. Called by the outbox.
+func (pk *packer) bind(subject string) {
+	pk.mu.Lock()
+	defer pk.mu.Unlock()
+	if pk.subject != "" {
+		return
+	}
+	pk.subject = subject
+	pk.granted = credited{initialPackets, minWindow} // if the subject has no offer: nobody offers less
+	if t, err := ParseToken(lastToken(subject)); err == nil {
+		pk.granted = offered(t)
+	}
+	pk.wakeLocked()
+}
+
+// dropOpen lets go of the open packet and of all that is kept, because the stream has ended. Called by the outbox.
+func (pk *packer) dropOpen() {
+	pk.mu.Lock()
+	defer pk.mu.Unlock()
+	if pk.open != nil && !pk.turn { // an encoder may be writing into it: then it is the garbage collector's
+		putPacket(pk.open)
+	}
+	if pk.open != nil && pk.n > PacketHeaderSize {
+		pk.sealed++ // records that are thrown away are never acknowledged
+	}
+	pk.open, pk.n, pk.fast = nil, 0, nil
+	pk.freeLocked(pk.kept)
+	pk.wakeLocked()
+}

@@ -1,6 +1,10 @@
 package stream
 
-import "hash/maphash"
+import (
+	"hash/maphash"
+
+	"github.com/natsstream/stream/internal/lifecycle"
+)
 
 // peers finds the sessions that write to a subject, so that a refused publish costs the same however many streams there
 // are. The outbox owns it. It holds a session from when the outbox first serves it until it forgets it.
@@ -18,7 +22,7 @@ func (p *peers) init() {
 
 // target returns the subject that s publishes to: that of its peer. Until a consumer knows its peer, it is that of its request.
 func (s *session) target() string {
-	if s.out.peer == "" && s.stream != nil {
+	if s.out.peer == "" && s.role == lifecycle.Consumer {
 		return s.out.subject
 	}
 	return s.out.peer

@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/race"
 )
 
@@ -221,7 +222,7 @@ func (s *session) nextData(within bool) (Frame, error) {
 			}
 			continue
 		}
-		if s.bucket.mode == modeJSON {
+		if s.json() {
 			return s.nextMessage()
 		}
 		f, rest, err := ParseFrame(s.recv.data[s.recv.off:])
@@ -290,7 +291,7 @@ func (s *session) readHeader() (nats.Header, error) {
 			return nil, err
 		}
 	}
-	if s.bucket.mode == modeJSON {
+	if s.json() {
 		if _, end, _ := parseJSON(bytes.Clone(s.recv.data)); end != nil && end.Code != CloseNormalClosure {
 			_, err := s.nextMessage()
 			return nil, err
@@ -346,7 +347,7 @@ func (s *session) endedNow() error {
 		// The context's own callback is under way and says the same to the peer.
 		s.canceled()
 		e := s.end.Load()
-		if s.stream != nil && e.kind != endLocal { // the peer's end came first, but nobody reads up to it any longer
+		if s.role == lifecycle.Consumer && e.kind != endLocal { // the peer's end came first, but nobody reads up to it any longer
 			e = &ending{kind: endLocal, err: contextError(s.recv.parent)}
 		}
 		return s.endReads(e)
@@ -372,7 +373,7 @@ func (s *session) nextPacket() error {
 				s.lastPop.Store(now)
 			}
 			s.recv.data = data
-			if b.mode == modeBinary {
+			if b.form.Load() == formPackets {
 				s.recv.off = PacketHeaderSize
 				s.recv.ackWanted = data[1]&byte(PacketAck) != 0
 			}
@@ -381,11 +382,11 @@ func (s *session) nextPacket() error {
 		if end != nil {
 			return s.endReads(end)
 		}
-		if s.stream == nil && !b.ranDry {
+		if s.role != lifecycle.Consumer && !b.ranDry {
 			s.mark(workHello) // the consumer cannot write before it knows where to
 		}
-		if s.server != nil {
-			s.writer.Load().publishHeld() // the consumer may wait for the end before it sends more
+		if s.role == lifecycle.Handler {
+			s.send.Load().packer.publishHeld() // the consumer may wait for the end before it sends more
 		}
 		b.ranDry = true
 		b.park.Announce()
@@ -420,7 +421,7 @@ func (s *session) takeClose(code int, text string, half bool) error {
 	switch {
 	case code != CloseNormalClosure:
 		return s.endReads(&ending{kind: endPeerClosed, err: &CloseError{code, text}})
-	case s.writer.Load() == nil && !half:
+	case s.send.Load() == nil && !half:
 		return s.endReads(&ending{kind: endComplete, err: io.EOF})
 	}
 	s.dropUnread(io.EOF)
@@ -456,7 +457,7 @@ func (s *session) dropUnread(err error) {
 
 // leaving is the code that tells the peer that this end's user leaves.
 func (s *session) leaving() int {
-	if s.stream != nil && s.recv.readDone.Load() && s.writer.Load() == nil {
+	if s.role == lifecycle.Consumer && s.recv.readDone.Load() && s.send.Load() == nil {
 		return CloseNormalClosure // everything was read, and there is nothing to say
 	}
 	return CloseCanceled
@@ -465,8 +466,8 @@ func (s *session) leaving() int {
 // detachIfDone lets a consumer go that has read everything and closed its own direction. Its peer is told nothing: what it has not
 // acknowledged yet goes on being repaired. It reports false where the stream is not that far; otherwise release is to follow.
 func (s *session) detachIfDone() bool {
-	w := s.writer.Load()
-	if s.stream == nil || !s.recv.readDone.Load() || w == nil || !w.closed.Load() {
+	snd := s.send.Load()
+	if s.role != lifecycle.Consumer || !s.recv.readDone.Load() || snd == nil || !snd.packer.closed.Load() {
 		return false
 	}
 	s.nobodyReads.Store(true)
@@ -478,8 +479,8 @@ func (s *session) detachIfDone() bool {
 // acknowledged goes on being repaired. When everything is acknowledged, the outbox sends a RESET with the code of CLOSE, because
 // the producer may still be sending. It reports false if the records that were written cannot be sent to their end.
 func (s *session) detach(reason string) bool {
-	w := s.writer.Load()
-	if w == nil || !w.closeToLeave(reason) {
+	snd := s.send.Load()
+	if snd == nil || !snd.packer.closeToLeave(reason) {
 		return false
 	}
 	if s.detachIfDone() {
@@ -500,7 +501,7 @@ func (s *session) canceled() {
 		s.release(&ending{err: contextError(s.recv.parent)})
 		return
 	}
-	if s.stream != nil && s.nobodyReads.Load() {
+	if s.role == lifecycle.Consumer && s.nobodyReads.Load() {
 		return // the user left before, and the outbox ends what remains
 	}
 	e := &ending{kind: endLocal, err: contextError(s.recv.parent), reset: CloseError{Code: s.leaving()}}
@@ -522,7 +523,7 @@ func (s *session) endLocally(e *ending) {
 // release gives the window back to the budget and, at the consumer's end, ends the stream's context, once.
 func (s *session) release(e *ending) {
 	s.releaseWindow()
-	if s.stream != nil {
+	if s.role == lifecycle.Consumer {
 		cause := e.err
 		if e.kind == endPeerDone && s.recv.readDone.Load() {
 			cause = io.EOF // the end that was read is all there is to say

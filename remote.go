@@ -70,7 +70,7 @@ func (o *outbox) joinRemote(s *session) {
 		}
 		o.leaveRemote(s)
 	}
-	if !s.binary() || s.out.state.Phase == lifecycle.Gone {
+	if s.peerTakesJSON() || s.out.state.Phase == lifecycle.Gone {
 		return
 	}
 	p := o.remotes[name]

@@ -354,7 +354,7 @@ func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 		}
 		ep.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, 0, FlagGap)})
 		synctest.Wait()
-		if limit, again := w.unacked.loss.Limit(), w.unacked.Cursor(); limit != 50 || again != 50 {
+		if limit, again := w.sender.unacked.loss.Limit(), w.sender.unacked.Cursor(); limit != 50 || again != 50 {
 			t.Errorf("limit %d, %d sent again after a loss of 100 packets, want 50 of each", limit, again)
 		}
 		var ping *PacketHeader

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"io"
+	"math/bits"
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
@@ -16,25 +17,24 @@ import (
 // one to send, which are the same at both ends.
 type session struct {
 	// What the mux looks at comes first, on two cache lines: with thousands of streams none of them is at hand.
-	end      atomic.Pointer[ending] // set once, by whoever ends the stream first
-	role     lifecycle.Role
-	controls uint32 // control words ever handed to the outbox; the mux's
-	sender   uint64 // this end's sender number
-	bucket   bucket // the receive half: what arrived
+	end          atomic.Pointer[ending] // set once: the first end counts
+	role         lifecycle.Role
+	controls     uint32 // control words ever handed to the outbox; the mux's
+	senderNumber uint64 // this end's, in the header of each packet
+	bucket       bucket // the receive half as the mux sees it
 
-	// Set once. These lie apart from what changes with each packet.
+	// Set once. These lie apart from the fields that change with each packet.
 	ep     *endpoint
 	reply  string                  // this end's subject: prefix and token. Empty until the session is registered
-	writer atomic.Pointer[Writer]  // the send half; a consumer's is made when it first writes
+	send   atomic.Pointer[sender]  // the send half; a consumer's is made when it first writes
 	stream *Stream                 // at the consumer's end
 	server *Server                 // at a handler's end
 	cancel context.CancelCauseFunc // of the context of Stream or Request
 
-	recv          receiver    // of what arrived
-	peerTakesNone atomic.Bool // the producer speaks the fallback and takes no records
-	nobodyReads   atomic.Bool // the handler returned, or the consumer parted: nobody reads what still comes
+	recv        receiver    // the receive half as its user sees it
+	nobodyReads atomic.Bool // the handler returned, or the consumer parted: nobody reads what still comes
 
-	// The outbox's queue. pending holds what is to be done; a session is queued exactly while it is not zero.
+	// The outbox's queue. pending holds the marked work; a session is queued exactly while it is not zero.
 	pending  atomic.Uint32
 	patience atomic.Uint32 // how long the peer may be silent on this stream, milliseconds; 0 is as long as on others
 	next     *session
@@ -51,7 +51,7 @@ type outboxState struct {
 	subject           string        // where the request went
 	peer              string        // subject of the other end; a consumer learns it from the producer's first packet
 	whereabouts       *whereabouts  // of a peer that moves or is in another account; nil of most
-	request           *nats.Msg     // what opens the stream, until it is published
+	request           *nats.Msg     // opens the stream; nil once it is published
 	answered          chan struct{} // closed, and set to nil, when the producer has answered; nil if nobody waits for that
 	deferredUntilUp   uint32        // work that waits for the connection; not zero while in outbox.waitingUntilUp
 	deferredUntilPeer uint32        // work for the peer that was due before its subject was known
@@ -62,7 +62,7 @@ type outboxState struct {
 }
 
 func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes uint64) {
-	s.ep, s.role, s.sender = ep, role, newSender(role == lifecycle.Consumer)
+	s.ep, s.role, s.senderNumber = ep, role, newSender(role == lifecycle.Consumer)
 	s.recv.maxRecord = uint64(ep.maxRecord)
 	s.bucket.init(packets, bytes)
 }
@@ -105,8 +105,8 @@ func (e *ending) event() lifecycle.Event {
 // calls endFromMux instead. The caller does not hold the writer's lock.
 func (s *session) requestEnd(e *ending) bool {
 	defer func() {
-		if w := s.writer.Load(); w != nil {
-			w.shut()
+		if snd := s.send.Load(); snd != nil {
+			snd.packer.shut()
 		}
 	}()
 	if !s.end.CompareAndSwap(nil, e) {
@@ -115,7 +115,7 @@ func (s *session) requestEnd(e *ending) bool {
 	}
 	s.bucket.park.Wake()
 	s.endContexts(e)
-	if s.stream != nil && e.kind == endLocal {
+	if s.role == lifecycle.Consumer && e.kind == endLocal {
 		s.release(e)
 	}
 	if e.kind == endComplete || e.kind == endPeerClosed {
@@ -133,10 +133,10 @@ func (s *session) closeRead(e *ending) bool {
 
 // endContexts ends the contexts that writers and handlers wait on. Ending them again does nothing.
 func (s *session) endContexts(e *ending) {
-	if w := s.writer.Load(); w != nil {
-		w.cancel(e.cause())
+	if snd := s.send.Load(); snd != nil {
+		snd.packer.cancel(e.cause())
 	}
-	if s.stream == nil && s.cancel != nil && e.kind != endComplete { // that of a consumer ends with Stream.ended
+	if s.role != lifecycle.Consumer && s.cancel != nil && e.kind != endComplete { // that of a consumer ends with Stream.ended
 		s.cancel(e.cause())
 	}
 }
@@ -162,17 +162,17 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 	before := s.out.state
 	next, do, _ := before.On(event, s.role)
 	s.out.state = next
-	w := s.writer.Load()
+	snd := s.send.Load()
 	switch {
 	case before.Send == lifecycle.Waiting && next.Send == lifecycle.Open:
-		w.bind(s.out.peer)
+		snd.packer.bind(s.out.peer)
 		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
 	case before.Send == lifecycle.Closing && next.Send == lifecycle.Settled:
-		w.releaseSent()
-		w.unacked.closed = 0
+		snd.releaseSent()
+		snd.unacked.closed = 0
 	}
 	if do&lifecycle.FailWrites != 0 {
-		w.cancel(ErrOneWay)
+		snd.packer.cancel(ErrOneWay)
 	}
 	if do&lifecycle.Probe != 0 && s.out.life.pings == 0 && !s.nobodyReads.Load() && o.connected() { // the table hears of returned later
 		o.ping(s) // a consumer that never wrote may be gone, having read everything
@@ -211,8 +211,10 @@ func (o *outbox) settle(s *session) {
 			o.step(s, lifecycle.ConsumerLeft)
 		}
 	}
-	if w := s.writer.Load(); s.unheard() && (w.half || s.bucket.ring.Pushed() > 0 && !w.soon) && o.connected() {
-		o.ping(s)
+	if s.unheard() && o.connected() {
+		if pk := s.send.Load().packer; pk.half || s.bucket.ring.Pushed() > 0 && !pk.soon {
+			o.ping(s)
+		}
 	}
 }
 
@@ -220,7 +222,7 @@ func (o *outbox) settle(s *session) {
 // says so must come after the acknowledgement, and AckTimeout would be long for a writer that waits for credit.
 func (s *session) unheard() bool {
 	return s.role == lifecycle.Handler && s.nobodyReads.Load() && !s.recv.readDone.Load() && // the table hears of both later
-		s.out.state.Phase == lifecycle.Live && s.out.state.Send == lifecycle.Closing && s.out.life.pinged <= s.writer.Load().unacked.closed
+		s.out.state.Phase == lifecycle.Live && s.out.state.Send == lifecycle.Closing && s.out.life.pinged <= s.send.Load().unacked.closed
 }
 
 // end ends a stream on the outbox. It is called again for a stream whose peer could not be told while the connection was
@@ -238,10 +240,10 @@ func (o *outbox) end(s *session, e *ending) {
 func (o *outbox) release(s *session) {
 	e := s.end.Load()
 	if e == nil { // the table came to the end: both directions are through
-		w := s.writer.Load()
+		pk := s.send.Load().packer
 		e = &ending{kind: endComplete, err: io.EOF}
-		if s.out.state.Recv == lifecycle.Unread && (s.role == lifecycle.Consumer || w.half || s.bucket.ring.Pushed() > 0) {
-			e.reset = w.closing // nobody reads: the peer must not wait for that
+		if s.out.state.Recv == lifecycle.Unread && (s.role == lifecycle.Consumer || pk.half || s.bucket.ring.Pushed() > 0) {
+			e.reset = pk.closing // nobody reads: the peer must not wait for that
 		}
 		s.requestEnd(e)
 		e = s.end.Load()
@@ -250,12 +252,12 @@ func (o *outbox) release(s *session) {
 	s.out.request = nil
 	s.tellRetry()
 	s.endContexts(e)
-	if w := s.writer.Load(); w != nil {
-		o.leaveLine(s, w.unacked.onTheWay())
-		w.releaseAll()
+	if snd := s.send.Load(); snd != nil {
+		o.leaveLine(s, snd.unacked.onTheWay())
+		snd.releaseAll()
 	}
 	switch {
-	case s.stream == nil:
+	case s.role != lifecycle.Consumer:
 		s.releaseWindow()
 	case s.closeRead(e) || s.nobodyReads.Load(): // else the reader does so when it comes to the end
 		s.release(e)
@@ -269,7 +271,7 @@ func (o *outbox) sendReset(s *session) {
 	if e.reset.Code != 0 && s.out.peer != "" && !through {
 		switch {
 		case o.connected():
-			if s.stream != nil && s.recv.readDone.Load() {
+			if s.role == lifecycle.Consumer && s.recv.readDone.Load() {
 				o.sendCredit(s, 0) // that its CLOSE arrived: what this end's leaving alone does not say
 			}
 			o.sendEnd(s, e.reset)
@@ -279,12 +281,21 @@ func (o *outbox) sendReset(s *session) {
 		}
 	}
 	if s.out.state.Phase == lifecycle.Ending {
-		if s.out.peer == "" && e.reset.Code != 0 && s.out.life.took != 0 && !s.peerTakesNone.Load() {
+		if s.out.peer == "" && e.reset.Code != 0 && s.out.life.took != 0 && !s.peerTakesNone() {
 			o.unanswered.add(o.ep.now(), o.ep.times.Ack)
 		}
 		o.step(s, lifecycle.Told)
 	}
 }
+
+// json reports whether the peer speaks the fallback.
+func (s *session) json() bool { return s.bucket.form.Load() == formJSON }
+
+// peerTakesJSON reports whether the peer is a consumer of the fallback, which takes each record as a JSON message.
+func (s *session) peerTakesJSON() bool { return s.role != lifecycle.Consumer && s.json() }
+
+// peerTakesNone reports whether the peer is a producer of the fallback, which takes no records.
+func (s *session) peerTakesNone() bool { return s.role == lifecycle.Consumer && s.json() }
 
 // register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer. It returns why
 // that cannot be, if so.
@@ -325,4 +336,10 @@ func newSender(odd bool) uint64 {
 		n |= 1
 	}
 	return n
+}
+
+// controlToken returns the offer in the token of a producer's control subject: the window for the consumer's records. Their objects
+// are in the codec that the request asked for.
+func (s *session) controlToken() Token {
+	return Token{Codec: MsgPack, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(s.bucket.grantedBytes.Load()))}
 }

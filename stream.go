@@ -157,15 +157,15 @@ func (st *Stream) Trailer() nats.Header { return st.session.recv.trailer }
 // send returns the send half, made on first use.
 func (st *Stream) send() *Writer {
 	s := &st.session
-	if w := s.writer.Load(); w != nil {
-		return w
+	if snd := s.send.Load(); snd != nil {
+		return snd.writer
 	}
 	w := newConsumerWriter(s, st.ctx)
-	if !s.writer.CompareAndSwap(nil, w) {
+	if !s.send.CompareAndSwap(nil, &w.sender) {
 		w.cancel(nil)
-		return s.writer.Load()
+		return s.send.Load().writer
 	}
-	// The goroutine that ends the stream sets end first and loads the writer afterwards. So either it sees this writer, or
+	// The goroutine that ends the stream sets end first and loads the sender afterwards. So either it sees this one, or
 	// the load below sees the end.
 	if e := s.end.Load(); e != nil {
 		w.cancel(e.cause())
@@ -240,7 +240,7 @@ func (st *Stream) CloseWithCode(code int, text ...string) error {
 		return err
 	}
 	tell := CloseError{code, reason}
-	if s := &st.session; code == CloseNormalClosure && s.writer.Load() != nil {
+	if s := &st.session; code == CloseNormalClosure && s.send.Load() != nil {
 		if s.detach(reason) {
 			return nil
 		}

@@ -5,14 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/lifecycle"
-	"github.com/natsstream/stream/internal/ring"
 )
 
 // Writer is the producer's end of a stream. It packs records into packets. The outbox publishes the packets, keeps them until
@@ -24,56 +21,17 @@ import (
 //
 // A Writer must be closed, by [Writer.Close] or [Writer.CloseWithCode], or its consumer waits for ever.
 type Writer struct {
-	// Owned by the outbox. Only the outbox reads unacked. A word that one processor writes takes its cache line from all
-	// others. So the fields that writers use for each packet and those that the outbox uses for each packet lie apart, with
-	// rarely used fields between them.
-	unacked   unackedPackets
-	published atomic.Uint32 // unacked.Next, for Flush
-	waiting   atomic.Bool   // wake is not nil
-
-	trailer []byte        // the headers of SetTrailer, in META form
-	closing CloseError    // the code and reason in CLOSE
-	wake    chan struct{} // closed when anything under the lock, or the credit, changes; nil while nobody waits
+	// Only the outbox uses sender. A word that one processor writes takes its cache line from all others. So the fields that
+	// the outbox uses for each packet and those that the writers use for each packet lie apart, with rarely used fields
+	// between them.
+	sender sender
 
 	// Set once.
-	session  *session
 	unusable error // the error of NewWriter, which cannot return it: this writer can never write
-	ctx      context.Context
-	json     bool // the consumer speaks only the fallback
 	codec    FrameFlags
 
-	subject      string // of the peer; a consumer's send half does not know it at first
-	cancel       context.CancelCauseFunc
-	publishError error    // the last publish failed; its packet is kept and published again by the next call
-	acked        uint32   // how many packets the consumer acknowledged
-	granted      credited // the credit that it granted
-
-	sealed      uint32       // sequence number of the open packet, or of the next to be opened
-	sealedBytes uint64       // of all packets before it
-	shifted     uint32       // by how much sealed grew because packets were cut; changed by the outbox with the lock held
-	packetSize  atomic.Int32 // bytes that a packet should hold at most, 0 before the outbox stored it
-	kept        uint64       // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
-	object      int          // size of the object encoded last, at most an eighth of a packet
-
-	mu sync.Mutex // guards the fields that the outbox does not own
-	// The open packet and how much of it is written. fast is the part of its buffer that Write may fill, and empty
-	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
-	n        int
-	fast     []byte
-	open     *packet
-	queued   bool // the session is marked: the outbox will look for packets
-	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
-	turn     bool // one goroutine is writing something that takes several steps: others wait
-	half     bool // CLOSE says that the handler goes on reading
-	soon     bool // CLOSE asks to be acknowledged at once
-
-	// held is set while a handler has closed w and CLOSE is not written yet: the handler may still fail. Stored with the lock held.
-	held atomic.Bool
-
-	closed atomic.Bool // CLOSE was written: no records after it. Stored with the lock held; part looks without
-
-	size  int                // of the packet sealed last
-	ready ring.Ring[*packet] // from the writers, who push with the lock held, to the outbox, which takes no lock to pop
+	packer     // with the lock
+	object int // size of the object encoded last, at most an eighth of a packet; guarded by the lock
 }
 
 // NewWriter returns the producer's end of the stream for a request with the reply subject subject. It neither blocks nor
@@ -84,10 +42,9 @@ func NewWriter(client *Client, subject string) *Writer { return client.NewWriter
 // NewWriter is the function NewWriter.
 func (c *Client) NewWriter(subject string) *Writer {
 	if c == nil || c.ep == nil {
-		w := &Writer{subject: subject, unusable: noConnection("the client given to NewWriter", "pass one made by NewClient")}
-		w.ctx, w.cancel = context.WithCancelCause(context.Background())
+		w := &Writer{unusable: noConnection("the client given to NewWriter", "pass one made by NewClient")}
+		w.init(new(session), context.Background())
 		w.cancel(w.unusable)
-		w.session = &session{writer: atomic.Pointer[Writer]{}}
 		return w
 	}
 	offer, err := ParseToken(lastToken(subject))
@@ -127,15 +84,16 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	s.recv.parent, s.out.peer, s.recv.rawCodec = ctx, subject, FlagMsgPack
 	w.init(s, ctx)
 	w.subject = subject
-	if w.json = json; json {
-		s.bucket.mode = modeJSON // its consumer sends nothing: any packet is foreign
+	if json {
+		s.bucket.form.Store(formJSON) // its consumer sends nothing: any packet is foreign
 		w.codec = FlagJSON
 		w.granted = credited{fallbackQueue, fallbackQueueBytes}
 	} else {
+		s.bucket.form.Store(formPackets)
 		w.codec = codecFlag(offer.Codec)
 		w.granted = offered(offer)
 	}
-	s.writer.Store(w)
+	s.send.Store(&w.sender)
 	return w
 }
 
@@ -148,9 +106,8 @@ func newConsumerWriter(s *session, ctx context.Context) *Writer {
 }
 
 func (w *Writer) init(s *session, ctx context.Context) {
-	w.session = s
-	w.ctx, w.cancel = context.WithCancelCause(ctx)
-	w.ready.Init(maxUnacked + 1) // one more for the packet that only closes
+	w.packer.init(s, ctx)
+	w.sender.session, w.sender.packer, w.sender.writer = s, &w.packer, w
 }
 
 // A fallback peer grants no credit. So its credit is this end's own bound on the packets that wait to be published.
@@ -235,7 +192,7 @@ func (w *Writer) appendRecordLocked(p []byte, flags FrameFlags) error {
 		return fmt.Errorf("%w: %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, len(p), max)
 	}
 	switch {
-	case w.json:
+	case w.session.peerTakesJSON():
 		return w.appendJSONLocked(p, false)
 	case len(p) <= w.singleLimit():
 		return w.appendLocked(p, flags, false)
@@ -296,121 +253,47 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 	return nil
 }
 
-// markLocked tells the outbox that there is something to publish.
-func (w *Writer) markLocked() {
-	if !w.queued {
-		w.queued = true
-		w.session.mark(workPackets)
-	}
-}
-
-// awaitTurnLocked waits until no other goroutine has the turn, and returns why nothing can be written, if so.
-func (w *Writer) awaitTurnLocked() error {
+// frameLocked returns the next n bytes of the open packet. It seals the packet and opens another where n bytes do not
+// fit, and waits for credit where none is left. mine says that the caller has the turn.
+func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
 	for {
-		if w.closed.Load() || w.held.Load() {
-			return ErrClosed
+		if w.open != nil {
+			end := w.n + n
+			limit := w.coalesceLimit()
+			if w.n == PacketHeaderSize {
+				limit = max(limit, end) // a record too large to share a packet has one of its own
+			}
+			if end <= limit {
+				if end > len(w.open.buf) {
+					w.growLocked(end)
+				}
+				b := w.open.buf[w.n:end]
+				w.n = end
+				return b, nil
+			}
+			w.sealLocked()
+			w.markLocked()
 		}
-		if err := w.failedLocked(); err != nil {
-			return err
+		if w.creditLocked() {
+			w.openLocked(PacketHeaderSize + n)
+			continue
 		}
-		if !w.turn {
-			return nil
-		}
-		if err := w.waitLocked(); err != nil {
-			return err
+		if err := w.waitCreditLocked(mine); err != nil {
+			return nil, err
 		}
 	}
 }
 
-// failedLocked returns the error that ended the stream, or the error of the last publish. It returns an error of a publish only
-// once: the packet is kept, and the next call tries again.
-func (w *Writer) failedLocked() error {
-	switch {
-	case w.unusable != nil:
-		return w.unusable
-	case w.over():
-		return w.endError()
-	case w.publishError != nil:
-		err := w.publishError
-		w.publishError = nil
-		w.markLocked()
-		return fmt.Errorf("stream: publish to %s: %w", w.subject, err)
+// waitCreditLocked waits until something changes that may be credit, and until the caller may write again: meanwhile
+// anything may have happened, another goroutine's Close, its turn, the end of the stream.
+func (w *Writer) waitCreditLocked(mine bool) error {
+	if err := w.waitLocked(); err != nil {
+		return err
 	}
-	return nil
-}
-
-// waitLocked waits until something changes. It releases the lock meanwhile.
-func (w *Writer) waitLocked() error { return w.sleepLocked(w.announceLocked()) }
-
-// announceLocked announces that the caller is about to sleep. A caller that checks its condition between the announcement and
-// the sleep misses no change.
-func (w *Writer) announceLocked() (wake <-chan struct{}) {
-	if w.wake == nil {
-		w.wake = make(chan struct{})
-		w.waiting.Store(true)
+	if mine {
+		return w.failedLocked()
 	}
-	return w.wake
-}
-
-func (w *Writer) sleepLocked(wake <-chan struct{}) error {
-	w.mu.Unlock()
-	defer w.mu.Lock()
-	select {
-	case <-wake:
-		return nil
-	case <-w.ctx.Done():
-		return w.endError()
-	}
-}
-
-// endError returns why nothing can be written after the stream or its context ended. It is the error that reads return, or
-// ErrClosed after an end that is no error of this direction.
-func (w *Writer) endError() error {
-	s := w.session
-	end, gone := s.end.Load(), s.ep.gone.Load()
-	if end != nil {
-		s.endContexts(end) // the goroutine that set it may not have come so far, and the error says that they have ended
-	}
-	switch {
-	case end != nil && end.kind == endLocal:
-		return end.writeError()
-	case s.recv.parent.Err() != nil && gone != nil:
-		return gone.writeError()
-	case s.recv.parent.Err() != nil:
-		return contextError(s.recv.parent)
-	case end != nil:
-		return end.writeError()
-	}
-	return (&ending{err: context.Cause(w.ctx)}).writeError()
-}
-
-// over reports whether the stream or its context ended. The context that the user gave ends first; those below it follow.
-func (w *Writer) over() bool {
-	return w.session.end.Load() != nil || w.session.recv.parent.Err() != nil || w.ctx.Err() != nil
-}
-
-// shut makes Write take its slow path, which sees that the stream has ended.
-func (w *Writer) shut() {
-	w.mu.Lock()
-	w.fast = nil
-	w.mu.Unlock()
-}
-
-func (w *Writer) wakeLocked() {
-	if w.wake != nil {
-		close(w.wake)
-		w.wake = nil
-		w.waiting.Store(false)
-	}
-}
-
-func (w *Writer) endTurnLocked() {
-	w.turn = false
-	w.resetFastLocked()
-	if w.open != nil && w.n > PacketHeaderSize {
-		w.markLocked()
-	}
-	w.wakeLocked()
+	return w.awaitTurnLocked()
 }
 
 // WriteObject sends v as one record in the codec that the consumer requested, JSON or MessagePack. It returns the length of the
@@ -430,7 +313,7 @@ func (w *Writer) WriteObject(v any) (int, error) {
 	if err := w.awaitTurnLocked(); err != nil {
 		return 0, err
 	}
-	if w.json {
+	if w.session.peerTakesJSON() {
 		return w.writeObjectJSONLocked(v)
 	}
 	return w.writeObjectLocked(v)
@@ -499,244 +382,8 @@ func (w *Writer) recordLimit() int {
 	switch {
 	case w.unusable != nil:
 		return minWindow
-	case w.json:
+	case w.session.peerTakesJSON():
 		return min(fallbackRecord(int(w.session.ep.maxPayload.Load())), w.session.ep.maxRecord)
 	}
 	return min(w.coalesceLimit()-PacketHeaderSize-FrameHeaderSize, w.session.ep.maxRecord)
-}
-
-// Flush returns when NATS has accepted all records written so far, or when the writer's context ends. After [Writer.Close] in a
-// handler, it also waits until NATS has accepted the end of the stream. It returns the error that ended the stream, if any.
-func (w *Writer) Flush() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for w.turn {
-		if err := w.waitLocked(); err != nil {
-			return err
-		}
-	}
-	w.publishHeldLocked()
-	return w.flushLocked()
-}
-
-// Sync returns nil when the peer's end has acknowledged all records written so far. Acknowledged records have been received,
-// but perhaps not been read. After Close, Sync also waits for the acknowledgement of the end of the stream. Errors: the error
-// of ctx if it ends first; the error that ended the stream. Records may have been received in spite of an error, because the
-// last acknowledgement may have been lost. A peer that speaks only the JSON fallback acknowledges nothing: Sync is
-// [Writer.Flush] then.
-func (w *Writer) Sync(ctx context.Context) error {
-	if ctx == nil {
-		return noContext("Sync")
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.unusable != nil {
-		return w.unusable
-	}
-	for w.turn {
-		if err := w.sleepSyncLocked(ctx, w.announceLocked()); err != nil {
-			return err
-		}
-	}
-	w.publishHeldLocked()
-	if w.open != nil && w.n > PacketHeaderSize {
-		w.sealLocked()
-	}
-	s, target, asked := w.session, w.sealed-w.shifted, false
-	for {
-		wake := w.announceLocked()
-		if int32(w.acked-w.shifted-target) >= 0 {
-			return nil
-		}
-		if s.end.Load() != nil {
-			return w.endError()
-		}
-		if w.publishError != nil {
-			return w.failedLocked()
-		}
-		w.markLocked()
-		if !asked && !w.json && w.publishedLocked(target) {
-			asked = true
-			s.mark(workProbe)
-		}
-		if err := w.sleepSyncLocked(ctx, wake); err != nil {
-			return err
-		}
-	}
-}
-
-// sleepSyncLocked is sleepLocked for Sync, which waits on when the writer's own context ended because all was published.
-func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) error {
-	over := w.ctx.Done()
-	if w.closed.Load() && context.Cause(w.ctx) == ErrClosed {
-		over = nil
-	}
-	w.mu.Unlock()
-	defer w.mu.Lock()
-	select {
-	case <-wake:
-	case <-ctx.Done():
-		return contextError(ctx)
-	case <-over:
-		if context.Cause(w.ctx) != ErrClosed { // with ErrClosed the last packet was published just now
-			return w.endError()
-		}
-	}
-	return nil
-}
-
-// flushLocked seals the open packet and waits until the outbox has published it.
-func (w *Writer) flushLocked() error {
-	if !w.closed.Load() { // after CLOSE the end may be the normal one
-		if err := w.failedLocked(); err != nil {
-			return err // also for records that the end threw away
-		}
-	}
-	if w.open != nil && w.n > PacketHeaderSize {
-		w.sealLocked()
-	}
-	target := w.sealed - w.shifted
-	for {
-		wake := w.announceLocked()
-		if w.publishedLocked(target) {
-			return nil
-		}
-		if err := w.failedLocked(); err != nil {
-			return err
-		}
-		w.markLocked()
-		if err := w.sleepLocked(wake); err != nil && !w.publishedLocked(target) {
-			return err
-		}
-	}
-}
-
-// publishedLocked reports whether all packets are published that were sealed when sealed-shifted was target. Packets that were
-// cut since then shift the number. The shift may be too large: then the caller only waits for some later packets as well.
-func (w *Writer) publishedLocked(target uint32) bool {
-	return int32(w.published.Load()-w.shifted-target) >= 0
-}
-
-// Close ends the stream normally: the consumer reads [io.EOF] after the last record. Close returns when NATS has accepted all
-// records and the end. Unacknowledged packets are retransmitted for ResumeTimeout, unless the client is closed. [Writer.Sync]
-// waits for the acknowledgement. A second Close does nothing. A Close that failed can be repeated.
-//
-// In a [Handler], Close returns at once, because the handler may still fail. If the handler returns an error or panics, that
-// ends the stream, so "defer w.Close()" hides no failure. CLOSE is published when the handler returns. If the handler goes on,
-// CLOSE is published earlier: when it waits for a record of its [Request], when it calls [Writer.Flush] or [Writer.Sync], and
-// at the latest after 150 ms. The handler may go on reading until it returns.
-func (w *Writer) Close() error { return w.CloseWithCode(CloseNormalClosure) }
-
-// CloseWithCode ends the stream with a code and a reason. After the last record, the consumer reads [io.EOF] for
-// [CloseNormalClosure] and a [*CloseError] for any other code. In a handler, any other code is published at once, and the result
-// of the handler does not change it. The code must be from 1000 to 5999. Otherwise CloseWithCode fails with [ErrCloseCode] and
-// the writer stays usable. The reason is cut to [MaxReason] bytes. CloseWithCode returns as [Writer.Close] does.
-func (w *Writer) CloseWithCode(code int, text ...string) error {
-	reason, err := closeReason(code, text)
-	if err != nil {
-		return err
-	}
-	held, err := w.closeNow(code, reason)
-	if held || err != nil {
-		return err
-	}
-	<-w.ctx.Done() // the outbox ends it once the last packet is out
-	return nil
-}
-
-// closeNow writes CLOSE, if that was not done, and waits until it is published. It reports whether CLOSE is held back for the
-// result of a handler instead.
-func (w *Writer) closeNow(code int, reason string) (held bool, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.held.Load() {
-		return true, nil
-	}
-	if !w.closed.Load() {
-		if err := w.awaitTurnLocked(); err != nil {
-			return false, err
-		}
-		if w.session.server != nil && code == CloseNormalClosure {
-			w.closing = CloseError{code, reason}
-			w.held.Store(true)
-			w.fast = nil
-			w.wakeLocked()
-			w.session.markLater(workClose)
-			return true, nil
-		}
-		if err := w.appendCloseLocked(code, reason); err != nil {
-			return false, err
-		}
-	}
-	return false, w.flushLocked()
-}
-
-// closeDelay is how long CLOSE is held back for a handler that closed and has not returned. It is far longer than the return
-// of a handler takes, and short for a consumer that waits for the end.
-const closeDelay = 50 * time.Millisecond
-
-// publishHeld publishes a CLOSE that was held back, because the handler goes on.
-func (w *Writer) publishHeld() {
-	if w.held.Load() {
-		w.mu.Lock()
-		w.publishHeldLocked()
-		w.mu.Unlock()
-	}
-}
-
-func (w *Writer) publishHeldLocked() {
-	if !w.held.Load() || w.over() {
-		return
-	}
-	w.held.Store(false)
-	w.half = !w.json
-	if w.appendCloseLocked(w.closing.Code, w.closing.Text) == nil {
-		w.markLocked()
-	}
-}
-
-// closeReturned closes w for a handler that returned with end. It does not wait until CLOSE is published. It returns how w was
-// closed, and false if the stream ended before.
-func (w *Writer) closeReturned(end CloseError) (closed CloseError, ok bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.held.Load() {
-		w.held.Store(false)
-		if end.Code == CloseNormalClosure {
-			end = w.closing // it may have a reason
-		}
-	}
-	for !w.closed.Load() {
-		err := w.awaitTurnLocked()
-		if err == nil {
-			err = w.appendCloseLocked(end.Code, cutReason(end.Text, MaxReason))
-			w.markLocked()
-		}
-		if err != nil && w.over() {
-			return CloseError{}, false
-		}
-	}
-	return w.closing, true
-}
-
-// closeToLeave closes w for a consumer that leaves. It does not wait. It reports false if not all records before can be sent:
-// the stream has ended, the producer is not known yet, or another goroutine is in the middle of a record.
-func (w *Writer) closeToLeave(reason string) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	switch {
-	case w.turn || w.subject == "" || w.session.end.Load() != nil || w.ctx.Err() != nil && !w.closed.Load():
-		return false
-	case w.closed.Load():
-		w.closing.Text = reason // for the RESET
-		w.session.mark(workProbe)
-		return true
-	}
-	w.soon = true
-	if w.appendCloseLocked(CloseNormalClosure, reason) != nil {
-		return false
-	}
-	w.markLocked()
-	w.wakeLocked()
-	return true
 }

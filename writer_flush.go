@@ -1,0 +1,117 @@
+package stream
+
+import "context"
+
+// This file waits for records that were written: until NATS has accepted them, or the peer has acknowledged them.
+
+// Flush returns when NATS has accepted all records written so far, or when the writer's context ends. After [Writer.Close] in a
+// handler, it also waits until NATS has accepted the end of the stream. It returns the error that ended the stream, if any.
+func (w *Writer) Flush() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.turn {
+		if err := w.waitLocked(); err != nil {
+			return err
+		}
+	}
+	w.publishHeldLocked()
+	return w.flushLocked()
+}
+
+// flushLocked seals the open packet and waits until the outbox has published it.
+func (w *Writer) flushLocked() error {
+	if !w.closed.Load() { // after CLOSE the end may be the normal one
+		if err := w.failedLocked(); err != nil {
+			return err // also for records that the end threw away
+		}
+	}
+	if w.open != nil && w.n > PacketHeaderSize {
+		w.sealLocked()
+	}
+	target := w.sealed - w.shifted
+	for {
+		wake := w.announceLocked()
+		if w.publishedLocked(target) {
+			return nil
+		}
+		if err := w.failedLocked(); err != nil {
+			return err
+		}
+		w.markLocked()
+		if err := w.sleepLocked(wake); err != nil && !w.publishedLocked(target) {
+			return err
+		}
+	}
+}
+
+// publishedLocked reports whether all packets are published that were sealed when sealed-shifted was target. Packets that were
+// cut since then shift the number. The shift may be too large: then the caller only waits for some later packets as well.
+func (w *Writer) publishedLocked(target uint32) bool {
+	return int32(w.sender.published.Load()-w.shifted-target) >= 0
+}
+
+// Sync returns nil when the peer's end has acknowledged all records written so far. Acknowledged records have been received,
+// but perhaps not been read. After Close, Sync also waits for the acknowledgement of the end of the stream. Errors: the error
+// of ctx if it ends first; the error that ended the stream. Records may have been received in spite of an error, because the
+// last acknowledgement may have been lost. A peer that speaks only the JSON fallback acknowledges nothing: Sync is
+// [Writer.Flush] then.
+func (w *Writer) Sync(ctx context.Context) error {
+	if ctx == nil {
+		return noContext("Sync")
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.unusable != nil {
+		return w.unusable
+	}
+	for w.turn {
+		if err := w.sleepSyncLocked(ctx, w.announceLocked()); err != nil {
+			return err
+		}
+	}
+	w.publishHeldLocked()
+	if w.open != nil && w.n > PacketHeaderSize {
+		w.sealLocked()
+	}
+	s, target, asked := w.session, w.sealed-w.shifted, false
+	for {
+		wake := w.announceLocked()
+		if int32(w.acked-w.shifted-target) >= 0 {
+			return nil
+		}
+		if s.end.Load() != nil {
+			return w.endError()
+		}
+		if w.publishError != nil {
+			return w.failedLocked()
+		}
+		w.markLocked()
+		if !asked && !w.session.peerTakesJSON() && w.publishedLocked(target) {
+			asked = true
+			s.mark(workProbe)
+		}
+		if err := w.sleepSyncLocked(ctx, wake); err != nil {
+			return err
+		}
+	}
+}
+
+// sleepSyncLocked is sleepLocked for Sync, which waits on when the writer's own context ended because all was published.
+func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) error {
+	over := w.ctx.Done()
+	if w.closed.Load() && context.Cause(w.ctx) == ErrClosed {
+		over = nil
+	}
+	w.mu.Unlock()
+	defer w.mu.Lock()
+	select {
+	case <-wake:
+	case <-ctx.Done():
+		return contextError(ctx)
+	case <-over:
+		if context.Cause(w.ctx) != ErrClosed { // with ErrClosed the last packet was published just now
+			return w.endError()
+		}
+	}
+	return nil
+}

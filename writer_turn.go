@@ -1,0 +1,97 @@
+package stream
+
+import (
+	"context"
+	"fmt"
+)
+
+// This file holds the turn that the writers of a stream take, the waits of writers, and the error of a writer whose stream has ended.
+
+// awaitTurnLocked waits until no other goroutine has the turn, and returns why nothing can be written, if so.
+func (w *Writer) awaitTurnLocked() error {
+	for {
+		if w.closed.Load() || w.held.Load() {
+			return ErrClosed
+		}
+		if err := w.failedLocked(); err != nil {
+			return err
+		}
+		if !w.turn {
+			return nil
+		}
+		if err := w.waitLocked(); err != nil {
+			return err
+		}
+	}
+}
+
+func (w *Writer) endTurnLocked() {
+	w.turn = false
+	w.resetFastLocked()
+	if w.open != nil && w.n > PacketHeaderSize {
+		w.markLocked()
+	}
+	w.wakeLocked()
+}
+
+// waitLocked waits until something changes. It releases the lock meanwhile.
+func (w *Writer) waitLocked() error { return w.sleepLocked(w.announceLocked()) }
+
+// announceLocked announces that the caller is about to sleep. A caller that checks its condition between the announcement and
+// the sleep misses no change.
+func (w *Writer) announceLocked() (wake <-chan struct{}) {
+	if w.wake == nil {
+		w.wake = make(chan struct{})
+		w.waiting.Store(true)
+	}
+	return w.wake
+}
+
+func (w *Writer) sleepLocked(wake <-chan struct{}) error {
+	w.mu.Unlock()
+	defer w.mu.Lock()
+	select {
+	case <-wake:
+		return nil
+	case <-w.ctx.Done():
+		return w.endError()
+	}
+}
+
+// failedLocked returns the error that ended the stream, or the error of the last publish. It returns an error of a publish only
+// once: the packet is kept, and the next call tries again.
+func (w *Writer) failedLocked() error {
+	switch {
+	case w.unusable != nil:
+		return w.unusable
+	case w.over():
+		return w.endError()
+	case w.publishError != nil:
+		err := w.publishError
+		w.publishError = nil
+		w.markLocked()
+		return fmt.Errorf("stream: publish to %s: %w", w.subject, err)
+	}
+	return nil
+}
+
+// endError returns why nothing can be written after the stream or its context ended. It is the error that reads return, or
+// ErrClosed after an end that is no error of this direction.
+func (w *Writer) endError() error {
+	s := w.session
+	end, gone := s.end.Load(), s.ep.gone.Load()
+	if end != nil {
+		s.endContexts(end) // the goroutine that set it may not have come so far, and the error says that they have ended
+	}
+	switch {
+	case end != nil && end.kind == endLocal:
+		return end.writeError()
+	case s.recv.parent.Err() != nil && gone != nil:
+		return gone.writeError()
+	case s.recv.parent.Err() != nil:
+		return contextError(s.recv.parent)
+	case end != nil:
+		return end.writeError()
+	}
+	return (&ending{err: context.Cause(w.ctx)}).writeError()
+}
