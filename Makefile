@@ -36,7 +36,7 @@ faults: ## Run the tests under faults of networks and servers as often as a rele
 	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) -run '^TestModel$$' .
 
 soak: ## Open, use and close a million streams, in turn and 64 at a time (a few minutes)
-	STREAM_SOAK=1 $(GO) test -v -run '^TestSoak(Sequential|Concurrent)$$' -timeout=30m .
+	STREAM_SOAK=1 $(GO) test -v -run '^TestSoak(Sequential|Concurrent)LeavesNothing$$' -timeout=30m .
 
 lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words of comments
 	@out="$$("$$($(GO) env GOROOT)/bin/gofmt" -l .)"; if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi

@@ -590,8 +590,8 @@ func TestConsumerWithoutNameDoesNotAsk(t *testing.T) {
 	wantNothing(t, asked)
 }
 
-// A producer that is not answered hears the subject of the request beside its queue group, for a while, also after the registration
-// was stopped.
+// A producer that is not answered hears the subject of the request beside its queue group, for a while, also after the
+// registration was stopped.
 func TestProducerListensForItsSilentConsumer(t *testing.T) {
 	const ack = 20 * time.Millisecond
 	p := newPair(t)

@@ -68,8 +68,8 @@ func TestNothingIsRefusedBeforeTheFirstConnect(t *testing.T) {
 	})
 }
 
-// The server's max_payload changes under streams whose packets are sealed already. Nothing is lost, also if the smaller packets are
-// more than the peer has granted.
+// The server's max_payload changes under streams whose packets are sealed already. Nothing is lost, also if the smaller
+// packets are more than the peer has granted.
 func TestMaxPayloadChangesUnderStreams(t *testing.T) {
 	for _, window := range []int{4 << 10, 64 << 10, 4 << 20} {
 		for _, size := range []int{10, 3000, 100_000} {
@@ -122,8 +122,8 @@ func TestMaxPayloadChangesUnderStreams(t *testing.T) {
 	}
 }
 
-// What was published once keeps its number. If it is missed when the server does not take it any more, the stream ends with an error
-// that names both sizes.
+// What was published once keeps its number. If it is missed when the server does not take it any more, the stream ends
+// with an error that names both sizes.
 func TestLostPacketBeyondShrunkMaxPayloadEndsTheStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -876,7 +876,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 	}
 }
 
-// TestOutboxKeepsWorkThatWaitsForTheConnection: two streams wait for the connection; it comes back for as long as serving one takes.
+// Two streams wait for the connection; it comes back for as long as serving one takes.
 func TestOutboxKeepsWorkThatWaitsForTheConnection(t *testing.T) {
 	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{})

@@ -321,8 +321,8 @@ func inform(t testing.TB, srv *streamtest.Server) {
 	}
 }
 
-// The server's max_payload shrinks and grows by reloads, while connections stay up. Records of any size pass, also on streams that
-// are open meanwhile, and requests are measured against what the server takes now.
+// The server's max_payload shrinks and grows by reloads, while connections stay up. Records of any size pass, also on
+// streams that are open meanwhile, and requests are measured against what the server takes now.
 func TestMaxPayloadMayChangeByReload(t *testing.T) {
 	p := newRestricted(t, "max_payload: 1MB")
 	srv := newService(t, p, stream.ServerParams{})
@@ -381,8 +381,8 @@ func TestMaxPayloadOfAnAccountCounts(t *testing.T) {
 	}
 }
 
-// A peer on another node names a subject that this end's node takes for an attack: it closes the connection over it. That stream ends
-// with an error, the others go on.
+// A peer on another node names a subject that this end's node takes for an attack: it closes the connection over it.
+// That stream ends with an error, the others go on.
 func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 	cluster := func(name string, more string) *streamtest.Server {
 		return streamtest.Run(t, streamtest.WithConfig(fmt.Sprintf("server_name: %s\ncluster { name: c, listen: \"127.0.0.1:-1\" }\n%s", name, more)))

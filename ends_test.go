@@ -261,7 +261,7 @@ func TestEndIsReturnedByEveryLaterCall(t *testing.T) {
 	wantEOF(t, s)
 }
 
-// These tests are about the promise that a stream that failed never looks like one that is complete.
+// A stream that failed never looks like one that is complete.
 
 type nilError struct{ text string }
 

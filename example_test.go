@@ -375,8 +375,8 @@ func readText(t *testing.T, name string) string {
 	return string(b)
 }
 
-// TestReadmeBlocksStandInTheExamples holds the README to what is compiled and run: each of its Go blocks stands in example_test.go, line by
-// line, and each make target that it names exists.
+// TestReadmeBlocksStandInTheExamples holds the README to what is compiled and run: each of its Go blocks stands in
+// example_test.go, line by line, and each make target that it names exists.
 func TestReadmeBlocksStandInTheExamples(t *testing.T) {
 	readme, examples, makefile := readText(t, "README.md"), readText(t, "example_test.go"), readText(t, "Makefile")
 	blocks := regexp.MustCompile("(?ms)^```go\n(.*?)^```$").FindAllStringSubmatch(readme, -1)

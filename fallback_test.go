@@ -85,7 +85,7 @@ func wantClose(t testing.TB, s *stream.Stream, want *stream.CloseError) {
 	}
 }
 
-// TestFallbackMessagesMeanWhatTheyMeant: an old producer to Open and OpenStream.
+// An old producer to Open and OpenStream.
 func TestFallbackMessagesMeanWhatTheyMeant(t *testing.T) {
 	files, err := filepath.Glob("testdata/fallback/*.json")
 	if err != nil || len(files) != len(fallbackFixtures) {
@@ -150,7 +150,7 @@ func TestFallbackMessagesMeanWhatTheyMeant(t *testing.T) {
 // oldInbox is a reply subject as the original library made them: eight base-62 characters are no token of ours.
 const oldInbox = "_INBOX.WzMBDEFgQTDaRKtrDRD6kp.Ab3dEf9Z"
 
-// TestFallbackWriterSendsWhatTheOriginalSent: our writer to an old consumer, byte for byte, one message a record.
+// Our writer to an old consumer, byte for byte, one message a record.
 func TestFallbackWriterSendsWhatTheOriginalSent(t *testing.T) {
 	p := newPair(t)
 	sub, err := p.consumer.Conn.SubscribeSync(oldInbox)
@@ -269,7 +269,7 @@ func TestFallbackWriterSendsWhatTheOriginalSent(t *testing.T) {
 	}
 }
 
-// TestFallbackObjectsAreJSON: the original WriteObject sent JSON, whatever the consumer asked for.
+// The original WriteObject sent JSON, whatever the consumer asked for.
 func TestFallbackObjectsAreJSON(t *testing.T) {
 	p := newPair(t)
 	s, publish := oldProducer(t, p)
@@ -292,7 +292,7 @@ func TestFallbackObjectsAreJSON(t *testing.T) {
 	}
 }
 
-// TestFallbackRefusesRecordTooLarge: an old consumer knows no pieces, so a record that fits no message is refused, and the
+// An old consumer knows no pieces, so a record that fits no message is refused, and the
 // writer goes on.
 func TestFallbackRefusesRecordTooLarge(t *testing.T) {
 	const maxPayload = 4096
@@ -334,7 +334,7 @@ func TestFallbackRefusesRecordTooLarge(t *testing.T) {
 	}
 }
 
-// TestFallbackWriterIsEndedByItsOwnSideOnly: a writer to an old consumer has no way back, so only this end can end it.
+// A writer to an old consumer has no way back, so only this end can end it.
 func TestFallbackWriterIsEndedByItsOwnSideOnly(t *testing.T) {
 	t.Run("client closed", func(t *testing.T) {
 		p := newPair(t)
@@ -377,7 +377,7 @@ func TestFallbackWriterIsEndedByItsOwnSideOnly(t *testing.T) {
 	})
 }
 
-// TestFallbackOverrunEndsOneStream: an old producer cannot be told to wait. The stream whose reader falls behind ends, after what
+// An old producer cannot be told to wait. The stream whose reader falls behind ends, after what
 // was queued, and no other one notices.
 func TestFallbackOverrunEndsOneStream(t *testing.T) {
 	const limit = 10_000
@@ -420,7 +420,7 @@ func TestFallbackOverrunEndsOneStream(t *testing.T) {
 	}
 }
 
-// TestStreamKeepsTheFormOfItsFirstMessage: a stream takes the form of its first message, and drops and counts the other.
+// A stream takes the form of its first message, and drops and counts the other.
 func TestStreamKeepsTheFormOfItsFirstMessage(t *testing.T) {
 	p := newPair(t)
 	t.Run("packets into a fallback stream", func(t *testing.T) {
@@ -459,7 +459,7 @@ func TestStreamKeepsTheFormOfItsFirstMessage(t *testing.T) {
 	})
 }
 
-// TestFallbackManyStreamsArrive: a busy old producer and our reader, and our writer and a busy old consumer; nothing is lost and
+// A busy old producer and our reader, and our writer and a busy old consumer; nothing is lost and
 // records stay apart though they are decoded in place.
 func TestFallbackManyStreamsArrive(t *testing.T) {
 	p := newPair(t)

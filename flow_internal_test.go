@@ -78,7 +78,7 @@ func TestBucketAcceptsPacketsInOrder(t *testing.T) {
 	}
 }
 
-// TestBucketEndsByAStrangersFirstMessage: a stranger's bytes as the first message of a stream. Nobody is bound, so they end it.
+// A stranger's bytes as the first message of a stream. Nobody is bound, so they end it.
 func TestBucketEndsByAStrangersFirstMessage(t *testing.T) {
 	for name, data := range map[string][]byte{
 		"the magic alone":    {PacketMagic},
@@ -123,7 +123,7 @@ func TestBucketNoticesGaps(t *testing.T) {
 	wantVerdict(t, "the missing one", v, err, accepted, 0)
 }
 
-// TestBucketAsksOnceForAPacket: one request for each packet that is waited for, and another when that was not heard.
+// One request for each packet that is waited for, and another when that was not heard.
 func TestBucketAsksOnceForAPacket(t *testing.T) {
 	b := testBucket(32, 1<<20)
 	const patience = 100
@@ -139,7 +139,7 @@ func TestBucketAsksOnceForAPacket(t *testing.T) {
 	}
 }
 
-// TestBucketSequenceWraps: numbers wrap at 2^32, in the sequence, in the grant and in what duplicates and gaps are.
+// Numbers wrap at 2^32, in the sequence, in the grant and in what duplicates and gaps are.
 func TestBucketSequenceWraps(t *testing.T) {
 	for ahead := range uint32(40) {
 		start := -ahead
@@ -209,7 +209,7 @@ func TestBucketRefusesOverrun(t *testing.T) {
 	})
 }
 
-// TestBucketTakesCloseBeyondCredit: docs/PROTOCOL.md section 8, rule 2. Closing never waits for credit, and that is all the
+// Docs/PROTOCOL.md section 8, rule 2. Closing never waits for credit, and that is all the
 // exception allows.
 func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 	closing := Frame{Type: FrameClose, Code: CloseNormalClosure, Payload: []byte("bye")}
@@ -265,7 +265,7 @@ func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 	})
 }
 
-// TestBucketRingHoldsWindow: a push never fails for a peer within its credit, up to the largest window and its CLOSE.
+// A push never fails for a peer within its credit, up to the largest window and its CLOSE.
 func TestBucketRingHoldsWindow(t *testing.T) {
 	b := testBucket(maxPackets, 1<<30)
 	for seq := range uint32(maxPackets) {
@@ -346,7 +346,7 @@ func TestBucketTakesFallbackMessages(t *testing.T) {
 	wantVerdict(t, "one message larger than the limit", v, err, violation, CloseTooSlow)
 }
 
-// TestBucketGrantsCreditInTime: when the peer is granted more, and how much.
+// When the peer is granted more, and how much.
 func TestBucketGrantsCreditInTime(t *testing.T) {
 	const size = 1000
 	// read consumes packets until the bucket grants more, and returns how many.
@@ -432,8 +432,9 @@ func TestBucketGrantsCreditInTime(t *testing.T) {
 	})
 }
 
-// TestBucketCreditNeverStarvesNorOverruns plays a sender that uses its credit to the full, and a reader, in random turns: the sender
-// is never refused, the grant never goes back and never exceeds a window beyond what was consumed, and nobody starves.
+// TestBucketCreditNeverStarvesNorOverruns plays a sender that uses its credit to the full, and a reader, in random
+// turns: the sender is never refused, the grant never goes back and never exceeds a window beyond what was consumed,
+// and nobody starves.
 func TestBucketCreditNeverStarvesNorOverruns(t *testing.T) {
 	seeds := uint64(100)
 	if testing.Short() {
@@ -505,7 +506,7 @@ func TestBucketCreditNeverStarvesNorOverruns(t *testing.T) {
 	}
 }
 
-// TestMuxCountsWhatItDrops: each kind of message that is dropped is counted where it belongs, and no other stream is touched.
+// Each kind of message that is dropped is counted where it belongs, and no other stream is touched.
 func TestMuxCountsWhatItDrops(t *testing.T) {
 	conn := fake.New()
 	c := fakeClient(t, conn, ClientParams{})
@@ -550,7 +551,7 @@ func TestMuxCountsWhatItDrops(t *testing.T) {
 	}
 }
 
-// TestMuxDeliversNothingAfterTheEnd: a fallback peer overran the limit; the reader frees room before the stream is taken out
+// A fallback peer overran the limit; the reader frees room before the stream is taken out
 // of the mux. It must not see a record from behind the one that was dropped.
 func TestMuxDeliversNothingAfterTheEnd(t *testing.T) {
 	conn := fake.New()

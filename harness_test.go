@@ -889,10 +889,6 @@ func nextJSON(t testing.TB, sub *nats.Subscription) stream.StreamingMsg {
 	return m
 }
 
-// Bytes from a stranger. Whoever can publish to a reply subject can send anything: random bytes, packets of another
-// stream, JSON of every wrong shape. The stream they hit ends with an error that has a close code, or they are dropped
-// and counted. Nothing panics, no memory is taken because a length field says so, and no other stream notices.
-
 // rawPacket returns a packet with the given frames.
 func rawPacket(flags stream.PacketFlags, sender uint64, seq uint32, frames ...stream.Frame) []byte {
 	return stream.AppendPacket(nil, stream.PacketHeader{Flags: flags, Sender: sender, Seq: seq}, frames...)

@@ -920,8 +920,6 @@ func TestNeverIsNotSoon(t *testing.T) {
 	})
 }
 
-// Cases in which a call, or a stream, once waited for what could not come.
-
 // A deadline may be further away than a time.Duration reaches.
 func TestFarDeadlineDoesNotOverflow(t *testing.T) {
 	h := make(nats.Header)

@@ -439,7 +439,7 @@ func BenchmarkNeverReader(b *testing.B) {
 }
 
 // Streams that are opened, used and closed one after another leave nothing behind, however they end.
-func TestSoakSequential(t *testing.T) {
+func TestSoakSequentialLeavesNothing(t *testing.T) {
 	p := newPair(t)
 	serveFew(t, p)
 	verifyFootprint(t, p, soakRounds(), func(n int) {
@@ -494,7 +494,7 @@ func TestSoakSequential(t *testing.T) {
 }
 
 // Streams that come and go at the same time leave nothing behind either, not even through one that stays.
-func TestSoakConcurrent(t *testing.T) {
+func TestSoakConcurrentLeavesNothing(t *testing.T) {
 	const workers = 64
 	p := newPair(t)
 	serveFew(t, p)
@@ -652,7 +652,8 @@ func TestIdleStreamTakesLittleMemory(t *testing.T) {
 	if stream.RaceEnabled {
 		n = min(n, 5000)
 	}
-	// The producer is a bare connection, so that what is measured belongs to the consumer. It answers no questions, so none is asked.
+	// The producer is a bare connection, so that what is measured belongs to the consumer. It answers no questions, so
+	// none is asked.
 	p := newPair(t, pairOptions{consumer: stream.ClientParams{KeepAlive: time.Hour}})
 	producer := p.producer.Conn
 	_, err := producer.Subscribe("silent", func(*nats.Msg) {})

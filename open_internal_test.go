@@ -112,7 +112,7 @@ func TestRequestsAreSortedByTheirForm(t *testing.T) {
 	}
 }
 
-func TestSubjectMatches(t *testing.T) {
+func TestSubjectMatchesWildcards(t *testing.T) {
 	for _, c := range []struct {
 		pattern, subject string
 		want             bool

@@ -623,7 +623,8 @@ func TestOnlyRefusalsBeforeAHandlerAreRetryable(t *testing.T) {
 	wantEOF(t, running)
 }
 
-// As many streams as there is room for, opened at once, all find a member of the group that takes them, and no handler runs twice.
+// As many streams as there is room for, opened at once, all find a member of the group that takes them, and no handler
+// runs twice.
 func TestOpenRetryFindsRoom(t *testing.T) {
 	const members, size = 3, 10
 	p := newPair(t)

@@ -23,7 +23,7 @@ import (
 	"github.com/natsstream/stream/internal/race"
 )
 
-// TestOutboxServesWhateverIsMarked: whatever is marked is served afterwards, from however many goroutines it is marked, also
+// Whatever is marked is served afterwards, from however many goroutines it is marked, also
 // while the connection comes and goes.
 func TestOutboxServesWhateverIsMarked(t *testing.T) {
 	const sessions, markers = 50, 8
@@ -86,7 +86,7 @@ func TestOutboxServesWhateverIsMarked(t *testing.T) {
 	}
 }
 
-// TestOutboxTakeKeepsOrder: the queue is a stack that is taken whole and turned round, so streams are served in turn.
+// The queue is a stack that is taken whole and turned round, so streams are served in turn.
 func TestOutboxTakeKeepsOrder(t *testing.T) {
 	ep := new(endpoint)
 	ep.outbox.init(ep)

@@ -355,8 +355,8 @@ func TestForbiddenInboxIsReported(t *testing.T) {
 	verifyEcho(t, good, "svc.echo", 10, 10)
 }
 
-// The server checks permissions after it maps subjects, and names the one that it has mapped. The request hears of it all the same,
-// and no other stream does.
+// The server checks permissions after it maps subjects, and names the one that it has mapped. The request hears of it
+// all the same, and no other stream does.
 func TestForbiddenMappedSubjectEndsOneStream(t *testing.T) {
 	p := newRestricted(t, `mappings: { "svc.v1": "svc.v2" }`+fmt.Sprintf(restrictedUsers, `"_SINBOX.alice.>"`, `"_SINBOX.alice.>"`,
 		`[ "svc.v1", "svc.echo", "_SINBOX.producer.>" ]`))

@@ -283,8 +283,7 @@ func TestSlowRoundTripIsNoLoss(t *testing.T) {
 	})
 }
 
-// Cases at the edges of numbers and times: each of them went wrong once.
-
+// creditFrom returns a CREDIT packet that acknowledges the packets up to ack and grants more.
 func creditFrom(sender uint64, ack uint32, flags FrameFlags) []byte {
 	credit := AppendCredit(nil, Credit{Ack: ack, Packets: 200, Bytes: 1 << 40})
 	return AppendPacket(nil, PacketHeader{Sender: sender}, Frame{Type: FrameCredit, Flags: flags, Payload: credit})

@@ -998,7 +998,8 @@ func TestRegistrationStopServesWhatWasDelivered(t *testing.T) {
 	}
 }
 
-// NATS refuses a subject that a server handles, at first or by a reload. The registration says so, and serves it when NATS lets it.
+// NATS refuses a subject that a server handles, at first or by a reload. The registration says so, and serves it when
+// NATS lets it.
 func TestRefusedRegistrationRecovers(t *testing.T) {
 	config := func(subjects string) string {
 		return fmt.Sprintf(`authorization { users: [

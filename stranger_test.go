@@ -19,6 +19,10 @@ import (
 	"github.com/natsstream/stream"
 )
 
+// Bytes from a stranger. Anybody who may publish to a reply subject can send anything: random bytes, packets of another
+// stream, JSON of every wrong shape. The stream that they hit ends with an error that has a close code, or the mux drops and
+// counts them. Nothing panics, a length field takes no memory, and no other stream notices.
+
 // rawLength writes into the header of b, where it is there as a whole, how long b is.
 func rawLength(b []byte) []byte {
 	if len(b) >= stream.PacketHeaderSize {
@@ -242,8 +246,7 @@ func stats(c *stream.Client) stream.Stats {
 		DroppedMalformed: s.DroppedMalformed, DroppedControl: s.DroppedControl}
 }
 
-// TestStrangersMessageToAConsumerHarmsOneStream sends each message to an open stream, as its first and as its second one, between two halves
-// of another stream.
+// Each message is sent to an open stream, as its first and as its second one, between two halves of another stream.
 func TestStrangersMessageToAConsumerHarmsOneStream(t *testing.T) {
 	p := newPair(t)
 	for _, c := range strangers() {
@@ -359,7 +362,7 @@ func rawConsumer(t testing.TB, p *pair) (w *stream.Writer, packets *nats.Subscri
 	return w, packets, m.Reply
 }
 
-// TestStrangersMessageToAProducerHarmsOneStream sends messages to the control subject of a writer, before and after its consumer did.
+// Each message is sent to the control subject of a writer, before and after its consumer sent one.
 func TestStrangersMessageToAProducerHarmsOneStream(t *testing.T) {
 	p := newPair(t, hasty)
 	credit := rawCredit(stream.Credit{Ack: 1, Packets: 33, Bytes: 1 << 20})
@@ -524,7 +527,7 @@ func rawMore(s string) stream.Frame {
 	return stream.Frame{Type: stream.FrameData, Flags: stream.FlagMore, Payload: []byte(s)}
 }
 
-// TestRandomFramesEndTheirStreamAlone: a peer of the right number that sends packets in order with nonsense in them. The stream
+// A peer of the right number that sends packets in order with nonsense in them. The stream
 // ends with a close code, whatever the bytes, and all others are open still.
 func TestRandomFramesEndTheirStreamAlone(t *testing.T) {
 	p := newPair(t)
@@ -562,7 +565,7 @@ func TestRandomFramesEndTheirStreamAlone(t *testing.T) {
 	}
 }
 
-// TestLengthFieldsTakeNoMemory: no memory is taken because a length field, or a record without end, says so.
+// No memory is taken because a length field, or a record without end, says so.
 func TestLengthFieldsTakeNoMemory(t *testing.T) {
 	p := newPair(t, pairOptions{consumer: stream.ClientParams{MaxRecordSize: 100_000}})
 	var before, after runtime.MemStats
@@ -623,7 +626,7 @@ func TestLengthFieldsTakeNoMemory(t *testing.T) {
 	})
 }
 
-// TestPacketsForNoStreamAreDropped: packets for another stream, for none, and for what is no token.
+// Packets for another stream, for none, and for what is no token.
 func TestPacketsForNoStreamAreDropped(t *testing.T) {
 	p := newPair(t)
 	a, replyA, nc := rawStream(t, p)
@@ -651,7 +654,7 @@ func TestPacketsForNoStreamAreDropped(t *testing.T) {
 	}
 }
 
-// TestGapIsAnErrorAndDuplicatesAreDropped: a missing packet is an error after the records before it, and nothing behind it is delivered;
+// A missing packet is an error after the records before it, and nothing behind it is delivered;
 // a repeated one is dropped and counted.
 func TestGapIsAnErrorAndDuplicatesAreDropped(t *testing.T) {
 	p := newPair(t)
@@ -722,7 +725,7 @@ func TestGapIsAnErrorAndDuplicatesAreDropped(t *testing.T) {
 	}
 }
 
-// TestOverrunningPeerIsCutOff: a peer that sends more than it was granted is told and cut off; what it was granted arrives.
+// A peer that sends more than it was granted is told and cut off; what it was granted arrives.
 func TestOverrunningPeerIsCutOff(t *testing.T) {
 	p := newPair(t)
 	victim, reply, nc := rawStream(t, p)
@@ -744,7 +747,7 @@ func TestOverrunningPeerIsCutOff(t *testing.T) {
 	}
 }
 
-// TestGenerousPeerMakesNobodyKeepMoreThanAWindow: a consumer that grants everything and acknowledges nothing does not make its producer keep more
+// A consumer that grants everything and acknowledges nothing does not make its producer keep more
 // than a window.
 func TestGenerousPeerMakesNobodyKeepMoreThanAWindow(t *testing.T) {
 	const window = 256 << 10
@@ -781,7 +784,7 @@ func TestGenerousPeerMakesNobodyKeepMoreThanAWindow(t *testing.T) {
 	}
 }
 
-// TestPingIsAnswered: whatever the consumer reads, it answers a PING, at the subject that the PING or a packet before it named.
+// Whatever the consumer reads, it answers a PING, at the subject that the PING or a packet before it named.
 func TestPingIsAnswered(t *testing.T) {
 	p := newPair(t)
 	victim, reply, nc := rawStream(t, p)
