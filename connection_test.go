@@ -387,14 +387,13 @@ func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 	cluster := func(name string, more string) *streamtest.Server {
 		return streamtest.Run(t, streamtest.WithConfig(fmt.Sprintf("server_name: %s\ncluster { name: c, listen: \"127.0.0.1:-1\" }\n%s", name, more)))
 	}
-	checkLeaks(t)
+	group := newConcurrent(t)
 	wide := cluster("wide", "")
 	narrow := streamtest.Run(t, streamtest.WithConfig(fmt.Sprintf(
 		"server_name: narrow\nmax_control_line: 512\ncluster { name: c, listen: \"127.0.0.1:-1\", routes: [ \"nats://%s\" ] }", wide.Raw().ClusterAddr())))
 	eventually(t, "there is a route", func() bool { return wide.Raw().NumRoutes() > 0 && narrow.Raw().NumRoutes() > 0 })
 
-	connect := func(srv *streamtest.Server, opts ...nats.Option) *nats.Conn { return srv.Connect(t, opts...) }
-	client := func(nc *nats.Conn) *stream.Client {
+	client := func(t *testing.T, nc *nats.Conn) *stream.Client {
 		c, err := stream.NewClient(stream.ClientParams{Conn: nc})
 		if err != nil {
 			t.Fatal(err)
@@ -402,7 +401,7 @@ func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
-	serve := func(nc *nats.Conn, subject string) {
+	serve := func(t *testing.T, nc *nats.Conn, subject string) {
 		s, err := stream.NewServer(stream.ServerParams{Conn: nc, KeepAlive: 50 * time.Millisecond, AckTimeout: 20 * time.Millisecond, ResumeTimeout: 200 * time.Millisecond})
 		if err != nil {
 			t.Fatal(err)
@@ -415,58 +414,61 @@ func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	producer := connect(narrow)
-	serve(producer, "narrow")
-	consumer := connect(narrow)
-	local := client(consumer)
-	known := func(srv *streamtest.Server, subject string) {
+	producer := narrow.Connect(t)
+	serve(t, producer, "narrow")
+	consumer := narrow.Connect(t)
+	local := client(t, consumer)
+	known := func(t *testing.T, srv *streamtest.Server, subject string) {
 		eventually(t, subject+" is known at the other node", func() bool { return srv.Raw().GlobalAccount().Interest(subject) > 0 })
 	}
-	known(wide, "narrow")
+	known(t, wide, "narrow")
 	goesOn := open(t, local, "narrow")
 	exchange(t, goesOn, 0)
 	for _, n := range []int{100, 300, 400, 430, 460, 490, 520, 600, 2000} {
-		prefix := nats.CustomInboxPrefix("_SINBOX." + strings.Repeat("x", n))
-		far := connect(wide, prefix)
-		subject := fmt.Sprint("wide", n)
-		serve(far, subject)
-		known(narrow, subject)
-		timeout := patience
-		if n > 300 {
-			timeout = time.Second // the answer of the far end is dropped, or its connection ends
-		}
-		// To a producer of the narrow node, and from one.
-		for name, f := range map[string]func() error{
-			"its consumer": func() error {
-				ctx, cancel := context.WithTimeout(testContext(t), timeout)
-				defer cancel()
-				s, err := client(far).Open(ctx, "narrow", nil)
-				if err != nil {
-					return err
-				}
-				defer s.Close()
-				if _, err := s.Write([]byte("x")); err != nil {
-					return err
-				}
-				_, err = s.Recv()
-				return err
-			},
-			"its producer": func() error {
-				s := open(t, local, subject)
-				defer s.Close()
-				if _, err := s.Write([]byte("x")); err != nil {
-					return err
-				}
-				_, err := s.Recv()
-				return err
-			},
-		} {
-			err := f()
-			if n <= 300 && err != nil || n >= 460 && err == nil {
-				t.Errorf("%s has an inbox prefix of %d bytes: %v", name, n, err)
+		group.Run(fmt.Sprint(n), func(t *testing.T) {
+			prefix := nats.CustomInboxPrefix("_SINBOX." + strings.Repeat("x", n))
+			far := wide.Connect(t, prefix)
+			subject := fmt.Sprint("wide", n)
+			serve(t, far, subject)
+			known(t, narrow, subject)
+			timeout := patience
+			if n > 300 {
+				timeout = time.Second // the answer of the far end is dropped, or its connection ends
 			}
-		}
+			// To a producer of the narrow node, and from one.
+			for name, f := range map[string]func() error{
+				"its consumer": func() error {
+					ctx, cancel := context.WithTimeout(testContext(t), timeout)
+					defer cancel()
+					s, err := client(t, far).Open(ctx, "narrow", nil)
+					if err != nil {
+						return err
+					}
+					defer s.Close()
+					if _, err := s.Write([]byte("x")); err != nil {
+						return err
+					}
+					_, err = s.Recv()
+					return err
+				},
+				"its producer": func() error {
+					s := open(t, local, subject)
+					defer s.Close()
+					if _, err := s.Write([]byte("x")); err != nil {
+						return err
+					}
+					_, err := s.Recv()
+					return err
+				},
+			} {
+				err := f()
+				if n <= 300 && err != nil || n >= 460 && err == nil {
+					t.Errorf("%s has an inbox prefix of %d bytes: %v", name, n, err)
+				}
+			}
+		})
 	}
+	group.Wait()
 	exchange(t, goesOn, 1)
 	if err := goesOn.CloseSend(); err != nil {
 		t.Error(err)

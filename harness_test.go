@@ -96,12 +96,18 @@ func (p *pair) newClient(t testing.TB, params stream.ClientParams, opts ...nats.
 // finish is the end of a test: nothing may be left open, neither before the clients are closed nor after.
 func (p *pair) finish(t testing.TB) {
 	p.settle(t)
+	waitFor(t, "Client.Close", func() { // at once, because without its connection each takes a while
+		var closing sync.WaitGroup
+		for _, c := range p.clients {
+			closing.Go(func() {
+				if err := c.Close(); err != nil {
+					t.Errorf("Client.Close: %v", err)
+				}
+			})
+		}
+		closing.Wait()
+	})
 	for _, c := range p.clients {
-		waitFor(t, "Client.Close", func() {
-			if err := c.Close(); err != nil {
-				t.Errorf("Client.Close: %v", err)
-			}
-		})
 		if s := c.Stats(); s.Streams != 0 || s.Reserved != 0 || s.Kept != 0 {
 			t.Errorf("after Client.Close: %d streams, %d bytes reserved, %d kept", s.Streams, s.Reserved, s.Kept)
 		}
@@ -133,8 +139,14 @@ func verifyIdle(t testing.TB, c *stream.Client) {
 }
 
 // checkLeaks fails the test if a goroutine that it started, or its server, outlives it and its cleanups. Call it first.
+// Goroutines of subtests that run at the same time are not told apart: the test above them waits for all.
 func checkLeaks(t testing.TB) {
 	t.Helper()
+	for i, char := range t.Name() {
+		if _, ok := atOnce.Load(t.Name()[:i]); ok && char == '/' {
+			return
+		}
+	}
 	before := goleak.IgnoreCurrent()
 	t.Cleanup(func() {
 		var err error
@@ -143,6 +155,38 @@ func checkLeaks(t testing.TB) {
 		}
 	})
 }
+
+// atOnce has the names of the tests with a concurrent group of subtests.
+var atOnce sync.Map
+
+// concurrent is a group of subtests that run at the same time, four at most: NATS gives a connection two seconds to begin. It
+// is for subtests that wait longer than they compute.
+type concurrent struct {
+	t     *testing.T
+	tests sync.WaitGroup
+	slots chan struct{}
+}
+
+// newConcurrent makes the group of a test, which must call Wait before it returns.
+func newConcurrent(t *testing.T) *concurrent {
+	t.Helper()
+	checkLeaks(t)
+	atOnce.Store(t.Name(), nil)
+	t.Cleanup(func() { atOnce.Delete(t.Name()) })
+	return &concurrent{t: t, slots: make(chan struct{}, 4)}
+}
+
+// Run begins a subtest when there is a slot for it. It does not wait for the end of the subtest.
+func (c *concurrent) Run(name string, f func(t *testing.T)) {
+	c.slots <- struct{}{}
+	c.tests.Go(func() {
+		defer func() { <-c.slots }()
+		c.t.Run(name, f)
+	})
+}
+
+// Wait returns when all subtests have ended.
+func (c *concurrent) Wait() { c.tests.Wait() }
 
 // serve answers each request on subject by calling handle in a goroutine of its own. handle closes w.
 func serve(t testing.TB, p *pair, subject string, handle func(w *stream.Writer, req *nats.Msg)) {

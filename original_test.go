@@ -232,6 +232,8 @@ func TestOpenStreamReportsEveryEnd(t *testing.T) {
 		}
 	})
 	cause := errors.New("budget used up")
+	c := newConcurrent(t)
+	defer c.Wait()
 	for _, read := range []int{0, 1, stream.RequestChanLen, 100} {
 		for name, start := range map[string]func() (context.Context, func()){
 			"cancel": func() (context.Context, func()) { return context.WithCancel(context.Background()) },
@@ -241,7 +243,7 @@ func TestOpenStreamReportsEveryEnd(t *testing.T) {
 			},
 		} {
 			for _, waits := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s/%d read, waits %v", name, read, waits), func(t *testing.T) {
+				c.Run(fmt.Sprintf("%s/%d read, waits %v", name, read, waits), func(t *testing.T) {
 					ctx, end := start()
 					ch, err := p.consumer.OpenStream(ctx, "endless", nil)
 					if err != nil {

@@ -744,13 +744,15 @@ func TestMemberThatCannotServeLeavesItsGroup(t *testing.T) {
 
 // The server refuses a subscription without saying which. If it is the inbox, streams end, and none begins until there is room.
 func TestRefusedInboxBySubscriptionLimitRecovers(t *testing.T) {
+	group := newConcurrent(t)
+	defer group.Wait()
 	for name, limit := range map[string]string{
 		"account": `accounts { A { users: [ { user: a, password: a } ], limits { max_subscriptions: 3 } }
 			B { users: [ { user: b, password: b } ] } }
 			no_auth_user: a`,
 		"connection": `max_subscriptions: 3`,
 	} {
-		t.Run(name, func(t *testing.T) {
+		group.Run(name, func(t *testing.T) {
 			p := newRestricted(t, limit)
 			nc, err := p.server.Dial()
 			if err != nil {

@@ -562,6 +562,8 @@ var restless = stream.ClientParams{KeepAlive: 20 * time.Millisecond, AckTimeout:
 // A wildcard may cover the inboxes of both ends, so that the handler receives every packet of its own streams. Each request
 // still runs it once.
 func TestWildcardHandlerRunsOncePerRequest(t *testing.T) {
+	group := newConcurrent(t)
+	defer group.Wait()
 	for _, c := range []struct{ pattern, subject, inbox string }{
 		{">", "svc", ""},
 		{"*.>", "svc.echo", ""},
@@ -570,7 +572,7 @@ func TestWildcardHandlerRunsOncePerRequest(t *testing.T) {
 		{"_SINBOX.>", "_SINBOX.svc", ""},
 		{">", "svc", "inbox.custom"},
 	} {
-		t.Run(fmt.Sprintf("%s, inbox %q", c.pattern, c.inbox), func(t *testing.T) {
+		group.Run(fmt.Sprintf("%s, inbox %q", c.pattern, c.inbox), func(t *testing.T) {
 			var options pairOptions
 			options.consumer = restless
 			if c.inbox != "" {
@@ -1006,33 +1008,37 @@ func TestRefusedRegistrationRecovers(t *testing.T) {
 			{ user: producer, password: secret-of-producer, permissions: { subscribe: [ "_SINBOX.producer.>", %s ], publish: ">" } }
 			{ user: alice, password: secret-of-alice } ] }`, subjects)
 	}
+	c := newConcurrent(t)
+	defer c.Wait()
 	for _, queue := range []string{"", "q"} {
-		p := newRestricted(t, config(`"svc.always"`))
-		s := newService(t, p, stream.ServerParams{Logger: slog.New(slog.DiscardHandler)}, user("producer")...)
-		always := s.register(t, "svc.always", queue, echo)
-		r := s.register(t, "svc.x", queue, echo)
-		alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
-		verifyEcho(t, alice, "svc.always", 3, 10)
-		for range 2 {
-			eventually(t, "the registration tells", func() bool { return r.Err() != nil })
-			wantRefused(t, r.Err(), "svc.x")
-			if _, err := readAll(open(t, alice, "svc.x")); !errors.Is(err, nats.ErrNoResponders) {
-				t.Errorf("a stream on the refused subject: %v", err)
-			}
-			if err := always.Err(); err != nil {
-				t.Errorf("the other registration: %v", err)
-			}
-			wantNotDone(t, s.Done(), s.Err())
-			reload(t, p.server, config(`"svc.always", "svc.x"`))
-			eventually(t, "the registration is accepted", func() bool { return r.Err() == nil })
-			verifyEcho(t, alice, "svc.x", 3, 10)
+		c.Run(fmt.Sprintf("queue group %q", queue), func(t *testing.T) {
+			p := newRestricted(t, config(`"svc.always"`))
+			s := newService(t, p, stream.ServerParams{Logger: slog.New(slog.DiscardHandler)}, user("producer")...)
+			always := s.register(t, "svc.always", queue, echo)
+			r := s.register(t, "svc.x", queue, echo)
+			alice := p.newClient(t, stream.ClientParams{}, user("alice")...)
 			verifyEcho(t, alice, "svc.always", 3, 10)
-			reload(t, p.server, config(`"svc.always"`))
-		}
-		eventually(t, "the registration tells", func() bool { return r.Err() != nil })
-		r.Stop()
-		if _, err := readAll(open(t, alice, "svc.x")); !errors.Is(err, nats.ErrNoResponders) {
-			t.Errorf("after Stop: %v", err)
-		}
+			for range 2 {
+				eventually(t, "the registration tells", func() bool { return r.Err() != nil })
+				wantRefused(t, r.Err(), "svc.x")
+				if _, err := readAll(open(t, alice, "svc.x")); !errors.Is(err, nats.ErrNoResponders) {
+					t.Errorf("a stream on the refused subject: %v", err)
+				}
+				if err := always.Err(); err != nil {
+					t.Errorf("the other registration: %v", err)
+				}
+				wantNotDone(t, s.Done(), s.Err())
+				reload(t, p.server, config(`"svc.always", "svc.x"`))
+				eventually(t, "the registration is accepted", func() bool { return r.Err() == nil })
+				verifyEcho(t, alice, "svc.x", 3, 10)
+				verifyEcho(t, alice, "svc.always", 3, 10)
+				reload(t, p.server, config(`"svc.always"`))
+			}
+			eventually(t, "the registration tells", func() bool { return r.Err() != nil })
+			r.Stop()
+			if _, err := readAll(open(t, alice, "svc.x")); !errors.Is(err, nats.ErrNoResponders) {
+				t.Errorf("after Stop: %v", err)
+			}
+		})
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"runtime"
 	"sync"
@@ -225,7 +226,9 @@ func TestSoakOfClosedClientsLeavesNothing(t *testing.T) {
 
 func TestClosedConnectionEndsItsStreams(t *testing.T) {
 	abnormal := &stream.CloseError{Code: stream.CloseAbnormalClosure}
-	t.Run("consumer's", func(t *testing.T) {
+	c := newConcurrent(t)
+	defer c.Wait()
+	c.Run("consumer's", func(t *testing.T) {
 		p := newPair(t, hasty)
 		const streams = 20
 		var open []*stream.Stream
@@ -278,7 +281,7 @@ func TestClosedConnectionEndsItsStreams(t *testing.T) {
 			t.Errorf("Open: %p, %v", s, err)
 		}
 	})
-	t.Run("producer's", func(t *testing.T) {
+	c.Run("producer's", func(t *testing.T) {
 		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		write(t, w, []byte("x"))
@@ -289,15 +292,15 @@ func TestClosedConnectionEndsItsStreams(t *testing.T) {
 		endedBy(t, w, abnormal)
 		s.Close() // nobody told it
 	})
-	t.Run("producer's before a first record", func(t *testing.T) {
+	c.Run("producer's before a first record", func(t *testing.T) {
 		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		p.producer.Conn.Close()
 		endedBy(t, w, abnormal)
 		s.Close()
 	})
-	t.Run("server's end while a call waits", func(t *testing.T) {
-		for _, fallback := range []bool{false, true} {
+	for _, fallback := range []bool{false, true} {
+		c.Run(fmt.Sprintf("server's end while a call waits, fallback %v", fallback), func(t *testing.T) {
 			p := newPair(t, hasty)
 			w, s := newWriterStream(t, p)
 			if fallback {
@@ -331,9 +334,9 @@ func TestClosedConnectionEndsItsStreams(t *testing.T) {
 			})
 			endedBy(t, w, stream.ErrClientClosed)
 			s.Close()
-		}
-	})
-	t.Run("server's end", func(t *testing.T) {
+		})
+	}
+	c.Run("server's end", func(t *testing.T) {
 		p := newPair(t, pairOptions{consumerConn: []nats.Option{nats.NoReconnect()}, producerConn: []nats.Option{nats.NoReconnect()}})
 		w, s := newWriterStream(t, p)
 		write(t, w, []byte("x"))
@@ -346,7 +349,7 @@ func TestClosedConnectionEndsItsStreams(t *testing.T) {
 		}
 		endedBy(t, w, abnormal)
 	})
-	t.Run("drained", func(t *testing.T) {
+	c.Run("drained", func(t *testing.T) {
 		p := newPair(t, hasty)
 		w, s := newWriterStream(t, p)
 		write(t, w, []byte("x"))
@@ -361,7 +364,7 @@ func TestClosedConnectionEndsItsStreams(t *testing.T) {
 		}
 		w.CloseWithCode(4000)
 	})
-	t.Run("before Client.Close", func(t *testing.T) {
+	c.Run("before Client.Close", func(t *testing.T) {
 		p := newPair(t, hasty)
 		unused, s := newWriterStream(t, p)
 		defer unused.CloseWithCode(4000)
