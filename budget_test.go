@@ -938,7 +938,8 @@ func TestMuxFieldsLieTogether(t *testing.T) {
 // A session that the outbox has served refers to no other: through one idle stream all that were ever queued behind
 // it would stay in memory.
 func TestOutboxForgetsWhatItServed(t *testing.T) {
-	ep, conn := newFlakyEndpoint(t)
+	c, conn, count := newCountedClient(t)
+	ep := c.ep
 	conn.Set(nats.RECONNECTING)
 	var all []*session
 	for range 20 {
@@ -957,14 +958,8 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 	}
 	conn.Set(nats.CONNECTED)
 	ep.outbox.park.Wake()
-	end := time.Now().Add(5 * time.Second)
 	for _, s := range all {
-		for conn.count(s.out.peer) == 0 {
-			if time.Now().After(end) {
-				t.Fatal("not served")
-			}
-			time.Sleep(time.Millisecond)
-		}
+		until(t, "it is served", func() bool { return count(s.out.peer) > 0 })
 	}
 	ep.close(testClosed) // the outbox has ended: what follows is no race
 	for i, s := range all {

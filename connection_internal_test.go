@@ -689,29 +689,28 @@ func TestProducerReportsALongOutageAfterwards(t *testing.T) {
 
 // A CREDIT that was lost with the connection would leave the producer waiting for ever: it is said again.
 func TestReconnectRepeatsCredit(t *testing.T) {
-	ep, conn := newFlakyEndpoint(t)
-	c := &Client{ep: ep, codec: MsgPack}
+	c, conn, count := newCountedClient(t)
 	s, err := c.Open(t.Context(), "x", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer s.Close()
 	const producer = "producer"
-	ep.receive(&nats.Msg{Subject: s.session.reply, Reply: producer, Data: testPacketFlags(PacketSeq|PacketAck, 9, 0, testData(strings.Repeat("x", initialWindow)))})
+	c.ep.receive(&nats.Msg{Subject: s.session.reply, Reply: producer, Data: testPacketFlags(PacketSeq|PacketAck, 9, 0, testData(strings.Repeat("x", initialWindow)))})
 	if _, err := s.Recv(); err != nil {
 		t.Fatal(err)
 	}
 	read := make(chan error)
 	go func() { _, err := s.Recv(); read <- err }() // consumes the packet, and grants what it held
 	until(t, "credit was given", func() bool {
-		return conn.count(producer) > 0 && s.session.bucket.grantedBytes.Load() > initialWindow && s.session.pending.Load() == 0
+		return count(producer) > 0 && s.session.bucket.grantedBytes.Load() > initialWindow && s.session.pending.Load() == 0
 	})
 	for range 3 {
 		conn.Set(nats.RECONNECTING)
-		until(t, "the connection is down", func() bool { return !ep.outbox.up.Load() })
-		before := conn.count(producer) // may have been in the connection's buffer
+		until(t, "the connection is down", func() bool { return !c.ep.outbox.up.Load() })
+		before := count(producer) // may have been in the connection's buffer
 		conn.Set(nats.CONNECTED)
-		until(t, "the credit was said again", func() bool { return conn.count(producer) > before })
+		until(t, "the credit was said again", func() bool { return count(producer) > before })
 	}
 	_ = s.Close()
 	if err := <-read; !errors.Is(err, ErrClosed) {
@@ -722,8 +721,7 @@ func TestReconnectRepeatsCredit(t *testing.T) {
 // What a producer published last may be lost with the connection as well. It asks, so that the consumer answers or sees
 // that packets are missing.
 func TestReconnectAsksForCredit(t *testing.T) {
-	ep, conn := newFlakyEndpoint(t)
-	c := &Client{ep: ep, codec: MsgPack}
+	c, conn, count := newCountedClient(t)
 	used, unused := consumerSubject(5), "y"+consumerSubject(5)
 	w, idle := c.NewWriter(used), c.NewWriter(unused)
 	if _, err := w.Write([]byte("a")); err != nil {
@@ -733,11 +731,11 @@ func TestReconnectAsksForCredit(t *testing.T) {
 		t.Fatal(err)
 	}
 	conn.Set(nats.RECONNECTING)
-	until(t, "the connection is down", func() bool { return !ep.outbox.up.Load() })
-	before := conn.count(used)
+	until(t, "the connection is down", func() bool { return !c.ep.outbox.up.Load() })
+	before := count(used)
 	conn.Set(nats.CONNECTED)
-	until(t, "the producer asked", func() bool { return conn.count(used) > before })
-	until(t, "the writer that sent nothing said where it is", func() bool { return conn.count(unused) > 0 })
+	until(t, "the producer asked", func() bool { return count(used) > before })
+	until(t, "the writer that sent nothing said where it is", func() bool { return count(unused) > 0 })
 	for _, w := range []*Writer{w, idle} {
 		if err := w.Close(); err != nil {
 			t.Error(err)
@@ -821,7 +819,8 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 	if testing.Short() || race.Enabled {
 		rounds = 300
 	}
-	ep, conn := newFlakyEndpoint(t)
+	c, conn, count := newCountedClient(t)
+	ep := c.ep
 	all := make([]*session, sessions)
 	for i := range all {
 		s := unopenedStream(ep)
@@ -849,17 +848,11 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 		group.Wait()
 		before := make([]int64, sessions)
 		for i, s := range all {
-			before[i] = conn.count(s.out.peer)
+			before[i] = count(s.out.peer)
 			s.mark(workCredit)
 		}
-		end := time.Now().Add(5 * time.Second)
 		for i, s := range all {
-			for conn.count(s.out.peer) == before[i] {
-				if time.Now().After(end) {
-					t.Fatalf("round %d: the outbox has forgotten session %d", round, i)
-				}
-				time.Sleep(10 * time.Microsecond)
-			}
+			until(t, fmt.Sprintf("the outbox serves session %d in round %d", i, round), func() bool { return count(s.out.peer) > before[i] })
 		}
 	}
 	// Once all is done nothing is published.
@@ -868,7 +861,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		var sum int64
 		for _, s := range all {
-			sum += conn.count(s.out.peer)
+			sum += count(s.out.peer)
 		}
 		if quiet++; sum != last {
 			last, quiet = sum, 0
@@ -929,8 +922,9 @@ func TestStreamsEndWhileConnectionTakesNoBytes(t *testing.T) {
 			}
 			return nil
 		})
-		ep := recorded(t, conn)
-		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(5))
+		c := fakeClient(t, conn, ClientParams{})
+		ep := c.ep
+		w := c.NewWriter(consumerSubject(5))
 		if _, err := w.Write([]byte("a")); err != nil {
 			t.Fatal(err)
 		}

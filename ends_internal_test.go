@@ -98,7 +98,7 @@ func TestContextsHaveEndedIfCallsFail(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				ep := recorded(t, newRecorder(nil))
+				ep := fakeClient(t, newRecorder(nil), ClientParams{}).ep
 				defer ep.close(testClosed)
 				offer, _ := ParseToken(lastToken(consumerSubject(8)))
 				ctx, cancel := context.WithCancelCause(ep.ctx)
@@ -121,7 +121,7 @@ func TestContextsHaveEndedIfCallsFail(t *testing.T) {
 
 // Once Close has returned, the writer's context is over.
 func TestCloseEndsTheWritersContext(t *testing.T) {
-	_, c := newFaulty(t)
+	_, c, _ := newFaulty(t)
 	for i := range 2000 {
 		for _, token := range []string{string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 5, LogBytes: 16, ID: uint64(i)})), "old"} {
 			w := c.NewWriter(fmt.Sprintf("x%d.%s", i, token)) // peers of their own: none of them acknowledges anything
@@ -188,7 +188,7 @@ func TestCloseWaitsForTheHandlersResult(t *testing.T) {
 // A look at a CLOSE that is held back which comes late says that the process stood still: the handler gets its time again.
 func TestCloseWaitsAgainAfterAStandstill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ep := recorded(t, newRecorder(nil))
+		ep := fakeClient(t, newRecorder(nil), ClientParams{}).ep
 		defer ep.close(testClosed)
 		offer, _ := ParseToken(lastToken(consumerSubject(8)))
 		w := ep.newProducer(lifecycle.Handler, ep.ctx, consumerSubject(8), offer, false, minWindow)

@@ -357,53 +357,25 @@ func (m *memoryPair) silent(t *testing.T, subject string, n int) (streams []*Str
 	}
 }
 
-// flaky is a connection that counts what is published to each subject.
-type flaky struct {
-	*fake.Conn
-	published sync.Map // subject -> *atomic.Int64
-}
-
-func (f *flaky) count(subject string) int64 {
-	n, ok := f.published.Load(subject)
-	if !ok {
-		return 0
-	}
-	return n.(*atomic.Int64).Load()
-}
-
-func newFlaky() *flaky {
-	f := &flaky{Conn: fake.New()}
-	f.Published = func(subject, _ string, _ []byte) error {
-		n, _ := f.published.LoadOrStore(subject, new(atomic.Int64))
+// newCountedClient makes a client on a connection of which count returns how much was published to a subject. In the end no
+// goroutine of the client may be left.
+func newCountedClient(t *testing.T) (c *Client, conn *fake.Conn, count func(subject string) int64) {
+	t.Helper()
+	before := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, before) })
+	var published sync.Map // subject -> *atomic.Int64
+	conn = fake.New()
+	conn.Published = func(subject, _ string, _ []byte) error {
+		n, _ := published.LoadOrStore(subject, new(atomic.Int64))
 		n.(*atomic.Int64).Add(1)
 		return nil
 	}
-	return f
-}
-
-func newFlakyEndpoint(t *testing.T) (*endpoint, *flaky) {
-	t.Helper()
-	before := goleak.IgnoreCurrent()
-	params, err := ClientParams{}.withDefaults()
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn := newFlaky()
-	ep, err := newEndpoint(conn, "", params)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		closed := make(chan struct{})
-		go func() { defer close(closed); ep.close(testClosed) }()
-		select {
-		case <-closed:
-			goleak.VerifyNone(t, before)
-		case <-time.After(10 * time.Second):
-			t.Error("close hangs")
+	return fakeClient(t, conn, ClientParams{}), conn, func(subject string) int64 {
+		if n, ok := published.Load(subject); ok {
+			return n.(*atomic.Int64).Load()
 		}
-	})
-	return ep, conn
+		return 0
+	}
 }
 
 // waits is a handler that reads until the consumer is done or the stream ends, and reports why its context ended.
@@ -418,20 +390,6 @@ func waits(ended chan<- error) Handler {
 		}
 		return nil
 	}
-}
-
-// recorded makes an endpoint in a bubble whose messages conn takes.
-func recorded(t *testing.T, conn *recorder) *endpoint {
-	t.Helper()
-	p, err := ClientParams{}.withDefaults()
-	if err != nil {
-		t.Fatal(err)
-	}
-	ep, err := newEndpoint(conn, "", p)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ep
 }
 
 // isFrame reports whether data is a control packet with a frame of type t.
@@ -507,7 +465,7 @@ func took(t *testing.T, what string, start time.Time, atLeast, atMost time.Durat
 	}
 }
 
-// until fails the test at once if ok does not become true in time.
+// until fails the test at once if ok does not become true in time, without a bubble.
 func until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(100 * time.Microsecond) {
@@ -583,45 +541,27 @@ func openForAnHour(t *testing.T, m *memoryPair, subject string) *Stream {
 	return s
 }
 
-// faulty is a connection whose publish fails as often as a test wants.
-type faulty struct {
-	*fake.Conn
-	mu        sync.Mutex
-	failures  int
-	published [][]byte
-}
-
 var errFaulty = errors.New("publish failed")
 
-func (f *faulty) publish(_, _ string, data []byte) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.failures > 0 {
-		f.failures--
-		return errFaulty
-	}
-	f.published = append(f.published, append([]byte(nil), data...))
-	return nil
-}
-
-func (f *faulty) fail(n int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.failures = n
-}
-
-func newFaulty(t *testing.T) (*faulty, *Client) {
+// newFaulty returns a recorder, which takes requests as well, and a client on it. As many of the next publishes fail as the
+// test tells fail. In the end nothing may be left of the client's streams.
+func newFaulty(t *testing.T) (conn *recorder, c *Client, fail func(n int)) {
 	t.Helper()
-	f := &faulty{Conn: fake.New()}
-	f.Published = f.publish
-	var c *Client
+	var failures atomic.Int64
+	conn = newRecorder(func(int, []byte) error {
+		if failures.Add(-1) >= 0 {
+			return errFaulty
+		}
+		return nil
+	})
+	conn.Requested = nil
 	t.Cleanup(func() { // after it is closed
 		if n := c.ep.sessions.Size(); n != 0 {
 			t.Errorf("%d streams are left", n)
 		}
 	})
-	c = fakeClient(t, f, ClientParams{})
-	return f, c
+	c = fakeClient(t, conn, ClientParams{})
+	return conn, c, func(n int) { failures.Store(int64(n)) }
 }
 
 // A whole stream on connections in memory, both ways, in no time, and a publish that NATS denies.

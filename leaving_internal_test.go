@@ -356,9 +356,10 @@ func TestLeavingNormallyWithoutPeerEnds(t *testing.T) {
 func TestLeavingAcknowledgesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newRecorder(nil)
-		ep := recorded(t, conn)
+		c := fakeClient(t, conn, ClientParams{})
+		ep := c.ep
 		defer ep.close(testClosed)
-		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(8))
+		w := c.NewWriter(consumerSubject(8))
 		if _, err := w.Write([]byte("lost")); err != nil {
 			t.Fatal(err)
 		}
@@ -391,7 +392,7 @@ func TestNormalResetByConsumerEndsNormallyIfNothingCanBeLost(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				conn := newRecorder(nil)
-				ep := recorded(t, conn)
+				ep := fakeClient(t, conn, ClientParams{}).ep
 				defer ep.close(testClosed)
 				offer, _ := ParseToken(lastToken(consumerSubject(8)))
 				ctx, cancel := context.WithCancelCause(ep.ctx)

@@ -308,10 +308,11 @@ func TestWriterAnswersPing(t *testing.T) {
 func TestEndIsKeptWhileItArrives(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newRecorder(nil)
-		ep := recorded(t, conn)
+		c := fakeClient(t, conn, ClientParams{})
+		ep := c.ep
 		ep.times.Patience = int64(time.Hour) // this peer answers no questions
 		defer ep.close(testClosed)
-		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(5))
+		w := c.NewWriter(consumerSubject(5))
 		for range 3 {
 			if _, err := w.Write(make([]byte, coalesceSize*5/8)); err != nil { // a packet each
 				t.Fatal(err)

@@ -127,7 +127,7 @@ func TestFailedPublishIsReportedOnceAndRepeated(t *testing.T) {
 	subject := "x." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 8, LogBytes: 20, ID: 1}))
 	for _, fallback := range []bool{false, true} {
 		for failures := range 4 {
-			f, c := newFaulty(t)
+			conn, c, fail := newFaulty(t)
 			to := subject
 			if fallback {
 				to = "x.oldtoken"
@@ -139,7 +139,7 @@ func TestFailedPublishIsReportedOnceAndRepeated(t *testing.T) {
 			if err := w.Flush(); err != nil {
 				t.Fatal(err)
 			}
-			f.fail(failures)
+			fail(failures)
 			failed := 0
 			for {
 				err := w.CloseWithCode(4000, "end")
@@ -156,16 +156,17 @@ func TestFailedPublishIsReportedOnceAndRepeated(t *testing.T) {
 			if _, err := w.Write(nil); !errors.Is(err, ErrClosed) {
 				t.Errorf("Write after Close: %v", err)
 			}
-			if len(f.published) != 2 {
-				t.Fatalf("%d messages were published: %q", len(f.published), f.published)
+			sent := conn.sent()
+			if len(sent) != 2 {
+				t.Fatalf("%d messages were published: %v", len(sent), sent)
 			}
 			if fallback {
-				if got := string(f.published[1]); got != `{"type":2,"closeError":{"Code":4000,"Text":"end"}}` {
+				if got := string(sent[1].Data); got != `{"type":2,"closeError":{"Code":4000,"Text":"end"}}` {
 					t.Errorf("the second is %s", got)
 				}
 				continue
 			}
-			h, body, err := ParsePacketHeader(f.published[1])
+			h, body, err := ParsePacketHeader(sent[1].Data)
 			if err != nil || h.Seq != 1 {
 				t.Fatalf("the second packet's header is %+v, %v", h, err)
 			}
@@ -178,12 +179,12 @@ func TestFailedPublishIsReportedOnceAndRepeated(t *testing.T) {
 
 // A fault between records: the writer goes on where it stood.
 func TestFailedPublishOfRecordsLosesNothing(t *testing.T) {
-	f, c := newFaulty(t)
+	conn, c, fail := newFaulty(t)
 	w := c.NewWriter("x." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: 30, LogBytes: 60, ID: 1})))
 	const records = 1000 // fewer packets than may wait for their acknowledgement
 	for i := range records {
 		if i%7 == 0 {
-			f.fail(i % 3)
+			fail(i % 3)
 		}
 		for {
 			_, err := w.Write([]byte{byte(i >> 8), byte(i)})
@@ -195,7 +196,7 @@ func TestFailedPublishOfRecordsLosesNothing(t *testing.T) {
 			}
 		}
 	}
-	f.fail(0)
+	fail(0)
 	for {
 		err := w.Close()
 		if err == nil {
@@ -206,8 +207,8 @@ func TestFailedPublishOfRecordsLosesNothing(t *testing.T) {
 		}
 	}
 	next, seq := 0, uint32(0)
-	for _, packet := range f.published {
-		h, body, err := ParsePacketHeader(packet)
+	for _, m := range conn.sent() {
+		h, body, err := ParsePacketHeader(m.Data)
 		if err != nil || h.Seq != seq {
 			t.Fatalf("packet %d: %+v, %v", seq, h, err)
 		}
@@ -236,8 +237,8 @@ func TestFailedPublishOfRecordsLosesNothing(t *testing.T) {
 
 // A request that cannot be published ends its stream, and nothing is kept of it.
 func TestFailedRequestEndsItsStream(t *testing.T) {
-	f, c := newFaulty(t)
-	f.fail(1)
+	_, c, fail := newFaulty(t)
+	fail(1)
 	s, err := c.Open(t.Context(), "x", nil)
 	if err != nil {
 		t.Fatal(err)

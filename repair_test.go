@@ -323,7 +323,7 @@ func TestAcknowledgementFromAfarIsIgnored(t *testing.T) {
 func TestNothingWrittenNeedsNoAcknowledgement(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newRecorder(nil)
-		ep := recorded(t, conn)
+		ep := fakeClient(t, conn, ClientParams{}).ep
 		defer ep.close(testClosed)
 		s, err := ep.open(t.Context(), &nats.Msg{Subject: "x"}, MsgPack, nil)
 		if err != nil {
@@ -341,8 +341,9 @@ func TestNothingWrittenNeedsNoAcknowledgement(t *testing.T) {
 func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newRecorder(nil)
-		ep := recorded(t, conn)
-		w := (&Client{ep: ep, codec: MsgPack}).NewWriter(consumerSubject(8))
+		c := fakeClient(t, conn, ClientParams{})
+		ep := c.ep
+		w := c.NewWriter(consumerSubject(8))
 		for range 100 {
 			if _, err := w.Write([]byte("a")); err != nil {
 				t.Fatal(err)
