@@ -16,7 +16,7 @@ import (
 //
 //   - the mux (the subscription's callback) checks and pushes. It never waits and takes no lock.
 //   - the reader (the goroutine in a read of the stream) pops, decodes and decides about credit.
-//   - the outbox sends the credit the reader decided on.
+//   - the outbox sends the credit that the reader granted.
 type bucket struct {
 	// The form of the peer's messages. It is stored once: by the mux when a producer's first message arrives, or when a
 	// producer's end is made.
@@ -33,7 +33,7 @@ type bucket struct {
 	grantedBytes   atomic.Uint64
 	grantedPackets atomic.Uint32
 
-	gapAskedSeq uint32 // the mux's: see asked
+	gapAskedSeq uint32 // the mux's: see gapAsked
 
 	park ring.Parker       // the reader waits here; the mux, and the goroutine that ends the stream, wake it
 	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
@@ -73,7 +73,7 @@ const (
 	defaultWindow      = 4 << 20
 	minWindow          = 4 << 10 // no stream begins with less
 	defaultMaxBuffered = 64 << 20
-	fallbackOverhead   = 64       // bytes that a queued message may take beside its own, so that many small ones are bounded
+	fallbackOverhead   = 64       // bytes that each queued message counts at least, so that many small ones are bounded
 	fallbackMessages   = 1024     // that may be queued in any case
 	fallbackLimit      = 64 << 20 // bytes queued for a reader if its peer knows no credit
 )
@@ -100,7 +100,7 @@ const (
 	violation         // the stream cannot go on; the error says why
 )
 
-// accept checks a sequenced packet and pushes it. Called by the mux alone; it allocates only where it fails.
+// accept checks a sequenced packet and pushes it. Only the mux calls it. It allocates only if it fails.
 func (b *bucket) accept(data []byte) (verdict, *CloseError) {
 	if len(data) >= PacketHeaderSize {
 		if binary.BigEndian.Uint64(data) == b.acceptWord && binary.BigEndian.Uint64(data[8:]) == packetTail(b.expect, uint32(len(data))) &&
@@ -115,7 +115,7 @@ func (b *bucket) accept(data []byte) (verdict, *CloseError) {
 func (b *bucket) push(data []byte) {
 	b.expect++
 	b.received += uint64(len(data))
-	b.ring.Push(data) // within the limit: the grant is below it
+	b.ring.Push(data) // never full: the granted packets are fewer than its limit
 	b.park.Wake()
 }
 
@@ -154,8 +154,8 @@ func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 	return accepted, nil
 }
 
-// acceptControl checks the envelope of a packet without sequence number, which may be the first of its stream.
-// own is this end's sender number: a RESET that answers a packet for a token not in use carries it.
+// acceptControl checks the header of a control packet, which may be the first packet of its stream. own is this end's
+// sender number: a RESET that answers a packet to an unknown token carries it.
 func (b *bucket) acceptControl(data []byte, own uint64) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	switch {
@@ -186,7 +186,7 @@ func (b *bucket) shouldAskForGap(now, patience int64) bool {
 	return true
 }
 
-// bind makes sender the only one this bucket listens to; docs/PROTOCOL.md section 4.1.
+// bind makes sender the only accepted sender number; docs/PROTOCOL.md section 4.1.
 func (b *bucket) bind(sender uint64) {
 	b.form.Store(formPackets)
 	b.acceptWord = packetWord(PacketSeq, sender)
@@ -200,7 +200,7 @@ func (b *bucket) ofAnother(sender uint64) bool {
 	return !b.unbound() && (b.acceptWord == 0 || sender != b.sender())
 }
 
-// sender is the number that the bucket is bound to.
+// sender returns the sender number that the bucket is bound to.
 func (b *bucket) sender() uint64 { return b.acceptWord & maxSender }
 
 // impostor reports whether a packet with a reply subject is of another producer than the one that the bucket is bound to,

@@ -61,10 +61,10 @@ func (ep *endpoint) follow(status nats.Status, again bool) {
 	case nats.CONNECTED:
 		ep.lookAtMaxPayload()
 		if again {
-			ep.outbox.resume() // before anything is published and its clocks start
+			ep.outbox.resume() // before the outbox publishes and its clock runs
 		}
 		ep.outbox.up.Store(true) // also if the outbox saw the connection go first
-		if again {               // it may have been away too shortly to be seen so
+		if again {               // the interruption may have been too short for its own status
 			ep.probe()
 		}
 		ep.outbox.park.Wake()
@@ -76,8 +76,8 @@ func (ep *endpoint) follow(status nats.Status, again bool) {
 	}
 }
 
-// probe repeats the control frames that may have been lost with a connection: every reader sends its credit, every writer its
-// position. The answers resume waiting streams and ask for missing packets.
+// probe marks every session with workResume: it sends its credit and a PING, because earlier ones may have been lost
+// with the connection. The answers resume waiting streams and ask for missing packets.
 func (ep *endpoint) probe() {
 	ep.sessions.Range(func(_ string, s *session) bool {
 		s.mark(workResume)
@@ -85,8 +85,8 @@ func (ep *endpoint) probe() {
 	})
 }
 
-// lost ends every stream because the connection is closed for good, and with them everything that keeps the endpoint and the
-// connection alive, because nobody may ever call close. Records that arrived can still be read.
+// lost ends every stream because the connection is closed for good. It also ends all goroutines and hooks that keep the
+// endpoint and the connection in memory, because the user may never call Close. Records that arrived can still be read.
 func (ep *endpoint) lost() {
 	ep.outbox.up.Store(false)
 	ep.endAll(&ending{kind: endFault, err: connectionLost(nats.ErrConnectionClosed)})
@@ -130,8 +130,8 @@ func (ep *endpoint) barred() *ending {
 	return ep.inbox.refused.Load()
 }
 
-// unknownPayload stands for max_payload until a NATS server has said it, which it has not before the first connect. Nothing is
-// refused or cut because of a limit that is not known.
+// unknownPayload stands for max_payload before the first connect, when no NATS server has announced it. An unknown
+// limit refuses and cuts nothing.
 const unknownPayload = math.MaxInt32
 
 // lookAtMaxPayload remembers the max_payload of the connection's server. The server may change it with any INFO, and nats.go
@@ -146,8 +146,8 @@ func (ep *endpoint) lookAtMaxPayload() {
 	}
 }
 
-// freshMaxPayload is maxPayload as the connection says now, for a call that fails otherwise. It waits for the outbox, at most
-// AckTimeout, because the connection may take no bytes.
+// freshMaxPayload returns the present max_payload of the connection, for a call that would fail otherwise. The outbox
+// asks for it. freshMaxPayload waits for at most AckTimeout, because the connection may take no bytes.
 func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
 	o := &ep.outbox
 	if !o.up.Load() {
@@ -166,7 +166,7 @@ func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
 	return ep.maxPayload.Load()
 }
 
-// reasonLimit is the longest reason that a message has room for.
+// reasonLimit returns the longest reason that a message has room for.
 func (ep *endpoint) reasonLimit() int {
 	return max(0, min(MaxReason, int(ep.maxPayload.Load())-PacketHeaderSize-FrameHeaderSize))
 }

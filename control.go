@@ -12,24 +12,25 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file handles control packets: those that the mux passes to the outbox, and those that the outbox sends;
-// docs/PROTOCOL.md sections 5, 7 and 9.3.
+// This file handles control packets: the mux passes them to the outbox, and the outbox acts on them and sends its own;
+// docs/PROTOCOL.md sections 5, 7 and 9.3. The outbox runs all of it, except deliver and hasRoom, which the mux runs.
 
-// control is work that the mux passes to the outbox: a packet of control frames, or news from a data packet's envelope.
+// control is work that the mux passes to the outbox: a control packet, the reply subject of a data packet, or a 503 of
+// NATS.
 type control struct {
-	session *session // nil for a token that is not in use
-	reply   string   // the peer's subject, where the message had one
+	session *session // nil for an unknown token
+	reply   string   // the reply subject of the message, or empty
 	packet  []byte   // frames to act on, or nil
-	token   string   // that is not in use
-	sender  uint64   // of a packet for it
-	absent  bool     // NATS says that nobody received a PING
+	token   string   // the unknown token
+	sender  uint64   // sender number of the packet to an unknown token
+	absent  bool     // NATS reported that nobody received the message
 }
 
-// Bounds of the control words that wait for the outbox, which may be held in a publish. One stream's flood must neither fill
-// the ring nor keep the outbox from other streams.
+// Bounds of the control packets that wait for the outbox, because a publish may block it. A flood on one stream must
+// neither fill the ring nor keep the outbox from other streams.
 const (
 	maxInbound      = 1 << 16
-	maxInboundBytes = 16 << 20 // of packets and reply subjects, and controlSize for each word
+	maxInboundBytes = 16 << 20 // of packets and reply subjects, and controlSize for each control
 	controlSize     = 64
 	maxControls     = 32 // of one stream. An honest peer has a few under way: a CREDIT for each quarter of a window, and a PING
 	controlTurn     = 64 // acted on before the next session has its turn
@@ -38,12 +39,12 @@ const (
 // maxControlPacket bounds one control packet: a RESET with the longest reason, and room for later frame types.
 const maxControlPacket = 4 << 10
 
-// deliver hands a control word over. One that finds no room is counted, and lost like one that NATS lost: it is said again
-// when it is asked for. Called by the mux alone.
+// deliver passes c to the outbox. If there is no room, c is dropped and counted. Its peer repeats a dropped control
+// packet when it is asked, as one that NATS lost. Only the mux calls deliver.
 func (o *outbox) deliver(c control) {
 	if n := c.size(); !o.hasRoom(c.session, n) || !o.inbound.Push(c) {
 		o.ep.counters.overrun.Add(1)
-		if s := c.session; s != nil && s.controls-s.acted.Load() < maxControls { // with maxControls of s waiting, one more lost does not matter
+		if s := c.session; s != nil && s.controls-s.acted.Load() < maxControls { // if maxControls of s wait, one dropped does no harm
 			o.dropped.Store(true)
 		}
 	} else {
@@ -57,7 +58,7 @@ func (o *outbox) deliver(c control) {
 
 func (c control) size() uint64 { return controlSize + uint64(len(c.packet)+len(c.reply)) }
 
-// hasRoom reports whether n bytes for s, nil for a stranger, may wait beside those that do. Strangers leave room for streams.
+// hasRoom reports whether n more bytes for s may wait. s is nil for a stranger; strangers leave room for streams.
 func (o *outbox) hasRoom(s *session, n uint64) bool {
 	n += o.delivered - o.acted.Load()
 	if s == nil {
@@ -66,7 +67,8 @@ func (o *outbox) hasRoom(s *session, n uint64) bool {
 	return n <= maxInboundBytes && s.controls-s.acted.Load() < maxControls
 }
 
-// receive acts on the next control packets, at most controlTurn of them: more may come as fast as it is.
+// receive acts on the next control packets, at most controlTurn of them, because they may arrive as fast as receive
+// handles them.
 func (o *outbox) receive() (worked bool) {
 	for range controlTurn {
 		c, ok := o.inbound.Pop()
@@ -100,10 +102,10 @@ func (o *outbox) receive() (worked bool) {
 	return worked
 }
 
-// learned does the work that waits for the address of the peer.
+// learned does the work that was deferred until the address of the peer is known.
 func (o *outbox) learned(s *session) {
 	if s.out.state.Phase == lifecycle.Gone {
-		o.unanswered.remove() // the table has its producer told
+		o.unanswered.remove() // the table resets the producer
 	}
 	s.tellRetry()
 	o.step(s, lifecycle.PeerKnown)
@@ -113,7 +115,7 @@ func (o *outbox) learned(s *session) {
 	}
 }
 
-// tellRetry tells OpenRetry that the request was answered, or that it will not be. Called by the outbox.
+// tellRetry informs OpenRetry that the request was answered, or that the stream ended without an answer.
 func (s *session) tellRetry() {
 	if s.out.answered != nil {
 		close(s.out.answered)
@@ -121,7 +123,7 @@ func (s *session) tellRetry() {
 	}
 }
 
-// bind takes notice of a consumer's send half, or of the form that its producer speaks.
+// bind raises the events of a consumer's new send half, and of a producer that speaks the fallback.
 func (o *outbox) bind(s *session) {
 	if s.peerTakesNone() {
 		s.tellRetry()
@@ -141,7 +143,7 @@ func (o *outbox) bind(s *session) {
 // that sender knows. Such packets are rare, a first packet or a PING, and the inbound ring bounds those that wait for an
 // answer.
 func (o *outbox) resetUnknown(c control) {
-	if c.absent { // of a request
+	if c.absent { // nobody received the request of a stream that has ended
 		o.unanswered.remove()
 		return
 	}
@@ -203,7 +205,7 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 			return nil
 		}
 	}
-	if challenge != nil && s.out.peer != "" && o.connected() { // one answer for a packet, however many it has
+	if challenge != nil && s.out.peer != "" && o.connected() { // one answer for all challenges of a packet
 		o.sendControl(s, "", Frame{Type: FrameResponse, Payload: challenge})
 	}
 	return nil
@@ -216,7 +218,7 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 	switch {
 	case h.Sender == s.senderNumber:
 		end.err = &CloseError{CloseAbnormalClosure, "the producer does not know the stream any longer"}
-	case e.Code == CloseNormalClosure: // follows a CLOSE that was acknowledged; without that one it is no normal end
+	case e.Code == CloseNormalClosure: // the acknowledged CLOSE that must come before it did not arrive
 		end.err = &CloseError{CloseAbnormalClosure, "the producer reset the stream and did not close it"}
 	case e.Code == CloseTryAgainLater && s.out.peer == "" && !arrived:
 		end.err = refusal{e}
@@ -229,8 +231,8 @@ func (s *session) resetByProducer(h PacketHeader, e *CloseError) *ending {
 	return end
 }
 
-// resetError returns the error for a RESET. The two ends of a stream share one deadline and have a timer each. The error is
-// the same, whichever timer was faster.
+// resetError returns the error for a RESET. The two ends of a stream share a deadline, but each has a timer. The error
+// is the same for either timer.
 func (s *session) resetError(e *CloseError) error {
 	if _, ok := s.recv.parent.Deadline(); ok && e.Code == CloseDeadlineExceeded {
 		return fmt.Errorf("%w: %w", e, context.DeadlineExceeded)
@@ -246,9 +248,9 @@ func (s *session) resetByConsumer(h PacketHeader, e *CloseError) *ending {
 	}
 	normal := e.Code == CloseNormalClosure
 	if normal && s.bucket.ring.Pushed() == 0 && h.Seq == 0 {
-		end.err = io.EOF // it never wrote, and leaves
+		end.err = io.EOF // a consumer that never wrote leaves
 	}
-	if normal || h.Sender == s.senderNumber { // a consumer that forgot the stream may have done so because it is done
+	if normal || h.Sender == s.senderNumber { // the consumer may have forgotten a complete stream
 		end.kind = endComplete
 	}
 	return end
@@ -297,12 +299,12 @@ func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 	switch {
 	case s.json():
 	case s.out.peer == "":
-		s.out.deferredUntilPeer |= workCredit // the reader, or the mark of the mux, was faster than the subject on the inbound ring
+		s.out.deferredUntilPeer |= workCredit // the reply subject may still be on the ring from the mux
 		if flags&FlagGap == 0 {
 			break
 		}
 		s.out.deferredUntilPeer |= workGap
-		if l := &s.out.life; l.suspect == 0 { // or the subject is missing as well
+		if l := &s.out.life; l.suspect == 0 { // the packet with the reply subject may be missing as well
 			l.suspect = o.time()
 			o.schedule(s, l.suspect+o.ep.times.Resume)
 		}
@@ -312,7 +314,7 @@ func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 	}
 }
 
-// sendEnd tells the peer of s that the stream ended early.
+// sendEnd sends the peer of s the early end of the stream: RESET, or a close message of the fallback.
 func (o *outbox) sendEnd(s *session, e CloseError) {
 	e.Text = cutReason(e.Text, o.ep.reasonLimit())
 	if s.peerTakesJSON() {
@@ -326,7 +328,7 @@ func (o *outbox) sendEnd(s *session, e CloseError) {
 // retransmitted, so that the peer notices if it missed any packet before.
 func (o *outbox) sendControl(s *session, reply string, f Frame) { o.tellAt(s, s.out.peer, reply, f) }
 
-// tellAt is tell with another subject than that of the peer.
+// tellAt sends control frames as sendControl does, to a subject that may not be the address of the peer.
 func (o *outbox) tellAt(s *session, subject, reply string, frames ...Frame) {
 	h := PacketHeader{Sender: s.senderNumber}
 	if snd := s.send.Load(); snd != nil {

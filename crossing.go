@@ -9,33 +9,34 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file is about streams across accounts; docs/PROTOCOL.md section 2.3.2. Both ends write to subjects that a NATS server has
-// mapped, and a mapping goes with its server, or when somebody writes to it while nobody listens at its end. If both are gone,
-// neither end can tell the other where it is. The subject of the request is the only one that still leads from account to
-// account. So the consumer asks there for its stream, and the two prove their new addresses to each other.
+// This file finds streams across accounts again; docs/PROTOCOL.md section 2.3.2. Both ends write to subjects that a
+// NATS server has mapped. A mapping is lost with its server, or when a message is sent to it while nobody listens at
+// its end. If both are lost, neither end can send its address to the other. Only the subject of the request still leads
+// to the producer. So the consumer asks there for its stream, and both ends prove their new addresses. The outbox runs
+// all of it, except the methods of Server and Registration.
 
-// crossing is what a stream across accounts has beyond others. A producer has it from the request on, a consumer when it knows
-// the stream's name. The outbox owns it.
+// crossing is the state that only a stream across accounts has. A producer has it from the request on, a consumer when
+// it knows the name of the stream. The outbox owns it.
 type crossing struct {
-	from  *Registration // at the producer: where the request arrived, and consumers ask
-	token string        // at the consumer: the producer's, which names the stream
-	asked int64         // at the consumer: when it asked for the stream last, by the endpoint's time
+	from  *Registration // at the producer: the registration of the request, where its consumer asks
+	token string        // at the consumer: the producer's control token, the name of the stream
+	asked int64         // at the consumer: when it last asked for the stream, by the endpoint's time
 }
 
-// unnamed reports whether s is a stream across accounts whose consumer was not told the name yet. After CLOSE was published it
-// is too late: the consumer may be done.
+// unnamed reports whether s is a producer's stream across accounts and has not sent its name. After CLOSE was published
+// it is too late: the consumer may be done.
 func (s *session) unnamed() bool {
 	return s.crossing() != nil && s.role == lifecycle.Handler && s.out.life.pinged == 0 && s.out.state.Send < lifecycle.Closing
 }
 
-// named notes the name of a stream across accounts, the first that its producer gives.
+// named stores the name of a stream across accounts, the first that its producer sends.
 func (s *session) named(token []byte) {
 	if s.role == lifecycle.Consumer && s.crossing() == nil {
 		s.whereabouts().crossing = &crossing{token: string(token)}
 	}
 }
 
-// seek does what one end can do to find the other, if s is a stream across accounts and a question was not answered.
+// seek lets the two ends find each other again, if s is a stream across accounts and a question was not answered.
 func (o *outbox) seek(s *session) {
 	p := s.remote.Load()
 	if s.crossing() != nil && (s.out.life.pings > 1 || p != nil && (p.questions > 1 || p.absent)) {
@@ -43,8 +44,8 @@ func (o *outbox) seek(s *session) {
 	}
 }
 
-// seekNow is seek without the question. A producer listens, beside its queue group, at the subject of the request. A consumer asks
-// there, not more often than an answer takes.
+// seekNow is seek without the condition. A producer subscribes to the subject of the request outside its queue group. A
+// consumer asks there, at most once in half of AckTimeout.
 func (o *outbox) seekNow(s *session) {
 	c, now := s.crossing(), o.ep.now()
 	switch {
@@ -53,9 +54,9 @@ func (o *outbox) seekNow(s *session) {
 		c.from.listen(time.Duration(o.ep.times.Resume))
 	case c.asked == 0 || now-c.asked >= o.ep.times.Ack/2:
 		c.asked = now
-		s.out.whereabouts.move = nil // a subject that was named before may be gone too
+		s.out.whereabouts.move = nil // an earlier unproved subject may be lost, too
 		o.denials.publishes(s.out.subject, now, denialWindow*o.ep.times.Ack)
-		// The sender's number is not told: others may hear this, as other members of the queue group do.
+		// The packet does not have the sender's number, because other subscribers receive it, too.
 		p := AppendPacket(o.scratch[:0], PacketHeader{}, Frame{Type: FrameResume, Payload: []byte(c.token)})
 		if o.ep.conn.Publish(s.out.subject, s.reply, p) != nil {
 			o.ep.counters.unsent.Add(1)
@@ -63,14 +64,14 @@ func (o *outbox) seekNow(s *session) {
 	}
 }
 
-// seeks reports whether s has asked for its stream a moment ago.
+// seeks reports whether s has asked for its stream so recently that the answer may still come.
 func (o *outbox) seeks(s *session) bool {
 	c := s.crossing()
 	return c != nil && c.asked != 0 && o.ep.now()-c.asked < challengePatience*o.ep.times.Ack
 }
 
-// answerSought answers the challenge that a producer sends when it was asked for a stream. The answer goes to where the challenge
-// says, because the producer's address may lead nowhere. It goes before anything else is sent there.
+// answerSought answers the challenge of a producer that was asked for a stream. The answer goes to the reply subject of
+// the challenge, because the producer's address may lead nowhere. It goes before any other packet to that subject.
 func (o *outbox) answerSought(s *session, c control) {
 	if c.packet == nil || !o.seeks(s) || checkAnswer(c.reply) != nil {
 		return
@@ -84,7 +85,8 @@ func (o *outbox) answerSought(s *session, c control) {
 	}
 }
 
-// sought takes a message that asks for a stream, and reports whether m is one. Subscriptions of the server call it.
+// sought handles a message that asks for a stream, and reports whether m is one. The callbacks of the server's
+// subscriptions call it.
 func (s *Server) sought(m *nats.Msg, from *Registration) bool {
 	token := soughtToken(m.Data)
 	if token == "" || strings.HasPrefix(m.Subject, s.ep.prefix) || checkReply(m.Reply, from.subject, false) != nil {
@@ -94,7 +96,7 @@ func (s *Server) sought(m *nats.Msg, from *Registration) bool {
 	return true
 }
 
-// soughtToken returns the name of the stream that b asks for, empty if b does not ask for one.
+// soughtToken returns the name of the stream that b asks for, or an empty string.
 func soughtToken(b []byte) string {
 	h, body, err := ParsePacketHeader(b)
 	if err != nil || h.Flags&PacketSeq != 0 || h.Sender != 0 {
@@ -107,9 +109,10 @@ func soughtToken(b []byte) string {
 	return string(f.Payload)
 }
 
-// sought challenges the consumer that asks at subject for the stream with token. Whoever has heard the name can ask, and asks again
-// with what others said. So an answer to the challenge, which takes the consumer's number, must show that it is the consumer.
-// Another member of the queue group does not know the stream and says nothing.
+// sought challenges the consumer that asks for the stream with token, at subject. Every subscriber of the request's
+// subject has seen the name and can ask, or replay a question. The answer to the challenge proves that it is the
+// consumer, because it needs the consumer's sender number. A member of the queue group that does not know the stream
+// sends nothing.
 func (o *outbox) sought(token, subject string) {
 	s, ok := o.ep.sessions.Load(token)
 	if !ok {
@@ -128,8 +131,8 @@ func (o *outbox) sought(token, subject string) {
 	o.tellAt(s, subject, s.reply, s.moveTo(subject, now, true), Frame{Type: FramePing})
 }
 
-// listen has r hear its subject beside its queue group for d. NATS gives a message to one member of a group, and prefers a near
-// one, so a consumer that asks for its stream might never reach this server. The outbox calls it.
+// listen subscribes to the subject of r outside its queue group, for d. NATS gives a message to one member of a group
+// and prefers a near one, so a consumer that asks for its stream might never reach this server. The outbox calls it.
 func (r *Registration) listen(d time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -141,7 +144,7 @@ func (r *Registration) listen(d time.Duration) {
 	r.server.listeners.Go(r.hearSought)
 }
 
-// hearSought is the goroutine of listen. It ends when nobody has called listen for a while, or with the server.
+// hearSought is the goroutine of listen. It ends at the time that listen last set, or with the server.
 func (r *Registration) hearSought() {
 	s := r.server
 	unsubscribe, err := s.ep.conn.Subscribe(r.subject, "", func(m *nats.Msg) { s.sought(m, r) })
@@ -166,7 +169,7 @@ func (r *Registration) hearSought() {
 	}
 }
 
-// deafen takes NATS's word that the server may subscribe to the subject only in its queue group.
+// deafen records that NATS lets the server subscribe to the subject only in its queue group.
 func (r *Registration) deafen() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

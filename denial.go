@@ -55,7 +55,7 @@ func (d *denials) publishes(subject string, now, window int64) {
 // add takes a refusal that named no stream's subject.
 func (d *denials) add(subject string, err error, now, patience int64) {
 	if d.last == 0 || now-d.last > denialWindow*patience {
-		return // no request can be meant, so nobody needs to look for it: an end that only serves never does
+		return // no request is recent enough; an end that only serves never has one
 	}
 	if _, ours := d.requested[subject]; ours {
 		return
@@ -93,7 +93,7 @@ func attribute(requests []waiting, at, window int64) (subject string, ok, undeci
 	return subject, ok, false
 }
 
-// decideDenials ends the streams that pending refusals are about. Called by the outbox at each tick.
+// decideDenials ends the streams to which pending refusals are attributed. The outbox calls it at each tick.
 func (o *outbox) decideDenials(now int64) {
 	d := &o.denials
 	if !slices.ContainsFunc(d.pending, func(p denial) bool { return now >= p.due }) {

@@ -9,7 +9,7 @@ import (
 // This file remembers streams that are over at this end. The peer may still ask about such a stream, because the last packet to
 // it was lost; docs/PROTOCOL.md section 9.4. TCP calls this state TIME-WAIT.
 
-// maxEnded bounds the streams that an endpoint remembers after their end. Each takes 72 bytes.
+// maxEnded bounds the streams that an endpoint remembers after their end. Each takes 64 bytes.
 const maxEnded = 1 << 14
 
 const (

@@ -18,9 +18,9 @@ import (
 	"github.com/natsstream/stream/internal/wheel"
 )
 
-// endpoint is what all streams of one Client or Server share: the mux (one wildcard subscription that hands each packet
-// to its stream), the outbox (one goroutine that does all publishing; outbox.go), the ticker (internal/wheel) and one
-// goroutine that watches the connection. Its goroutines are started by newEndpoint and have ended when close returns.
+// endpoint is shared by all streams of one Client or Server. It has the mux, which passes each packet to its stream,
+// and three goroutines: the outbox, the ticker and the watcher of the connection. newEndpoint starts them, and they
+// have ended when close returns. Any goroutine may read the fields that are set once and the atomics.
 type endpoint struct {
 	conn   natsconn.Conn
 	prefix string // of every reply subject, up to and including the dot before the token
@@ -33,8 +33,7 @@ type endpoint struct {
 	room      recordRoom
 	times     liveness.Intervals
 
-	// clock is the outbox's clock at its last tick: near enough for what is looked at by each packet. Stored by the
-	// outbox.
+	// clock is the outbox's clock at its last tick, for uses that do not need the exact time. The outbox stores it.
 	clock   atomic.Int64
 	started time.Time
 	ticker  wheel.Ticker
@@ -44,7 +43,7 @@ type endpoint struct {
 	kept     atomic.Int64 // bytes of all buffers that writers keep; it changes with each packet
 	counters counters
 
-	// What the connection said last. maxPayload is the server's max_payload in bytes.
+	// The last known state of the connection. maxPayload is the server's max_payload in bytes.
 	maxPayload atomic.Int64
 	draining   atomic.Bool
 
@@ -56,7 +55,7 @@ type endpoint struct {
 	watched    chan struct{} // closed when the watcher has ended
 	closing    atomic.Bool
 	closed     chan struct{}          // closed when close has done its work
-	gone       atomic.Pointer[ending] // why there are no new streams: closed, or the connection is
+	gone       atomic.Pointer[ending] // set once: the end of all streams, because the endpoint or its connection was closed
 	ctx        context.Context        // parent of every writer's; ends with gone
 	cancel     context.CancelCauseFunc
 }
@@ -122,7 +121,7 @@ func (ep *endpoint) close(e *ending) {
 	ep.outbox.awaitAnswers(min(time.Duration(ep.times.Ack), natsconn.UnsubscribeTimeout))
 	ep.inbox.close()
 	ep.outbox.finish()
-	// The last words are in a buffer of nats.go, and the program may end after this.
+	// The last packets are in a buffer of nats.go, and the program may exit after close.
 	if left := time.Until(until); left > 0 && isUp(ep.conn.Status()) {
 		_ = ep.conn.Flush(left)
 	}
@@ -134,7 +133,7 @@ func (ep *endpoint) close(e *ending) {
 	close(ep.closed)
 }
 
-// now is the time since the endpoint was made, never 0.
+// now returns the time since the endpoint was made, never 0.
 func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
 
 // lastToken returns the last token of a subject.

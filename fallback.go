@@ -7,8 +7,9 @@ import (
 	"github.com/natsstream/stream/internal/object"
 )
 
-// The JSON fallback is the original wire format, byte for byte: one message a record, no sequence numbers, no credit.
-// docs/PROTOCOL.md section 11.
+// This file writes and reads the JSON fallback, the original wire format: one message for each record, no sequence
+// numbers, no credit; docs/PROTOCOL.md section 11. Writers run the append functions with the lock held, and the reader
+// runs parseJSON.
 
 // StreamingMsgType is the kind of a [StreamingMsg]: a record or the end of the stream.
 type StreamingMsgType int
@@ -26,7 +27,7 @@ type StreamingMsg struct {
 	CloseError *CloseError      `json:"closeError,omitempty"`
 }
 
-// fallbackRecord is the largest record whose message fits into maxPayload bytes.
+// fallbackRecord returns the size of the largest record that makes a message of at most maxPayload bytes.
 func fallbackRecord(maxPayload int) int {
 	return min(coalesceSize, max(1, jsonwire.MaxRecord(maxPayload)))
 }

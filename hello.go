@@ -23,7 +23,7 @@ type hellos struct {
 
 	// Owned by the outbox.
 	waiting []*session
-	old     int // of them were there when the timer was set last
+	old     int // how many of them were in the list when the timer was last set
 }
 
 func (h *hellos) init(o *outbox) {
@@ -41,18 +41,18 @@ func (h *hellos) arm() {
 	}
 }
 
-// begin says that the handler of s has begun. Its goroutine calls it. It does not wake the outbox.
+// begin marks that the handler of s has begun. The handler's goroutine calls it. It does not wake the outbox.
 func (s *session) begin() {
 	s.markLater(workBegin)
 	s.ep.outbox.hellos.arm()
 }
 
-// wantsHello reports whether the consumer may not know where its producer is, or the name of the stream.
+// wantsHello reports whether the consumer may not know the address of its producer, or the name of the stream.
 func (s *session) wantsHello() bool {
 	return s.send.Load().unacked.Next() == 0 && s.out.life.pings == 0 && s.out.life.heard == 0 || s.unnamed()
 }
 
-// expect notes that a handler has begun. Called by the outbox.
+// expect adds a session with a handler that has begun. Called by the outbox.
 func (h *hellos) expect(s *session) {
 	h.waiting = append(h.waiting, s)
 	h.arm()

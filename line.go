@@ -8,10 +8,10 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// line is the way from this end to one peer, which all streams between the two share. It bounds the bytes that are on their
-// way at once (see flow.Line), and holds the sessions that wait for it. The outbox owns it.
+// line is the path from this end to one peer, which all streams between the two share. It bounds the bytes that are on
+// their way at once (see flow.Line), and holds the sessions that wait for it. The outbox owns it.
 //
-// Sessions take turns, a packet a turn. One that had nothing to send, and has little now, goes before the others, so that a
+// Sessions take turns, one packet a turn. A session that had nothing to send, and has little now, goes first, so that a
 // quiet stream does not wait for a turn of each busy one (after the new flows of FQ-CoDel, RFC 8290 section 4.1).
 type line struct {
 	flow.Line[*session]
@@ -19,13 +19,13 @@ type line struct {
 	quiet   []*session
 	waiting []*session
 	turn    *session // whose packet is next, once the line has had others wait
-	busy    bool     // on lines.busy
+	busy    bool     // the line is on lines.busy
 	users   int      // sessions that use the line
 	began   int64    // when the publishing of the last mark began
 	last    *session // that published the last packet, number lastSeq
 	lastSeq uint32
-	left    int64 // when the last of them left
-	resumed int64 // the reconnect that the line has begun anew for
+	left    int64 // when the last user left
+	resumed int64 // value of outbox.resumed when the line was last reset
 }
 
 // places is the set of the outbox's lists that a session is in, with flags that these lists need.
@@ -34,7 +34,7 @@ type places uint8
 const (
 	listed places = 1 << iota // in outbox.peers
 	onLine                    // waits on its line for a turn
-	steady                    // had more to send each time that it waited there
+	steady                    // has waited on its line, and its backlog was not empty since
 )
 
 func (p places) has(q places) bool { return p&q != 0 }
@@ -44,13 +44,13 @@ func (p *places) clear(q places)   { *p &^= q }
 // lines are the lines of one endpoint.
 type lines struct {
 	byPeer map[string]*line
-	busy   []*line // that sessions wait for
+	busy   []*line // lines with waiting sessions
 	idle   int     // lines without users
 	swept  int64
 }
 
-// lineIdle is how long a line without users is remembered: a consumer that opens one stream after the other measures its
-// line once.
+// lineIdle is how long a line without users is remembered, so that a consumer that opens one stream after the other
+// measures its line once.
 const lineIdle = int64(60e9)
 
 // maxIdleLines bounds the lines that are remembered without users, because each request can name another peer.
@@ -74,7 +74,7 @@ func (o *outbox) lineOf(s *session) *line {
 	return l
 }
 
-// resumeLine begins anew if the connection was interrupted.
+// resumeLine resets the line if the connection was interrupted.
 func (o *outbox) resumeLine(l *line) {
 	if r := o.resumed.Load(); l.resumed != r {
 		l.resumed = r
@@ -101,7 +101,7 @@ func (o *outbox) mayPublish(s *session) bool {
 // littleBacklog is the most that a quiet session has to send, in bytes.
 const littleBacklog = flow.MinPacket
 
-// wait puts s among those that wait, if it has something to send.
+// wait puts s on the list of waiting sessions, if it has something to send.
 func (o *outbox) wait(l *line, s *session) {
 	if s.out.places.has(onLine) {
 		return
@@ -129,7 +129,7 @@ func (l *line) next() *session {
 		if s.send.Load().backlog() <= littleBacklog {
 			return s
 		}
-		l.waiting = append(l.waiting, s) // it has written on
+		l.waiting = append(l.waiting, s) // its backlog grew meanwhile
 	}
 	return takeFirst(&l.waiting)
 }
@@ -140,7 +140,7 @@ func takeFirst(list *[]*session) *session {
 	return s
 }
 
-// offLine notes that the peer of s acknowledged n more bytes, which are the packets before seq.
+// offLine records that the peer of s acknowledged n more bytes, in the packets before seq.
 func (o *outbox) offLine(s *session, seq uint32, n uint64) {
 	if l := s.out.line; l != nil {
 		l.Acked(s, seq, n, o.ep.now())
@@ -148,7 +148,8 @@ func (o *outbox) offLine(s *session, seq uint32, n uint64) {
 	}
 }
 
-// lostOnLine notes that n bytes of s are not on their way: its peer misses a packet and drops those behind it.
+// lostOnLine records that n bytes of s are not on their way, because the peer misses a packet and drops the packets
+// behind it.
 func (o *outbox) lostOnLine(s *session, n uint64) {
 	if l := s.out.line; l != nil {
 		l.Lost(s, n)
@@ -171,7 +172,7 @@ func (o *outbox) nextTurn(l *line) {
 	}
 }
 
-// leaveLine takes s off its line, because its stream has ended. n bytes of it are not acknowledged.
+// leaveLine removes s from its line, because its stream has ended. n bytes of s are not acknowledged.
 func (o *outbox) leaveLine(s *session, n uint64) {
 	l := s.out.line
 	if l == nil {

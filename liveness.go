@@ -14,9 +14,10 @@ import (
 	"github.com/natsstream/stream/internal/wheel"
 )
 
-// This file is about time: when a peer is asked whether it lives, when it is given up, how long what was sent is kept
-// for it; docs/PROTOCOL.md section 13. One ticker per endpoint looks at a wheel of sessions, and the outbox, which owns
-// all of this, looks at those that are due. A stream has neither a timer nor a goroutine.
+// This file looks at streams in time: when a peer is asked, when a stream is given up, and how long its packets are
+// kept; docs/PROTOCOL.md section 13. The outbox runs all of it, except runTicker and stuck, which the ticker runs, and
+// resume, which the watcher runs. The outbox keeps sessions on a wheel, and looks at those that are due at each tick. A
+// stream has neither a timer nor a goroutine. internal/liveness makes the decisions.
 
 const (
 	defaultKeepAlive         = 500 * time.Millisecond
@@ -24,9 +25,9 @@ const (
 	defaultResumeTimeout     = 5 * time.Second
 	defaultDisconnectTimeout = 30 * time.Second
 
-	// defaultPatience is how long a peer that was asked may take, if ResumeTimeout is not less. A client of NATS whose
-	// server went away is back after 2.1 s by default, and a network may be silent for three. With KeepAlive it makes less
-	// than four seconds.
+	// defaultPatience is how long a peer may take to answer, unless ResumeTimeout is shorter. A NATS client that lost
+	// its server is back after 2.1 s by default, and a network may be silent for three. Together with KeepAlive it is
+	// less than four seconds.
 	defaultPatience = 3300 * time.Millisecond
 
 	minTick = time.Millisecond
@@ -35,11 +36,11 @@ const (
 	lateTicks = 2
 )
 
-// life is what the outbox knows of a session in time, in nanoseconds of its clock; 0 is never.
+// life holds the times of a session, in nanoseconds of the outbox's clock; 0 is never. The outbox owns it.
 type life struct {
 	upSince             int64 // since when the session waits for the connection, and when its request was published, by the endpoint's time
 	heard, sent, pinged int64
-	suspect             int64  // since when the peer may be gone
+	suspect             int64  // since when the peer is suspect
 	closeAt             int64  // when a CLOSE that is held back for a handler's result is published, by the endpoint's time
 	took                uint32 // which of this end's connections in turn took the request, from 1 on, or tookLost
 	pings               int16  // since the peer was heard, at most math.MaxInt16
@@ -50,13 +51,13 @@ type life struct {
 	node wheel.Node[session]
 }
 
-// tookLost says that the request, or its answer, may have been lost with a connection, since life.pinged: nobody can be asked
-// before the answer.
+// tookLost marks a request that may have been lost with a connection, or its answer, since life.pinged. Before the
+// answer there is nobody to ask.
 const tookLost = math.MaxUint32
 
-// tickLength returns the length of a tick: a quarter of the shortest timeout, so that none is noticed much later than it
-// ends. It is at most maxTick, because most ticks find nothing to do and one every 50 ms costs nothing that shows, and at
-// least minTick, which is as exact as timers are.
+// tickLength returns the length of a tick: a quarter of the shortest timeout, so that every timeout is noticed soon
+// after its end. It is at most maxTick, because one tick in 50 ms costs almost nothing. It is at least minTick, the
+// precision of timers.
 func tickLength(t *liveness.Intervals) time.Duration {
 	shortest := min(t.KeepAlive, t.Ack, t.Resume, t.Disconnect)
 	return min(max(time.Duration(shortest)/4, minTick), maxTick)
@@ -73,30 +74,30 @@ func (ep *endpoint) initTime() {
 	ep.outbox.streamTimes, ep.outbox.repeat = ep.times, ep.times.Ack
 }
 
-// runTicker is the ticker's goroutine. It wakes the outbox at every tick, for as long as there is a session on its wheel.
+// runTicker is the ticker's goroutine. It wakes the outbox at every tick while there are sessions on its wheel.
 func (ep *endpoint) runTicker() {
 	ep.ticker.Run(wheel.Hooks{Wake: ep.outbox.park.Wake, Stuck: ep.stuck})
 }
 
-// stuck ends all streams for the outbox, which waits in a publish: the connection has taken no bytes for KeepAlive and
-// ResumeTimeout. NATS notices only after its FlusherTimeout.
+// stuck ends all streams because the outbox has waited in a publish for KeepAlive and ResumeTimeout: the connection
+// takes no bytes. NATS notices that only after its FlusherTimeout. The ticker calls it.
 func (ep *endpoint) stuck() {
 	e := CloseError{CloseAbnormalClosure, "the connection takes no bytes"}
 	ep.sessions.Range(func(_ string, s *session) bool {
 		s.requestEnd(&ending{kind: endFault, err: &e, reset: e})
-		s.unregister() // the outbox may wait for long
+		s.unregister() // the outbox may wait for much longer
 		s.releaseWindow()
 		return true
 	})
 }
 
-// time reads the clock by which peers are judged. It stands still while this end cannot hear them.
+// time reads the clock by which peers are judged. It stands still while this end cannot hear its peers.
 func (o *outbox) time() int64 { return o.clock.Now(o.ep.now()) }
 
-// schedule sees to it that the session is checked when the clock reads at, or earlier. Called by the outbox.
+// schedule puts the session on the wheel, to be checked when the clock reads at, or earlier.
 func (o *outbox) schedule(s *session, at int64) { o.lookAt(s, o.clock.Until(at)) }
 
-// lookAt is schedule by the endpoint's time.
+// lookAt is schedule with a time of the endpoint.
 func (o *outbox) lookAt(s *session, at int64) {
 	if s.out.state.Phase == lifecycle.Gone {
 		return
@@ -110,13 +111,13 @@ func (o *outbox) lookAt(s *session, at int64) {
 	}
 }
 
-// dueBy reports whether the session is looked at before the clock reads at.
+// dueBy reports whether the session will be checked before the clock reads at.
 func (o *outbox) dueBy(s *session, at int64) bool {
 	due := s.out.life.node.Due()
 	return due != 0 && due <= o.clock.Until(at)
 }
 
-// noteAlive notes a sign of life.
+// noteAlive records a sign of life of the peer of s.
 func (o *outbox) noteAlive(s *session) {
 	s.out.life.heard = o.time()
 	o.answered(s)
@@ -125,7 +126,7 @@ func (o *outbox) noteAlive(s *session) {
 	}
 }
 
-// answered notes that no question of the session waits for an answer any longer.
+// answered records that no question of the session waits for an answer.
 func (o *outbox) answered(s *session) {
 	l := &s.out.life
 	if l.pings > 0 {
@@ -134,13 +135,14 @@ func (o *outbox) answered(s *session) {
 	l.pings, l.suspect = 0, 0
 }
 
-// resume says that the connection is there again. Called by the watcher.
+// resume records that the connection is up again. Called by the watcher.
 func (o *outbox) resume() {
 	o.resumed.Store(o.ep.now())
 	o.connection.Add(1)
 }
 
-// tickIfDue ticks if the ticker did. With many streams and a slow connection the outbox is long under way with its queue.
+// tickIfDue calls tick if a tick is due. The outbox also calls it between sessions, because with many streams and a
+// slow connection one round takes long.
 func (o *outbox) tickIfDue() bool {
 	if !o.ep.ticker.TakeDue() {
 		return false
@@ -149,14 +151,14 @@ func (o *outbox) tickIfDue() bool {
 	return true
 }
 
-// tick looks at what is due. Called by the outbox.
+// tick handles all work that is due.
 func (o *outbox) tick() {
 	now := o.ep.now()
 	up, resumed := o.up.Load(), o.resumed.Load()
 	o.clock.Tick(now, up && !o.dropped.Swap(false), resumed > o.ticked)
 	if resumed > o.ticked {
 		for _, p := range slices.Collect(o.remoteWheel.All()) {
-			o.lookAtRemote(p, now) // what was due while the connection was down is due now
+			o.lookAtRemote(p, now) // questions that were due while the connection was down are due now
 		}
 	}
 	o.ticked = now
@@ -167,12 +169,12 @@ func (o *outbox) tick() {
 		o.ep.lookAtMaxPayload()
 		o.decideDenials(now)
 		o.down = 0
-	} else if o.down == 0 || o.down < resumed { // it was up in between
+	} else if o.down == 0 || o.down < resumed { // the connection was up in between
 		o.down = now
 	} else if now-o.down >= o.ep.times.Disconnect {
 		o.abandon(now)
 	}
-	if !o.up.Load() { // opens that give up meanwhile leave nothing behind
+	if !o.up.Load() { // sessions that ended meanwhile must not pile up
 		o.waitingUntilUp = slices.DeleteFunc(o.waitingUntilUp, func(s *session) bool {
 			gone := s.out.state.Phase == lifecycle.Gone
 			if gone {
@@ -192,7 +194,7 @@ func (o *outbox) tick() {
 	}
 }
 
-// spread sets the times of questions about single streams: the more streams, the rarer.
+// spread sets the interval of questions on single streams. It grows with the number of streams.
 func (o *outbox) spread() {
 	t := &o.ep.times
 	few := min(keepAlivesPerStream*t.KeepAlive, streamSilence)
@@ -203,23 +205,23 @@ func (o *outbox) spread() {
 // abandon ends the streams that have waited for the connection for DisconnectTimeout.
 func (o *outbox) abandon(now int64) {
 	end := func(s *session) {
-		if waits := s.out.life.upSince; waits != 0 && now-waits >= o.ep.times.Disconnect { // else it is about to be served
+		if waits := s.out.life.upSince; waits != 0 && now-waits >= o.ep.times.Disconnect { // 0: it is about to be served
 			s.requestEnd(disconnected())
 		}
 	}
 	o.ep.sessions.Range(func(_ string, s *session) bool { end(s); return true })
-	for _, s := range o.waitingUntilUp { // what was never published has no token
+	for _, s := range o.waitingUntilUp { // sessions that published nothing have no token
 		end(s)
 	}
 }
 
-// disconnected is how streams end that waited for the connection for too long. The peer is told when it is there again: a
-// consumer that has not heard from its producer does not know whom to ask, and would wait for ever.
+// disconnected returns the end of streams that waited too long for the connection. The peer gets a RESET when the
+// connection is back, because a consumer that has not heard from its producer cannot ask, and would wait for ever.
 func disconnected() *ending {
 	return &ending{kind: endFault, err: connectionLost(nats.ErrDisconnected), reset: CloseError{CloseAbnormalClosure, "connection lost"}}
 }
 
-// check looks at a session that is due, acts on what that shows, and sees to it that it is looked at again.
+// check decides about a session that is due, acts on the decision, and schedules the next check.
 func (o *outbox) check(s *session, now int64) {
 	if s.out.state.Phase == lifecycle.Gone {
 		return
@@ -239,7 +241,7 @@ func (o *outbox) check(s *session, now int64) {
 		s.mark(workPackets)
 	}
 	if d.Ping {
-		if !d.Repeated { // an answer that does not come says nothing about the reader
+		if !d.Repeated { // a missing answer is no sign of a slow reader
 			s.out.life.asks = min(s.out.life.asks, math.MaxInt16-1) + 1
 		}
 		if snd := s.send.Load(); snd != nil && d.Lost {
@@ -254,8 +256,8 @@ func (o *outbox) check(s *session, now int64) {
 	}
 }
 
-// checkHeldClose publishes a CLOSE that was held back for the result of a handler which takes its time. A look that is late says
-// that the process stood still, and its handlers with it: they get the time again.
+// checkHeldClose publishes a CLOSE that was held back for closeDelay, because the handler has not returned. A late
+// check shows that the process stood still, and its handlers with it. The handler then gets closeDelay again.
 func (o *outbox) checkHeldClose(s *session, now int64) {
 	l := &s.out.life
 	late := now - l.closeAt
@@ -272,8 +274,8 @@ func (o *outbox) checkHeldClose(s *session, now int64) {
 	o.lookAt(s, l.closeAt)
 }
 
-// noteArrivals notes the signs of life that the outbox does not see itself: packets that the reader took, by the clock of
-// when it did, and packets that wait for the reader.
+// noteArrivals records the signs of life that do not pass through the outbox: packets that the reader took, at the time
+// when it took them, and packets that wait for the reader.
 func (o *outbox) noteArrivals(s *session, now int64) {
 	l := &s.out.life
 	before := l.heard
@@ -294,7 +296,7 @@ func (o *outbox) noteArrivals(s *session, now int64) {
 	}
 }
 
-// facts gathers what liveness.Decide goes by.
+// facts gathers the facts for liveness.Decide.
 func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	l, snd := &s.out.life, s.send.Load()
 	if !o.up.Load() {
@@ -335,7 +337,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	return f
 }
 
-// giveUp ends a stream in which nothing can happen any longer. The peer is told, if it may come back.
+// giveUp ends a stream for a reason of liveness.Decide. It sends a RESET if the peer has an address.
 func (o *outbox) giveUp(s *session, why liveness.Reason) {
 	e := CloseError{Code: CloseAbnormalClosure}
 	switch why {
@@ -361,12 +363,12 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 	s.requestEnd(end)
 }
 
-// maxLinger is for how long what is left of a stream is kept for a peer that acknowledges it bit by bit. A slow line may
-// take minutes for a window.
+// maxLinger is how long the packets of a closed stream are kept for a peer that acknowledges them bit by bit. A slow
+// line may take minutes for a window.
 const maxLinger = int64(time.Hour)
 
-// lingers reports whether to go on waiting for a peer that acknowledged some of what is left of a stream that has closed: for
-// maxLinger in all, and no longer than for one that acknowledges nothing while half of what may be kept is in use.
+// lingers reports whether to go on waiting for a peer that acknowledged some packets of a closed stream. It does for
+// maxLinger in all, and for ResumeTimeout while half of the budget for kept packets is in use.
 func (o *outbox) lingers(q *unackedPackets, now int64) bool {
 	limit := max(maxLinger, o.ep.times.Resume)
 	if o.ep.kept.Load() > o.ep.budget/2 {
@@ -406,10 +408,10 @@ func (o *outbox) publishPing(s *session) {
 	o.seek(s)
 }
 
-// absent takes the server's word that nobody received a first packet or a PING. It is a hint: the peer's connection may
-// be coming back.
+// absent handles NATS's report that nobody received a first packet or a PING. It is only a hint, because the peer may
+// be reconnecting.
 func (o *outbox) absent(s *session) {
-	if s.peerTakesJSON() { // what nobody received is lost, and cannot be sent again
+	if s.peerTakesJSON() { // the lost message cannot be sent again
 		e := &CloseError{CloseAbnormalClosure, "nobody receives the stream"}
 		s.requestEnd(&ending{kind: endFault, err: fmt.Errorf("%w: %w", e, nats.ErrNoResponders)})
 		return
@@ -426,5 +428,5 @@ func (o *outbox) absent(s *session) {
 	o.seek(s)
 }
 
-// jitter is by how much an interval of d is made shorter, at random: up to a tenth.
+// jitter returns a random part of d, up to a tenth, by which an interval is made shorter.
 func jitter(d int64) int64 { return rand.Int64N(d/10 + 1) }

@@ -12,18 +12,18 @@ import (
 // This file is the mux, the callback of the wildcard subscription. It runs in the subscription's goroutine. It touches atomics,
 // the fields of session.bucket that it owns, and the inbound ring of the outbox.
 
-// receive is the mux: the callback of the wildcard subscription, called for one message after the other. It finds the
-// stream and hands it the packet. For a packet in order it decodes no frame and allocates nothing. For no message does it
-// take a lock, block or publish: a message of one stream must not delay the others.
+// receive is the mux: NATS calls it for one message after the other. It finds the session and passes the packet to it.
+// For a packet in order it decodes no frame and allocates nothing. It never takes a lock, blocks or publishes, because
+// a message of one stream must not delay the others.
 func (ep *endpoint) receive(m *nats.Msg) {
 	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
 	if !ok {
 		ep.receiveUnknown(m)
 		return
 	}
-	if end := s.end.Load(); end != nil { // on its way out of the map
+	if end := s.end.Load(); end != nil { // the outbox is about to remove the session from the map
 		if m.Reply != "" && s.closeRead(end) {
-			s.mark(workCredit) // it has everything, and says so, or that it leaves after that
+			s.mark(workCredit) // repeats the acknowledgement of CLOSE, or the RESET
 			return
 		}
 		ep.receiveUnknown(m)
@@ -63,8 +63,8 @@ func (ep *endpoint) receive(m *nats.Msg) {
 	}
 }
 
-// receiveUnknown takes a message for a token that is not, or no longer, in use. Where the sender can be reached, it is
-// told: a consumer that left before the first packet came could not do so. docs/PROTOCOL.md section 9.3.
+// receiveUnknown handles a message for an unknown token. If the message has a reply subject, the sender gets a RESET: a
+// consumer that left before the first packet came could not send one. docs/PROTOCOL.md section 9.3.
 func (ep *endpoint) receiveUnknown(m *nats.Msg) {
 	if m.Subject[len(ep.prefix):] == probeToken {
 		ep.inbox.receive(m.Data)
@@ -78,7 +78,8 @@ func (ep *endpoint) receiveUnknown(m *nats.Msg) {
 	ep.answerUnknown(m)
 }
 
-// answerUnknown tells the sender of a packet that no stream takes it, where it can be reached.
+// answerUnknown makes the outbox reset the sender of a packet that no stream accepts, if the packet has a reply
+// subject.
 func (ep *endpoint) answerUnknown(m *nats.Msg) {
 	if m.Reply == "" {
 		return
@@ -88,8 +89,8 @@ func (ep *endpoint) answerUnknown(m *nats.Msg) {
 	}
 }
 
-// receiveBack takes a sequenced packet for a producer that reads nothing: records must not gather unread. A consumer may say
-// that it sends none.
+// receiveBack handles a sequenced packet for a producer that takes no records. A packet with only CLOSE is accepted.
+// Records end the stream, because nobody would read them.
 func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
 	if _, body, err := ParsePacketHeader(m.Data); err == nil && onlyClose(body) {
 		if v, err := s.bucket.accept(m.Data); v != accepted {
@@ -106,7 +107,7 @@ func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
 	ep.refuse(s, m, v, err)
 }
 
-// receiveControl checks a packet without sequence number and leaves it to the outbox, where its frames are acted on.
+// receiveControl checks the header of a control packet, and passes the packet to the outbox, which acts on its frames.
 func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
 	v, err := s.bucket.acceptControl(m.Data, s.senderNumber)
 	if v == gap {
@@ -120,8 +121,8 @@ func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
 
 func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	if len(m.Data) == 0 {
-		// NATS says that nobody listens, docs/PROTOCOL.md section 9.3: to a request that the stream has no
-		// producer, later that its peer may be gone.
+		// NATS reports that nobody listens, docs/PROTOCOL.md section 9.3. For a request, the stream has no producer.
+		// Later, the peer may be gone.
 		switch {
 		case m.Header.Get("Status") != "503":
 			ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "empty message"))
@@ -145,7 +146,7 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	if v != accepted {
 		ep.refuse(s, m, v, err)
 	} else if first {
-		s.mark(workBind | workSettle) // its reader may have come to the end before this
+		s.mark(workBind | workSettle) // the reader may have read the end before this
 	}
 }
 
@@ -170,14 +171,14 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 	}
 }
 
-// askForGap asks for the packets that are missing, unless it just did.
+// askForGap makes the outbox ask for missing packets, unless they were asked for a moment ago.
 func (ep *endpoint) askForGap(s *session) {
 	if s.bucket.shouldAskForGap(ep.clock.Load(), ep.times.Ack) {
 		s.mark(workGap)
 	}
 }
 
-// endFromMux is requestEnd for the mux, which takes no lock and so leaves contexts to the outbox.
+// endFromMux is requestEnd for the mux. The mux takes no lock, so the outbox ends the contexts.
 func (s *session) endFromMux(e *ending) {
 	if s.end.CompareAndSwap(nil, e) {
 		s.bucket.park.Wake()

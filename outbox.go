@@ -16,16 +16,16 @@ import (
 )
 
 // outbox is the one goroutine of an endpoint that publishes: requests, packets, credits, resets. Writers, readers and
-// the mux mark a session and never call NATS themselves, because a publish can block for as long as the connection
-// does, and a caller's context must be able to end the caller's wait. Sessions are served in turn, a packet a turn, so
-// that a stream with much to say delays another by one packet.
+// the mux only mark a session. They never publish, because a publish can block as long as the connection does, and a
+// caller's context must be able to end the caller's wait. The outbox serves sessions in turn, one packet a turn, so a
+// busy stream delays another one by one packet.
 //
 // Queueing: session.pending is a set of work bits. The goroutine that sets the first bit pushes the session on the queue. The
 // outbox clears all bits when it begins to serve. So a session is on the queue at most once, and work that is marked while it is
 // being served brings it back.
 type outbox struct {
 	ep    *endpoint
-	queue atomic.Pointer[session] // a stack; the outbox takes all of it and turns it round
+	queue atomic.Pointer[session] // a stack of marked sessions; the outbox takes all of it and reverses it
 	park  ring.Parker
 	up    atomic.Bool // the connection is CONNECTED
 
@@ -38,23 +38,23 @@ type outbox struct {
 	outOfStream      []outOfStream
 	outOfStreamBytes int // of their subjects
 
-	resumed atomic.Int64 // when the connection came back last, by the endpoint's time
+	resumed atomic.Int64 // when the connection last came back, by the endpoint's time
 	// connection counts how often the connection came back: messages that were published before may be lost.
 	connection atomic.Uint32
 	dropped    atomic.Bool // the mux found no room in inbound since the last tick
 
-	leaving  atomic.Bool // the endpoint closes: told is waited for
+	leaving  atomic.Bool // the endpoint closes, and waits for told
 	stopping atomic.Bool
-	told     chan struct{} // closed after leaving, when no producer is left that has yet to be told
+	told     chan struct{} // closed after leaving, when every producer was reset
 	done     chan struct{}
 
 	// Owned by the goroutine.
 	peers          peers
 	lines          lines
-	waitingUntilUp []*session           // have something to publish, and the connection is down
+	waitingUntilUp []*session           // sessions with deferred work, while the connection is down
 	wheel          wheel.Wheel[session] // sessions by the time at which to look at them
 	clock          liveness.Clock       // by which peers are judged
-	ticked         int64                // when tick was called last, by the endpoint's time
+	ticked         int64                // when tick was last called, by the endpoint's time
 	down           int64                // since when the connection is down, by the endpoint's time
 	ended          endedStreams
 	scratch        []byte
@@ -69,8 +69,8 @@ type outbox struct {
 
 	remotes     map[string]*remote  // other ends, by their names
 	remoteWheel wheel.Wheel[remote] // other ends by the time at which to look at them
-	streamTimes liveness.Intervals  // those of the endpoint, but KeepAlive is that of a single stream
-	repeat      int64               // after how long a question about a single stream is repeated
+	streamTimes liveness.Intervals  // those of the endpoint, except KeepAlive, which is that of a single stream
+	repeat      int64               // the time after which a question on a single stream is repeated
 	asking      int                 // streams that were asked and have not answered
 }
 
@@ -94,7 +94,7 @@ const (
 	maxOutOfStreamBytes = 4 << 20 // of their subjects, each of which may have 4 KiB
 	outOfStreamTurn     = 32      // done before sessions have their turn
 
-	maxSought = maxOutOfStream / 4 // of them may be there when a consumer asks for its stream: strangers leave room
+	maxSought = maxOutOfStream / 4 // a consumer that asks for its stream is dropped if more wait: strangers leave room
 )
 
 func (o *outbox) init(ep *endpoint) {
@@ -111,7 +111,7 @@ func (o *outbox) init(ep *endpoint) {
 func (o *outbox) run() {
 	defer close(o.done)
 	for {
-		stopping := o.stopping.Load() // sessions that were marked before are seen below
+		stopping := o.stopping.Load() // sessions that were marked before are served below
 		o.sawLeaving = o.leaving.Load()
 		worked := o.receive()
 		if o.tickIfDue() {
@@ -126,7 +126,7 @@ func (o *outbox) run() {
 		}
 		for s := o.take(); s != nil; worked = true {
 			next := s.next
-			s.next = nil // a session must not keep another alive
+			s.next = nil // otherwise this session keeps the next one in memory
 			o.serve(s, s.pending.Swap(0))
 			s = next
 			o.receive() // an acknowledgement frees memory and credit for the next packet
@@ -143,7 +143,7 @@ func (o *outbox) run() {
 			o.answerLast()
 		}
 		if stopping {
-			o.serveHeld() // if the connection is down, nothing waits for it any longer
+			o.serveHeld() // also if the connection is down
 			o.endRest()
 			return
 		}
@@ -156,8 +156,8 @@ func (o *outbox) run() {
 	}
 }
 
-// endRest ends the producers' streams that nobody marked since the endpoint is gone: without a token of their own, the
-// endpoint does not know them, and their consumers would wait for ever.
+// endRest ends the streams of producers that were not marked since the endpoint ended. They have no token, so endAll
+// does not find them, and their consumers would wait for ever.
 func (o *outbox) endRest() {
 	gone := o.ep.gone.Load()
 	if gone == nil {
@@ -203,7 +203,7 @@ func (o *outbox) hasOutOfStream() bool {
 	return len(o.outOfStream) > 0 && o.up.Load()
 }
 
-// doOutOfStream does the next of it, at most outOfStreamTurn pieces.
+// doOutOfStream does the next work outside sessions, at most outOfStreamTurn pieces.
 func (o *outbox) doOutOfStream() bool {
 	if !o.hasOutOfStream() {
 		return false
@@ -244,7 +244,7 @@ func (o *outbox) doOutOfStream() bool {
 	return true
 }
 
-// endDenied ends the streams that cannot go on because this end may not publish to subject.
+// endDenied ends the streams that need to publish to subject, because NATS does not permit it.
 func (o *outbox) endDenied(subject string, err error) {
 	found := false
 	o.peers.take(subject, func(s *session) {
@@ -257,7 +257,7 @@ func (o *outbox) endDenied(subject string, err error) {
 	}
 }
 
-// hold keeps work for s until the connection is back.
+// hold defers work for s until the connection is up.
 func (o *outbox) hold(s *session, work uint32) {
 	if s.out.deferredUntilUp == 0 {
 		o.waitingUntilUp = append(o.waitingUntilUp, s)
@@ -265,7 +265,7 @@ func (o *outbox) hold(s *session, work uint32) {
 	s.out.deferredUntilUp |= work
 }
 
-// serveHeld serves the sessions that waited for the connection.
+// serveHeld does the work that was deferred until the connection is up.
 func (o *outbox) serveHeld() {
 	held := o.waitingUntilUp
 	o.waitingUntilUp = nil
@@ -273,11 +273,11 @@ func (o *outbox) serveHeld() {
 		work := s.out.deferredUntilUp
 		s.out.deferredUntilUp = 0
 		o.serve(s, work)
-		o.receive() // an end may have arrived that leaves nothing to publish
+		o.receive() // the streams may have ended meanwhile
 	}
 }
 
-// serve does work for s, of its packets at most one.
+// serve does the given work for s. It publishes at most one of its packets.
 func (o *outbox) serve(s *session, work uint32) {
 	if s.out.life.upSince == 0 {
 		o.firstLook(s)
@@ -316,7 +316,7 @@ func (o *outbox) firstLook(s *session) {
 	}
 	s.out.life.upSince = o.ep.now()
 	look := s.out.life.upSince
-	if s.role != lifecycle.Consumer { // its first look sends a hello, which is wasted on a producer that writes soon
+	if s.role != lifecycle.Consumer { // the first look sends a hello, which is not needed if the producer writes soon
 		look += int64(tickLength(&o.ep.times))
 	}
 	o.lookAt(s, look)
@@ -326,7 +326,7 @@ func (o *outbox) firstLook(s *session) {
 	}
 }
 
-// serveEnd acts on the end of s, if the stream or all streams have ended, and reports that.
+// serveEnd acts on the end of s or of all streams. It reports whether there is one.
 func (o *outbox) serveEnd(s *session, work uint32) bool {
 	end := s.end.Load()
 	if e := o.ep.barred(); end == nil && e != nil {
@@ -378,9 +378,9 @@ func (o *outbox) takeNews(s *session, work uint32) {
 func (o *outbox) serveControl(s *session, work uint32) {
 	resume := work&workResume != 0 && s.out.peer != ""
 	if l := &s.out.life; work&workResume != 0 {
-		o.schedule(s, o.time()) // all that was due while the connection was down is due now
+		o.schedule(s, o.time()) // checks that were due while the connection was down are due now
 		if !resume && s.out.peer == "" && l.took != 0 && l.took <= o.connection.Load() {
-			l.took, l.pinged = tookLost, o.time() // the request, or its answer, may be
+			l.took, l.pinged = tookLost, o.time() // the request or its answer may be lost
 		}
 	}
 	if work&workGap != 0 || resume {
@@ -423,7 +423,7 @@ func (o *outbox) servePackets(s *session) {
 	}
 }
 
-// watchAck sees to it that s is looked at when the acknowledgement of the packet published just now is overdue.
+// watchAck schedules a check of s for when the acknowledgement of the packet published just now is overdue.
 func (o *outbox) watchAck(s *session) {
 	l, ack := &s.out.life, o.ep.times.Ack
 	if s.peerTakesJSON() || o.dueBy(s, l.sent+2*ack) {
@@ -446,8 +446,8 @@ func (o *outbox) closed(snd *sender) {
 	o.schedule(s, snd.unacked.closed+min(o.ep.times.Ack, o.ep.times.Resume))
 }
 
-// connected reports whether a message published now is sent, as far as that can be known. nats.go keeps messages while it
-// reconnects. These can be lost, or close the connection if the next server has a smaller max_payload.
+// connected reports whether the connection is up, so that a message published now is sent. nats.go buffers messages
+// while it reconnects. These can be lost, or close the connection if the next server has a smaller max_payload.
 func (o *outbox) connected() bool {
 	if !o.up.Load() {
 		return false
@@ -456,7 +456,7 @@ func (o *outbox) connected() bool {
 		return true
 	}
 	o.up.Store(false)
-	if isUp(o.ep.conn.Status()) { // at the same time: the watcher's news may have come before
+	if isUp(o.ep.conn.Status()) { // the watcher may have stored true just before
 		o.up.Store(true)
 		return true
 	}

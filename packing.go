@@ -27,23 +27,23 @@ type packer struct {
 	n        int
 	fast     []byte
 	open     *packet
-	queued   bool // the session is marked: the outbox will look for packets
+	queued   bool // the session is marked with workPackets
 	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
-	turn     bool // one goroutine is writing something that takes several steps: others wait
+	turn     bool // one goroutine writes a record in several steps: others wait
 	half     bool // CLOSE says that the handler goes on reading
 	soon     bool // CLOSE asks to be acknowledged at once
 
 	sealed      uint32   // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64   // of all packets before it
-	shifted     uint32   // by how much sealed grew because packets were cut; changed by the outbox, which reads it without the lock
-	acked       uint32   // how many packets the consumer acknowledged
-	granted     credited // the credit that it granted
+	shifted     uint32   // how much sealed grew because packets were cut; the outbox stores it with the lock, and reads it without
+	acked       uint32   // number of packets that the peer acknowledged
+	granted     credited // by the peer
 	kept        uint64   // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
 	size        int      // of the packet sealed last
 
 	wake         chan struct{} // closed when anything under the lock, or the credit, changes; nil while nobody waits
 	publishError error         // the last publish failed; its packet is kept and published again by the next call
-	subject      string        // of the peer; a consumer's send half does not know it at first
+	subject      string        // the first address of the peer; empty while a consumer does not know it
 	trailer      []byte        // the headers of SetTrailer, in META form
 	closing      CloseError    // the code and reason in CLOSE. After CLOSE was sealed, the outbox reads it, half and soon without the lock
 
@@ -62,7 +62,7 @@ func (pk *packer) init(s *session, ctx context.Context) {
 	pk.ready.Init(maxUnacked + 1) // one more for the packet that only closes
 }
 
-// coalesceLimit is the size up to which a packet gathers records.
+// coalesceLimit returns the size up to which a packet gathers records.
 func (pk *packer) coalesceLimit() int {
 	return min(coalesceSize, pk.packetLimit())
 }
@@ -91,7 +91,7 @@ func (pk *packer) growLocked(n int) {
 	pk.resetFastLocked()
 }
 
-// growthFactor is by how much a packet grows at least.
+// growthFactor is the least factor by which a packet grows.
 const growthFactor = 4
 
 // moveLocked moves the open packet into another buffer of at least n bytes.
@@ -104,7 +104,7 @@ func (pk *packer) moveLocked(n int) {
 	pk.open = p
 }
 
-// keepLocked counts the buffer of p from when it is opened until it is acknowledged; freeLocked ends that for n bytes.
+// keepLocked counts the buffer of p, from when p is opened until it is acknowledged. freeLocked discounts n bytes.
 func (pk *packer) keepLocked(p *packet) {
 	pk.kept += p.memory()
 	pk.session.ep.kept.Add(int64(p.memory()))
@@ -117,7 +117,7 @@ func (pk *packer) freeLocked(n uint64) {
 	}
 }
 
-// markLocked tells the outbox that there is something to publish.
+// markLocked marks the session for the outbox, unless that was done.
 func (pk *packer) markLocked() {
 	if !pk.queued {
 		pk.queued = true
@@ -146,7 +146,7 @@ func (pk *packer) shut() {
 	pk.mu.Unlock()
 }
 
-// resetFastLocked lets Write use the open packet, unless somebody has the turn.
+// resetFastLocked lets Write use the open packet, unless a goroutine has the turn.
 func (pk *packer) resetFastLocked() {
 	pk.fast = nil
 	if pk.open != nil && !pk.turn && !pk.closed.Load() && !pk.held.Load() && !pk.over() && pk.session.ep.maxRecord >= coalesceSize { // otherwise Write must check
@@ -154,8 +154,8 @@ func (pk *packer) resetFastLocked() {
 	}
 }
 
-// sealLocked ends the open packet: no more records go in, and it is the outbox's from here on. A packet that uses up
-// the credit asks for more.
+// sealLocked ends the open packet: it takes no more records, and belongs to the outbox from here on. A packet that uses
+// up the credit gets ACK.
 func (pk *packer) sealLocked() {
 	if n := len(pk.open.buf); n >= wasteful*pk.n && n > packetClasses[0] { // the whole buffer is kept until the acknowledgement
 		pk.moveLocked(pk.n)
@@ -179,11 +179,11 @@ func (pk *packer) sealLocked() {
 	pk.ready.Push(p) // never full: credit bounds the packets that are sealed and not acknowledged
 }
 
-// wasteful is how many times as large as its packet a buffer is that is exchanged for a smaller one.
+// wasteful times the size of its packet is the size from which on a buffer is exchanged for a smaller one.
 const wasteful = 2
 
-// closeSoon reports whether the peer is to acknowledge CLOSE at once. A consumer that still sends is told by a RESET that
-// nobody reads any longer, and the RESET must come after the acknowledgement.
+// closeSoon reports whether CLOSE asks for an acknowledgement at once. A consumer that still sends gets a RESET, and
+// the RESET must come after the acknowledgement.
 func (pk *packer) closeSoon() bool {
 	s := pk.session
 	return s.role == lifecycle.Handler && !s.recv.readDone.Load() && s.bucket.ring.Pushed() > 0
@@ -265,7 +265,7 @@ func (pk *packer) appendCloseLocked(code int, reason string) {
 	pk.fast = nil
 }
 
-// hasOpenLocked reports whether the open packet holds records that are complete.
+// hasOpenLocked reports whether the open packet holds complete records.
 func (pk *packer) hasOpenLocked() bool {
 	return pk.open != nil && (!pk.turn || pk.encoding) && pk.n != PacketHeaderSize
 }
@@ -290,7 +290,7 @@ func (pk *packer) creditLocked() bool {
 		pk.sealed-pk.acked < maxUnacked && mayKeep(pk.kept, pk.session.ep.kept.Load(), pk.session.ep.window, pk.session.ep.budget)
 }
 
-// maxUnacked bounds the packets kept for a peer that grants without end.
+// maxUnacked bounds the packets that are kept for a peer that grants without end and never acknowledges.
 const maxUnacked = 4 * maxPackets
 
 // mayKeep reports whether a stream that keeps kept bytes may open another packet, at an endpoint whose streams keep all bytes
@@ -301,7 +301,7 @@ func mayKeep(kept uint64, all int64, window uint64, budget int64) bool {
 	return kept < window && (kept < minWindow || int64(kept) < budget-all)
 }
 
-// offered is the first credit that a token or offer gives; docs/PROTOCOL.md section 8.
+// offered returns the first credit of a token or offer; docs/PROTOCOL.md section 8.
 func offered(t Token) credited {
 	return credited{1 << min(t.LogPackets, halfLogPackets), 1 << t.LogBytes}
 }
@@ -331,7 +331,7 @@ func (pk *packer) stalled() bool {
 	return pk.wake != nil && !pk.creditLocked()
 }
 
-// bind lets a consumer's send half begin: its producer, and the credit that it offers, are known. Called by the outbox.
+// bind lets the send half of a consumer begin, because the address of its producer is known. Called by the outbox.
 func (pk *packer) bind(subject string) {
 	pk.mu.Lock()
 	defer pk.mu.Unlock()
@@ -346,15 +346,15 @@ func (pk *packer) bind(subject string) {
 	pk.wakeLocked()
 }
 
-// dropOpen lets go of the open packet and of all that is kept, because the stream has ended. Called by the outbox.
+// dropOpen drops the open packet and discounts all kept buffers, because the stream has ended. Called by the outbox.
 func (pk *packer) dropOpen() {
 	pk.mu.Lock()
 	defer pk.mu.Unlock()
-	if pk.open != nil && !pk.turn { // an encoder may be writing into it: then it is the garbage collector's
+	if pk.open != nil && !pk.turn { // while a goroutine has the turn, an encoder may write into it: then the garbage collector frees it
 		putPacket(pk.open)
 	}
 	if pk.open != nil && pk.n > PacketHeaderSize {
-		pk.sealed++ // records that are thrown away are never acknowledged
+		pk.sealed++ // dropped records are never acknowledged
 	}
 	pk.open, pk.n, pk.fast = nil, 0, nil
 	pk.freeLocked(pk.kept)

@@ -6,12 +6,13 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// peers finds the sessions that write to a subject, so that a refused publish costs the same however many streams there
-// are. The outbox owns it. It holds a session from when the outbox first serves it until it forgets it.
+// peers finds the sessions that publish to a subject, so that the cost of a refused publish does not depend on the
+// number of streams. The outbox owns it. A session is in it from when the outbox first serves it until its stream is
+// over.
 type peers struct {
 	seed  maphash.Seed
 	first map[uint64]*session              // by the hash of the subject
-	more  map[uint64]map[*session]struct{} // further sessions with the same hash: rare, so a session needs no links
+	more  map[uint64]map[*session]struct{} // further sessions with the same hash. They are rare, so a session needs no links
 }
 
 func (p *peers) init() {

@@ -6,7 +6,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file is the way to NATS. Only the outbox publishes, with the exceptions that the functions here name.
+// This file publishes on the NATS connection. Only the outbox calls it.
 
 // publish publishes a message that is not a stream's data. A failure is counted and does not end the stream: credit is sent
 // again after a reconnect, and a connection that accepts no more bytes is noticed otherwise.
@@ -18,8 +18,8 @@ func (ep *endpoint) publish(subject, reply string, data []byte) error {
 	return err
 }
 
-// send publishes data to a subject that a peer named. All publishing does, except for requests
-// and the questions to NATS in the fallback.
+// send publishes data to a subject that a peer named. All messages pass through it, except requests, the probes of the
+// inbox and of the fallback, and RESUME.
 func (ep *endpoint) send(subject, reply string, data []byte) error {
 	if most := ep.longestPeer(); len(subject) > most {
 		return fmt.Errorf("subject of %d bytes, which may be longer than this connection's NATS server takes (max_control_line); "+
@@ -28,16 +28,17 @@ func (ep *endpoint) send(subject, reply string, data []byte) error {
 	return ep.conn.Publish(subject, reply, data)
 }
 
-// Peers on other nodes of a cluster name subjects that their own node takes. This connection's node may take less, and closes
-// the connection, with all its streams, over a control line that is too long. It does not say how much it takes: INFO
-// has no max_control_line. Servers take 4,096 bytes by default.
+// A peer at another node of a cluster may name a subject that its own node accepts. This connection's node may accept
+// less, and closes the connection, with all its streams, over a control line that is too long. It does not announce its
+// limit: INFO has no max_control_line. The default is 4,096 bytes.
 const (
-	safeControlLine = 512 - len(" 1048576 1048576 ") // for subject and reply subject, of any server that is in use
+	safeControlLine = 512 - len(" 1048576 1048576 ") // for subject and reply subject: all servers in use accept this
 	ordinaryPeer    = 128                            // an inbox without a prefix of its own has about 50
 )
 
-// longestPeer is how long the subject of a peer may be. The line also has this end's own subject, because the first packet and
-// each PING carry it. Its length is this connection's own choice, so it always leaves room for an ordinary peer.
+// longestPeer returns the largest length of a peer's subject. The control line also has this end's own subject, because
+// the first packet and each PING carry it. This end has chosen its own prefix, so there is always room for an ordinary
+// peer.
 func (ep *endpoint) longestPeer() int {
 	return max(safeControlLine-len(ep.prefix)-TokenSize, ordinaryPeer)
 }

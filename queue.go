@@ -1,6 +1,7 @@
 package stream
 
-// This file is the outbox's queue. Any goroutine marks a session with work. The outbox takes all marked sessions at once.
+// This file is the outbox's queue. Any goroutine may mark a session with work. The outbox takes all marked sessions at
+// once.
 //
 // session.pending is a set of work bits. The goroutine that sets the first bit pushes the session on the queue. The
 // outbox clears all bits when it begins to serve. So a session is on the queue at most once, and work that is marked while it is
@@ -13,16 +14,16 @@ const (
 	workCredit               // grant the peer new credit
 	workGap                  // acknowledge the packets that arrived, and report missing ones
 	workProbe                // ask the peer for its acknowledgement and its credit
-	workResume               // both of these, where the peer is known: the connection was away
-	workWait                 // nothing: the session is to be looked at in time
-	workHello                // let the consumer know where its producer is
+	workResume               // workGap and workProbe, if the peer is known: the connection was interrupted
+	workWait                 // none: put the session on the wheel
+	workHello                // send the consumer the producer's address
 	workBind                 // the consumer has a send half now
-	workSettle               // one half has come to its end: was it the last?
-	workClose                // a handler closed its direction: CLOSE waits for the handler's result, but not for long
-	workBegin                // the handler has begun: let the consumer know soon, if it does not hear anyway
-	workEnd                  // the session ended: tell the peer, let go of the buffers
-	workEndLater             // the same, and the peer waits for nothing
-	workPatience             // the user has set how long the peer may be silent
+	workSettle               // one half has ended: raise its event, which may end the stream
+	workClose                // a handler closed its direction: CLOSE waits for the handler's result, for closeDelay at most
+	workBegin                // the handler has begun: a hello may be due
+	workEnd                  // the session ended: reset the peer, release the buffers
+	workEndLater             // the same, and the peer does not wait
+	workPatience             // the user has set a peer timeout for the stream
 
 	workNews    = workClose | workBind | workPatience
 	workControl = workResume | workGap | workCredit | workHello | workProbe
@@ -43,8 +44,8 @@ func (s *session) mark(work uint32) {
 	o.park.Wake()
 }
 
-// markLater gives the session work that can wait until the outbox is up for another reason, at the latest the next tick. A
-// stream that opens and ends at once need not wake it for that.
+// markLater gives the session work that can wait until the outbox is awake for another reason, or until the next tick.
+// So a stream that opens and ends at once does not wake the outbox for its end.
 func (s *session) markLater(work uint32) {
 	if s.pending.Or(work) != 0 {
 		return

@@ -15,10 +15,11 @@ import (
 	"github.com/natsstream/stream/internal/race"
 )
 
-// receiver is the receive half of a session as its user sees it: where in the stream the user is. The bucket holds what
-// arrived and was not read yet. Consumers reach it through Stream, handlers through Request.
+// receiver is the receive half of a session as its user sees it: the position of the user in the stream. The bucket
+// holds the packets that arrived and were not read. Consumers use it through Stream, and handlers through Request. The
+// reader owns it, except the atomic fields.
 type receiver struct {
-	parent    context.Context // when it ends the stream does, for records that arrived as well
+	parent    context.Context // ends the stream when it ends, also for records that arrived before
 	maxRecord uint64
 	window    atomic.Int64 // bytes reserved for this stream out of the endpoint's budget
 	released  atomic.Bool
@@ -31,20 +32,20 @@ type receiver struct {
 	// A consumer that left while its own records are still being sent sets gateLeft: reads return ErrClosed from then on.
 	readLock atomic.Uint32
 
-	rawCodec FrameFlags // codec of records that were written as bytes
+	rawCodec FrameFlags // codec by which RecvObject decodes records that were written as bytes
 
-	// Owned by whoever reads.
+	// Owned by the reader.
 	busy      bool
 	ackWanted bool   // the sender of the current packet asked for credit
 	data      []byte // the current packet
 	off       int    // where its next frame begins; 0 in a message of the fallback that was not read yet
-	left      []byte // what Read did not have room for
-	done      error  // what every read returns from now on
+	left      []byte // the rest of a record that Read has read in part
+	done      error  // the result of every further read
 	header    nats.Header
 	trailer   nats.Header
 }
 
-// Bits of reader.gate.
+// Bits of receiver.readLock.
 const (
 	gateReading = 1 << iota
 	gateLeft
@@ -52,7 +53,7 @@ const (
 
 // recvRecord is Stream.Recv and Request.Recv.
 func (s *session) recvRecord() ([]byte, error) {
-	// Only the record at hand is taken here; nextRecord does the same and all the rest, without haste.
+	// This fast path takes a record at hand from the current packet. nextRecord handles all cases.
 	if !s.recv.busy && !race.Enabled && len(s.recv.left) == 0 && s.recv.readLock.Load() == 0 && s.end.Load() == nil && s.recv.parent.Err() == nil {
 		s.recv.busy = true
 		if b := s.recv.data[s.recv.off:]; len(b) >= FrameHeaderSize && s.recv.off != 0 {
@@ -135,7 +136,7 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 	return n, nil
 }
 
-// lockRead begins a read that may wait; leave ends it.
+// lockRead begins a read that may wait; unlockRead ends it.
 func (s *session) lockRead() error {
 	switch {
 	case !s.recv.busy && s.recv.readLock.CompareAndSwap(0, gateReading):
@@ -181,8 +182,9 @@ func (s *session) tooBig() error {
 	return s.fail(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.recv.maxRecord))
 }
 
-// assemble puts a record together whose first piece is f. What it holds until the last piece is there is counted in the
-// endpoint's budget. If there is no room it waits, and its peer gets no credit. The record is the reader's.
+// assemble returns the record that begins with piece f. The pieces count in the endpoint's budget until the last one
+// was read. Without room assemble waits, and the peer gets no credit meanwhile. The returned record belongs to the
+// user.
 func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error) {
 	flags = f.Flags & FlagCodecMask
 	var a assembly
@@ -207,7 +209,8 @@ func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error)
 	}
 }
 
-// nextData returns the next DATA frame, and acts on the frames before it. within says that a record was begun.
+// nextData returns the next DATA frame, and acts on the frames before it. within says that the frame continues a
+// record.
 func (s *session) nextData(within bool) (Frame, error) {
 	for {
 		if err := s.endedNow(); err != nil {
@@ -217,7 +220,7 @@ func (s *session) nextData(within bool) (Frame, error) {
 			if err := s.nextPacket(); err != nil {
 				return Frame{}, err
 			}
-			if s.recv.off == len(s.recv.data) { // no sender numbers such a packet
+			if s.recv.off == len(s.recv.data) { // a packet without a frame
 				return Frame{}, s.fail(protocolError(CloseProtocolError, "sequenced packet without a frame"))
 			}
 			continue
@@ -300,7 +303,7 @@ func (s *session) readHeader() (nats.Header, error) {
 	}
 	if s.recv.off == PacketHeaderSize {
 		f, rest, err := ParseFrame(s.recv.data[s.recv.off:])
-		if err == nil && f.Type == FrameMeta && f.Flags&FlagTrailer == 0 { // all else is for the reads to judge
+		if err == nil && f.Type == FrameMeta && f.Flags&FlagTrailer == 0 { // reads check all other frames
 			s.recv.off = len(s.recv.data) - len(rest)
 			if err := s.takeMeta(f, true); err != nil {
 				return nil, err
@@ -315,8 +318,7 @@ func (s *session) readHeader() (nats.Header, error) {
 	return nil, nil
 }
 
-// refused reports whether the frames that are left of the first packet are the end of the stream with an error, and no record
-// comes before it.
+// refused reports whether the rest of the first packet ends the stream with an error, without a record before the end.
 func (s *session) refused() bool {
 	for b := s.recv.data[s.recv.off:]; len(b) > 0; {
 		f, rest, err := ParseFrame(b)
@@ -331,7 +333,7 @@ func (s *session) refused() bool {
 	return false
 }
 
-// endedNow returns what every read returns from now on, if there is such a thing.
+// endedNow returns the error of this and every further read if reads have ended, and nil otherwise.
 func (s *session) endedNow() error {
 	if s.recv.done != nil {
 		return s.recv.done
@@ -344,10 +346,10 @@ func (s *session) endedNow() error {
 		return s.endReads(e)
 	}
 	if s.recv.parent.Err() != nil {
-		// The context's own callback is under way and says the same to the peer.
+		// The context's own callback may not have run yet. It does the same.
 		s.canceled()
 		e := s.end.Load()
-		if s.role == lifecycle.Consumer && e.kind != endLocal { // the peer's end came first, but nobody reads up to it any longer
+		if s.role == lifecycle.Consumer && e.kind != endLocal { // the peer's end came first, but records before it are not read any more
 			e = &ending{kind: endLocal, err: contextError(s.recv.parent)}
 		}
 		return s.endReads(e)
@@ -365,8 +367,8 @@ func (s *session) nextPacket() error {
 		s.recv.data, s.recv.off = nil, 0
 	}
 	for {
-		// The order matters: whoever ends the stream does so after the last push, so a ring that is empty after
-		// the end was seen stays empty.
+		// end is loaded before Pop. Packets that arrived before the end were pushed before it was set. So if end is set
+		// and the ring is empty, all of them were read.
 		end := s.end.Load()
 		if data, ok := b.ring.Pop(); ok {
 			if now := s.ep.clock.Load(); s.lastPop.Load() != now {
@@ -383,7 +385,7 @@ func (s *session) nextPacket() error {
 			return s.endReads(end)
 		}
 		if s.role != lifecycle.Consumer && !b.ranDry {
-			s.mark(workHello) // the consumer cannot write before it knows where to
+			s.mark(workHello) // the consumer cannot write before it knows the address
 		}
 		if s.role == lifecycle.Handler {
 			s.send.Load().packer.publishHeld() // the consumer may wait for the end before it sends more
@@ -415,8 +417,8 @@ func (s *session) nextMessage() (Frame, error) {
 	return Frame{Type: FrameData, Flags: FlagJSON, Payload: rec}, nil
 }
 
-// takeClose ends this direction as the peer said, and the stream with it if that was all there was to wait for. half says
-// that the peer goes on reading.
+// takeClose ends this direction with the peer's code and text. It ends the stream as well if the other direction is
+// unused. half says that the peer goes on reading.
 func (s *session) takeClose(code int, text string, half bool) error {
 	switch {
 	case code != CloseNormalClosure:
@@ -427,14 +429,14 @@ func (s *session) takeClose(code int, text string, half bool) error {
 	s.dropUnread(io.EOF)
 	s.releaseWindow()
 	s.recv.readDone.Store(true)
-	if e := s.end.Load(); e != nil { // the outbox was done with the stream before this; else it sees readDone
+	if e := s.end.Load(); e != nil { // the outbox may have ended the stream before readDone was stored; otherwise it sees readDone
 		s.release(e)
 	}
 	s.markLater(workSettle)
 	return s.recv.done
 }
 
-// fail ends the stream because of what the peer sent, and tells it.
+// fail ends the stream because of an invalid packet of the peer, and resets it.
 func (s *session) fail(err *CloseError) error {
 	return s.endReads(&ending{kind: endLocal, err: err, reset: *err})
 }
@@ -455,29 +457,30 @@ func (s *session) dropUnread(err error) {
 	s.recv.data, s.recv.off, s.recv.left = nil, 0, nil
 }
 
-// leaving is the code that tells the peer that this end's user leaves.
+// leaving returns the code of the RESET when the user of this end leaves.
 func (s *session) leaving() int {
 	if s.role == lifecycle.Consumer && s.recv.readDone.Load() && s.send.Load() == nil {
-		return CloseNormalClosure // everything was read, and there is nothing to say
+		return CloseNormalClosure // everything was read, and nothing was written
 	}
 	return CloseCanceled
 }
 
-// detachIfDone lets a consumer go that has read everything and closed its own direction. Its peer is told nothing: what it has not
-// acknowledged yet goes on being repaired. It reports false where the stream is not that far; otherwise release is to follow.
+// detachIfDone detaches a consumer that has read everything and closed its own direction. It sends no RESET:
+// unacknowledged packets are still repaired. It reports false if the consumer has not done both. If it reports true,
+// the caller calls release.
 func (s *session) detachIfDone() bool {
 	snd := s.send.Load()
 	if s.role != lifecycle.Consumer || !s.recv.readDone.Load() || snd == nil || !snd.packer.closed.Load() {
 		return false
 	}
 	s.nobodyReads.Store(true)
-	s.mark(workPackets) // the last publish may have failed, and nobody else will try again
+	s.mark(workPackets) // the last publish may have failed, and no writer will try again
 	return true
 }
 
-// detach lets a consumer go before the producer's end. It closes its direction, unless that was done, and what it has not
-// acknowledged goes on being repaired. When everything is acknowledged, the outbox sends a RESET with the code of CLOSE, because
-// the producer may still be sending. It reports false if the records that were written cannot be sent to their end.
+// detach detaches a consumer before the producer's end was read. It closes the consumer's direction, unless that was
+// done. Unacknowledged packets are still repaired. When all are acknowledged, the outbox sends a RESET with the code of
+// CLOSE, because the producer may still be sending. detach reports false if not all written records can be sent.
 func (s *session) detach(reason string) bool {
 	snd := s.send.Load()
 	if snd == nil || !snd.packer.closeToLeave(reason) {
@@ -495,14 +498,14 @@ func (s *session) detach(reason string) bool {
 	return true
 }
 
-// canceled runs when the context that the stream lives by ended.
+// canceled ends the stream because its parent context ended.
 func (s *session) canceled() {
 	if s.detachIfDone() {
 		s.release(&ending{err: contextError(s.recv.parent)})
 		return
 	}
 	if s.role == lifecycle.Consumer && s.nobodyReads.Load() {
-		return // the user left before, and the outbox ends what remains
+		return // the user left before, and the outbox ends the rest
 	}
 	e := &ending{kind: endLocal, err: contextError(s.recv.parent), reset: CloseError{Code: s.leaving()}}
 	if s.recv.parent.Err() == context.DeadlineExceeded {
@@ -514,7 +517,7 @@ func (s *session) canceled() {
 	s.endLocally(e)
 }
 
-// endLocally ends the stream now and lets go of what it holds.
+// endLocally ends the stream and releases it at once.
 func (s *session) endLocally(e *ending) {
 	s.requestEnd(e)
 	s.release(e)
@@ -526,7 +529,7 @@ func (s *session) release(e *ending) {
 	if s.role == lifecycle.Consumer {
 		cause := e.err
 		if e.kind == endPeerDone && s.recv.readDone.Load() {
-			cause = io.EOF // the end that was read is all there is to say
+			cause = io.EOF // the CLOSE that was read counts, not the RESET after it
 		}
 		s.stream.endContext(cause)
 	}

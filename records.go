@@ -16,8 +16,8 @@ type recordRoom struct {
 // recordLook is the time between two looks for overdue records, in nanoseconds: a tenth of the shortest patience.
 const recordLook = int64(1e9)
 
-// holdRecord takes n bytes for the record that the reader of s puts together, and waits until there is room. It reports false
-// if the stream ended meanwhile.
+// holdRecord takes n bytes for the record that the reader of s assembles, and waits until there is room. It reports
+// false if the stream ended meanwhile. The reader calls it.
 func (s *session) holdRecord(n uint64) bool {
 	r := &s.ep.room
 	r.mu.Lock()
@@ -38,7 +38,7 @@ func (s *session) holdRecord(n uint64) bool {
 	return true
 }
 
-// userLeft reports whether nobody wants what has arrived any more.
+// userLeft reports whether arrived records are not read any more.
 func (s *session) userLeft() bool {
 	e := s.end.Load()
 	return e != nil && e.kind == endLocal || s.recv.parent.Err() != nil || s.recv.readLock.Load()&gateLeft != 0
@@ -51,7 +51,7 @@ func (r *recordRoom) waits(s *session) bool {
 	return r.records.Waits(s)
 }
 
-// recordDone gives back what the record of s holds.
+// recordDone gives the bytes of the record of s back. The reader calls it.
 func (s *session) recordDone() {
 	r := &s.ep.room
 	r.mu.Lock()
@@ -60,8 +60,8 @@ func (s *session) recordDone() {
 	wakeReaders(woken)
 }
 
-// checkRecords lets records go on for which there is room now, because windows became smaller, and ends streams whose records
-// do not proceed while others wait. The outbox calls it at each tick.
+// checkRecords wakes readers of records for which there is room now, because windows became smaller. It ends streams
+// with records that do not proceed while others wait. The outbox calls it at each tick.
 func (o *outbox) checkRecords() {
 	r, now := &o.ep.room, o.ep.clock.Load()
 	r.mu.Lock()

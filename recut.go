@@ -4,9 +4,9 @@ import "fmt"
 
 // This file cuts packets that were sealed for a server with a larger max_payload. The outbox runs it.
 
-// recut makes smaller packets of p and of all that is sealed behind it, for a server that takes limit bytes. p was refused
-// before it left, so none of them has been seen by the peer, and they may have other numbers. It reports false, and changes
-// nothing, if p holds a frame that must stay whole and is too large.
+// recut cuts p into packets of at most limit bytes, the server's max_payload, and renumbers the sealed packets behind
+// it. nats.go refused p before it left, so the peer has seen none of these packets. recut reports false, and changes
+// nothing, if p holds a frame that is too large and must not be cut.
 func (snd *sender) recut(p *packet, limit int) bool {
 	pk := snd.packer
 	pieces, ok := cutPacket(p.buf, limit)

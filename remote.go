@@ -10,8 +10,9 @@ import (
 	"github.com/natsstream/stream/internal/wheel"
 )
 
-// This file is about the other ends of an endpoint's streams: one question asks for all streams that two ends share;
-// docs/PROTOCOL.md section 13.2.
+// This file watches the other ends of an endpoint's streams: one question serves all streams that two ends share;
+// docs/PROTOCOL.md section 13.2. The outbox runs all of it, except setPeerTimeout and ownPatience, which any goroutine
+// may call.
 
 // remote is the other end of one or more streams: the subjects of these streams there differ only in the token. The outbox owns
 // it. Times are those of the outbox's clock; 0 is never.
@@ -19,15 +20,15 @@ type remote struct {
 	name      string // the subjects without their tokens, or a whole subject that has none
 	heard     int64  // on any of the streams
 	asked     int64
-	suspect   int64 // the first question that was not answered, or when NATS said that nobody received one
+	suspect   int64 // when the first unanswered question was sent, or NATS reported that nobody received one
 	questions int32 // since it was heard
-	records   int64 // when records were last seen to have arrived on any of the streams
+	records   int64 // when arrived records were last seen on any of the streams
 	lookedAt  int64 // when all streams were looked at, by the endpoint's time
-	absent    bool  // NATS said that nobody received a question
-	shortest  int64 // patience that a stream ever had of its own, 0 if none had
+	absent    bool  // NATS reported that nobody received a question
+	shortest  int64 // shortest timeout that any stream had of its own, 0 if none had
 
 	streams []*session // session.life.place is the place of each
-	next    int        // place of the stream that was asked on last
+	next    int        // place of the stream of the last question
 	node    wheel.Node[remote]
 }
 
@@ -37,17 +38,18 @@ const (
 	streamSilence       = int64(15 * time.Second)
 	keepAlivesPerStream = 30
 
-	// streamQuestion is how far questions about single streams lie apart: 125 a second take a quarter of a percent of a core,
-	// both ends and the NATS server together. remoteQuestion is the same for questions to other ends, if there are so many.
+	// streamQuestion is the time between two questions on single streams, if there are many: 125 a second take a
+	// quarter of a percent of a core, both ends and the NATS server together. remoteQuestion is the same for questions
+	// to other ends.
 	streamQuestion = int64(8 * time.Millisecond)
 	remoteQuestion = int64(500 * time.Microsecond)
-	// repeatedQuestion is the same for repeated ones. That is more than there can be unless the machine is overloaded.
+	// repeatedQuestion is the same for repeated questions. Only an overloaded machine has that many.
 	repeatedQuestion = int64(50 * time.Microsecond)
 
-	// candidates bounds the streams among which one is sought that can be asked.
+	// candidates bounds the search for a stream that can be asked.
 	candidates = 8
 
-	// patienceParts is into how many parts a stream's own patience is divided: so often is its peer asked at least.
+	// patienceParts is how often the peer is asked at least within a stream's own timeout.
 	patienceParts = 4
 )
 
@@ -110,10 +112,10 @@ func (s *session) setPeerTimeout(d time.Duration) {
 	s.mark(workPatience)
 }
 
-// ownPatience is how long the peer may be silent on this stream, in nanoseconds, 0 if that is as long as on others.
+// ownPatience returns the stream's own peer timeout in nanoseconds, 0 if it has none.
 func (s *session) ownPatience() int64 { return int64(s.patience.Load()) * int64(time.Millisecond) }
 
-// setPatience notes that a stream has a patience of its own, if it has.
+// setPatience applies the stream's own timeout, if it has one.
 func (o *outbox) setPatience(s *session) {
 	p, patience := s.remote.Load(), s.ownPatience()
 	if p != nil && patience != 0 && (p.shortest == 0 || patience < p.shortest) {
@@ -122,7 +124,7 @@ func (o *outbox) setPatience(s *session) {
 	}
 }
 
-// keepAlive is after which silence p is asked. The more other ends there are, the rarer is each asked.
+// keepAlive returns the silence after which p is asked. It grows with the number of other ends.
 func (p *remote) keepAlive(o *outbox) int64 {
 	d := max(o.ep.times.KeepAlive, int64(o.remoteWheel.Len())*remoteQuestion)
 	if p.shortest != 0 {
@@ -131,21 +133,21 @@ func (p *remote) keepAlive(o *outbox) int64 {
 	return d
 }
 
-// hear notes a sign of life at a time on the outbox's clock.
+// hear records a sign of life at a time on the outbox's clock.
 func (p *remote) hear(at int64) {
 	p.heard = max(p.heard, at)
 	switch {
 	case at >= p.asked:
 		p.questions, p.suspect, p.absent = 0, 0, false
-	case p.suspect != 0 && at > p.suspect: // a packet that the outbox sees only now arrived between two questions
+	case p.suspect != 0 && at > p.suspect: // a packet that is seen only now arrived between two questions
 		p.suspect, p.absent = at, false
 	}
 }
 
-// lookAtRemote sees to it that p is looked at when at is over, by the endpoint's time, or earlier.
+// lookAtRemote schedules a check of p at the given time of the endpoint, or earlier.
 func (o *outbox) lookAtRemote(p *remote, at int64) { o.remoteWheel.Set(p, at) }
 
-// checkRemote looks at a peer that is due. now is the endpoint's time.
+// checkRemote decides about an other end that is due. now is the endpoint's time.
 func (o *outbox) checkRemote(p *remote, now int64) {
 	if !o.up.Load() {
 		o.lookAtRemote(p, now+o.ep.times.KeepAlive)
@@ -194,7 +196,7 @@ func (o *outbox) askRemote(p *remote, s *session, now int64) {
 	o.publishPing(s)
 }
 
-// queued returns how long the data on its way to p takes to arrive. All streams of p share one line.
+// queued returns how long the data on its way to p takes to arrive. All streams to p share one line.
 func (o *outbox) queued(p *remote) int64 {
 	if l := o.lines.byPeer[p.name]; l != nil {
 		return l.Patience()
@@ -202,7 +204,7 @@ func (o *outbox) queued(p *remote) int64 {
 	return 0
 }
 
-// recordsArrive looks at all streams of p, once a look of the outbox, and reports whether it did.
+// recordsArrive records the arrivals on all streams of p, once a tick, and reports whether it did.
 func (o *outbox) recordsArrive(p *remote, now int64) bool {
 	if p.lookedAt == now {
 		return false
@@ -217,11 +219,11 @@ func (o *outbox) recordsArrive(p *remote, now int64) bool {
 	return true
 }
 
-// giveUpRemote ends streams after their peer timeout: streams with a timeout of their own, and if all is set the others as well.
-// It returns when to look again.
+// giveUpRemote ends streams of p after their own timeouts, and all streams if all is set. It returns the time of the
+// next check.
 func (o *outbox) giveUpRemote(p *remote, now int64, all bool) (next int64) {
 	for _, s := range p.streams {
-		o.noteArrivals(s, now) // a stream on which records arrive shows that the peer lives
+		o.noteArrivals(s, now) // records that arrive on any stream show that the peer lives
 	}
 	next = now + o.ep.times.Ack
 	if p.suspect == 0 {

@@ -12,8 +12,9 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// sender is the outbox's half of a Writer: how a sealed packet reaches NATS, is kept until it is acknowledged, and goes back
-// to the pool. The outbox runs all of it. Only the atomic fields, and those that are set once, are read by others.
+// sender is the outbox's half of a send half. It publishes sealed packets, keeps them until they are acknowledged, and
+// returns them to the pool. The outbox runs all of it. Other goroutines read only the atomic fields, and the fields
+// that are set once.
 type sender struct {
 	unacked   unackedPackets
 	published atomic.Uint32 // unacked.Next, for Flush
@@ -28,14 +29,14 @@ type sender struct {
 type unackedPackets struct {
 	flow.Unacked[*packet]
 	loss   flow.Loss
-	failed *packet   // could not be published; to be tried again before any other
+	failed *packet   // could not be published; goes before any other packet
 	cut    []*packet // were sealed, and cut or numbered again since: they go before packer.ready
 	bytes  uint64    // of all packets that were published
 	waits  bool      // failed waits for credit
 
 	// By the outbox's clock, 0 before CLOSE was published.
-	closeSent int64 // when it was
-	closed    int64 // since when CLOSE, and all before it, waits for any of it to be acknowledged
+	closeSent int64 // when CLOSE was published
+	closed    int64 // when CLOSE was published, or a packet was last acknowledged after that
 }
 
 // progress is the result of an attempt to publish a packet. The outbox acts on it.
@@ -72,13 +73,13 @@ func (snd *sender) publishNext() progress {
 		}
 	}
 	last := p.last
-	if pk.shifted != 0 && !snd.creditFor(p) { // it was cut into more packets than the writers had credit for
+	if pk.shifted != 0 && !snd.creditFor(p) { // cutting made more packets than the writers had credit for
 		q.failed, q.waits = p, true
 		return heldBack
 	}
 	err := snd.publish(p, q.Next())
 	if err != nil && !json && isLoss(err) {
-		err = nil // it is missed and asked for, like any other that was under way
+		err = nil // the peer misses the packet and asks for it
 	}
 	if err != nil {
 		return snd.publishFailed(p, err)
@@ -97,7 +98,7 @@ func (snd *sender) publishNext() progress {
 	if retry || pk.waiting.Load() {
 		pk.mu.Lock()
 		if retry {
-			pk.publishError = nil // it was sent after all
+			pk.publishError = nil // the packet was published now
 		}
 		pk.wakeLocked()
 		pk.mu.Unlock()
@@ -112,7 +113,7 @@ func (snd *sender) publishNext() progress {
 	return packetPublished
 }
 
-// publishFailed takes a new packet back that could not be published.
+// publishFailed handles the failed publish of a new packet.
 func (snd *sender) publishFailed(p *packet, err error) progress {
 	s, pk := snd.session, snd.packer
 	switch {
@@ -135,14 +136,14 @@ func (snd *sender) publishFailed(p *packet, err error) progress {
 	return heldBack
 }
 
-// isLoss reports whether a publish failed because the connection broke under it: nats.go writes its buffer out there. The
-// packet may have been sent or not.
+// isLoss reports whether a publish failed because the connection broke: nats.go writes its buffer to the socket within
+// the call. The packet may have been sent or not.
 func isLoss(err error) bool {
 	_, network := errors.AsType[net.Error](err)
 	return network || errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrStaleConnection)
 }
 
-// publishAgain publishes p, the next of the packets that the peer misses.
+// publishAgain publishes p, the next packet that the peer misses.
 func (snd *sender) publishAgain(p *packet) progress {
 	s, q := snd.session, &snd.unacked
 	if err := snd.publish(p, q.Cursor()); err != nil {
@@ -150,11 +151,11 @@ func (snd *sender) publishAgain(p *packet) progress {
 			s.requestEnd(s.ep.exceeds(p))
 			return heldBack
 		}
-		q.GiveUp()      // asked for again, if the connection comes back
+		q.GiveUp()      // the peer asks again if the connection comes back
 		return tryAgain // records may have been written meanwhile
 	}
 	s.ep.counters.resent.Add(1)
-	s.out.life.sent, s.out.life.asks = s.ep.clock.Load(), 0 // it may be lost again, and is as soon overdue as when it was new
+	s.out.life.sent, s.out.life.asks = s.ep.clock.Load(), 0 // its acknowledgement is overdue as soon as that of a new packet
 	q.Resent()
 	snd.onLine(q.Cursor()-1, p)
 	return tryAgain
@@ -181,7 +182,7 @@ func (snd *sender) publish(p *packet, seq uint32) (err error) {
 		snd.markIfDue(p)
 		err = s.ep.send(s.out.peer, reply, p.buf)
 	}
-	switch { // these do not go as they are
+	switch { // errors that a repeated publish does not cure
 	case errors.Is(err, nats.ErrMaxPayload):
 		s.ep.lookAtMaxPayload()
 	case errors.Is(err, nats.ErrBadSubject):
@@ -200,9 +201,9 @@ func (snd *sender) publishJSON(p *packet) error {
 	return s.ep.conn.PublishMsg(&nats.Msg{Subject: s.out.peer, Reply: s.reply, Header: nats.Header{headerProbe: {"1"}}, Data: p.buf})
 }
 
-// probeDue reports whether the fallback message p is to carry a reply subject, so that NATS says if nobody receives it. A
-// fallback peer cannot be asked. The first message of a handler does, and then one in each KeepAlive. Those of NewWriter do not:
-// they are what the original library would send.
+// probeDue reports whether the fallback message p gets a reply subject, so that NATS reports if nobody receives it. A
+// fallback peer cannot be asked. The first message of a handler gets one, and then one message in each KeepAlive.
+// Messages of NewWriter get none, because they are those of the original library.
 func (snd *sender) probeDue(p *packet) bool {
 	const header = len("NATS/1.0\r\n" + headerProbe + ": 1\r\n\r\n")
 	s, ep := snd.session, snd.session.ep
@@ -211,8 +212,8 @@ func (snd *sender) probeDue(p *packet) bool {
 		int64(len(p.buf)+header) <= ep.maxPayload.Load() && len(s.out.peer) <= ep.longestPeer()
 }
 
-// markIfDue makes p a mark if the line is to be measured. The last packet is none: its acknowledgement may be the
-// stream's last word. A packet that is published again may be a mark where it was none, and the other way round.
+// markIfDue sets MARK in p if the line needs a measurement. The last packet never gets it, because its acknowledgement
+// may be the last packet of the stream. A packet that is published again may differ from the first time in MARK.
 func (snd *sender) markIfDue(p *packet) {
 	ep, l := snd.session.ep, snd.session.out.line
 	p.buf[1] &^= byte(PacketMark)
@@ -222,7 +223,7 @@ func (snd *sender) markIfDue(p *packet) {
 	}
 }
 
-// onLine notes that p, packet seq, was published.
+// onLine records that p, packet seq, was published.
 func (snd *sender) onLine(seq uint32, p *packet) {
 	s, pk := snd.session, snd.packer
 	l := s.out.line
@@ -236,8 +237,8 @@ func (snd *sender) onLine(seq uint32, p *packet) {
 	}
 }
 
-// creditFor reports whether the peer's credit allows p now. Writers look at it when they open a packet, but a packet that was
-// cut takes more of it. One that only closes needs none.
+// creditFor reports whether the peer's credit allows p now. Writers check credit when they open a packet, but cut
+// packets need more. A packet with only CLOSE needs none.
 func (snd *sender) creditFor(p *packet) bool {
 	pk, q := snd.packer, &snd.unacked
 	pk.mu.Lock()
@@ -246,7 +247,7 @@ func (snd *sender) creditFor(p *packet) bool {
 		onlyClose(p.buf[PacketHeaderSize:])
 }
 
-// nextReady returns the packet to publish next among those sealed.
+// nextReady returns the next sealed packet, nil if there is none.
 func (snd *sender) nextReady() *packet {
 	if p := snd.unacked.failed; p != nil {
 		snd.unacked.failed = nil
@@ -273,8 +274,8 @@ func (snd *sender) sealOpen() *packet {
 	return snd.nextReady()
 }
 
-// backlog returns how many bytes there are to publish: exactly, as long as they are in the open packet. If there are none, the
-// next record marks the session again.
+// backlog returns the number of bytes to publish. It is exact if all of them are in the open packet, and flow.MaxPacket
+// otherwise. If it is 0, the next record marks the session again.
 func (snd *sender) backlog() int {
 	pk, q := snd.packer, &snd.unacked
 	if q.failed != nil || len(q.cut) > 0 || q.Cursor() != q.Next() || !pk.ready.Empty() {
@@ -356,7 +357,8 @@ func (q *unackedPackets) again(seq uint32, now, patience int64) bool {
 	return again
 }
 
-// release gives the packets before seq back to the pool and returns how many they were, and the bytes that they kept.
+// release returns the packets before seq to the pool. It returns their number, their bytes and the bytes of their
+// buffers.
 func (q *unackedPackets) release(seq uint32) (n uint32, bytes, memory uint64) {
 	n = q.Release(seq, func(p *packet) {
 		memory += p.memory()

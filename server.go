@@ -241,8 +241,7 @@ func (s *Server) inboxChanged(refused error) {
 	}
 }
 
-// request takes one message that arrived at the handler of from. It is called in a subscription's goroutine and waits for
-// nothing.
+// request handles one message to the subject of from. The callback of the subscription calls it. It does not wait.
 func (s *Server) request(m *nats.Msg, from *Registration) {
 	req, err := parseRequest(m, from.subject, s.ep.prefix)
 	switch {
@@ -251,7 +250,7 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 			s.ep.counters.strays.Add(1)
 		}
 		return
-	case err != nil: // nobody waits for an answer, or nobody would understand it
+	case err != nil: // an answer is impossible, or would not be understood
 		s.ep.counters.requests.Add(1)
 		return
 	}
@@ -330,7 +329,7 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 // run runs a handler and closes its stream with the handler's result.
 func (s *Server) run(h Handler, w *Writer, r *Request) {
 	defer s.handlerReturned(w)
-	end := CloseError{CloseInternalServerErr, "handler exited"} // runtime.Goexit: t.FailNow of a test, for one
+	end := CloseError{CloseInternalServerErr, "handler exited"} // after runtime.Goexit, for example by t.FailNow of a test
 	defer func() {
 		w.session.nobodyReads.Store(true) // before CLOSE is published: the outbox acts on the answer to it
 		closed, ok := w.closeReturned(end)
@@ -357,7 +356,7 @@ func (s *Server) call(h Handler, w *Writer, r *Request) (end CloseError) {
 	return handlerEnd(h(w, r))
 }
 
-// parseTimeout reads how long the consumer waits; 0 is without end.
+// parseTimeout returns how long the consumer waits, 0 for no limit.
 func parseTimeout(h nats.Header) (time.Duration, error) {
 	v, ok := h[headerTimeout]
 	if !ok || len(v) != 1 {
@@ -388,7 +387,7 @@ const (
 	unheard
 )
 
-// admit counts a request in, if there is room.
+// admit counts a new handler and its session, if there is room.
 func (s *Server) admit() admission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -406,7 +405,7 @@ func (s *Server) admit() admission {
 	return entered
 }
 
-// enterFallback counts a fallback consumer's request in, or returns why it is refused.
+// enterFallback counts a handler for a fallback consumer, or returns the reason for a refusal.
 func (s *Server) enterFallback() *CloseError {
 	switch {
 	case s.maxFallback == 0:
@@ -418,7 +417,7 @@ func (s *Server) enterFallback() *CloseError {
 	return nil
 }
 
-// handlerReturned counts a handler out. Its session goes on until the consumer has everything.
+// handlerReturned discounts a handler. Its session goes on until the consumer has acknowledged everything.
 func (s *Server) handlerReturned(w *Writer) {
 	w.session.markLater(workSettle)
 	s.count(-1, 0)
@@ -430,7 +429,7 @@ func (s *Server) handlerReturned(w *Writer) {
 	}
 }
 
-// streamEnded counts a session out. Called by the outbox.
+// streamEnded discounts a session. Called by the outbox.
 func (s *Server) streamEnded() { s.count(0, -1) }
 
 func (s *Server) count(handlers, sessions int) {
@@ -487,7 +486,7 @@ func (s *Server) Drain(ctx context.Context) error {
 	return err
 }
 
-// drainGrace is how long Drain waits for streams to be told of their end when its context has ended.
+// drainGrace is how long Drain waits for the RESETs of its streams after its context has ended.
 const drainGrace = 25 * time.Millisecond
 
 // retire begins to unsubscribe, once. From then on Handle fails.
@@ -502,7 +501,8 @@ func (s *Server) retire() (quiet, idle chan struct{}) {
 	return s.quiet, s.idle
 }
 
-// unsubscribe ends when NATS has confirmed and what it had handed over was taken, or after natsconn.UnsubscribeTimeout.
+// unsubscribe ends all registrations. It ends when NATS has confirmed and all delivered requests are handled, or after
+// natsconn.UnsubscribeTimeout.
 func (s *Server) unsubscribe() {
 	defer close(s.quiet)
 	s.mu.Lock()
@@ -527,10 +527,10 @@ func (s *Server) Close() error {
 	s.refusing = true
 	s.mu.Unlock()
 	e := &ending{kind: endLocal, err: ErrServerClosed, reset: CloseError{CloseGoingAway, "server closed"}}
-	s.ep.endAll(e) // before handlers see Draining: one that returns then has not ended its stream normally
+	s.ep.endAll(e) // before handlers see Draining: a handler that returns because of it must not end its stream normally
 	quiet, _ := s.retire()
-	<-quiet // requests that still come are refused, which takes the outbox
+	<-quiet // requests that still come are refused, and the outbox sends the refusals
 	s.ep.close(e)
-	s.listeners.Wait() // the outbox, which starts them, has ended
+	s.listeners.Wait() // the outbox starts them, and it has ended
 	return nil
 }

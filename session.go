@@ -13,10 +13,12 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// session is one stream at one end: what the mux finds under the stream's token. It has two halves, one to receive and
-// one to send, which are the same at both ends.
+// session is one stream at one end. The mux finds it by the stream's token. It has a receive half and a send half,
+// which are the same at both ends. Fields that are set once and atomics belong to any goroutine. out belongs to the
+// outbox, recv and parts of bucket to the reader, and other parts of bucket to the mux.
 type session struct {
-	// What the mux looks at comes first, on two cache lines: with thousands of streams none of them is at hand.
+	// The fields that the mux reads come first, on two cache lines: with thousands of streams they are not in the
+	// caches.
 	end          atomic.Pointer[ending] // set once: the first end counts
 	role         lifecycle.Role
 	controls     uint32 // control words ever handed to the outbox; the mux's
@@ -32,32 +34,32 @@ type session struct {
 	cancel context.CancelCauseFunc // of the context of Stream or Request
 
 	recv        receiver    // the receive half as its user sees it
-	nobodyReads atomic.Bool // the handler returned, or the consumer parted: nobody reads what still comes
+	nobodyReads atomic.Bool // the handler returned, or the consumer detached: records that still arrive are not read
 
 	// The outbox's queue. pending holds the marked work; a session is queued exactly while it is not zero.
 	pending  atomic.Uint32
-	patience atomic.Uint32 // how long the peer may be silent on this stream, milliseconds; 0 is as long as on others
+	patience atomic.Uint32 // the stream's own peer timeout in milliseconds; 0 if it has none
 	next     *session
 
 	out   outboxState
 	acted atomic.Uint32 // control words ever acted on
 
-	remote  atomic.Pointer[remote] // whose stream this is. The outbox stores it, and the reader asks which records share a peer
-	lastPop atomic.Int64           // endpoint's clock when the reader took the last packet: a sign of life that costs the mux nothing
+	remote  atomic.Pointer[remote] // the other end. The outbox stores it; the reader loads it to tell which records share a peer
+	lastPop atomic.Int64           // reading of endpoint.clock when the reader took the last packet: a sign of life of the peer
 }
 
-// outboxState is the part of a session that the outbox alone uses, once the session is marked.
+// outboxState is the part of a session that only the outbox uses, after the session was marked.
 type outboxState struct {
-	subject           string        // where the request went
-	peer              string        // subject of the other end; a consumer learns it from the producer's first packet
-	whereabouts       *whereabouts  // of a peer that moves or is in another account; nil of most
+	subject           string        // of the request
+	peer              string        // the address of the peer; empty at a consumer before its producer's first packet
+	whereabouts       *whereabouts  // more about the address of a peer in another account; nil within one account
 	request           *nats.Msg     // opens the stream; nil once it is published
-	answered          chan struct{} // closed, and set to nil, when the producer has answered; nil if nobody waits for that
+	answered          chan struct{} // closed for OpenRetry, and set to nil, when the producer has answered; nil without OpenRetry
 	deferredUntilUp   uint32        // work that waits for the connection; not zero while in outbox.waitingUntilUp
 	deferredUntilPeer uint32        // work for the peer that was due before its subject was known
 	state             lifecycle.State
 	places            places // in which of the outbox's lists it is
-	line              *line  // the way to the peer
+	line              *line  // the line to the peer
 	life              life
 }
 
@@ -67,23 +69,23 @@ func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes 
 	s.bucket.init(packets, bytes)
 }
 
-// endKind says what the end of a stream means for records that arrived, for a handler at work, and for the peer.
+// endKind is the meaning of an end for arrived records, for a running handler, and for the peer.
 type endKind uint8
 
 const (
-	endComplete   endKind = iota // nothing remains to be done. A handler at work goes on
-	endPeerClosed                // the reader has read the peer's CLOSE, with another code than 1000
+	endComplete   endKind = iota // nothing remains to be done. A running handler goes on
+	endPeerClosed                // the reader has read the peer's CLOSE with another code than 1000
 	endReset                     // the peer's RESET arrived
-	endPeerDone                  // the same, and the peer's CLOSE may wait to be read: writes have no reason to give
+	endPeerDone                  // the same, but the peer's CLOSE may wait to be read: writes fail with ErrClosed
 	endFault                     // this end found that the stream cannot go on
-	endLocal                     // this end wants no more: records that arrived are not delivered
+	endLocal                     // this end ends the stream: records that arrived are not delivered
 )
 
-// ending says how a stream ended.
+// ending is the end of a stream. It does not change after session.end points to it.
 type ending struct {
 	kind  endKind
 	err   error
-	reset CloseError // for the peer; code 0 if there is nothing to tell
+	reset CloseError // code and text of the RESET for the peer; code 0 if none is sent
 }
 
 // event is what the end of a stream is in the table of its life.
@@ -99,10 +101,10 @@ func (e *ending) event() lifecycle.Event {
 	return lifecycle.Ended
 }
 
-// requestEnd ends the stream, unless it has ended: the first end counts. Calls that wait return, and the outbox does the
-// rest. It reports whether e is the end. When it returns, no write that begins later succeeds and the contexts have ended, whether
-// or not e is the end. The mux
-// calls endFromMux instead. The caller does not hold the writer's lock.
+// requestEnd ends the stream with e, unless it has ended before: the first end counts. It reports whether e is the end.
+// Waiting calls return, and the outbox does the rest. When requestEnd returns, in either case, the contexts have ended,
+// and no later write succeeds. Any goroutine may call it without the writer's lock, except the mux, which calls
+// endFromMux.
 func (s *session) requestEnd(e *ending) bool {
 	defer func() {
 		if snd := s.send.Load(); snd != nil {
@@ -110,7 +112,7 @@ func (s *session) requestEnd(e *ending) bool {
 		}
 	}()
 	if !s.end.CompareAndSwap(nil, e) {
-		s.endContexts(s.end.Load()) // the goroutine that set it may not have come so far
+		s.endContexts(s.end.Load()) // the goroutine that set the end may not have done so yet
 		return false
 	}
 	s.bucket.park.Wake()
@@ -119,7 +121,7 @@ func (s *session) requestEnd(e *ending) bool {
 		s.release(e)
 	}
 	if e.kind == endComplete || e.kind == endPeerClosed {
-		s.markLater(workEndLater) // the peer has ended its direction, and waits for no answer
+		s.markLater(workEndLater) // the peer has ended its direction, and does not wait for an answer
 	} else {
 		s.mark(workEnd)
 	}
@@ -131,7 +133,7 @@ func (s *session) closeRead(e *ending) bool {
 	return e.kind == endPeerClosed || s.role == lifecycle.Consumer && (e.kind == endComplete || s.recv.readDone.Load())
 }
 
-// endContexts ends the contexts that writers and handlers wait on. Ending them again does nothing.
+// endContexts ends the contexts of writers and handlers. A second call does nothing.
 func (s *session) endContexts(e *ending) {
 	if snd := s.send.Load(); snd != nil {
 		snd.packer.cancel(e.cause())
@@ -141,7 +143,7 @@ func (s *session) endContexts(e *ending) {
 	}
 }
 
-// cause is the cause of the contexts of writers and handlers after the end.
+// cause returns the cause of the contexts of writers and handlers after the end.
 func (e *ending) cause() error {
 	if e.err == io.EOF {
 		return ErrClosed
@@ -149,7 +151,7 @@ func (e *ending) cause() error {
 	return e.err
 }
 
-// writeError is the error of writes after the end.
+// writeError returns the error of writes after the end.
 func (e *ending) writeError() error {
 	if e.err == io.EOF || e.kind == endPeerDone || isNormal(e.err) {
 		return ErrClosed
@@ -157,7 +159,7 @@ func (e *ending) writeError() error {
 	return e.err
 }
 
-// step moves the stream on in the table of its life, and does what the table asks for. The outbox calls it.
+// step applies an event to the lifecycle of s, and carries out the actions of the transition. The outbox calls it.
 func (o *outbox) step(s *session, event lifecycle.Event) {
 	before := s.out.state
 	next, do, _ := before.On(event, s.role)
@@ -174,8 +176,8 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 	if do&lifecycle.FailWrites != 0 {
 		snd.packer.cancel(ErrOneWay)
 	}
-	if do&lifecycle.Probe != 0 && s.out.life.pings == 0 && !s.nobodyReads.Load() && o.connected() { // the table hears of returned later
-		o.ping(s) // a consumer that never wrote may be gone, having read everything
+	if do&lifecycle.Probe != 0 && s.out.life.pings == 0 && !s.nobodyReads.Load() && o.connected() { // HandlerReturned may not be in the table yet
+		o.ping(s) // a consumer that never wrote may have read everything and left
 	}
 	if do&lifecycle.Release != 0 {
 		o.release(s)
@@ -198,7 +200,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 	}
 }
 
-// settle tells the table of s what its reader and its handler did.
+// settle raises the events of the reader and the handler of s. The outbox calls it.
 func (o *outbox) settle(s *session) {
 	if s.recv.readDone.Load() && s.out.state.Recv == lifecycle.Reading {
 		o.step(s, lifecycle.CloseRead)
@@ -218,15 +220,15 @@ func (o *outbox) settle(s *session) {
 	}
 }
 
-// unheard reports whether to ask a consumer, which may still send, to acknowledge CLOSE: its handler has returned. The RESET that
-// says so must come after the acknowledgement, and AckTimeout would be long for a writer that waits for credit.
+// unheard reports whether to ask a consumer to acknowledge CLOSE, because the handler has returned and the consumer may
+// still send. The RESET that stops the consumer must come after the acknowledgement. A consumer that waits for credit
+// would otherwise wait for AckTimeout. The outbox calls it.
 func (s *session) unheard() bool {
-	return s.role == lifecycle.Handler && s.nobodyReads.Load() && !s.recv.readDone.Load() && // the table hears of both later
+	return s.role == lifecycle.Handler && s.nobodyReads.Load() && !s.recv.readDone.Load() && // neither may be in the table yet
 		s.out.state.Phase == lifecycle.Live && s.out.state.Send == lifecycle.Closing && s.out.life.pinged <= s.send.Load().unacked.closed
 }
 
-// end ends a stream on the outbox. It is called again for a stream whose peer could not be told while the connection was
-// down.
+// end ends a stream on the outbox. It runs again if the connection was down when the RESET was due.
 func (o *outbox) end(s *session, e *ending) {
 	switch s.out.state.Phase {
 	case lifecycle.Live:
@@ -236,14 +238,14 @@ func (o *outbox) end(s *session, e *ending) {
 	}
 }
 
-// release lets go of what a stream holds that is no longer live.
+// release takes the token of an ended stream out of use, and gives its buffers and windows back. The outbox calls it.
 func (o *outbox) release(s *session) {
 	e := s.end.Load()
-	if e == nil { // the table came to the end: both directions are through
+	if e == nil { // the table ended the stream: both directions are complete
 		pk := s.send.Load().packer
 		e = &ending{kind: endComplete, err: io.EOF}
 		if s.out.state.Recv == lifecycle.Unread && (s.role == lifecycle.Consumer || pk.half || s.bucket.ring.Pushed() > 0) {
-			e.reset = pk.closing // nobody reads: the peer must not wait for that
+			e.reset = pk.closing // nobody reads: the peer must stop sending
 		}
 		s.requestEnd(e)
 		e = s.end.Load()
@@ -259,24 +261,24 @@ func (o *outbox) release(s *session) {
 	switch {
 	case s.role != lifecycle.Consumer:
 		s.releaseWindow()
-	case s.closeRead(e) || s.nobodyReads.Load(): // else the reader does so when it comes to the end
+	case s.closeRead(e) || s.nobodyReads.Load(): // otherwise the reader does so when it reads the end
 		s.release(e)
 	}
 }
 
-// sendReset tells the peer of a stream how it ended, as soon as the connection is up.
+// sendReset sends the RESET of an ended stream when the connection is up. The outbox calls it.
 func (o *outbox) sendReset(s *session) {
 	e := s.end.Load()
-	through := s.out.state.Send == lifecycle.Closing && s.recv.readDone.Load() && e == o.ep.gone.Load() // everything was said, and heard
+	through := s.out.state.Send == lifecycle.Closing && s.recv.readDone.Load() && e == o.ep.gone.Load() // everything was sent and read
 	if e.reset.Code != 0 && s.out.peer != "" && !through {
 		switch {
 		case o.connected():
 			if s.role == lifecycle.Consumer && s.recv.readDone.Load() {
-				o.sendCredit(s, 0) // that its CLOSE arrived: what this end's leaving alone does not say
+				o.sendCredit(s, 0) // acknowledges CLOSE, which RESET does not
 			}
 			o.sendEnd(s, e.reset)
 		case o.ep.gone.Load() == nil && s.out.state.Phase == lifecycle.Ending:
-			o.hold(s, workEnd) // a peer that is not told would wait for ever
+			o.hold(s, workEnd) // without the RESET the peer would wait for ever
 			return
 		}
 	}
@@ -297,8 +299,8 @@ func (s *session) peerTakesJSON() bool { return s.role != lifecycle.Consumer && 
 // peerTakesNone reports whether the peer is a producer of the fallback, which takes no records.
 func (s *session) peerTakesNone() bool { return s.role == lifecycle.Consumer && s.json() }
 
-// register gives the session a token and makes the mux deliver to it. offer is what the token tells the peer. It returns why
-// that cannot be, if so.
+// register gives the session a token with the given offer, and makes the mux deliver to it. It returns the reason if no
+// stream may begin, and nil otherwise.
 func (ep *endpoint) register(s *session, offer Token) *ending {
 	buf := make([]byte, 0, len(ep.prefix)+TokenSize)
 	buf = append(buf, ep.prefix...)
@@ -307,8 +309,8 @@ func (ep *endpoint) register(s *session, offer Token) *ending {
 	offer.ID = binary.BigEndian.Uint64(id[:])
 	s.reply = string(AppendToken(buf, offer))
 	ep.sessions.Store(s.token(), s)
-	// The goroutine that ends the endpoint, or finds its inbox refused, says so first and visits the sessions afterwards: either it
-	// sees this one, or this sees the reason.
+	// The goroutine that ends the endpoint, or finds its inbox refused, stores the reason before it visits the
+	// sessions. So either it sees this session, or barred returns the reason.
 	e := ep.barred()
 	if e != nil {
 		s.unregister()
@@ -324,10 +326,9 @@ func (s *session) unregister() {
 	}
 }
 
-// newSender returns a random number for a send half. It tells two answers to one request apart. It comes from a cryptographic
-// source: a RESET with the receiver's own number says that the peer has forgotten the stream, so a stranger must not guess it.
-// Those of consumers are odd and those of producers even: an end does not mistake such a RESET for one of its peer because both
-// have drawn the same number.
+// newSender returns a random sender number. It distinguishes two answers to one request. It comes from a cryptographic
+// source, because a RESET with the receiver's own number ends a stream, so a stranger must not guess it. Numbers of
+// consumers are odd and numbers of producers even, so that such a RESET never looks like one of the peer.
 func newSender(odd bool) uint64 {
 	var b [8]byte
 	rand.Read(b[:])

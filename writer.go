@@ -19,7 +19,8 @@ import (
 // A record that is written while the stream is idle leaves at once. While the outbox is busy, records gather in the
 // open packet and share a NATS message. No timer is involved.
 //
-// A Writer must be closed, by [Writer.Close] or [Writer.CloseWithCode], or its consumer waits for ever.
+// A Writer made by [NewWriter] must be closed, by [Writer.Close] or [Writer.CloseWithCode], or its consumer waits for
+// ever. In a [Handler], the result of the handler closes the Writer.
 type Writer struct {
 	// Only the outbox uses sender. A word that one processor writes takes its cache line from all others. So the fields that
 	// the outbox uses for each packet and those that the writers use for each packet lie apart, with rarely used fields
@@ -155,7 +156,7 @@ func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 	if end > len(room) {
 		return w.writeSlow(p, flags)
 	}
-	b := room[n:end:end] // its capacity known, the compiler need not guard slices of it
+	b := room[n:end:end] // with this capacity the compiler omits bounds checks of slices of b
 	putFrameHeader(b, FrameData, flags, 0, len(p))
 	copy(b[FrameHeaderSize:], p)
 	w.n = end
@@ -236,9 +237,9 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 			return err
 		}
 		if err != nil {
-			// A part of the record was sent and no other record can follow it. If the context ended, the peer gets the code
-			// for that; the context's own callback may come second.
-			w.mu.Unlock() // which ending a stream takes
+			// A part of the record was sent, so no other record can follow. If the context ended, the peer gets its
+			// code, even if the context's own callback has not run yet.
+			w.mu.Unlock() // ending a stream takes the lock
 			if w.session.recv.parent.Err() != nil {
 				w.session.canceled()
 			}
@@ -253,8 +254,8 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 	return nil
 }
 
-// frameLocked returns the next n bytes of the open packet. It seals the packet and opens another where n bytes do not
-// fit, and waits for credit where none is left. mine says that the caller has the turn.
+// frameLocked returns the next n bytes of the open packet. If n bytes do not fit, it seals the packet and opens
+// another. If there is no credit, it waits. mine says that the caller has the turn.
 func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
 	for {
 		if w.open != nil {
@@ -284,8 +285,8 @@ func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
 	}
 }
 
-// waitCreditLocked waits until something changes that may be credit, and until the caller may write again: meanwhile
-// anything may have happened, another goroutine's Close, its turn, the end of the stream.
+// waitCreditLocked waits until credit may have changed and the caller may write again. During the wait, another
+// goroutine may have closed the writer or taken the turn, and the stream may have ended.
 func (w *Writer) waitCreditLocked(mine bool) error {
 	if err := w.waitLocked(); err != nil {
 		return err
@@ -329,7 +330,7 @@ func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 	p := getPacket(coalesceSize)
 	defer putPacket(p)
 	buf := p.buf[:min(coalesceSize, w.recordLimit())]
-	clear(buf) // a Reader that counts more than it read must not send what others wrote
+	clear(buf) // a Reader that returns too large a count must not send bytes of other streams
 	for empty := 0; ; {
 		m, err := r.Read(buf)
 		switch {
@@ -359,7 +360,7 @@ func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 	}
 }
 
-// maxEmptyReads is how many reads in a row may return nothing and no error, as in package bufio.
+// maxEmptyReads is how many reads in a row may return no bytes and no error, as in package bufio.
 const maxEmptyReads = 100
 
 // checkOpen returns the error of writes after the end of the stream, nil while it is open.
@@ -377,7 +378,7 @@ func (w *Writer) checkOpen() error {
 	return nil
 }
 
-// recordLimit is the size of a chunk of ReadFrom: one that fills a packet.
+// recordLimit returns the size of a record of ReadFrom: it fills a packet.
 func (w *Writer) recordLimit() int {
 	switch {
 	case w.unusable != nil:

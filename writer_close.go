@@ -6,7 +6,8 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file ends the direction of a Writer: CLOSE is written, or held back for the result of a handler.
+// This file ends the direction of a Writer: it writes CLOSE, or holds it back for the result of a handler. Writers run
+// it, and the goroutine of a handler that returned.
 
 // Close ends the stream normally: the consumer reads [io.EOF] after the last record. Close returns when NATS has accepted all
 // records and the end. Unacknowledged packets are retransmitted for ResumeTimeout, unless the client is closed. [Writer.Sync]
@@ -60,15 +61,15 @@ func (w *Writer) closeNow(code int, reason string) (held bool, err error) {
 	return false, w.flushLocked()
 }
 
-// closeReturned closes w for a handler that returned with end. It does not wait until CLOSE is published. It returns how w was
-// closed, and false if the stream ended before.
+// closeReturned closes w for a handler that returned with end. It does not wait until CLOSE is published. It returns
+// the code and text of CLOSE, and false if the stream ended before.
 func (w *Writer) closeReturned(end CloseError) (closed CloseError, ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.held.Load() {
 		w.held.Store(false)
 		if end.Code == CloseNormalClosure {
-			end = w.closing // it may have a reason
+			end = w.closing // the user's Close may have a reason
 		}
 	}
 	for !w.closed.Load() {

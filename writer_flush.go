@@ -2,7 +2,8 @@ package stream
 
 import "context"
 
-// This file waits for records that were written: until NATS has accepted them, or the peer has acknowledged them.
+// This file waits for written records: until NATS has accepted them (Flush), or the peer has acknowledged them (Sync).
+// Writers run it.
 
 // Flush returns when NATS has accepted all records written so far, or when the writer's context ends. After [Writer.Close] in a
 // handler, it also waits until NATS has accepted the end of the stream. It returns the error that ended the stream, if any.
@@ -22,7 +23,7 @@ func (w *Writer) Flush() error {
 func (w *Writer) flushLocked() error {
 	if !w.closed.Load() { // after CLOSE the end may be the normal one
 		if err := w.failedLocked(); err != nil {
-			return err // also for records that the end threw away
+			return err // the end of the stream may have dropped records
 		}
 	}
 	if w.open != nil && w.n > PacketHeaderSize {
@@ -44,8 +45,9 @@ func (w *Writer) flushLocked() error {
 	}
 }
 
-// publishedLocked reports whether all packets are published that were sealed when sealed-shifted was target. Packets that were
-// cut since then shift the number. The shift may be too large: then the caller only waits for some later packets as well.
+// publishedLocked reports whether all packets are published that were sealed when sealed-shifted was target. Packets
+// that were cut since then shift the number. If packets behind them were cut, the shift is too large, and the caller
+// also waits for some later packets.
 func (w *Writer) publishedLocked(target uint32) bool {
 	return int32(w.sender.published.Load()-w.shifted-target) >= 0
 }
@@ -96,7 +98,8 @@ func (w *Writer) Sync(ctx context.Context) error {
 	}
 }
 
-// sleepSyncLocked is sleepLocked for Sync, which waits on when the writer's own context ended because all was published.
+// sleepSyncLocked is sleepLocked for Sync. Sync goes on waiting if the writer's context ended because CLOSE was
+// published.
 func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) error {
 	over := w.ctx.Done()
 	if w.closed.Load() && context.Cause(w.ctx) == ErrClosed {

@@ -5,9 +5,11 @@ import (
 	"fmt"
 )
 
-// This file holds the turn that the writers of a stream take, the waits of writers, and the error of a writer whose stream has ended.
+// This file has the turn of writers, their waits, and the error of writes after the end of the stream. Writers run it
+// with the lock held.
 
-// awaitTurnLocked waits until no other goroutine has the turn, and returns why nothing can be written, if so.
+// awaitTurnLocked waits until no other goroutine has the turn. It returns the error if the stream takes no more
+// records.
 func (w *Writer) awaitTurnLocked() error {
 	for {
 		if w.closed.Load() || w.held.Load() {
@@ -75,7 +77,7 @@ func (w *Writer) failedLocked() error {
 	return nil
 }
 
-// endError returns why nothing can be written after the stream or its context ended. It is the error that reads return, or
+// endError returns the error of writes after the stream or its context ended. It is the error that reads return, or
 // ErrClosed after an end that is no error of this direction.
 func (w *Writer) endError() error {
 	s := w.session
