@@ -2,15 +2,15 @@ package stream
 
 import "bytes"
 
-// assembly gathers the pieces of one record. The reader owns it. A piece that is most of its packet is kept with the packet. Other pieces are
-// copied into chunks, so that the packets around them need not be kept. Each byte is copied at most twice, into a chunk
-// and into the record, whatever the pieces and packets look like. The memory held stays below about twice the bytes that have
-// arrived, and one chunk.
+// assembly gathers the pieces of one record. The reader owns it. A piece that is most of its packet is kept with the
+// packet. Other pieces are copied into chunks, so that the packets around them need not be kept. Each byte is copied at
+// most twice, into a chunk and into the record, whatever the pieces and packets look like. The memory held stays below
+// about twice the bytes that have arrived, and one chunk.
 type assembly struct {
 	pieces [][]byte // in order: packets' bytes, and parts of chunks
 	free   []byte   // the rest of the last chunk
 	chunk  int      // size of the last chunk
-	open   bool     // the last of pieces ends where free begins
+	open   bool     // free continues the last of pieces
 	size   uint64   // bytes of all pieces that were added
 	held   uint64   // bytes that take granted
 }

@@ -97,7 +97,7 @@ const (
 	gap               // packets before it are missing: dropped, and asked for with them
 	foreign           // another sender, or another kind of peer: dropped
 	malformed         // header unreadable while bound: dropped
-	violation         // the stream cannot go on; the error says why
+	violation         // the stream cannot go on; the error has the reason
 )
 
 // accept checks a sequenced packet and pushes it. Only the mux calls it. It allocates only if it fails.
@@ -203,9 +203,9 @@ func (b *bucket) ofAnother(sender uint64) bool {
 // sender returns the sender number that the bucket is bound to.
 func (b *bucket) sender() uint64 { return b.acceptWord & maxSender }
 
-// impostor reports whether a packet with a reply subject is of another producer than the one that the bucket is bound to,
-// although both have drawn the same sender number. The first packet of every producer names its control subject, and each has
-// its own. A subject that was mapped between accounts tells nothing.
+// impostor reports whether a packet with a reply subject is of another producer than the one that the bucket is bound
+// to, although both have drawn the same sender number. The first packet of every producer names its control subject,
+// and each has its own. A subject that was mapped between accounts proves nothing.
 func (b *bucket) impostor(data []byte, reply string) bool {
 	h, _, err := ParsePacketHeader(data)
 	if err != nil || b.ofAnother(h.Sender) {

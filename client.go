@@ -16,7 +16,9 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// RequestChanLen is the buffer of the channel that OpenStream returns.
+// This file has Client and its parameters. Callers of the library run it. forward has a goroutine for each OpenStream.
+
+// RequestChanLen is the size of the buffer of the channel that OpenStream returns.
 const RequestChanLen = 16
 
 // ClientParams configure a [Client]. The zero value of every field except Conn selects the default that its comment names.

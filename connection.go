@@ -24,7 +24,8 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 	first, changed, renew := true, true, false
 	for {
 		if changed {
-			// The status in the channel may be old: the channel drops news while it is full. It only says that there was news.
+			// The status in the channel may be old: the channel drops news while it is full. So the channel only wakes
+			// the watcher.
 			status := ep.conn.Status()
 			if status == nats.CLOSED {
 				ep.lost()
@@ -115,7 +116,8 @@ func (ep *endpoint) reported(err error) {
 	}
 }
 
-// subscriptionRefused tells the server, if there is one, of a refused subscription. d is zero if NATS did not say which.
+// subscriptionRefused passes a refused subscription to the server, if there is one. d is zero if NATS did not name the
+// subject.
 func (ep *endpoint) subscriptionRefused(d natsconn.Denial, err error) {
 	if f := ep.onRefused.Load(); f != nil {
 		(*f)(d, err)

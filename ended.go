@@ -121,7 +121,7 @@ func (o *outbox) repeatEnd(c control) bool {
 	return !e.failed
 }
 
-// publishEnd publishes the last word about e to subject.
+// publishEnd publishes the last packet of stream e again, to subject.
 func (o *outbox) publishEnd(e *endedStream, subject string) {
 	f := Frame{Type: FrameReset, Code: e.code}
 	if e.code == 0 {

@@ -110,7 +110,7 @@ func (ep *endpoint) endAll(e *ending) {
 	})
 }
 
-// close ends every stream with e, tells their peers, and returns when the endpoint's goroutines have ended.
+// close ends every stream with e, resets their peers, and returns when the endpoint's goroutines have ended.
 func (ep *endpoint) close(e *ending) {
 	if ep.closing.Swap(true) {
 		<-ep.closed

@@ -10,9 +10,10 @@ import (
 
 //go:generate go run ./internal/framegen
 
-// The codec of the wire protocol, docs/PROTOCOL.md sections 2, 4, 5 and 8: functions over bytes, without policy. It knows no
-// connection, stream or clock. Appending does not check its arguments. Parsing checks everything that one header or frame
-// alone shows, and allocates nothing. It never takes memory or trusts an offset because of a length field.
+// This file is the codec of the wire protocol, docs/PROTOCOL.md sections 2, 4, 5 and 8: functions over bytes that any
+// goroutine may call. It knows no connection, stream or clock. Appending does not check its arguments. Parsing checks
+// everything that one header or frame alone shows, and allocates nothing. It never takes memory or trusts an offset
+// because of a length field.
 
 // FrameType is the type of a frame. A receiver skips frames of unknown types from 0x80 on.
 type FrameType uint8

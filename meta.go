@@ -9,7 +9,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// META frames carry headers in the form that NATS gives them; docs/PROTOCOL.md section 5.6.
+// This file encodes headers for META frames, in writers, and decodes them, in the reader; docs/PROTOCOL.md section 5.6.
 
 // maxMeta is the longest META payload in bytes.
 const maxMeta = 16 << 10

@@ -78,7 +78,7 @@ type outbox struct {
 type outOfStream struct {
 	subject string      // the peer's
 	json    bool        // it speaks only the fallback
-	refuse  *CloseError // tell it that its request is refused
+	refuse  *CloseError // the refusal to send to it
 	denied  error       // NATS does not let this end publish to subject
 
 	looked chan struct{} // look at max_payload, and close this
@@ -433,7 +433,7 @@ func (o *outbox) watchAck(s *session) {
 	o.schedule(s, l.sent+ack)
 }
 
-// closed moves a stream on whose CLOSE was published, and waits for the acknowledgement.
+// closed handles the publish of CLOSE: it raises the event, and schedules a check of the acknowledgement.
 func (o *outbox) closed(snd *sender) {
 	s := snd.session
 	o.step(s, lifecycle.ClosePublished)

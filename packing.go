@@ -10,13 +10,13 @@ import (
 	"github.com/natsstream/stream/internal/ring"
 )
 
-// packer is shared by the writers of a stream and the outbox. It holds the open packet, the credit that packets are opened with, and the
-// queue of sealed packets. The writers fill packets. The outbox seals the open packet when no sealed one is left.
-// Nobody waits in a packer; see Writer.
+// packer is the part of a send half that its writers and the outbox share. It holds the open packet, the credit, and
+// the queue of sealed packets. The writers fill packets. The outbox seals the open packet when no sealed one is left.
+// No method of packer waits: the waits are those of Writer.
 type packer struct {
 	// Set once.
 	session *session
-	ctx     context.Context // the writers'
+	ctx     context.Context // of the writers
 	cancel  context.CancelCauseFunc
 
 	waiting atomic.Bool // wake is not nil; stored with the lock held

@@ -38,7 +38,7 @@ type receiver struct {
 	busy      bool
 	ackWanted bool   // the sender of the current packet asked for credit
 	data      []byte // the current packet
-	off       int    // where its next frame begins; 0 in a message of the fallback that was not read yet
+	off       int    // offset of its next frame; 0 in a message of the fallback that was not read yet
 	left      []byte // the rest of a record that Read has read in part
 	done      error  // the result of every further read
 	header    nats.Header

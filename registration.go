@@ -10,6 +10,10 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
+// This file subscribes to the subjects of a server and leaves them. Callers of the library run the exported functions.
+// The callbacks of NATS run change and refuse, which do not wait. settle, which calls NATS, runs in
+// HandleQueue first, and in goroutines of its own later.
+
 // Registration is a subject that a [Server] serves, made by [Server.Handle] or [Server.HandleQueue]. It is safe for use by
 // many goroutines at once.
 type Registration struct {

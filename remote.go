@@ -53,8 +53,8 @@ const (
 	patienceParts = 4
 )
 
-// remoteName returns the part of a subject that all streams of one end share. A subject that was mapped between accounts ends
-// with no token, and says nothing about other streams.
+// remoteName returns the part of a subject that all streams of one end share. A subject that was mapped between
+// accounts ends with no token, and shows nothing about other streams.
 func remoteName(subject string) string {
 	i := strings.LastIndexByte(subject, '.')
 	if _, err := ParseToken(subject[i+1:]); i < 0 || err != nil {

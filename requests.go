@@ -14,7 +14,7 @@ import (
 // can arrive: packets of streams, also of its own, answers to other requests, acknowledgements of JetStream. None of these may
 // start a handler. Otherwise one handler's packets would start the next handler.
 
-// errStray says that a message is no request.
+// errStray is the error for a message that is no request.
 var errStray = errors.New("stream: not a request")
 
 // request holds the facts about a request that a producer needs before it answers.
@@ -24,8 +24,8 @@ type request struct {
 	crossed bool  // from another account: its reply subject was mapped on the way
 }
 
-// parseRequest reads a message that arrived at the handler of pattern, at an endpoint whose inbox begins with inbox. The error
-// is errStray if the message is no request. Any other error says why the request must not be answered.
+// parseRequest reads a message that arrived at the handler of pattern, at an endpoint whose inbox begins with inbox.
+// The error is errStray if the message is no request. Any other error is the reason not to answer the request.
 func parseRequest(m *nats.Msg, pattern, inbox string) (request, error) {
 	open, hasOpen := m.Header[headerOpen]
 	switch {

@@ -191,7 +191,7 @@ func (snd *sender) publish(p *packet, seq uint32) (err error) {
 	return err
 }
 
-// publishJSON publishes a message of the fallback, with a reply subject if NATS is to say whether somebody receives it.
+// publishJSON publishes a message of the fallback, with a reply subject if NATS has to report whether it is received.
 func (snd *sender) publishJSON(p *packet) error {
 	s := snd.session
 	if !snd.probeDue(p) {

@@ -22,6 +22,9 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
+// This file has Server, Handler and Request. Callers of the library run the exported functions. The callbacks of NATS
+// run request, which starts a goroutine for each handler. The outbox runs streamEnded.
+
 // ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment names.
 type ServerParams struct {
 	// Conn is the connection to use. The server neither closes nor drains it. As a client does, it puts a handler in front of
@@ -208,7 +211,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 
 // subscriptionRefused handles NATS's refusal of a subscription of the connection, which may be one of the server's.
 func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
-	if d.Subject == "" { // it did not say which
+	if d.Subject == "" { // the error names no subject
 		if s.ep.inbox.refused.Load() == nil {
 			s.log.Error("stream: NATS refused a subscription of the server's connection; if it is one of the server's, its subject is not served", "error", err)
 		}

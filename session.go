@@ -21,7 +21,7 @@ type session struct {
 	// caches.
 	end          atomic.Pointer[ending] // set once: the first end counts
 	role         lifecycle.Role
-	controls     uint32 // control words ever handed to the outbox; the mux's
+	controls     uint32 // control packets ever passed to the outbox; the mux's
 	senderNumber uint64 // this end's, in the header of each packet
 	bucket       bucket // the receive half as the mux sees it
 
@@ -42,7 +42,7 @@ type session struct {
 	next     *session
 
 	out   outboxState
-	acted atomic.Uint32 // control words ever acted on
+	acted atomic.Uint32 // control packets ever acted on; the outbox stores it
 
 	remote  atomic.Pointer[remote] // the other end. The outbox stores it; the reader loads it to tell which records share a peer
 	lastPop atomic.Int64           // reading of endpoint.clock when the reader took the last packet: a sign of life of the peer

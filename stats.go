@@ -2,6 +2,8 @@ package stream
 
 import "sync/atomic"
 
+// This file has the counters of an endpoint. They are atomics, and any goroutine may use them.
+
 // Stats are counters of one Client or Server since it was made, and gauges of its present use. Dropped messages are counted
 // by reason. No drop loses a record of a stream without an error on that stream.
 type Stats struct {

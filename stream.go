@@ -15,6 +15,8 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
+// This file has Stream. Callers of the library run it. watch.run has a goroutine when the context of a stream ends.
+
 // Stream is the consumer's end of a stream.
 //
 // The read side (Recv, RecvObject, All, Read, WriteTo, Header and Trailer) may be used by one goroutine at a time. The write

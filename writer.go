@@ -22,9 +22,9 @@ import (
 // A Writer made by [NewWriter] must be closed, by [Writer.Close] or [Writer.CloseWithCode], or its consumer waits for
 // ever. In a [Handler], the result of the handler closes the Writer.
 type Writer struct {
-	// Only the outbox uses sender. A word that one processor writes takes its cache line from all others. So the fields that
-	// the outbox uses for each packet and those that the writers use for each packet lie apart, with rarely used fields
-	// between them.
+	// Only the outbox uses sender. A processor that writes a word takes its cache line from all others. So the fields
+	// that the outbox uses for each packet and those that the writers use for each packet lie apart, with rarely used
+	// fields between them.
 	sender sender
 
 	// Set once.

@@ -83,7 +83,7 @@ func (w *Writer) endError() error {
 	s := w.session
 	end, gone := s.end.Load(), s.ep.gone.Load()
 	if end != nil {
-		s.endContexts(end) // the goroutine that set it may not have come so far, and the error says that they have ended
+		s.endContexts(end) // the goroutine that set the end may not have done so yet, and the error promises that they have ended
 	}
 	switch {
 	case end != nil && end.kind == endLocal:

@@ -11,7 +11,7 @@ import (
 	"sync"
 )
 
-// The NATS client protocol, as far as an Interceptor must know it:
+// This file parses the part of the NATS client protocol that an Interceptor needs:
 //
 //	PUB subject [reply] size          MSG subject sid [reply] size
 //	HPUB subject [reply] header total HMSG subject sid [reply] header total

@@ -19,7 +19,7 @@ type Process struct {
 	port int
 
 	mu    sync.Mutex
-	opts  *server.Options // the result of steps, as far as this process can compute it
+	opts  *server.Options // the result of steps in this process; the child computes the rest
 	steps []step
 	child *child // the last one started
 }

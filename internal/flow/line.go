@@ -94,8 +94,8 @@ func (l *Line[S]) MaySend(now int64) bool {
 	return false
 }
 
-// through returns how many of the bytes published are known to be on their way no longer. Marks and acknowledgements each tell
-// a part of it. Packets that were taken for lost and had arrived count twice.
+// through returns how many published bytes are no longer on their way. Marks and acknowledgements each show a part of
+// them. Packets that were taken for lost and had arrived count twice.
 func (l *Line[S]) through() uint64 { return min(l.sent, max(l.arrived, l.acked)) }
 
 func (l *Line[S]) onTheWay() uint64 { return l.sent - l.through() }

@@ -12,7 +12,7 @@ import (
 type dimension struct {
 	words    []lifecycle.Word
 	of       func(lifecycle.State) string // the name of the state in this dimension
-	from, to func(lifecycle.Row) string   // the same of a row, "any" or empty if the row does not say
+	from, to func(lifecycle.Row) string   // the same of a row: "any" for all states, empty for no change
 }
 
 var (

@@ -222,8 +222,7 @@ func stateTable() string {
 	return markdown(rows)
 }
 
-// transitionTable is the table of internal/lifecycle in words. A new state of a half, or of the stream, stands behind the
-// state before.
+// transitionTable is the table of internal/lifecycle in words. An arrow leads to a new state.
 func transitionTable() string {
 	rows := [][]string{{"role", "event", "sender", "receiver", "stream", "action", "note"}}
 	change := func(from, to string) string {

@@ -44,7 +44,7 @@ type Phase uint8
 
 const (
 	Live   Phase = iota
-	Ending       // this end ended the stream and has not told its peer yet
+	Ending       // this end ended the stream, and its RESET was not published yet
 	Gone         // over: the token is out of use
 )
 
@@ -151,7 +151,7 @@ type rule struct {
 	toRecv  Recv
 	toPhase Phase
 	do      Action
-	why     string // for docs/PROTOCOL.md, where the row does not explain itself
+	why     string // a note for docs/PROTOCOL.md
 }
 
 func (r *rule) matches(s State, e Event, role Role) bool {

@@ -78,7 +78,7 @@ func names(all []string, set uint8) string {
 	return strings.Join(out, ", ")
 }
 
-// Row is one rule in words.
+// Row is one rule in words, for documents.
 type Row struct{ Role, Send, Recv, Phase, Event, Do, ToSend, ToRecv, ToPhase, Why string }
 
 // Rows returns the table in words, in order. A half that a rule does not look at, or does not change, is "any" or empty.

@@ -52,14 +52,14 @@ type Facts struct {
 	Consumer     bool // this end sent the request
 	Registered   bool // the mux knows this end's subject
 	Received     bool // a packet of the peer arrived
-	NoPeer       bool // nobody can be asked: the subject is not known, or the peer knows no PING
+	NoPeer       bool // no peer can be asked: its address is not known, or it knows no PING
 	Unacked      bool // packets of this end are not acknowledged
 	Stalled      bool // a writer waits for credit
 	Failed       bool // a publish failed, and no writer will repeat it
-	Silent       bool // this end is a handler's, and its consumer may not know where it is, or the name of the stream
+	Silent       bool // this end is a handler's, and its consumer may not know its address, or the name of the stream
 }
 
-// Reason says why a stream is given up.
+// Reason is the reason for which a stream is given up.
 type Reason uint8
 
 const (
@@ -67,7 +67,7 @@ const (
 	Disconnected                 // this end's connection was down for Disconnect
 	EndUnconfirmed               // CLOSE was not acknowledged for Resume
 	RequestLost                  // nothing was heard for Resume after the connection that took the request came back
-	NobodyToAsk                  // packets are missing, and for Resume their sender did not say where to ask for them
+	NobodyToAsk                  // packets are missing, and the address of their sender was not known for Resume
 	PeerGone                     // the peer was suspect for Resume
 )
 
@@ -134,7 +134,7 @@ func (f *Facts) waitForConnection(d Decision) Decision {
 	return d
 }
 
-// waitForPeer is Decide when nobody can be asked.
+// waitForPeer is Decide if no peer can be asked.
 func (f *Facts) waitForPeer(d Decision) Decision {
 	if f.Lost != 0 && !f.Received {
 		if end := f.overdue(f.Lost); f.Now >= end {

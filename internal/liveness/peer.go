@@ -10,11 +10,11 @@ type PeerFacts struct {
 
 	Heard   int64 // last sign of life, on any stream
 	Asked   int64 // last question
-	Suspect int64 // the first question that was not answered, or when NATS said that nobody received one
+	Suspect int64 // when the first unanswered question was sent, or NATS reported that nobody received one
 	Resumed int64 // when the clock began to run again, at a reconnect or after a standstill of this end
 
 	Questions int32 // unanswered since the last sign of life
-	Absent    bool  // NATS said that nobody received a question
+	Absent    bool  // NATS reported that nobody received a question
 
 	// Queued is how long data that was sent before the question may take on its way.
 	Queued int64

@@ -1,6 +1,6 @@
-// Package natsconn is the seam between this module and nats.go: the few calls that an endpoint makes on a connection. The seam
-// exists for time. Package fake implements it in memory, so that testing/synctest can tell a goroutine that waits from one
-// that works, which real sockets hide.
+// Package natsconn is the seam between this module and nats.go: the few calls that an endpoint makes on a connection.
+// The seam exists for tests of time. Package fake implements it in memory, because testing/synctest cannot see whether
+// a goroutine waits for a socket.
 package natsconn
 
 import (

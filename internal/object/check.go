@@ -23,8 +23,8 @@ var (
 	errDepth = errors.New("the value is nested deeper than 10,000 levels: break its cycle, or send it in parts")
 )
 
-// checkAll checks that p is a row of whole objects and nothing more. It appends to bodies, if that is not nil, where the
-// bodies of extensions begin.
+// checkAll checks that p is a sequence of complete objects and nothing more. If bodies is not nil, it appends the
+// offsets at which bodies of extensions begin.
 func checkAll(p []byte, bodies *[]int) error {
 	size := len(p)
 	for {
@@ -38,11 +38,11 @@ func checkAll(p []byte, bodies *[]int) error {
 	}
 }
 
-// check walks the first object in p and returns the rest. It needs no recursion and no memory that p did not pay for. The
-// decoder of the msgpack package trusts its input: five bytes make it ask for 64 GiB, a long run of 0x91 overflows its
-// stack, and neither can be recovered from. So it sees only objects that are there as a whole and are not nested deeper
-// than depth. bodies, if not nil, gets the offsets where bodies of extensions begin, in a record of size bytes that ends
-// with p.
+// check walks the first object in p and returns the rest. It needs no recursion and no memory that p did not pay for.
+// The decoder of the msgpack package trusts its input: five bytes make it ask for 64 GiB, a long run of 0x91 overflows
+// its stack, and neither can be recovered from. So it decodes only objects that are complete and are not nested deeper
+// than depth. bodies, if not nil, gets the offsets at which bodies of extensions begin, in a record of size bytes that
+// ends with p.
 func check(p []byte, depth, size int, bodies *[]int) (rest []byte, err error) {
 	var few [16]uint64
 	left := append(few[:0], 1) // objects to come, at each depth
@@ -152,12 +152,12 @@ func (w *stackWatch) tooDeep() bool {
 	return runtime.Callers(maxFrames, pc[:]) > 0
 }
 
-// extensionGuard keeps the decoder of the msgpack package from taking the body of an extension for an object: where it
-// expects a map it skips the head of an extension and goes on inside, where nothing was checked. Extensions proper, times
-// among them, read their body in one piece.
+// extensionGuard keeps the decoder of the msgpack package from taking the body of an extension for an object. If that
+// decoder expects a map, it skips the head of an extension and decodes the body, which was not checked. Real
+// extensions, such as times, read their body in one piece.
 type extensionGuard struct {
 	bytes.Reader
-	bodies []int // where they begin, in order
+	bodies []int // offsets of the bodies, in order
 	stack  stackWatch
 }
 

@@ -118,8 +118,8 @@ func parseTag(tag string) (name string, options []string) {
 	return name, strings.Split(rest, ",")
 }
 
-// visible leaves one field of each name: the least deep one, among several of these the one with a tag, and none if that
-// does not tell.
+// visible keeps one field of each name: the least deep one, and among several of these the one with a tag. If more than
+// one is left, it keeps none.
 func visible(fields []field) []field {
 	slices.SortFunc(fields, func(a, b field) int {
 		return cmp.Or(cmp.Compare(a.name, b.name), cmp.Compare(len(a.index), len(b.index)), -compareBool(a.tagged, b.tagged),

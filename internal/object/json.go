@@ -57,7 +57,7 @@ func jsonDepth(b []byte) int {
 	return deepest
 }
 
-// shape says how to check values of a type before encoding/json encodes them.
+// shape states the checks for values of a type before encoding/json encodes them.
 type shape struct {
 	look    bool // the type does not bound the nesting, or JSON cannot hold a part of it: walk checks the values
 	raw     bool // a method writes a part

@@ -17,8 +17,8 @@ type Parker struct {
 // Init prepares p. It makes the channel that the sleeper waits on.
 func (p *Parker) Init() { p.signal = make(chan struct{}, 1) }
 
-// Announce says that the caller is about to sleep. The caller then looks for work a last time, and calls Wait if there is
-// none or Retract if there is.
+// Announce announces that the caller is about to sleep. The caller then looks for work a last time, and calls Wait if
+// there is none or Retract if there is.
 func (p *Parker) Announce() { p.asleep.Store(1) }
 
 // Retract takes an announcement back. If a waker was faster, it has sent its signal or is about to: Retract takes that

@@ -106,7 +106,7 @@ func record(i, size int) []byte {
 	return bytes.Repeat(strconv.AppendInt(nil, int64(1_000_000+i), 10), size/7+1)[:size]
 }
 
-// down sends as many records, of as many bytes, as the request says.
+// down is a handler. It sends the number of records, of the size, that the request states.
 func down(w *stream.Writer, r *stream.Request) error {
 	var n, size int
 	if _, err := fmt.Sscan(string(r.Data), &n, &size); err != nil {
@@ -120,7 +120,7 @@ func down(w *stream.Writer, r *stream.Request) error {
 	return nil
 }
 
-// up answers with the number of records that it received as they should be.
+// up is a handler. It answers with the number of correct records that it received.
 func up(w *stream.Writer, r *stream.Request) error {
 	n := 0
 	for rec, err := range r.All() {
@@ -193,7 +193,7 @@ func send(ctx context.Context, c *stream.Client, n, size int, restart func() err
 	return nil
 }
 
-// nobody opens a stream on a subject that nobody listens on.
+// nobody opens a stream on a subject without a subscriber.
 func nobody(ctx context.Context, c *stream.Client) error {
 	s, err := c.Open(ctx, "nobody", nil)
 	if err != nil {
