@@ -6,7 +6,7 @@ TESTFLAGS ?=
 FUZZTIME  ?= 30s
 DEMOFLAGS ?=
 BENCHFLAGS ?=
-WORDLIMIT ?= 3
+WORDLIMIT ?= 1
 
 # The files that `make generate` writes. `make checkgenerate` deletes the first two before it compares. In the documents the
 # generator replaces the text between its markers.

@@ -259,7 +259,7 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered 
 	case ep.draining.Load():
 		return nil, nats.ErrConnectionDraining
 	case !validSubject(msg.Subject):
-		return nil, fmt.Errorf("stream: cannot open %q: %w", msg.Subject, nats.ErrBadSubject)
+		return nil, fmt.Errorf("stream: cannot open %q: use a subject without wildcards, white space and empty elements: %w", msg.Subject, nats.ErrBadSubject)
 	}
 	if err := natsconn.CheckSubjects(len(msg.Subject) + len(ep.prefix) + TokenSize); err != nil {
 		return nil, fmt.Errorf("stream: cannot open: %w", err)
@@ -274,7 +274,7 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered 
 
 // tooLarge returns the error for a message of size bytes that the server would refuse, because it accepts at most max.
 func tooLarge(what string, size, max int64) error {
-	return fmt.Errorf("%s of %d bytes, the server takes %d (max_payload): send less, or have its limit raised: %w", what, size, max, nats.ErrMaxPayload)
+	return fmt.Errorf("%s of %d bytes, the server takes %d (max_payload): send less, or raise that limit: %w", what, size, max, nats.ErrMaxPayload)
 }
 
 // requestSize returns how many bytes of a request count against the server's max_payload: its data and its header. The

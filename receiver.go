@@ -123,7 +123,7 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 		}
 		m, err := w.Write(rec)
 		if m < 0 || m > len(rec) {
-			return n, cmp.Or(err, fmt.Errorf("stream: invalid write result: %T returned %d for %d bytes: mend that Writer", w, m, len(rec)))
+			return n, cmp.Or(err, fmt.Errorf("stream: invalid write result: %T returned %d for %d bytes: correct that Writer", w, m, len(rec)))
 		}
 		n += int64(m)
 		if err != nil {

@@ -52,7 +52,7 @@ func (c *Client) NewWriter(subject string) *Writer {
 	refused := c.ep.inbox.refused.Load()
 	switch {
 	case subject == "":
-		err = fmt.Errorf("stream: the request has no reply subject, so nobody waits for a stream: %w", nats.ErrBadSubject)
+		err = fmt.Errorf("stream: the request has no reply subject, so there is nowhere to send a stream: pass the Reply of a request: %w", nats.ErrBadSubject)
 	case errors.Is(err, ErrVersion):
 		err = fmt.Errorf("stream: cannot write to %s: %w", subject, err)
 	case checkAnswer(subject) != nil:
@@ -335,7 +335,7 @@ func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 		m, err := r.Read(buf)
 		switch {
 		case m < 0 || m > len(buf):
-			return n, fmt.Errorf("stream: invalid read result: %T returned %d for a buffer of %d bytes: mend that Reader", r, m, len(buf))
+			return n, fmt.Errorf("stream: invalid read result: %T returned %d for a buffer of %d bytes: correct that Reader", r, m, len(buf))
 		case m > 0:
 			empty = 0
 			m, werr := w.Write(buf[:m])

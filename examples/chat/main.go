@@ -1,5 +1,5 @@
-// Command chat is a stream in both directions: each side sends its lines and reads those of the other at the same time,
-// until both have half-closed.
+// Command chat is a stream in both directions: each side sends its lines and reads the lines of the other side at the
+// same time, until both have half-closed.
 //
 //	go run ./examples/chat
 package main
@@ -83,7 +83,7 @@ func run(ctx context.Context, out io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := producer.Flush(); err != nil { // NATS knows the subscription now
+	if err := producer.Flush(); err != nil { // returns when NATS knows the subscription
 		return err
 	}
 	client, err := stream.NewClient(stream.ClientParams{Conn: consumer})

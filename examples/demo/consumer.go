@@ -37,7 +37,7 @@ type result struct {
 	records int64
 	bytes   int64
 	elapsed time.Duration
-	sha256  string // of one stream; all are alike where err is nil
+	sha256  string // of one stream; all streams have the same if err is nil
 	err     error
 }
 
@@ -59,9 +59,9 @@ func (c *consumer) stop() {
 	c.nc.Close()
 }
 
-// fetchAll streams every file repeat times and returns a result for each, in the order of files. n streams are
-// open at a time, of different files while there are as many; those of one file come one after the other, so that
-// the producer's sum of its last stream is that of the stream just received.
+// fetchAll streams every file repeat times and returns a result for each, in the order of files. n streams are open at
+// a time, of different files if there are as many. Streams of one file come one after the other, so that the producer's
+// sum of its last stream belongs to the stream just received.
 func (c *consumer) fetchAll(ctx context.Context, files []file, n, repeat int) []result {
 	results := make([]result, len(files))
 	var next atomic.Int64
@@ -124,7 +124,7 @@ func (c *consumer) receive(ctx context.Context, name string) (sum, error) {
 		got.Bytes += int64(len(line))
 		hashed.Write(line)
 		if got.Records%1024 == 0 {
-			count() // now and then, so that the streams do not fight for the counters
+			count() // not for each record, because all streams share the counters
 		}
 	}
 	hashed.Flush()
@@ -132,7 +132,7 @@ func (c *consumer) receive(ctx context.Context, name string) (sum, error) {
 	return got, nil
 }
 
-// errDiffer says that a stream ended normally, but its records differ from those that the producer sent.
+// errDiffer is the error of a stream that ended normally with other records than the producer sent.
 var errDiffer = errors.New("both ends differ")
 
 // compare asks the producer for its sum and compares it with the received one.

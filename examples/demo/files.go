@@ -31,7 +31,7 @@ func textFiles(dir string, limit int) ([]file, error) {
 		case err != nil && name == ".":
 			return err
 		case err != nil:
-			return nil // a folder that may not be read is not served
+			return nil // a folder that cannot be read is not served
 		case entry.IsDir() && name != "." && strings.HasPrefix(entry.Name(), "."):
 			return fs.SkipDir
 		case !entry.Type().IsRegular():
@@ -63,7 +63,7 @@ func textFiles(dir string, limit int) ([]file, error) {
 	return text, nil
 }
 
-// isText tells whether the beginning of a file is UTF-8 without NUL.
+// isText reports whether the beginning of a file is UTF-8 without NUL.
 func isText(root *os.Root, name string) bool {
 	f, err := root.Open(name)
 	if err != nil {

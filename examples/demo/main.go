@@ -2,13 +2,13 @@
 // received lines equal the sent ones.
 //
 //	go run ./examples/demo                                # an embedded server, the largest files of the Go tree
-//	go run ./examples/demo -url nats://127.0.0.1:4222     # a server of yours
-//	go run ./examples/demo -dir /var/log -n 16 -repeat 1  # files of yours, sixteen streams at a time
+//	go run ./examples/demo -url nats://127.0.0.1:4222     # your own server
+//	go run ./examples/demo -dir /var/log -n 16 -repeat 1  # your own files, sixteen streams at a time
 //
-// Producer and consumer have a connection and a client each, as if they were two processes. The consumer opens a stream
-// by a request that names a file; every line of the file is one record. After the end of each stream the consumer asks
-// the producer, by an ordinary NATS request, for the number of records it sent and their SHA-256, and compares. The exit
-// code is 0 if everything arrived, 1 if not, 2 for a mistake in the flags.
+// Producer and consumer have a connection and a client each, as two processes would. The consumer opens a stream by a
+// request that names a file. Every line of the file is one record. After the end of each stream the consumer asks the
+// producer, by an ordinary NATS request, for the number of records and their SHA-256, and compares. The exit code is 0
+// if everything arrived, 1 if not, and 2 for a mistake in the flags.
 package main
 
 import (
@@ -58,7 +58,8 @@ func main() {
 	}
 }
 
-// run is the demo: it returns nil if every stream arrived whole. With redraw, progress is one line that rewrites itself.
+// run runs the demo. It returns nil if every stream arrived complete. With redraw, progress is one line that is
+// redrawn.
 func run(ctx context.Context, cfg config, out io.Writer, redraw bool) error {
 	dir, err := servedDir(ctx, cfg.dir)
 	if err != nil {
@@ -78,7 +79,7 @@ func run(ctx context.Context, cfg config, out io.Writer, redraw bool) error {
 		url = server.URL()
 	}
 
-	// Subjects of this run alone, so that demos on one server do not mix.
+	// Each run has its own subjects, so that demos on one server do not mix.
 	subject := "demo." + nats.NewInbox()[len(nats.InboxPrefix):]
 	p, err := startProducer(url, subject, dir, files)
 	if err != nil {
@@ -111,7 +112,7 @@ func run(ctx context.Context, cfg config, out io.Writer, redraw bool) error {
 	return nil
 }
 
-// servedDir returns dir, or the sources of the Go tree where it is empty.
+// servedDir returns dir, or the sources of the Go tree if dir is empty.
 func servedDir(ctx context.Context, dir string) (string, error) {
 	if dir != "" {
 		return dir, nil
@@ -123,7 +124,7 @@ func servedDir(ctx context.Context, dir string) (string, error) {
 	return filepath.Join(strings.TrimSpace(string(root)), "src"), nil
 }
 
-// isTerminal tells whether f can redraw a line.
+// isTerminal reports whether f can redraw a line.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0 && os.Getenv("TERM") != "dumb"

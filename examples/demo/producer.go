@@ -23,7 +23,7 @@ type sum struct {
 	SHA256  string `json:"sha256"`
 }
 
-// hashBuffer gathers lines before they are hashed: SHA-256 is slow on a few bytes at a time.
+// hashBuffer is how many bytes of lines are hashed at once: SHA-256 is slow on a few bytes at a time.
 const hashBuffer = 32 << 10
 
 // producer serves files. It answers a request that names a file on <subject>.lines with a stream of the file's lines, and
@@ -68,11 +68,11 @@ func (p *producer) start(url, subject, dir string) (err error) {
 	if _, err = p.nc.Subscribe(subject+".sum", p.serveSum); err != nil {
 		return err
 	}
-	return p.nc.Flush() // the server knows the subscriptions now
+	return p.nc.Flush() // returns when NATS knows the subscriptions
 }
 
-// stop ends the streams that are still open: with the client closed, their writes fail. It may be called on a producer
-// that is half started.
+// stop ends the open streams: their writes fail when the client is closed. It may be called on a producer that started
+// only in part.
 func (p *producer) stop() {
 	if p.client != nil {
 		p.client.Close()
@@ -100,18 +100,18 @@ func (p *producer) serveLines(request *nats.Msg) {
 	p.streams.Go(func() {
 		s, err := p.writeLines(w, name)
 		if err != nil {
-			// Of no effect where the consumer is the one who ended the stream.
+			// This has no effect if the consumer ended the stream.
 			_ = w.CloseWithCode(stream.CloseInternalServerErr, quoted(err.Error()))
 			return
 		}
 		p.mu.Lock()
-		p.sums[name] = s // before the close, since the consumer asks right after it
+		p.sums[name] = s // before the close, because the consumer asks right after it
 		p.mu.Unlock()
 		_ = w.Close()
 	})
 }
 
-// quoted makes a close reason, which must be short and UTF-8, of any text.
+// quoted turns any text into a close reason, which must be short and UTF-8.
 func quoted(text string) string {
 	return fmt.Sprintf("%.60q", text)
 }
@@ -129,7 +129,7 @@ func (p *producer) writeLines(w *stream.Writer, name string) (sum, error) {
 	for r := bufio.NewReaderSize(f, 256<<10); ; {
 		line, err := r.ReadSlice('\n')
 		if err == bufio.ErrBufferFull {
-			// Rare: a line longer than the reader's buffer is put together in one of its own.
+			// A line longer than the reader's buffer, which is rare, gets a buffer of its own.
 			head := append([]byte(nil), line...)
 			line, err = r.ReadBytes('\n')
 			line = append(head, line...)

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// How often the progress line is redrawn on a terminal, and how often one is printed elsewhere.
+// The intervals of the progress line: redrawn on a terminal, printed again in other output.
 const (
 	redrawEvery = 100 * time.Millisecond
 	printEvery  = time.Second
@@ -74,10 +74,10 @@ func (p *progress) line() string {
 		grouped(rate(records, elapsed)), float64(rate(bytes, elapsed))/1e6)
 }
 
-// printTable prints a line per file and one for all of them, and returns how many files did not arrive whole.
+// printTable prints a line for each file and one for all files. It returns how many files did not arrive complete.
 func printTable(out io.Writer, results []result, elapsed time.Duration) (failed int) {
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	// Text after the last tab belongs to no column, so names stand at the left.
+	// Text after the last tab belongs to no column, so names are aligned to the left.
 	row := func(name string, cells ...string) { fmt.Fprintf(t, "%s\t  %s\n", strings.Join(cells, "\t"), name) }
 	row("file", "streams", "records", "bytes", "records/s", "MB/s", "SHA-256", "both ends")
 	all := result{name: "all", elapsed: elapsed}

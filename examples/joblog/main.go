@@ -1,5 +1,5 @@
-// Command joblog follows the log of a running job, as tail -f does, from another machine: each line travels when the job
-// writes it, and the producer stops reading the file when the consumer has seen enough.
+// Command joblog follows the log of a running job from another machine, as tail -f does. Each line travels when the job
+// writes it. The producer stops reading the file when the consumer cancels.
 //
 //	go run ./examples/joblog
 package main
@@ -19,7 +19,7 @@ import (
 	"github.com/natsstream/stream/examples/internal/local"
 )
 
-// pollEvery is how often a log that has ended for now is looked at again.
+// pollEvery is the interval at which the end of a log is read again.
 const pollEvery = 20 * time.Millisecond
 
 func main() {
@@ -31,10 +31,10 @@ func main() {
 // logs serves the logs of jobs.
 type logs struct {
 	files map[string]string // path by the name of the job; no other file is ever opened
-	left  chan error        // why a consumer left
+	left  chan error        // the cause of the end of each stream
 }
 
-// follow is the handler: it sends the lines of a log, and those to come, until the consumer leaves or the server drains.
+// follow is the handler. It sends the present and later lines of a log, until the consumer leaves or the server drains.
 func (l *logs) follow(w *stream.Writer, r *stream.Request) error {
 	// Input from the network is used as a key, never as a path or a part of one.
 	path, ok := l.files[string(r.Data)]
@@ -43,7 +43,7 @@ func (l *logs) follow(w *stream.Writer, r *stream.Request) error {
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		log.Print(err) // here and not in the close reason: paths are none of the consumer's business
+		log.Print(err) // not in the close reason, because the consumer must not see paths
 		return errors.New("the log cannot be opened")
 	}
 	defer f.Close()
@@ -56,7 +56,7 @@ func (l *logs) follow(w *stream.Writer, r *stream.Request) error {
 // sendLines writes each line of f as one record, and waits for more at the end of the file.
 func sendLines(r *stream.Request, w io.Writer, f io.Reader) error {
 	lines := bufio.NewReader(f)
-	var line []byte // as much of it as the job has written
+	var line []byte // the part of the line that the job has written
 	for {
 		part, err := lines.ReadBytes('\n')
 		line = append(line, part...)
@@ -73,7 +73,7 @@ func sendLines(r *stream.Request, w io.Writer, f io.Reader) error {
 			case <-time.After(pollEvery):
 			case <-r.Context().Done():
 				return context.Cause(r.Context())
-			case <-r.Draining(): // without this case Drain would wait until its own context ends
+			case <-r.Draining(): // otherwise Drain waits until its own context ends
 				return &stream.CloseError{Code: stream.CloseGoingAway, Text: "the log goes on, this server does not"}
 			}
 		}
@@ -106,7 +106,7 @@ func run(ctx context.Context, out io.Writer) error {
 	if _, err := server.Handle("logs", l.follow); err != nil {
 		return err
 	}
-	if err := producer.Flush(); err != nil { // NATS knows the subscription now
+	if err := producer.Flush(); err != nil { // returns when NATS knows the subscription
 		return err
 	}
 	client, err := stream.NewClient(stream.ClientParams{Conn: consumer})
@@ -130,7 +130,7 @@ func run(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	for _, step := range []string{"fetch", "compile", "test"} {
-		if _, err := fmt.Fprintln(job, step); err != nil { // the job goes on
+		if _, err := fmt.Fprintln(job, step); err != nil { // the job writes its next line
 			return err
 		}
 		line, err := s.Recv()
@@ -139,7 +139,7 @@ func run(ctx context.Context, out io.Writer) error {
 		}
 		fmt.Fprintf(out, "consumer: %s", line)
 	}
-	cancel() // enough seen; this ends the stream at both ends
+	cancel() // ends the stream at both ends
 	_, err = s.Recv()
 	fmt.Fprintln(out, "consumer:", err)
 	fmt.Fprintln(out, "producer:", <-l.left)

@@ -1,5 +1,6 @@
-// Command requestmany shows how to come from request-many, where one request has many replies on an inbox and a timeout
-// says that they are all there, to a stream. The same answer, which hesitates once on its way, is fetched both ways.
+// Command requestmany shows how to replace request-many by a stream. With request-many, one request has many replies on
+// an inbox, and a timeout decides that all have arrived. The command fetches the same answer, which pauses once, in
+// both ways.
 //
 //	go run ./examples/requestmany
 package main
@@ -21,7 +22,7 @@ import (
 
 const (
 	replies = 5                     // of the whole answer
-	stall   = 50 * time.Millisecond // without a reply: the old way takes that for the end
+	stall   = 50 * time.Millisecond // time without a reply that request-many takes for the end
 )
 
 func main() {
@@ -30,7 +31,7 @@ func main() {
 	}
 }
 
-// answer sends the replies, and hesitates in the middle, as a database does, or a garbage collector, or a network.
+// answer sends the replies. It pauses in the middle, as a database or a network may.
 func answer(send func(reply string) error, hesitate func()) error {
 	for i := range replies {
 		if i == 3 {
@@ -43,8 +44,8 @@ func answer(send func(reply string) error, hesitate func()) error {
 	return nil
 }
 
-// serveBefore publishes each reply on the inbox of the request. Nothing holds it back when the requester is slow, and
-// nothing tells it that the requester has gone: it publishes to the end, for nobody.
+// serveBefore publishes each reply on the inbox of the request. Nothing holds it back if the requester is slow. If the
+// requester has left, it does not notice, and publishes to the end.
 func serveBefore(nc *nats.Conn, hesitate func()) error {
 	_, err := nc.Subscribe("before", func(m *nats.Msg) {
 		if err := answer(func(reply string) error { return m.Respond([]byte(reply)) }, hesitate); err != nil {
@@ -54,9 +55,9 @@ func serveBefore(nc *nats.Conn, hesitate func()) error {
 	return err
 }
 
-// fetchBefore collects replies until none has come for a while, as orbit.go's natsext.RequestMany with its stall option
-// does. A nil error does not mean that the answer is whole: a timeout is the only end there is, so a slow producer, one that
-// died and a message that was lost all look like an answer that is complete. A longer timeout makes every answer wait.
+// fetchBefore collects replies until none has come for a while, as orbit.go's natsext.RequestMany does with its stall
+// option. A nil error does not mean that the answer is complete. The timeout is the only sign of the end, so a slow
+// producer, a dead producer and a lost message all look like a complete answer. A longer timeout delays every answer.
 func fetchBefore(nc *nats.Conn) (got []string, err error) {
 	inbox := nc.NewInbox()
 	sub, err := nc.SubscribeSync(inbox)
@@ -70,7 +71,7 @@ func fetchBefore(nc *nats.Conn) (got []string, err error) {
 	for {
 		m, err := sub.NextMsg(stall)
 		if errors.Is(err, nats.ErrTimeout) {
-			return got, nil // the end? nobody knows
+			return got, nil // perhaps the end
 		}
 		if err != nil {
 			return got, err
@@ -79,8 +80,8 @@ func fetchBefore(nc *nats.Conn) (got []string, err error) {
 	}
 }
 
-// serveAfter writes each reply to the stream. Write waits while the requester is slower, and fails when it has gone, and
-// then the handler ends. Its return is the end that the requester sees.
+// serveAfter writes each reply to the stream. Write waits while the requester is slower. It fails when the requester
+// has left, and the handler ends. The result of the handler is the end of the stream for the requester.
 func serveAfter(server *stream.Server, hesitate func()) error {
 	_, err := server.Handle("after", func(w *stream.Writer, _ *stream.Request) error {
 		return answer(func(reply string) error { _, err := w.Write([]byte(reply)); return err }, hesitate)
@@ -88,9 +89,9 @@ func serveAfter(server *stream.Server, hesitate func()) error {
 	return err
 }
 
-// fetchAfter collects replies until the producer says that there are no more. A nil error means that the answer is whole; a
-// lost reply is retransmitted, or ends the stream with an error. ctx bounds the time for all replies; fetchAfter returns
-// as soon as the last one has arrived.
+// fetchAfter collects replies until the producer ends the stream. A nil error means that the answer is complete: a lost
+// reply is retransmitted, or ends the stream with an error. ctx bounds the time for all replies. fetchAfter returns as
+// soon as the last one has arrived.
 func fetchAfter(ctx context.Context, client *stream.Client) (got []string, err error) {
 	s, err := client.Open(ctx, "after", nil)
 	if err != nil {
@@ -117,14 +118,14 @@ func run(ctx context.Context, out io.Writer) error {
 		return err
 	}
 	defer server.Close()
-	gaveUp := make(chan struct{}) // the first producer hesitates until its requester has lost patience
+	gaveUp := make(chan struct{}) // closed when the requester of the first answer gave up; its producer pauses until then
 	if err := serveBefore(producer, func() { <-gaveUp }); err != nil {
 		return err
 	}
 	if err := serveAfter(server, func() { time.Sleep(2 * stall) }); err != nil {
 		return err
 	}
-	if err := producer.Flush(); err != nil { // NATS knows the subscriptions now
+	if err := producer.Flush(); err != nil { // returns when NATS knows the subscriptions
 		return err
 	}
 	client, err := stream.NewClient(stream.ClientParams{Conn: consumer})

@@ -1,5 +1,5 @@
-// Command tokens is a gateway to a language model: it has many slow streams of small objects open at the same time, through
-// one client, and takes one of them back in the middle while the others go on.
+// Command tokens is a gateway to a language model. It has many slow streams of small objects open at the same time,
+// through one client. It stops one of them in the middle while the others go on.
 //
 //	go run ./examples/tokens
 package main
@@ -21,9 +21,9 @@ import (
 const (
 	prompts  = 50
 	tokens   = 20 // of each answer
-	enough   = 3  // tokens, then the user of one prompt presses stop
+	enough   = 3  // tokens after which the user of one prompt presses stop
 	endless  = "count to infinity"
-	thinking = 2 * time.Millisecond // for each token
+	thinking = 2 * time.Millisecond // time for each token
 )
 
 func main() {
@@ -32,13 +32,13 @@ func main() {
 	}
 }
 
-// token is one record. It travels as MessagePack, or as JSON where the client asks for that.
+// token is one record. It travels as MessagePack, or as JSON if the client requests that.
 type token struct {
 	Index int
 	Text  string
 }
 
-// model answers prompts. It reports on stopped why a consumer does not hear the rest.
+// model answers prompts. It sends the cause on stopped if a consumer stops an answer.
 type model struct{ stopped chan error }
 
 // answer is the handler.
@@ -55,7 +55,7 @@ func generate(ctx context.Context, w *stream.Writer, prompt string) error {
 	for i := 0; i < tokens || prompt == endless; i++ {
 		select {
 		case <-time.After(thinking):
-		case <-ctx.Done(): // no token is computed for nobody
+		case <-ctx.Done(): // compute no token that is not read
 			return context.Cause(ctx)
 		}
 		if _, err := w.WriteObject(token{i, fmt.Sprintf("word%d ", i)}); err != nil {
@@ -71,11 +71,11 @@ func ask(ctx context.Context, client *stream.Client, prompt string, limit int) (
 	if err != nil {
 		return 0, err
 	}
-	defer s.Close() // before the end, this tells the producer to stop
+	defer s.Close() // before the end of the stream, this stops the producer
 	for ; limit == 0 || n < limit; n++ {
 		var t token
 		if err := s.RecvObject(&t); err == io.EOF {
-			return n, nil // all of it
+			return n, nil // the whole answer
 		} else if err != nil {
 			return n, err
 		}
@@ -101,7 +101,7 @@ func run(ctx context.Context, out io.Writer) error {
 	if _, err := server.Handle("model", m.answer); err != nil {
 		return err
 	}
-	if err := producer.Flush(); err != nil { // NATS knows the subscription now
+	if err := producer.Flush(); err != nil { // returns when NATS knows the subscription
 		return err
 	}
 	client, err := stream.NewClient(stream.ClientParams{Conn: consumer})

@@ -1,5 +1,5 @@
-// Command upload sends a file from the consumer to the producer: the consumer opens a stream, copies the file into it and
-// half-closes; the handler answers with a receipt for the bytes that arrived, and both ends compare.
+// Command upload sends a file from the consumer to the producer. The consumer opens a stream, copies the file into it
+// and half-closes. The handler answers with a receipt for the received bytes, and the consumer compares.
 //
 //	go run ./examples/upload
 package main
@@ -31,12 +31,12 @@ type receipt struct {
 	SHA256 string
 }
 
-// receive is the handler. A real one would also write the file to where it belongs, with io.MultiWriter.
+// receive is the handler. A real handler would also store the file, with io.MultiWriter.
 func receive(w *stream.Writer, r *stream.Request) error {
 	digest := sha256.New()
 	n, err := io.Copy(digest, r)
 	if err != nil {
-		return err // the upload broke off: no receipt
+		return err // the upload is incomplete: no receipt
 	}
 	_, err = w.WriteObject(receipt{n, hex.EncodeToString(digest.Sum(nil))})
 	return err
@@ -50,9 +50,9 @@ func upload(ctx context.Context, client *stream.Client, f io.Reader) (receipt, e
 	if err != nil {
 		return receipt{}, err
 	}
-	defer s.Close() // where f cannot be read to its end, the handler sees this and not an end of the file
+	defer s.Close() // if f cannot be read to its end, the handler gets an error and not the end of the file
 	digest := sha256.New()
-	n, err := io.Copy(s, io.TeeReader(f, digest)) // waits whenever the handler is slower
+	n, err := io.Copy(s, io.TeeReader(f, digest)) // waits while the handler is slower
 	if err != nil {
 		return receipt{}, err
 	}
@@ -67,13 +67,13 @@ func upload(ctx context.Context, client *stream.Client, f io.Reader) (receipt, e
 	if got != sent {
 		return receipt{}, fmt.Errorf("%w: %+v, not %+v", errDiffer, got, sent)
 	}
-	if _, err := s.Recv(); err != io.EOF { // the stream ends here, and well
+	if _, err := s.Recv(); err != io.EOF { // the stream must end here, normally
 		return receipt{}, fmt.Errorf("after the receipt: %v, not io.EOF", err)
 	}
 	return got, nil
 }
 
-// size is that of the file to send: more than a stream may have under way, so that credit has to flow.
+// size is the size of the file to send. It is larger than a window, so the sender needs credit.
 const size = 8<<20 + 17
 
 func run(ctx context.Context, out io.Writer) error {
@@ -90,7 +90,7 @@ func run(ctx context.Context, out io.Writer) error {
 	if _, err := server.Handle("upload", receive); err != nil {
 		return err
 	}
-	if err := producer.Flush(); err != nil { // NATS knows the subscription now
+	if err := producer.Flush(); err != nil { // returns when NATS knows the subscription
 		return err
 	}
 	client, err := stream.NewClient(stream.ClientParams{Conn: consumer})
@@ -99,7 +99,8 @@ func run(ctx context.Context, out io.Writer) error {
 	}
 	defer client.Close()
 
-	// Random bytes stand for a file; an *os.File does as well. The seed is fixed, so that the digest is.
+	// Random bytes stand for a file; an *os.File works as well. The seed is fixed, so that the digest is the same in
+	// each run.
 	file := io.LimitReader(rand.NewChaCha8([32]byte{}), size)
 	got, err := upload(ctx, client, file)
 	if err != nil {

@@ -1,7 +1,7 @@
 // Check holds the Go files of the module, tests excepted, to limits that go vet and staticcheck do not know. Run it from the
 // root of the module:
 //
-//	go run ./internal/check words [-limit 3] [-worst 10]
+//	go run ./internal/check words [-limit 1] [-worst 10]
 //	go run ./internal/check complexity [-limit 25]
 //
 // The check words counts the sentences of comments that contain a word which tends to hide their subject. The check complexity

@@ -1,5 +1,5 @@
-// Package local gives an example the parts of a deployment: a NATS server, and connections to it of two programs, here in
-// one process. In a program of yours, nats.Connect takes its place.
+// Package local gives an example a NATS server and two connections to it, in one process. Your own programs call
+// nats.Connect instead.
 package local
 
 import (
