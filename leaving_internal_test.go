@@ -605,9 +605,14 @@ func TestCloseWaitsForUnansweredRequests(t *testing.T) {
 			m.open(t, "silent").Close()
 		}, 0, natsconn.UnsubscribeTimeout, 0},
 		"nobody listens": {func(t *testing.T, m *memoryPair) {
+			s := m.open(t, "nobody")
+			synctest.Wait() // NATS has said so
+			s.Close()
+		}, 0, 0, 0},
+		"nobody listens, closed before that is known": {func(t *testing.T, m *memoryPair) {
 			m.open(t, "nobody").Close()
 			synctest.Wait()
-		}, 0, 0, 0},
+		}, 0, ack, 0},
 		"a producer that never answers": {func(t *testing.T, m *memoryPair) {
 			m.open(t, "dead")
 			synctest.Wait()

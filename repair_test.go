@@ -187,24 +187,23 @@ func TestLostLastWordsEndNormally(t *testing.T) {
 					})
 					m.handle(t, "last", c.handler)
 					s := openForAnHour(t, m, "last")
+					deaf := c.name == "handler does not read" // it may have returned before the consumer writes
 					if c.writes {
-						if _, err := s.Write([]byte("x")); err != nil {
-							t.Error(err)
-						}
-						if err := s.CloseSend(); err != nil {
+						_, err := s.Write([]byte("x"))
+						if err = errors.Join(err, s.CloseSend()); err != nil && !(deaf && errors.Is(err, ErrClosed)) {
 							t.Error(err)
 						}
 					}
 					if err := drain(s.Recv); err != nil {
 						t.Errorf("the consumer: %v", err)
 					}
-					if c.writes && c.name != "handler does not read" {
+					if c.writes && !deaf {
 						if err := s.Sync(t.Context()); err != nil {
 							t.Errorf("the consumer's Sync: %v", err)
 						}
 					}
 					<-s.Context().Done()
-					if cause := context.Cause(s.Context()); cause != io.EOF && c.name != "handler does not read" {
+					if cause := context.Cause(s.Context()); cause != io.EOF && !deaf {
 						t.Errorf("the consumer's context ended with %v", cause)
 					}
 					time.Sleep(m.times.ResumeTimeout)
