@@ -119,11 +119,15 @@ func (o *outbox) dueBy(s *session, at int64) bool {
 
 // noteAlive records a sign of life of the peer of s.
 func (o *outbox) noteAlive(s *session) {
-	s.out.life.heard = o.time()
-	o.answered(s)
+	l := &s.out.life
+	l.heard = o.time()
 	if p := s.remote.Load(); p != nil {
-		p.hear(s.out.life.heard)
+		p.hear(l.heard)
+		if l.pings > 0 {
+			p.paid = min(p.paid+1, maxPaid)
+		}
 	}
+	o.answered(s)
 }
 
 // answered records that no question of the session waits for an answer.
@@ -241,6 +245,9 @@ func (o *outbox) check(s *session, now int64) {
 		s.mark(workPackets)
 	}
 	if d.Ping {
+		if p := s.remote.Load(); d.Repeated && p != nil {
+			p.repeats(o.time())
+		}
 		if !d.Repeated { // a missing answer is no sign of a slow reader
 			s.out.life.asks = min(s.out.life.asks, math.MaxInt16-1) + 1
 		}
@@ -325,10 +332,12 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	}
 	if p := s.remote.Load(); p != nil {
 		f.Others = p.records
+		f.Unpaid = !p.mayRepeat(now, o.ep.times.Ack)
 	}
 	if snd != nil {
 		q := &snd.unacked
 		f.Closed = q.closed
+		f.Scarce = o.scarce()
 		f.Unacked = !s.peerTakesJSON() && !q.Empty()
 		f.Stalled = !f.Unacked && (q.waits || snd.packer.stalled())
 		f.Failed = s.nobodyReads.Load() && q.failed != nil
@@ -371,11 +380,14 @@ const maxLinger = int64(time.Hour)
 // maxLinger in all, and for ResumeTimeout while half of the budget for kept packets is in use.
 func (o *outbox) lingers(q *unackedPackets, now int64) bool {
 	limit := max(maxLinger, o.ep.times.Resume)
-	if o.ep.kept.Load() > o.ep.budget/2 {
+	if o.scarce() {
 		limit = o.ep.times.Resume
 	}
 	return now-q.closeSent < limit
 }
+
+// scarce reports whether half of what may be kept for all peers is in use.
+func (o *outbox) scarce() bool { return o.ep.kept.Load() > o.ep.budget/2 }
 
 // ping asks the peer for a CREDIT.
 func (o *outbox) ping(s *session) {

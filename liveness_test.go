@@ -648,6 +648,56 @@ func TestRecordsAreSignsOfLifeForAll(t *testing.T) {
 	})
 }
 
+// Streams that end with their first packet show that their peer lives, like others.
+func TestShortStreamsAreSignsOfLifeForAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		all := openIdle(t, m, 20)
+		m.handle(t, "short", func(w *Writer, _ *Request) error { _, err := w.Write([]byte("x")); return err })
+		m.bus.SetFilter(lose(-1, func(from, _ *fake.Conn, msg *nats.Msg) bool { return from == m.back && !isSequenced(msg.Data) }))
+		for range 50 {
+			time.Sleep(200 * time.Millisecond)
+			if err := drain(openForAnHour(t, m, "short").Recv); err != nil {
+				t.Fatal(err)
+			}
+		}
+		m.bus.SetFilter(nil)
+		finish(t, all)
+		m.nothingLeft(t)
+	})
+}
+
+// Many streams whose questions wait on a slow line do not fill it with repetitions.
+func TestFewOfManyUnansweredQuestionsAreRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.bus.Delay = time.Second
+		const streams, trip = 500, 2 * time.Second
+		questions := 0
+		m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
+			if from == m.back && isFrame(msg.Data, FramePing) {
+				questions++
+			}
+			return true
+		})
+		m.handle(t, "wait", waits(make(chan error, streams)))
+		all := make([]*Stream, streams)
+		for i := range all {
+			all[i] = openForAnHour(t, m, "wait")
+		}
+		time.Sleep(m.bus.Delay + trip)
+		free := int(trip / (defaultAckTimeout / unpaidPart))
+		if most := streams + maxPaid + free; questions < streams || questions > most {
+			t.Errorf("%d questions before the first answer, at most %d may be", questions, most)
+		}
+		m.bus.SetFilter(nil)
+		time.Sleep(10 * time.Second)
+		finish(t, all)
+		time.Sleep(10 * time.Second)
+		m.nothingLeft(t)
+	})
+}
+
 // A consumer's RESET that was lost is noticed although its end lives.
 func TestLostResetIsNoticedAtALivingPeer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -23,6 +23,8 @@ type remote struct {
 	suspect   int64 // when the first unanswered question was sent, or NATS reported that nobody received one
 	questions int32 // since it was heard
 	records   int64 // when arrived records were last seen on any of the streams
+	paid      int32 // repeated questions that answers paid for
+	unpaid    int64 // when the last other question was repeated
 	lookedAt  int64 // when all streams were looked at, by the endpoint's time
 	absent    bool  // NATS reported that nobody received a question
 	shortest  int64 // shortest timeout that any stream had of its own, 0 if none had
@@ -77,7 +79,7 @@ func (o *outbox) joinRemote(s *session) {
 	}
 	p := o.remotes[name]
 	if p == nil {
-		p = &remote{name: name, heard: o.time()}
+		p = &remote{name: name, heard: o.time(), paid: maxPaid}
 		o.remotes[name] = p
 	}
 	s.remote.Store(p)
@@ -85,15 +87,18 @@ func (o *outbox) joinRemote(s *session) {
 	if p.streams = append(p.streams, s); len(p.streams) == 1 {
 		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
 	}
+	p.hear(s.out.life.heard) // before its address was known
 	o.setPatience(s)
 }
 
-// leaveRemote takes a stream from its peer. A peer without streams is forgotten.
+// leaveRemote takes a stream from its peer. Its last packets show that the peer lives, as all do. A peer without streams is
+// forgotten.
 func (o *outbox) leaveRemote(s *session) {
 	p := s.remote.Load()
 	if p == nil {
 		return
 	}
+	o.noteArrivals(s, o.time())
 	s.remote.Store(nil)
 	last := len(p.streams) - 1
 	moved := p.streams[last]
@@ -171,6 +176,25 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 		o.askRemote(p, s, now)
 	}
 	o.lookAtRemote(p, o.clock.Until(d.Next))
+}
+
+// Each question that p answers pays for a repeated one. So many streams that wait behind data on a slow line do not fill the
+// line with repetitions. maxPaid may be repeated ahead of answers, and one in each unpaidPart of AckTimeout is free.
+const (
+	maxPaid    = 32
+	unpaidPart = 4
+)
+
+// mayRepeat reports whether a stream may repeat a question to p.
+func (p *remote) mayRepeat(now, ack int64) bool { return p.paid > 0 || now-p.unpaid >= ack/unpaidPart }
+
+// repeats notes that a stream repeats a question to p.
+func (p *remote) repeats(now int64) {
+	if p.paid > 0 {
+		p.paid--
+	} else {
+		p.unpaid = now
+	}
 }
 
 // speaker returns a stream on which p can be sent a PING, another one each time, or nil if none is found. It records the arrivals

@@ -53,10 +53,12 @@ type Facts struct {
 	Registered   bool // the mux knows this end's subject
 	Received     bool // a packet of the peer arrived
 	NoPeer       bool // no peer can be asked: its address is not known, or it knows no PING
+	Scarce       bool // much memory is in use for packets that are not acknowledged
 	Unacked      bool // packets of this end are not acknowledged
 	Stalled      bool // a writer waits for credit
 	Failed       bool // a publish failed, and no writer will repeat it
 	Silent       bool // this end is a handler's, and its consumer may not know its address, or the name of the stream
+	Unpaid       bool // no question may be repeated now: the peer was sent as many repeated ones as it may be
 }
 
 // Reason is the reason for which a stream is given up.
@@ -157,6 +159,9 @@ func (f *Facts) waitForPeer(d Decision) Decision {
 func (f *Facts) ask(d Decision) Decision {
 	if f.Pings > 0 || f.Suspect != 0 {
 		repeat := f.Pinged + f.Repeat
+		if f.Unpaid {
+			repeat = max(repeat, f.Now+f.Times.Ack/4)
+		}
 		d.Ping = f.Now >= repeat
 		d.until(repeat)
 	} else {
@@ -190,11 +195,17 @@ func (f *Facts) ask(d Decision) Decision {
 // gone returns the time when a peer that is suspect since t is given up.
 func (f *Facts) gone(t int64) int64 { return max(f.overdue(t), t+f.Patience) + f.queued(t) }
 
-// unconfirmed returns the time when the acknowledgement of CLOSE is given up.
-func (f *Facts) unconfirmed() int64 { return f.overdue(f.Closed) + f.queued(f.Closed) }
+// unconfirmed returns the time when the acknowledgement of CLOSE is given up. Signs of life on this stream do not count here:
+// they may be answers to earlier packets.
+func (f *Facts) unconfirmed() int64 {
+	if f.Others > f.Closed && !f.Scarce {
+		return f.overdue(f.Closed) + behindOthers*f.Times.Resume
+	}
+	return f.overdue(f.Closed) + f.queued(f.Closed)
+}
 
-// behindOthers is how many times Resume a stream may be silent since it was asked, if records arrive on others. The answer may
-// wait behind them on a slow line.
+// behindOthers is how many times Resume more a stream may wait for an answer, or for the acknowledgement of CLOSE, if records of
+// the peer arrive on others: it may be behind them on a slow line.
 const behindOthers = 6
 
 // queued returns by how much queued data on the line prolongs the wait for the answer to a packet sent at t.
