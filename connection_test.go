@@ -403,7 +403,7 @@ func TestOverlongSubjectOfPeerEndsOneStream(t *testing.T) {
 		return c
 	}
 	serve := func(t *testing.T, nc *nats.Conn, subject string) {
-		s, err := stream.NewServer(stream.ServerParams{Conn: nc, KeepAlive: 50 * time.Millisecond, AckTimeout: 20 * time.Millisecond, ResumeTimeout: 200 * time.Millisecond})
+		s, err := stream.NewServer(stream.ServerParams{Conn: nc, KeepAlive: 500 * time.Millisecond, ResumeTimeout: 5 * time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}
