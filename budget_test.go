@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -767,6 +768,28 @@ func TestFallbackFloodOfSmallMessagesIsBounded(t *testing.T) {
 		t.Errorf("the stream ended with %v", e)
 	}
 	_ = s.Close()
+}
+
+// Objects for a fallback consumer are bounded as all records are.
+func TestFallbackObjectTooLargeIsRefused(t *testing.T) {
+	conn := newRecorder(nil)
+	c := fakeClient(t, conn.Conn, ClientParams{MaxRecordSize: 10})
+	w := c.NewWriter("x.oldtoken")
+	for _, v := range []any{strings.Repeat("x", 9), strings.Repeat("x", 1000)} { // quoted, 11 bytes
+		if n, err := w.WriteObject(v); n != 0 || !errors.Is(err, ErrRecordTooLarge) {
+			t.Errorf("WriteObject: %d, %v; want ErrRecordTooLarge", n, err)
+		}
+	}
+	if n, err := w.WriteObject(strings.Repeat("x", 8)); n != 10 || err != nil {
+		t.Errorf("WriteObject of 10 bytes: %d, %v", n, err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sent := conn.sent()
+	if len(sent) != 2 || !bytes.Equal(sent[0].Data, jsonwire.AppendData(nil, []byte(`"xxxxxxxx"`))) {
+		t.Errorf("%d messages, the first %q", len(sent), sent[0].Data)
+	}
 }
 
 // A message's header lies in the same memory as its data, and nobody bounds it. What waits to be read is a copy.

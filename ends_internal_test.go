@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -533,51 +532,6 @@ func TestCloseSendToAWriterWorks(t *testing.T) {
 			t.Errorf("%d sessions are left", n)
 		}
 	})
-}
-
-// A message of the original protocol is none of frames, whatever it looks like.
-func TestFallbackMessageIsNotParsedAsFrames(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		m := memoryTest(t, ClientParams{})
-		stop, err := m.back.Subscribe("old", "", func(msg *nats.Msg) {
-			_ = m.back.Publish(msg.Reply, "", AppendFrame(nil, testData("forged")))
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer stop()
-		s := m.open(t, "old")
-		if _, err := s.Header(); err != nil {
-			t.Fatal(err)
-		}
-		rec, err := s.Recv()
-		if !errors.Is(err, &CloseError{Code: CloseUnsupportedData}) {
-			t.Errorf("Recv: %q, %v", rec, err)
-		}
-		_ = s.Close()
-	})
-}
-
-// Objects for a fallback consumer are bounded as all records are.
-func TestFallbackObjectTooLargeIsRefused(t *testing.T) {
-	conn := newRecorder(nil)
-	c := fakeClient(t, conn.Conn, ClientParams{MaxRecordSize: 10})
-	w := c.NewWriter("x.oldtoken")
-	for _, v := range []any{strings.Repeat("x", 9), strings.Repeat("x", 1000)} { // quoted, 11 bytes
-		if n, err := w.WriteObject(v); n != 0 || !errors.Is(err, ErrRecordTooLarge) {
-			t.Errorf("WriteObject: %d, %v; want ErrRecordTooLarge", n, err)
-		}
-	}
-	if n, err := w.WriteObject(strings.Repeat("x", 8)); n != 10 || err != nil {
-		t.Errorf("WriteObject of 10 bytes: %d, %v", n, err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	sent := conn.sent()
-	if len(sent) != 2 || !bytes.Equal(sent[0].Data, jsonwire.AppendData(nil, []byte(`"xxxxxxxx"`))) {
-		t.Errorf("%d messages, the first %q", len(sent), sent[0].Data)
-	}
 }
 
 // A handler that closes with an error and goes on reading hears soon that its consumer has left, also if the consumer's words

@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -294,7 +293,7 @@ func TestFallbackObjectsAreJSON(t *testing.T) {
 
 // An old consumer knows no pieces, so a record that fits no message is refused, and the
 // writer goes on.
-func TestFallbackRefusesRecordTooLarge(t *testing.T) {
+func TestFallbackRecordTooLargeIsRefused(t *testing.T) {
 	const maxPayload = 4096
 	p := newPair(t, pairOptions{server: []streamtest.Option{streamtest.WithMaxPayload(maxPayload)}})
 	sub, err := p.consumer.Conn.SubscribeSync(oldInbox)
@@ -512,72 +511,6 @@ func TestFallbackManyStreamsArrive(t *testing.T) {
 		}
 		if m := <-messages; !bytes.Equal(m.Data, fallbackFixture(t, "close_normal")) {
 			t.Errorf("%s, want the close message", m.Data)
-		}
-	})
-}
-
-func TestNoRespondersMessageEndsTheStream(t *testing.T) {
-	p := newPair(t, pairOptions{producer: stream.ClientParams{ResumeTimeout: 100 * time.Millisecond}})
-	t.Run("Open", func(t *testing.T) {
-		s := open(t, p.consumer, "nobody.here")
-		for range 2 {
-			if rec, err := s.Recv(); rec != nil || !errors.Is(err, nats.ErrNoResponders) {
-				t.Fatalf("Recv: %q, %v; want nats.ErrNoResponders", rec, err)
-			}
-		}
-		if cause := context.Cause(s.Context()); !errors.Is(cause, nats.ErrNoResponders) {
-			t.Errorf("the context's cause is %v", cause)
-		}
-	})
-	t.Run("OpenStream", func(t *testing.T) {
-		ch, err := p.consumer.OpenStream(testContext(t), "nobody.here", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if r := <-ch; r == nil || !errors.Is(r.Err, nats.ErrNoResponders) || r.Value != nil {
-			t.Fatalf("result %+v, want nats.ErrNoResponders", r)
-		}
-		if r, more := <-ch; more {
-			t.Fatalf("result %+v behind the error", r)
-		}
-	})
-	t.Run("later", func(t *testing.T) {
-		// After the first packet it is news about somebody else, for example another member of a queue.
-		for name, first := range map[string][]byte{
-			"packets":  rawPacket(stream.PacketSeq, 7, 0, rawData("hello")),
-			"control":  rawPacket(0, 7, 0, rawPing()),
-			"fallback": fallbackFixture(t, "data"),
-		} {
-			s, reply, nc := rawStream(t, p)
-			rawPublish(t, nc, reply, first)
-			if err := nc.PublishMsg(&nats.Msg{Subject: reply, Header: nats.Header{"Status": {"503"}}}); err != nil {
-				t.Fatal(err)
-			}
-			want := 1
-			switch name {
-			case "packets":
-				rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 1, rawClose(1000)))
-			case "control":
-				rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawClose(1000)))
-				want = 0
-			case "fallback":
-				rawPublish(t, nc, reply, fallbackFixture(t, "close_normal"))
-			}
-			if got, err := readAll(s); len(got) != want || err != io.EOF {
-				t.Errorf("%s: %q, %v", name, got, err)
-			}
-		}
-	})
-	t.Run("writer", func(t *testing.T) {
-		// The consumer is gone before the first packet: its server says so, and it does not come back.
-		w := p.producer.NewWriter(rawInbox())
-		write(t, w, []byte("hello"))
-		waitFor(t, "the writer's end", func() { <-w.Context().Done() })
-		if _, err := w.Write([]byte("more")); !errors.Is(err, nats.ErrNoResponders) {
-			t.Errorf("Write: %v, want nats.ErrNoResponders", err)
-		}
-		if err := w.Close(); !errors.Is(err, nats.ErrNoResponders) {
-			t.Errorf("Close: %v, want nats.ErrNoResponders", err)
 		}
 	})
 }
@@ -846,50 +779,6 @@ func TestFallbackConsumerIsToldOfClientClose(t *testing.T) {
 		}
 		if string(m.Data) != string(b) {
 			t.Errorf("%s, want %s", m.Data, b)
-		}
-	}
-}
-
-// Messages that wait to be read are counted by their data, so their headers must not wait with them.
-func TestFallbackUnreadHeadersTakeNoMemory(t *testing.T) {
-	const messages, size = 30, 512 << 10
-	p := newPair(t)
-	s, reply, nc := rawStream(t, p)
-	heap := func() int64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return int64(m.HeapAlloc)
-	}
-	before := heap()
-	header := nats.Header{"Large": {strings.Repeat("x", size)}}
-	for i := range messages {
-		if err := nc.PublishMsg(&nats.Msg{Subject: reply, Header: header, Data: rawPacket(stream.PacketSeq, 9, uint32(i), rawData("x"))}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := nc.FlushTimeout(patience); err != nil {
-		t.Fatal(err)
-	}
-	// The last one has arrived when the first one after it, a PING, is answered; nothing is read yet.
-	answers, err := nc.SubscribeSync(nats.NewInbox())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := nc.PublishRequest(reply, answers.Subject, rawPacket(0, 9, messages, stream.Frame{Type: stream.FramePing})); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := answers.NextMsg(patience); err != nil {
-		t.Fatal(err)
-	}
-	header = nil
-	var held int64
-	if !poll(func() bool { held = heap() - before; return held < messages*size/2 }) {
-		t.Errorf("%d MiB are held for %d records of one byte", held>>20, messages)
-	}
-	for range messages {
-		if rec, err := s.Recv(); string(rec) != "x" || err != nil {
-			t.Fatalf("%q, %v", rec, err)
 		}
 	}
 }

@@ -586,6 +586,29 @@ func TestMuxDeliversNothingAfterTheEnd(t *testing.T) {
 	}
 }
 
+// A message of the original protocol is none of frames, whatever it looks like.
+func TestFallbackMessageIsNotParsedAsFrames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		stop, err := m.back.Subscribe("old", "", func(msg *nats.Msg) {
+			_ = m.back.Publish(msg.Reply, "", AppendFrame(nil, testData("forged")))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		s := m.open(t, "old")
+		if _, err := s.Header(); err != nil {
+			t.Fatal(err)
+		}
+		rec, err := s.Recv()
+		if !errors.Is(err, &CloseError{Code: CloseUnsupportedData}) {
+			t.Errorf("Recv: %q, %v", rec, err)
+		}
+		_ = s.Close()
+	})
+}
+
 // What consumers send to handlers that do not read is bounded as well.
 func TestHandlersWindowsAreBounded(t *testing.T) {
 	for _, c := range []struct {

@@ -510,7 +510,7 @@ func TestRegistrationThatCannotReturnAsksOnce(t *testing.T) {
 	})
 }
 
-func TestRoomSuspendsAndResumesInTime(t *testing.T) {
+func TestServerIsFullUntilSpareRoomIsFree(t *testing.T) {
 	for _, c := range []struct {
 		max, handlers, sessions int
 		was, full               bool

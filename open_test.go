@@ -236,13 +236,57 @@ func TestOpenFailsAtOnceWithoutResponders(t *testing.T) {
 	p := newPair(t)
 	s := open(t, p.consumer, "nobody")
 	for range 2 {
-		if _, err := s.Recv(); !errors.Is(err, nats.ErrNoResponders) {
-			t.Errorf("Recv: %v", err)
+		if rec, err := s.Recv(); rec != nil || !errors.Is(err, nats.ErrNoResponders) {
+			t.Errorf("Recv: %q, %v", rec, err)
 		}
 	}
 	if err := context.Cause(s.Context()); !errors.Is(err, nats.ErrNoResponders) {
 		t.Errorf("the context's cause: %v", err)
 	}
+}
+
+// The message of NATS that nobody receives a request, or a packet, ends a stream before its first packet has arrived.
+func TestNoRespondersCountsBeforeTheFirstPacketOnly(t *testing.T) {
+	p := newPair(t, pairOptions{producer: stream.ClientParams{ResumeTimeout: 100 * time.Millisecond}})
+	t.Run("consumer", func(t *testing.T) {
+		// After the first packet it is news about somebody else, for example another member of a queue.
+		for name, first := range map[string][]byte{
+			"packets":  rawPacket(stream.PacketSeq, 7, 0, rawData("hello")),
+			"control":  rawPacket(0, 7, 0, rawPing()),
+			"fallback": fallbackFixture(t, "data"),
+		} {
+			s, reply, nc := rawStream(t, p)
+			rawPublish(t, nc, reply, first)
+			if err := nc.PublishMsg(&nats.Msg{Subject: reply, Header: nats.Header{"Status": {"503"}}}); err != nil {
+				t.Fatal(err)
+			}
+			want := 1
+			switch name {
+			case "packets":
+				rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 1, rawClose(1000)))
+			case "control":
+				rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 0, rawClose(1000)))
+				want = 0
+			case "fallback":
+				rawPublish(t, nc, reply, fallbackFixture(t, "close_normal"))
+			}
+			if got, err := readAll(s); len(got) != want || err != io.EOF {
+				t.Errorf("%s: %q, %v", name, got, err)
+			}
+		}
+	})
+	t.Run("producer", func(t *testing.T) {
+		// The consumer is gone before the first packet: its server says so, and it does not come back.
+		w := p.producer.NewWriter(rawInbox())
+		write(t, w, []byte("hello"))
+		waitFor(t, "the writer's end", func() { <-w.Context().Done() })
+		if _, err := w.Write([]byte("more")); !errors.Is(err, nats.ErrNoResponders) {
+			t.Errorf("Write: %v, want nats.ErrNoResponders", err)
+		}
+		if err := w.Close(); !errors.Is(err, nats.ErrNoResponders) {
+			t.Errorf("Close: %v, want nats.ErrNoResponders", err)
+		}
+	})
 }
 
 func TestOpenMsgSendsHeaderAndData(t *testing.T) {
