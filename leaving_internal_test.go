@@ -775,19 +775,23 @@ func TestServerCloseTellsConsumersThatHaveNoAnswer(t *testing.T) {
 
 // However often and however impatiently a server is ended: who asked it is answered.
 func TestEveryCallThatEndsAServerReturns(t *testing.T) {
-	for name, end := range map[string]func(m *memoryPair, ended context.Context){
-		"Close":             func(m *memoryPair, _ context.Context) { _ = m.server.Close() },
-		"Drain impatiently": func(m *memoryPair, ended context.Context) { _ = m.server.Drain(ended) },
-		"Drain, then Close": func(m *memoryPair, _ context.Context) {
+	away := &CloseError{Code: CloseGoingAway}
+	for name, c := range map[string]struct {
+		end  func(m *memoryPair, ended context.Context)
+		want error // of the consumer
+	}{
+		"Close":             {func(m *memoryPair, _ context.Context) { _ = m.server.Close() }, away},
+		"Drain impatiently": {func(m *memoryPair, ended context.Context) { _ = m.server.Drain(ended) }, away},
+		"Drain, then Close": {func(m *memoryPair, _ context.Context) {
 			go func() { _ = m.server.Drain(context.Background()) }()
 			synctest.Wait()
 			_ = m.server.Close()
-		},
-		"Drain twice": func(m *memoryPair, _ context.Context) {
+		}, away},
+		"Drain twice": {func(m *memoryPair, _ context.Context) {
 			go func() { _ = m.server.Drain(context.Background()) }()
 			synctest.Wait()
 			_ = m.server.Drain(context.Background())
-		},
+		}, io.EOF},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -798,10 +802,18 @@ func TestEveryCallThatEndsAServerReturns(t *testing.T) {
 				synctest.Wait() // NATS has the request, the server does not
 				ended, cancel := context.WithCancel(t.Context())
 				cancel()
-				go end(m, ended)
 				start := time.Now()
-				_, err := s.Recv()
-				took(t, fmt.Sprintf("the answer, %v,", err), start, 0, time.Second)
+				returned := make(chan struct{})
+				go func() {
+					defer close(returned)
+					c.end(m, ended)
+				}()
+				if _, err := s.Recv(); !errors.Is(err, c.want) {
+					t.Errorf("Recv: %v, want %v", err, c.want)
+				}
+				took(t, "the answer", start, 0, time.Second)
+				<-returned
+				took(t, "the call", start, 0, 2*time.Second)
 				time.Sleep(time.Second) // the acknowledgement is under way
 				m.nothingLeft(t)
 			})
