@@ -86,7 +86,7 @@ func producerByHand(t *testing.T, p *pair) (*rawPeer, *stream.Stream) {
 	return r, s
 }
 
-// serveChatter serves "svc" with handlers that send what they can and take what comes.
+// serveChatter serves "svc" with handlers that send without end and read all records.
 func serveChatter(t *testing.T, p *pair, params stream.ServerParams) *service {
 	t.Helper()
 	s := newService(t, p, params)
@@ -101,7 +101,7 @@ func serveChatter(t *testing.T, p *pair, params stream.ServerParams) *service {
 	return s
 }
 
-// victims are given to library ends by peers that acknowledge without end. Each gets challenges, few, and nothing else.
+// victims are given to library ends by peers that acknowledge without end. Each gets a few challenges and no other message.
 func TestPeerCannotRedirectItsStream(t *testing.T) {
 	const packets = 2000
 	flood := func(t *testing.T, r *rawPeer, acked func() uint32) {
@@ -171,7 +171,8 @@ func rawResponse(nonce []byte) stream.Frame {
 	return stream.Frame{Type: stream.FrameResponse, Payload: nonce}
 }
 
-// A peer that moves gets everything at its new subject once it has answered the challenge there, whoever else answers one.
+// A peer that moves gets everything at its new subject once it has answered the challenge there. Answers of others to
+// it change nothing.
 func TestPeerMovesOnceItHasProvedWhere(t *testing.T) {
 	p := newPair(t)
 	const fast = 5 * time.Millisecond
@@ -217,7 +218,7 @@ func TestPeerMovesOnceItHasProvedWhere(t *testing.T) {
 	r.send("", 0, 0, rawReset(stream.CloseCanceled))
 }
 
-// Both ends answer a challenge where they know their peer to be, with what it held, and once for a packet.
+// Both ends answer a challenge at the known subject of their peer, with its content, and once for a packet.
 func TestChallengeIsAnswered(t *testing.T) {
 	p := newPair(t)
 	check := func(t *testing.T, r *rawPeer) {
@@ -327,7 +328,8 @@ func TestHeadersOfPacketsAreIgnored(t *testing.T) {
 // mapped returns a subject that looks mapped: it ends with no token. NATS does not let a client use _R_ in a reply subject.
 func mapped(name string) string { return "_M_." + name + "." + nats.NewInbox()[len("_INBOX."):] }
 
-// crossedConsumer opens a stream on "svc" by hand, with a mapped reply subject, and returns the name that the producer gives it.
+// crossedConsumer opens a stream on "svc" by hand, with a mapped reply subject, and returns the name that the producer
+// gives it.
 func crossedConsumer(t *testing.T, p *pair) (r *rawPeer, token string) {
 	t.Helper()
 	nc, inbox := p.consumer.Conn, mapped("first")
@@ -384,7 +386,7 @@ func resumption(token string) []byte {
 	return rawPacket(0, 0, 0, stream.Frame{Type: stream.FrameResume, Payload: []byte(token)})
 }
 
-// ask asks for a stream, and returns what comes to the reply subject.
+// ask asks for a stream, and returns the subscription to the reply subject.
 func (r *rawPeer) ask(token, reply string) *nats.Subscription {
 	r.t.Helper()
 	at := subscribe(r.t, r.nc, reply)
@@ -427,7 +429,8 @@ func TestConsumerIsFoundWhereItAsksFrom(t *testing.T) {
 	r.send("", 0, 0, rawReset(stream.CloseCanceled))
 }
 
-// Who has heard a name, and asks, gets a challenge in each AckTimeout at most. Without the consumer's number it cannot answer.
+// A stranger that has heard a name, and asks, gets a challenge in each AckTimeout at most. Without the consumer's
+// number it cannot answer.
 func TestNameAloneRedirectsNothing(t *testing.T) {
 	p := newPair(t)
 	const fast = 50 * time.Millisecond
@@ -519,7 +522,8 @@ func TestEndIsRepeatedWhereItIsAskedFor(t *testing.T) {
 	}
 }
 
-// crossedProducer answers a stream of p's consumer by hand, from a mapped subject, and returns what comes to the request subject.
+// crossedProducer answers a stream of p's consumer by hand, from a mapped subject, and returns the subscription to the
+// request subject.
 func crossedProducer(t *testing.T, p *pair, named bool) (r *rawPeer, s *stream.Stream, asked *nats.Subscription) {
 	t.Helper()
 	subject, requests := rawRequests(t, p)

@@ -23,8 +23,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// What a large record takes while its pieces come is in the endpoint's budget. A record that finds no room waits, and so does
-// its sender, until another is complete or given up. The bytes are given back in any case.
+// The memory of a large record whose pieces still arrive counts against the endpoint's budget. A record that finds no
+// room waits, and so does its sender, until another is complete or given up. The bytes are given back in any case.
 func TestReassemblyIsBudgeted(t *testing.T) {
 	const size, budget = 3 << 20, 4 << 20
 	for _, left := range []bool{false, true} { // the consumer leaves in mid-record
@@ -310,7 +310,7 @@ func openRaw(t *testing.T, params ClientParams) (m *memoryPair, s *Stream) {
 }
 
 // While a record is put together it takes what has arrived of it; then its reader has no more than the record. Small pieces,
-// and packets padded with what is skipped, take a few times what they bring, whatever else the budget allows.
+// and packets padded with skipped frames, take a few times the memory of their content, even if the budget allows more.
 func TestReassemblyTakesWhatArrived(t *testing.T) {
 	const size, each = 4200 << 10, 100 << 10
 	pieces := func(n, each int, pad ...Frame) (packets [][]byte) {
@@ -414,7 +414,7 @@ func TestTinyPiecesTakeMemoryOfTheirRecord(t *testing.T) {
 	}
 }
 
-// A record larger than MaxRecordSize ends the stream before memory is taken for what is too much of it.
+// A record larger than MaxRecordSize ends the stream before any memory is taken for its excess.
 func TestRecordTooLargeTakesNoMemory(t *testing.T) {
 	const max, slack = 100_000, 20_000
 	frame := func(n int, flags FrameFlags) Frame {
@@ -751,7 +751,7 @@ func TestTrickledAcknowledgementsEndTheStream(t *testing.T) {
 	}
 }
 
-// What a fallback producer piles up is bounded in memory, however small its messages.
+// The unread messages of a fallback producer are bounded in memory, however small they are.
 func TestFallbackFloodOfSmallMessagesIsBounded(t *testing.T) {
 	conn := fake.New()
 	const limit = 1 << 20
@@ -792,7 +792,7 @@ func TestFallbackObjectTooLargeIsRefused(t *testing.T) {
 	}
 }
 
-// A message's header lies in the same memory as its data, and nobody bounds it. What waits to be read is a copy.
+// A message's header lies in the same memory as its data, and nobody bounds it. A record that waits to be read is a copy.
 func TestHeaderIsNotKeptWithPayload(t *testing.T) {
 	for name, payload := range map[string][]byte{
 		"packet":   testPacket(7, 0, testData("hello")),
@@ -925,8 +925,8 @@ func TestEndedStreamsAreRememberedInBounds(t *testing.T) {
 	}
 }
 
-// The allocator has a size class for 768 bytes, and the next is for 896. Every idle stream of a consumer costs the difference if
-// a Stream grows beyond.
+// The allocator has a size class for 768 bytes, and the next is for 896. Every idle stream of a consumer costs the
+// difference if a Stream grows beyond.
 func TestStreamFitsItsSizeClass(t *testing.T) {
 	const class = 768
 	size := unsafe.Sizeof(Stream{})

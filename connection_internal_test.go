@@ -24,7 +24,7 @@ import (
 	"github.com/natsstream/stream/internal/race"
 )
 
-// Before the first connect nobody knows what the server takes. Nothing is refused, and records travel together.
+// Before the first connect nobody knows the server's max_payload. Nothing is refused, and records travel together.
 func TestNothingIsRefusedBeforeTheFirstConnect(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -122,7 +122,7 @@ func TestMaxPayloadChangesUnderStreams(t *testing.T) {
 	}
 }
 
-// What was published once keeps its number. If it is missed when the server does not take it any more, the stream ends
+// A packet that was published once keeps its number. If it is missed when the server does not take it any more, the stream ends
 // with an error that names both sizes.
 func TestLostPacketBeyondShrunkMaxPayloadEndsTheStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -154,7 +154,7 @@ func TestLostPacketBeyondShrunkMaxPayloadEndsTheStream(t *testing.T) {
 	})
 }
 
-// A request is measured against what the server takes now, in both directions.
+// A request is measured against the current max_payload of the server, in both directions.
 func TestOpenIsMeasuredAgainstTheCurrentMaxPayload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -513,7 +513,7 @@ func TestStreamsSurviveReconnects(t *testing.T) {
 	}
 }
 
-// A request that waited for the connection was not lost with it: whoever answers it may take its time.
+// A request that waited for the connection was not lost with it. Its handler may take its time.
 func TestRequestThatWaitedForTheConnectionIsNotLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -566,7 +566,7 @@ func (c *lateWatcher) PublishMsg(m *nats.Msg) error {
 	return err
 }
 
-// A request that is lost with the connection is missed, whenever that is.
+// A request that is lost with the connection is missed, at any moment.
 func TestLostRequestIsMissedAtAnyMoment(t *testing.T) {
 	for _, when := range []string{"before the watcher looks", "before publishing returns"} {
 		t.Run(when, func(t *testing.T) {
@@ -718,7 +718,7 @@ func TestReconnectRepeatsCredit(t *testing.T) {
 	}
 }
 
-// What a producer published last may be lost with the connection as well. It asks, so that the consumer answers or sees
+// The last packet of a producer may be lost with the connection as well. It asks, so that the consumer answers or sees
 // that packets are missing.
 func TestReconnectAsksForCredit(t *testing.T) {
 	c, conn, count := newCountedClient(t)

@@ -22,7 +22,7 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// What is lost with a connection is said to be lost: streams yield what had arrived and end with 1006, at both ends.
+// A loss with a connection is reported: streams yield what had arrived and end with 1006, at both ends.
 func TestLostConnectionIsReportedAtBothEnds(t *testing.T) {
 	const records = 3
 	streams := scaled(1000)
@@ -370,7 +370,8 @@ func TestMaxPayloadMayChangeByReload(t *testing.T) {
 	wantEOF(t, goesOn)
 }
 
-// The limits of an account come in an INFO of their own, right after the connect. Records that were cut before pass all the same.
+// The limits of an account come in an INFO of their own, right after the connect. Records that were cut before pass all
+// the same.
 func TestMaxPayloadOfAnAccountCounts(t *testing.T) {
 	p := newRestricted(t, `accounts { A { users: [ { user: a, password: a } ], limits { max_payload: 32KB } } }
 		no_auth_user: a`)

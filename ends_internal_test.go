@@ -17,7 +17,7 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// The codes of what handlers return, as a table.
+// The close codes of the errors that handlers return, as a table.
 func TestHandlersResultsMapToCloseCodes(t *testing.T) {
 	normal := &CloseError{Code: CloseNormalClosure, Text: "done"}
 	for _, c := range []struct {
@@ -471,7 +471,7 @@ func TestWriterThatCannotWriteHoldsNothing(t *testing.T) {
 	}
 }
 
-// What encodes to nothing leaves no trace, so headers can still be set.
+// An object that fails to encode leaves no trace, so headers can still be set.
 func TestSetHeaderWorksAfterAFailedObject(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})

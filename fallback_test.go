@@ -587,8 +587,8 @@ func TestServerRefusesTheFallbackByDefault(t *testing.T) {
 	}
 }
 
-// A consumer that speaks only the fallback acknowledges nothing and answers no question. What it can make a server do is bounded
-// by the server's parameters, and by NATS, which says if nobody receives a message.
+// A consumer that speaks only the fallback acknowledges nothing and answers no question. What it can make a server do
+// is bounded by the server's parameters, and by NATS, which says if nobody receives a message.
 
 // fallbackCause serves "svc" with handlers that write until that fails, and returns the causes of their ends.
 func fallbackCause(t *testing.T, params stream.ServerParams) (*pair, *service, chan error) {

@@ -139,7 +139,7 @@ func TestBucketAsksOnceForAPacket(t *testing.T) {
 	}
 }
 
-// Numbers wrap at 2^32, in the sequence, in the grant and in what duplicates and gaps are.
+// Numbers wrap at 2^32, in the sequence, in the grant, and in the tests for duplicates and gaps.
 func TestBucketSequenceWraps(t *testing.T) {
 	for ahead := range uint32(40) {
 		start := -ahead
@@ -609,7 +609,7 @@ func TestFallbackMessageIsNotParsedAsFrames(t *testing.T) {
 	})
 }
 
-// What consumers send to handlers that do not read is bounded as well.
+// The records that consumers send to handlers that do not read are bounded as well.
 func TestHandlersWindowsAreBounded(t *testing.T) {
 	for _, c := range []struct {
 		name    string
@@ -837,8 +837,8 @@ func TestControlWordsAreBoundedInBytes(t *testing.T) {
 	}
 }
 
-// What a stream publishes is in proportion to what it was sent: an answer for each question that it takes, and for requests to
-// send again no more than is under way, and a packet or two each after that.
+// A stream publishes in proportion to the packets that it receives: an answer for each question that it takes, and for
+// requests to send again no more than is under way, and a packet or two each after that.
 func TestFloodsAreAnsweredOnce(t *testing.T) {
 	const packets = 30 // that the handler has sent, and that nobody acknowledged
 	credit := func(ack int, flags FrameFlags) Frame {

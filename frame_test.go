@@ -303,7 +303,7 @@ func TestParseFrameAgreesWithOracle(t *testing.T) {
 	}
 }
 
-// Every header whose upper half has at most the bits that matter, against what the rules say.
+// Every header whose upper half has at most the bits that matter, against the rules.
 func TestIsPlainDataAgreesWithTheRules(t *testing.T) {
 	check := func(typ, flags byte, code uint16) {
 		h := uint64(typ)<<56 | uint64(flags)<<48 | uint64(code)<<32 | 0xDEADBEEF
@@ -659,7 +659,7 @@ func TestCodecAllocatesNothing(t *testing.T) {
 	})
 }
 
-// META is what it says it is from its first byte to its last.
+// The content of META is well formed from its first byte to its last, or refused.
 func TestMetaIsCheckedToItsLastByte(t *testing.T) {
 	for in, good := range map[string]bool{
 		"NATS/1.0\r\n\r\n":                  true,

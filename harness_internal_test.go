@@ -71,7 +71,7 @@ func muxStream(t *testing.T, conn *fake.Conn, c *Client) (*Stream, func(data []b
 	return s, func(data []byte) { conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: data}) }
 }
 
-// drain reads until the end, and returns what is wrong with it.
+// drain reads until the end, and returns its error, nil for a normal end.
 func drain(recv func() ([]byte, error)) error {
 	for {
 		if _, err := recv(); err == io.EOF {
@@ -127,10 +127,10 @@ func PoisonFreePackets() (stop func() int64) {
 // RaceEnabled tells external tests whether the race detector watches: it costs time and memory, and Recv is exact then.
 const RaceEnabled = race.Enabled
 
-// testClosed is what an endpoint without a Client is closed with.
+// testClosed is the ending for an endpoint without a Client.
 var testClosed = &ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}}
 
-// traffic counts what a connection publishes.
+// traffic counts the messages that a connection publishes.
 type traffic struct{ all, control atomic.Int64 }
 
 // controlFrames returns the frames of a control packet, nil of any other message.
@@ -152,7 +152,7 @@ func controlFrames(data []byte) (frames []Frame) {
 // isControl reports whether data is a packet of control frames.
 func isControl(data []byte) bool { return len(controlFrames(data)) > 0 }
 
-// of counts what conn publishes from now on.
+// of counts the messages that conn publishes from now on.
 func (n *traffic) of(conn *fake.Conn) *fake.Conn {
 	conn.Published = func(_, _ string, data []byte) error {
 		n.all.Add(1)
@@ -199,7 +199,7 @@ func (m *memoryPair) open(t *testing.T, subject string) *Stream {
 	return st
 }
 
-// left returns what is left of streams at both ends, nil if there is nothing.
+// left returns an error that names everything left of streams at both ends, nil if nothing is.
 func (m *memoryPair) left() error {
 	var all []error
 	for name, ep := range map[string]*endpoint{"client": m.client.ep, "server": m.server.ep} {
@@ -221,8 +221,8 @@ func (m *memoryPair) left() error {
 	return errors.Join(all...)
 }
 
-// nothingLeft fails the test where something is left of streams that have ended. A tick is what the last acknowledgement may
-// wait for.
+// nothingLeft fails the test if something is left of streams that have ended. A tick is the longest time that the last
+// acknowledgement may wait for.
 func (m *memoryPair) nothingLeft(t *testing.T) {
 	t.Helper()
 	time.Sleep(2 * maxTick)
@@ -258,7 +258,7 @@ func consumerSubject(logPackets uint8) string {
 	return "x." + string(AppendToken(nil, Token{Codec: MsgPack, LogPackets: logPackets, LogBytes: 30, ID: 1}))
 }
 
-// recorder is a connection that keeps what is published, and whose publish waits, or fails, as a test wants.
+// recorder is a connection that keeps all published messages. A publish waits or fails as the test says.
 type recorder struct {
 	*fake.Conn
 	mu       sync.Mutex
@@ -488,10 +488,10 @@ func finish(t *testing.T, all []*Stream) {
 	}
 }
 
-// timerSlack is what the clocks of two endpoints, which tick each on its own, may add to a time.
+// timerSlack is the most that the clocks of two endpoints, which tick each on its own, add to a time.
 const timerSlack = 250 * time.Millisecond
 
-// lose returns a filter that loses what match says, the first n of it; n < 0 is all.
+// lose returns a filter that loses the first n messages that match selects, all of them if n < 0.
 func lose(n int, match func(from, to *fake.Conn, m *nats.Msg) bool) fake.Filter {
 	return func(from, to *fake.Conn, m *nats.Msg) bool {
 		if n == 0 || !match(from, to, m) {

@@ -28,11 +28,11 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// patience is how long a test waits for what must happen. It takes milliseconds; the limit is for a machine that is
+// patience is how long a test waits for something that must happen. It takes milliseconds; the limit is for a machine that is
 // out of breath.
 const patience = 30 * time.Second
 
-// pairOptions change what newPair makes. The zero value is a default server, two connections and two default clients.
+// pairOptions change the pair that newPair makes. The zero value is a default server, two connections and two default clients.
 type pairOptions struct {
 	server             []streamtest.Option
 	producer, consumer stream.ClientParams // newPair sets Conn
@@ -220,7 +220,7 @@ func open(t testing.TB, c *stream.Client, subject string) *stream.Stream {
 	return s
 }
 
-// testContext returns a context that bounds what a test waits for.
+// testContext returns a context that bounds the waits of a test.
 func testContext(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	t.Cleanup(cancel)
@@ -548,7 +548,7 @@ func verifyFootprint(t *testing.T, p *pair, n int, f func(n int)) {
 	f(n)
 	took := time.Since(start)
 	idle()
-	// The constant is noise of the server and the runtime; what every stream leaves behind adds up beyond it.
+	// The constant is noise of the server and the runtime; a leak in every stream adds up beyond it.
 	heapAfter, limit := int64(0), heap+int64(1<<20+4*n)
 	if !poll(func() bool {
 		heapAfter = liveHeap()
@@ -609,14 +609,14 @@ func verifyPromptly(t testing.TB, what string, f func()) {
 	}
 }
 
-// What bounds a producer's lead; docs/PROTOCOL.md sections 6 and 8.
+// The bounds of a producer's lead; docs/PROTOCOL.md sections 6 and 8.
 const (
 	firstWindow = 256 << 10 // bytes offered to a new stream
 	fullWindow  = 4 << 20   // bytes a window may grow to
 	fullPacket  = 32 << 10  // bytes of a packet of many records
 )
 
-// slowConsumers counts what NATS drops because a subscription or a connection does not keep up.
+// slowConsumers counts the messages that NATS drops because a subscription or a connection does not keep up.
 type slowConsumers struct{ n atomic.Int64 }
 
 func (c *slowConsumers) option() nats.Option {
@@ -687,7 +687,7 @@ type refusal struct {
 	err error
 }
 
-// refusals collects what NATS refuses.
+// refusals collects the refusals of NATS.
 type refusals chan refusal
 
 func (r refusals) option() nats.Option {
@@ -719,7 +719,7 @@ func (r refusals) within(t testing.TB, ended time.Time, err error, subject strin
 	wantRefused(t, err, subject)
 }
 
-// echo is a handler that sends back what it gets, with headers and trailers around it.
+// echo is a handler that sends all records back, with headers and trailers around them.
 func echo(w *stream.Writer, r *stream.Request) error {
 	if err := w.SetHeader(nats.Header{"Answer-To": {r.Subject}}); err != nil {
 		return err
@@ -735,7 +735,7 @@ func echo(w *stream.Writer, r *stream.Request) error {
 	return w.SetTrailer(nats.Header{"Complete": {"yes"}})
 }
 
-// verifyEcho sends n records of the sizes, in turn, through an echo handler and compares what comes back.
+// verifyEcho sends n records of the sizes, in turn, through an echo handler and compares the answers.
 func verifyEcho(t testing.TB, c *stream.Client, subject string, n int, sizes ...int) {
 	t.Helper()
 	s := open(t, c, subject)
@@ -956,7 +956,7 @@ func rawInbox() string {
 	return string(stream.AppendToken([]byte("_SINBOX.WzMBDEFgQTDaRKtrDRD6kp."), token))
 }
 
-// Payload sizes at which the way of a record changes: what shares a packet, what fills one, what is cut.
+// Payload sizes at which the way of a record changes: it shares a packet, fills one, or is cut.
 const (
 	frameOverhead  = stream.PacketHeaderSize + stream.FrameHeaderSize
 	coalesceLimit  = 32<<10 - frameOverhead

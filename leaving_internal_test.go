@@ -173,7 +173,7 @@ func TestCallsHeedContexts(t *testing.T) {
 			return err
 		},
 	}
-	// What succeeds at once where only the peer is slow: these do not wait for it.
+	// Calls that succeed at once if only the peer is slow: they do not wait for it.
 	quick := map[string]bool{"Flush": true, "Close": true, "Sync": true, "Sync without end": true}
 	for name, call := range calls {
 		for _, where := range []string{"peer is silent", "down", "down from the beginning"} {
@@ -773,7 +773,7 @@ func TestServerCloseTellsConsumersThatHaveNoAnswer(t *testing.T) {
 	})
 }
 
-// However often and however impatiently a server is ended: who asked it is answered.
+// However often and however impatiently a server is ended, each call returns, and its consumers are answered.
 func TestEveryCallThatEndsAServerReturns(t *testing.T) {
 	away := &CloseError{Code: CloseGoingAway}
 	for name, c := range map[string]struct {

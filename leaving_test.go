@@ -473,7 +473,7 @@ func TestLeavingNormallyEndsCallsThatWait(t *testing.T) {
 	}
 }
 
-// What is lost on the way of a consumer that left with code 1000 is sent again, and its handler never reads a normal end
+// A packet of a consumer that left with code 1000 is sent again if it is lost, and its handler never reads a normal end
 // without it.
 func TestLeavingNormallyRepairsWhatIsLost(t *testing.T) {
 	checkLeaks(t)
@@ -693,7 +693,7 @@ func (c *userContext) Err() error {
 	return c.err
 }
 
-// AfterFunc is what context.AfterFunc calls where a context has it.
+// AfterFunc is the method that context.AfterFunc calls if a context has it.
 func (c *userContext) AfterFunc(f func()) (stop func() bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -712,7 +712,7 @@ func (c *userContext) cancel() {
 	}
 }
 
-// No call waits for what the user's context runs when it ends, or for who holds the lock that its Err takes.
+// No call waits for the functions that the user's context runs when it ends, or for the lock that its Err takes.
 func TestNoCallWaitsForTheUsersContext(t *testing.T) {
 	p := newPair(t)
 	serve(t, p, "records", func(*stream.Writer, *nats.Msg) {})

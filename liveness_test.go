@@ -503,7 +503,7 @@ func TestDroppedAnswersAreNoSilence(t *testing.T) {
 	})
 }
 
-// What finds no room on the way to the outbox is noted, if it belongs to a stream: it may be an answer.
+// A control packet that finds no room on the way to the outbox is noted if it belongs to a stream: it may be an answer.
 func TestDroppedAnswersAreNoted(t *testing.T) {
 	var o outbox
 	ep := new(endpoint)
@@ -543,7 +543,7 @@ func scaledDown(n int) int {
 	return n
 }
 
-// One question asks for all streams that two ends share. What is asked beside that, about single streams, is bounded.
+// One question asks for all streams that two ends share. The number of questions about single streams is bounded.
 func TestOneQuestionAsksForAllStreams(t *testing.T) {
 	const duration = 5 * time.Minute
 	for _, n := range []int{1, 10, scaledDown(1000), scaledDown(10_000)} {
@@ -721,7 +721,7 @@ func TestLostResetIsNoticedAtALivingPeer(t *testing.T) {
 	})
 }
 
-// A peer that dies takes its own streams with it, and nobody else's.
+// A peer that dies takes its own streams with it, and no others.
 func TestPeersAreJudgedApart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -756,7 +756,8 @@ func TestPeersAreJudgedApart(t *testing.T) {
 	})
 }
 
-// A stream may have a patience of its own, shorter or longer than that of others to the same peer, at either end, and change it.
+// A stream may have a patience of its own, shorter or longer than that of others to the same peer, at either end, and
+// change it.
 func TestSetPeerTimeoutChangesPatienceOfOneStream(t *testing.T) {
 	for _, d := range []time.Duration{300 * time.Millisecond, time.Second, 2 * time.Second, 10 * time.Second, time.Minute} {
 		for _, vanish := range []bool{true, false} {
@@ -859,7 +860,7 @@ func TestRemoteNameIsTheSubjectWithoutToken(t *testing.T) {
 	}
 }
 
-// Streams of one end share what is known of it. Ends that cannot be told apart by their subjects are asked each on its own.
+// Streams of one end share the knowledge about it. Ends that cannot be told apart by their subjects are asked each on its own.
 func TestStreamsOfOneEndAreAskedTogether(t *testing.T) {
 	ep := &endpoint{ctx: t.Context(), times: liveness.Intervals{KeepAlive: 1e9, Ack: 1e8, Resume: 1e9, Disconnect: 1e9}}
 	ep.outbox.init(ep)
@@ -906,7 +907,7 @@ func TestStreamsOfOneEndAreAskedTogether(t *testing.T) {
 	}
 }
 
-// A line that takes what was written slowly is not a peer that is gone.
+// A line that is slow is not a peer that is gone.
 func TestSlowLineIsNoSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size = 256 << 10

@@ -165,7 +165,7 @@ func TestSlowReaderHoldsBackItsProducer(t *testing.T) {
 				}
 			}
 			wantEOF(t, s)
-			// A packet is consumed when the read after its last record begins, so what was read and not consumed
+			// A packet is consumed when the read after its last record begins, so the records that were read and not consumed
 			// counts as lead too: the bound is exact.
 			limit := int64(window+fullPacket) / (size + stream.FrameHeaderSize)
 			t.Logf("largest lead %d records, limit %d", lead.Load(), limit)
@@ -219,7 +219,7 @@ func readStreams(t testing.TB, c *stream.Client, subject string, streams, n, siz
 	readers.Wait()
 }
 
-// A reader that never reads holds back its own producer, and nothing else.
+// A reader that never reads holds back its own producer, and no other stream.
 func TestReaderThatNeverReadsHoldsUpItsProducerAlone(t *testing.T) {
 	const (
 		streams = 100
@@ -305,7 +305,7 @@ func (m *mixedSum) add(rec []byte) {
 }
 
 // Streams of every kind at once: several clients, random sizes, several goroutines writing to one stream, readers with
-// delays of their own. What each goroutine wrote arrives, in its order and unchanged.
+// delays of their own. The records of each goroutine arrive, in its order and unchanged.
 func TestMixedLoadArrivesUnchanged(t *testing.T) {
 	const writers = 3 // goroutines of one stream
 	streams, n := 40, scaled(1500)

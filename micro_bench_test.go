@@ -20,7 +20,7 @@ import (
 	"github.com/natsstream/stream/internal/ring"
 )
 
-// The parts of a record's path, each alone: no server, no socket. What they take end to end is measured in bench.
+// The parts of a record's path, each alone: no server, no socket. Package bench measures the whole path.
 
 var benchSizes = []int{16, 128, 1024, 16384}
 
@@ -36,7 +36,7 @@ func benchRecords(b *testing.B, f func(n int)) {
 	b.ReportMetric(float64(after.Mallocs-before.Mallocs)/float64(b.N), "mallocs/rec")
 }
 
-// benchConn returns a connection that swallows what is published. If a writer publishes a packet and acks is set, it plays the
+// benchConn returns a connection that swallows all messages. If a writer publishes a packet and acks is set, it plays the
 // consumer: it grants credit, through the mux, every 16 packets and for marks.
 func benchConn(acks bool) *fake.Conn {
 	conn := fake.New()
@@ -157,7 +157,7 @@ func BenchmarkMux(b *testing.B) {
 	}
 }
 
-// BenchmarkRing is a Push and a Pop of what the bucket's ring holds.
+// BenchmarkRing is a Push and a Pop of an element of the bucket's ring.
 func BenchmarkRing(b *testing.B) {
 	var r ring.Ring[[]byte]
 	r.Init(maxPackets)

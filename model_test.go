@@ -27,7 +27,7 @@ import (
 // TestModel does random operations on streams whose connections fail, and holds what every call returns to a model: for
 // each direction of each stream the records that were written and how it was closed, and of the network what it did.
 //
-//   - What was read is a prefix of what was written.
+//   - The records that were read are a prefix of those that were written.
 //   - A direction ends normally, or with its writer's code, only after everything that was written, and only if closed so.
 //   - Any other error has a reason: a consumer that left, a deadline that passed, an outage that took too long.
 //   - Calls return when their context ends, and in the end all of them do.
@@ -125,7 +125,7 @@ func (op modelOp) String() string {
 // GoString makes rapid print it so.
 func (op modelOp) GoString() string { return op.String() }
 
-// modelKinds and modelFaults are what is done, as often as it stands there.
+// modelKinds and modelFaults are the operations; each is as frequent as it is listed.
 var (
 	modelKinds = strings.Fields(`open open open write write write write write write read read read read read read
 		large oversize end end cancel close reset return flush sync sync pass pass pass pass`)
@@ -213,7 +213,7 @@ func (r *modelRun) failf(format string, args ...any) {
 	r.trace = append(r.trace, fmt.Sprintf("%10v FAILED: ", time.Since(r.began))+fmt.Sprintf(format, args...))
 }
 
-// filter is the network: it loses what is to be lost, and notes what is to come again.
+// filter is the network: it loses messages, and notes those that are to come again.
 func (r *modelRun) filter(from, to *fake.Conn, m *nats.Msg) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -245,7 +245,7 @@ func (r *modelRun) filter(from, to *fake.Conn, m *nats.Msg) bool {
 	return true
 }
 
-// outage takes a connection down for a while, and loses what passes before and after as well.
+// outage takes a connection down for a while, and loses the messages just before and after as well.
 func (r *modelRun) outage(op modelOp) {
 	all := op.times[0] + op.times[1] + op.times[2]
 	change := func(lossy, down int) {
@@ -282,7 +282,7 @@ func (r *modelRun) outage(op modelOp) {
 
 const modelSubject = "model"
 
-// run does the operations and ends what they leave.
+// run does the operations and ends the streams that they leave.
 func (r *modelRun) run(window int, ops []modelOp) {
 	r.began = time.Now()
 	p := modelParams
@@ -365,7 +365,7 @@ func (r *modelRun) do(op modelOp) {
 	}
 }
 
-// modelStream is one stream and what the model knows of it.
+// modelStream is one stream and the model's knowledge of it.
 type modelStream struct {
 	r       *modelRun
 	id      int
@@ -524,7 +524,7 @@ func (e *modelEnd) watch(ctx context.Context) {
 	})
 }
 
-// work does what comes until there is no more, or nobody wants it.
+// work does the jobs of a channel until there are no more, or nobody wants them.
 func (e *modelEnd) work(queue chan func()) {
 	for {
 		select {
@@ -809,7 +809,7 @@ func (r *modelRun) closingTime() time.Duration {
 	return 0
 }
 
-// finish ends all streams, each as it is its fate, and looks at what is left.
+// finish ends all streams, each as it is its fate, and checks that nothing is left.
 func (r *modelRun) finish() {
 	r.logf("the end")
 	r.outages.Wait()
@@ -849,7 +849,7 @@ func (r *modelRun) finish() {
 			r.failf("closing the %s took %v, and may take %v", r.shut, d, limit)
 		}
 	}
-	// What was lost is repaired, and who is gone is given up.
+	// Losses are repaired, and peers that are gone are given up.
 	p := modelParams
 	time.Sleep(p.KeepAlive + p.ResumeTimeout + (liveness.SuspectPings+3)*p.AckTimeout)
 	synctest.Wait()

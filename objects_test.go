@@ -214,7 +214,7 @@ func TestErrorsOfObjectsAreNoEnds(t *testing.T) {
 	})
 }
 
-// What no reader could take is an error at its writer, which goes on.
+// An object that no reader could decode is an error at its writer, which goes on.
 func TestWriteObjectRefusesWhatCannotBeRead(t *testing.T) {
 	type list struct{ Next *list }
 	cycle := new(list)
@@ -384,7 +384,7 @@ func TestEncoderThatBlocksHoldsUpItsWriterAlone(t *testing.T) {
 	}
 }
 
-// What was written before an encoder that blocks is not held back by it.
+// An encoder that blocks does not hold back earlier records.
 func TestEncoderThatBlocksHoldsBackNoEarlierRecord(t *testing.T) {
 	p := newPair(t)
 	for range scaled(200) {
@@ -422,7 +422,7 @@ type keyed struct {
 	Pad       string
 }
 
-// WriteObject, Write, Flush and Close at the same time: what was taken arrives, in order, and nothing else.
+// WriteObject, Write, Flush and Close at the same time: the records that were taken arrive, in order, and no others.
 func TestConcurrentObjectsAndRecordsKeepTheirOrder(t *testing.T) {
 	for _, codec := range []stream.Codec{stream.JSON, stream.MsgPack} {
 		t.Run(codec.String(), func(t *testing.T) {

@@ -16,7 +16,7 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// What becomes of a message at a handler, by everything that is looked at.
+// The decision about a message at a handler, by everything that it depends on.
 func TestRequestsAreSortedByTheirForm(t *testing.T) {
 	const inbox = "_SINBOX.server."
 	token := string(AppendToken(nil, Token{Codec: JSON, LogPackets: 5, LogBytes: 18, ID: 7}))
@@ -73,7 +73,7 @@ func TestRequestsAreSortedByTheirForm(t *testing.T) {
 		{">", "svc", "old.consumer", nil, nil, refused},
 		{">", "svc", "_SINBOX.x.Ab3dEf7h", nil, nil, json},
 
-		// What is no request.
+		// Messages that are no requests.
 		{"svc", "svc", "_SINBOX.x." + token, nil, packet, stray},
 		{"svc", "svc", "", nil, packet, stray},
 		{"svc", "svc", "_SINBOX.x." + token, nil, version2, stray},
@@ -160,7 +160,7 @@ func TestRequestThatCrossedAccountsIsRecognised(t *testing.T) {
 	}
 }
 
-// What asks for a stream is a control packet of no sender that begins with RESUME.
+// A packet that asks for a stream is a control packet of no sender that begins with RESUME.
 func TestSoughtTokenIsRecognised(t *testing.T) {
 	const token = "~1m5G0123456789A"
 	name := Frame{Type: FrameResume, Payload: []byte(token)}
@@ -343,7 +343,7 @@ func TestManySilentHandlersAreAnnouncedInTime(t *testing.T) {
 	})
 }
 
-// countedConn counts the subscriptions there are, and what it was asked for.
+// countedConn counts its subscriptions, and the calls that subscribe and unsubscribe.
 type countedConn struct {
 	*fake.Conn
 	now, asked atomic.Int32
@@ -539,7 +539,7 @@ func TestServerIsFullUntilSpareRoomIsFree(t *testing.T) {
 	}
 }
 
-// refusing makes conn refuse its inbox, and other subscriptions, with what the returned pointer holds.
+// refusing makes conn refuse its inbox, and other subscriptions, with the error that the returned pointer holds.
 func refusing(conn *fake.Conn) *atomic.Pointer[error] {
 	var why atomic.Pointer[error]
 	conn.Refuse = func(subject, _ string) error {
@@ -554,8 +554,8 @@ func refusing(conn *fake.Conn) *atomic.Pointer[error] {
 	return &why
 }
 
-// While its inbox is refused a client opens nothing, for the reason that NATS gave, and not long after the refusal ends it works
-// again. It asks ever more rarely.
+// While its inbox is refused a client opens nothing, for the reason that NATS gave, and not long after the refusal ends
+// it works again. It asks ever more rarely.
 func TestRefusedInboxRecovers(t *testing.T) {
 	var denied error // a permission, which is new each time
 	crowded := nats.ErrMaxSubscriptionsExceeded

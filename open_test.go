@@ -249,7 +249,7 @@ func TestOpenFailsAtOnceWithoutResponders(t *testing.T) {
 func TestNoRespondersCountsBeforeTheFirstPacketOnly(t *testing.T) {
 	p := newPair(t, pairOptions{producer: stream.ClientParams{ResumeTimeout: 100 * time.Millisecond}})
 	t.Run("consumer", func(t *testing.T) {
-		// After the first packet it is news about somebody else, for example another member of a queue.
+		// After the first packet it is about another end, for example another member of a queue.
 		for name, first := range map[string][]byte{
 			"packets":  rawPacket(stream.PacketSeq, 7, 0, rawData("hello")),
 			"control":  rawPacket(0, 7, 0, rawPing()),

@@ -420,7 +420,7 @@ func TestNewWriterRefusesWhatIsNoRequest(t *testing.T) {
 }
 
 // A writer may be made and used within a NATS callback, also on the connection and the client that opened the stream:
-// what a callback may write without waiting is the window.
+// a callback may write a window without waiting.
 func TestNewWriterWorksInACallback(t *testing.T) {
 	for _, shared := range []bool{false, true} {
 		t.Run(fmt.Sprint("shared=", shared), func(t *testing.T) {
@@ -464,7 +464,7 @@ func TestNewWriterWorksInACallback(t *testing.T) {
 	}
 }
 
-// A writer whose client or connection is gone says so, whatever it did before. None of its calls hangs.
+// A writer whose client or connection is gone says so, in whatever state it was. None of its calls hangs.
 func TestWriterWithoutClientFails(t *testing.T) {
 	for _, gone := range []struct {
 		name  string

@@ -111,7 +111,7 @@ func TestOutboxTakeKeepsOrder(t *testing.T) {
 	}
 }
 
-// The server may refuse a client's subscription before anything else is done.
+// The server may refuse a client's subscription before the client has done anything.
 func TestSubscriptionRefusedAtOnceIsReported(t *testing.T) {
 	conn := fake.New()
 	conn.Refuse = func(subject, _ string) error { return fake.SubscriptionDenied(subject) }
@@ -471,7 +471,7 @@ func TestRefusalIsAttributedToItsRequest(t *testing.T) {
 	}
 }
 
-// What is remembered of requests and refusals is bounded.
+// The memory for requests and refusals is bounded.
 func TestDenialsAreBounded(t *testing.T) {
 	var d denials
 	for i := range 10 * maxRequested {
@@ -713,7 +713,7 @@ func TestRefusalsTakeTurnsWithStreams(t *testing.T) {
 	})
 }
 
-// What waits to be refused is bounded by number and by bytes.
+// The queue of requests to refuse is bounded by number and by bytes.
 func TestRefusalsAreBounded(t *testing.T) {
 	for name, subject := range map[string]string{
 		"short": "a", "long": string(make([]byte, 4000)),

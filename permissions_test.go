@@ -33,9 +33,9 @@ func recipe(t testing.TB, name string) string {
 	return string(block[1])
 }
 
-// verifyStrangers lets bob try to read and to write what is alice's, or the producer's.
+// verifyStrangers lets bob try to read and to write the streams of alice, and the subjects of the producer.
 func verifyStrangers(t *testing.T, p *pair, srv *service, alice, bob *stream.Client) {
-	// What an attacker must not know: where alice's stream and its handler are.
+	// An attacker must not know the subjects of alice's stream and its handler.
 	requests, err := srv.nc.SubscribeSync("svc.taken")
 	if err != nil || srv.nc.Flush() != nil {
 		t.Fatal(err)
@@ -123,8 +123,9 @@ func TestPermissionRecipesLetStreamsPass(t *testing.T) {
 	}
 }
 
-// What allow_responses cannot do ends the handler's stream with an error that names the consumer's subject: more than one
-// message by default, any after its expiry, and any after the producer's connection was made anew.
+// A publish that allow_responses does not cover ends the handler's stream with an error that names the consumer's
+// subject: more than one message by default, any after its expiry, and any after the producer's connection was made
+// anew.
 func TestAllowResponsesIsNotEnoughForAHandler(t *testing.T) {
 	base := recipe(t, "answers only")
 	const grant = `allow_responses: { max: -1, expires: "24h" }`
@@ -393,7 +394,7 @@ func TestForbiddenSubjectMayBeQuoted(t *testing.T) {
 	denied.within(t, time.Now(), err, odd)
 }
 
-// newAccounts is a server with the recipe for accounts, and what they need.
+// newAccounts is a server with the recipe for accounts, with a service in one and a client in another.
 func newAccounts(t *testing.T, server stream.ServerParams, client stream.ClientParams) (*pair, *service, *stream.Client) {
 	t.Helper()
 	p := newRestricted(t, recipe(t, "across accounts"))
@@ -424,7 +425,7 @@ func TestStreamsCrossAccounts(t *testing.T) {
 	}
 }
 
-// The reply subject of a request that crossed accounts is none of the consumer's. What it offers comes from a header.
+// The reply subject of a request that crossed accounts is none of the consumer's. Its offer comes from a header.
 func TestOfferCrossesAccounts(t *testing.T) {
 	_, srv, alice := newAccounts(t, stream.ServerParams{}, stream.ClientParams{Window: 8 << 10})
 	requests, err := srv.nc.SubscribeSync("svc.raw")

@@ -42,7 +42,7 @@ func compareRecords(t *testing.T, got, want [][]byte) {
 	}
 }
 
-// sendAndCompare sends a record of each size, in order, and compares what arrives.
+// sendAndCompare sends a record of each size, in order, and compares the records that arrive.
 func sendAndCompare(t *testing.T, p *pair, sizes []int) {
 	t.Helper()
 	records := make([][]byte, len(sizes))
@@ -879,7 +879,7 @@ func TestConcurrentWritesKeepTheirOrder(t *testing.T) {
 	}
 }
 
-// Under load neither Write nor Recv allocates: what NATS and the endpoint allocate for a packet is shared by hundreds of
+// Under load neither Write nor Recv allocates: the allocations of NATS and the endpoint for a packet are shared by hundreds of
 // records. Race builds allocate on their own account and only count the records.
 func TestWriteAndRecvAllocateNothing(t *testing.T) {
 	p := newPair(t)

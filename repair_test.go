@@ -336,7 +336,7 @@ func TestNothingWrittenNeedsNoAcknowledgement(t *testing.T) {
 	})
 }
 
-// A PING behind what is sent again must not make the peer miss what is not on its way yet.
+// A PING behind retransmitted packets must not make the peer miss packets that are not on their way yet.
 func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newRecorder(nil)
@@ -457,7 +457,7 @@ func TestSyncWaitsForAcknowledgements(t *testing.T) {
 	})
 }
 
-// Close returns when everything was published. What gets lost then is repaired for as long as ResumeTimeout, unless the
+// Close returns when everything was published. A packet that is lost then is repaired for as long as ResumeTimeout, unless the
 // endpoint is closed meanwhile, which does not wait for it.
 func TestEndedStreamIsRepairedUntilResumeTimeout(t *testing.T) {
 	for name, c := range map[string]struct {

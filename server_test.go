@@ -89,7 +89,7 @@ func TestLargestParamsDoNotOverflow(t *testing.T) {
 
 func panickingHandlerForTheStack() error { panic("no such luck") }
 
-// What a handler returns is how its stream ends, after everything it wrote.
+// The result of a handler decides how its stream ends, after all records of the handler.
 func TestHandlerResultEndsItsStream(t *testing.T) {
 	var log lockedBuffer
 	var result func(w *stream.Writer) error
@@ -430,7 +430,7 @@ func TestRequestsNobodyCanAnswerAreCounted(t *testing.T) {
 	}
 }
 
-// The header tells what the consumer takes where the reply subject cannot, or was rewritten.
+// The header has the consumer's offer if the reply subject has none, or was rewritten.
 func TestOfferInHeaderCounts(t *testing.T) {
 	p, _ := newServed(t, stream.ServerParams{ResumeTimeout: 50 * time.Millisecond}, func(w *stream.Writer, r *stream.Request) error {
 		if _, err := w.WriteObject("x"); err != nil {
@@ -553,7 +553,7 @@ func TestQueueGroupSharesRequests(t *testing.T) {
 	}
 }
 
-// What a handler's subscription receives is not always a request, and what a request names as its reply subject is not always
+// A handler's subscription also receives messages that are no requests, and the reply subject of a request is not always
 // one to write to.
 
 // restless are times that make both ends ask each other often.
@@ -615,7 +615,7 @@ func TestWildcardHandlerRunsOncePerRequest(t *testing.T) {
 	}
 }
 
-// A handler for everything does not answer what clients ask JetStream, nor acknowledge what JetStream delivers.
+// A handler for everything answers no requests to JetStream, and acknowledges no message that JetStream delivers.
 func TestWildcardHandlerLeavesJetStreamAlone(t *testing.T) {
 	dir := t.TempDir()
 	p := newPair(t, pairOptions{server: []streamtest.Option{streamtest.WithOptions(func(o *server.Options) {
@@ -741,7 +741,7 @@ func TestRequestMayLookLikeAPacket(t *testing.T) {
 		}
 		wantEOF(t, s)
 	}
-	// A consumer whose headers do not get through says by its token what it is.
+	// A consumer whose headers do not get through is recognised by its token.
 	for name, c := range map[string]struct {
 		data    []byte
 		request bool
@@ -886,7 +886,7 @@ func TestRequestSubjectsAreNoReplySubjects(t *testing.T) {
 	}
 }
 
-// Subjects so long that a NATS server would close the connection over them harm nobody but who named them.
+// Subjects so long that a NATS server would close the connection over them harm only the end that named them.
 func TestOverlongSubjectsHarmNobodyElse(t *testing.T) {
 	left := make(chan error, 1)
 	p, _ := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {

@@ -380,7 +380,7 @@ func TestClosedConnectionEndsItsStreams(t *testing.T) {
 	})
 }
 
-// A producer whose connection is closed cannot say so. The consumer has what it sent, and its own context.
+// A producer whose connection is closed cannot say so. The consumer has the records that were sent, and its own context.
 func TestClosedConnectionOfProducerLosesNothingSent(t *testing.T) {
 	p := newPair(t)
 	flushed := make(chan struct{})
@@ -490,7 +490,7 @@ func TestServerCloseMayBeCalledInAHandler(t *testing.T) {
 	}
 }
 
-// Drain waits for handlers and for what they wrote, and takes no new streams meanwhile.
+// Drain waits for handlers and for their records, and takes no new streams meanwhile.
 func TestDrainWaitsForHandlersAndTheirRecords(t *testing.T) {
 	release, began := make(chan struct{}), make(chan struct{})
 	p, s := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
@@ -551,10 +551,10 @@ func TestDrainWaitsForHandlersAndTheirRecords(t *testing.T) {
 	}
 }
 
-// slack is what a loaded machine may add to a bound on time.
+// slack is the most that a loaded machine may add to a bound on time.
 const slack = 250 * time.Millisecond
 
-// When its context ends, Drain ends what is left, whether or not handlers heed that.
+// When its context ends, Drain ends the streams that are left, whether or not handlers heed that.
 func TestDrainEndsTheRestWithItsContext(t *testing.T) {
 	release, began, causes := make(chan struct{}), make(chan struct{}, 1), make(chan error, 1)
 	p, s := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
@@ -637,7 +637,7 @@ func TestDrainingTellsHandlers(t *testing.T) {
 	}
 }
 
-// Close ends what Drain would have waited for, and a handler that looks only at Draining returns too.
+// Close ends the streams that Drain would have waited for, and a handler that looks only at Draining returns too.
 func TestDrainingIsClosedByClose(t *testing.T) {
 	returned := make(chan struct{})
 	p, s := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {

@@ -31,10 +31,10 @@ func rawLength(b []byte) []byte {
 	return b
 }
 
-// rawBytes returns a packet with the bytes of frames behind whole ones, and the length of what it is.
+// rawBytes returns a packet with the bytes of frames behind whole ones, and its true length in the header.
 func rawBytes(packet []byte, frames ...byte) []byte { return rawLength(append(packet, frames...)) }
 
-// outcome is what becomes of a stranger's message.
+// outcome is the effect of a stranger's message.
 type outcome struct {
 	code    int                          // the stream ends with this close code; 0 if it goes on
 	records []string                     // delivered from the message
@@ -183,7 +183,7 @@ func strangers() []stranger {
 	add("a gap of another sender", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 8, seq+5, rawData("x")) }, nil, &outcome{count: foreign})
 	add("another sender's CLOSE", func(seq uint32) []byte { return rawPacket(stream.PacketSeq, 8, seq, rawClose(1000)) }, nil, &outcome{count: foreign})
 
-	// Control packets. One that ends the stream does so beside what is in sequence.
+	// Control packets. One that ends the stream does so beside the sequence.
 	control := func(name string, o *outcome, frames ...stream.Frame) {
 		add(name, func(seq uint32) []byte { return rawPacket(0, 7, seq, frames...) }, o, o)
 		add(name+" of another sender", func(seq uint32) []byte { return rawPacket(0, 8, seq, frames...) }, nil, &outcome{count: foreign})
@@ -280,7 +280,7 @@ func TestStrangersMessageToAConsumerHarmsOneStream(t *testing.T) {
 				closeWriter(t, w)
 
 				got, err := readAll(victim)
-				// What ends a stream beside its sequence may be faster than a record.
+				// A message that ends a stream beside its sequence may be faster than a record.
 				ahead := want.end != nil && len(want.records) == 0 && len(got) == 0
 				if g, w := fmt.Sprintf("%q", got), fmt.Sprintf("%q", records); g != w && !ahead {
 					t.Errorf("records %s, want %s", g, w)
@@ -387,7 +387,7 @@ func TestStrangersMessageToAProducerHarmsOneStream(t *testing.T) {
 		{name: "envelope", message: rawPacket(stream.PacketEnv, 9, 0, rawPing()), first: ends1003, bound: dropped},
 		{name: "marked envelope", message: rawPacket(stream.PacketEnv|stream.PacketMark, 9, 0, rawPing()), first: ends1003, bound: dropped},
 		{name: "large", message: control(9, stream.Frame{Type: 200, Payload: make([]byte, 4<<10)}), first: dropped, bound: dropped},
-		// A consumer that is sent packets answers in packets. JSON comes from somebody else and binds nothing.
+		// A consumer that is sent packets answers in packets. JSON comes from another end and binds nothing.
 		{name: "JSON close", message: []byte(`{"type":2,"closeError":{"Code":1000,"Text":""}}`), first: from8, bound: from8},
 		{name: "JSON record", message: []byte(`{"type":1,"data":"aGVsbG8="}`), first: from8, bound: from8},
 		{name: "text", message: []byte("hello"), first: from8, bound: from8},
@@ -439,7 +439,7 @@ func TestStrangersMessageToAProducerHarmsOneStream(t *testing.T) {
 					*want.count(&expected)++
 				}
 				if want.code == 0 && want.end == nil && want.check == nil {
-					// The consumer goes on to be heard, and is the one who ends the stream.
+					// The consumer goes on to be heard, and ends the stream.
 					rawPublish(t, nc, subject, control(9, rawReset(4321)))
 					want = &outcome{end: &stream.CloseError{Code: 4321}}
 				}
@@ -670,7 +670,7 @@ func TestUnreadHeadersTakeNoMemory(t *testing.T) {
 	}
 }
 
-// Packets for another stream, for none, and for what is no token.
+// Packets for another stream, for none, and for a subject without a token.
 func TestPacketsForNoStreamAreDropped(t *testing.T) {
 	p := newPair(t)
 	a, replyA, nc := rawStream(t, p)
@@ -769,7 +769,7 @@ func TestGapIsAnErrorAndDuplicatesAreDropped(t *testing.T) {
 	}
 }
 
-// A peer that sends more than it was granted is told and cut off; what it was granted arrives.
+// A peer that sends more than it was granted is told and cut off; the granted packets arrive.
 func TestOverrunningPeerIsCutOff(t *testing.T) {
 	p := newPair(t)
 	victim, reply, nc := rawStream(t, p)
