@@ -6,27 +6,32 @@ TESTFLAGS ?=
 FUZZTIME  ?= 30s
 DEMOFLAGS ?=
 BENCHFLAGS ?=
+RIVALFLAGS ?=
 WORDLIMIT ?= 1
 
 # The files that `make generate` writes. `make checkgenerate` deletes the first two before it compares. In the documents the
 # generator replaces the text between its markers.
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 
+# Modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
+MODULES := bench/rivals
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp fuzz
+.PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp rivals fuzz
 
 help: ## Show this text
 	@echo 'Usage: make TARGET [VARIABLE=value]'
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, FUZZTIME, WORDLIMIT, BASE.'
+	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, RIVALFLAGS, FUZZTIME, WORDLIMIT, BASE.'
 
 demo: ## Stream real files through an embedded NATS server and compare both ends; DEMOFLAGS='-n 8 -repeat 50'
 	$(GO) run ./examples/demo $(DEMOFLAGS)
 
 test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
 	$(GO) test -shuffle=on -timeout=10m $(TESTFLAGS) ./...
+	@set -e; for m in $(MODULES); do echo "tests of $$m"; (cd $$m && $(GO) test -shuffle=on -timeout=10m $(TESTFLAGS) ./...); done
 
 race: ## Run all tests under the race detector (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
@@ -42,6 +47,8 @@ lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words o
 	@out="$$("$$($(GO) env GOROOT)/bin/gofmt" -l .)"; if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	@set -e; check="$$($(GO) tool -n staticcheck)"; for m in $(MODULES); do \
+		echo "go vet and staticcheck of $$m"; (cd $$m && $(GO) mod tidy -diff && $(GO) vet ./... && "$$check" ./...); done
 	$(GO) run ./internal/check complexity
 
 wordcheck: ## Fail if more than WORDLIMIT percent of the comments hide their subject, and print the worst files
@@ -61,6 +68,9 @@ checkgenerate: ## Delete what is generated, generate it again and compare
 
 bench: ## Measure against plain NATS, a TCP relay and the original design, and print the table of ratios
 	$(GO) run ./bench/table $(BENCHFLAGS)
+
+rivals: ## Measure beside RequestMany, psrpc, JetStream, gRPC, connect, yamux and QUIC; rewrites tables and charts in docs (RIVALFLAGS=-short: only see that it works)
+	cd bench/rivals && $(GO) run . $(RIVALFLAGS)
 
 benchcmp: ## Compare this tree's benchmarks with those of another revision: make benchcmp BASE=main
 	@test -n "$(BASE)" || { echo 'say what to compare with: make benchcmp BASE=revision'; exit 2; }

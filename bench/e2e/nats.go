@@ -25,7 +25,7 @@ const noPendingLimit = -1
 type natsSession struct {
 	pair
 	env     *Env
-	win     *window
+	win     *Window
 	lanes   []*natsLane
 	results chan error
 	stop    chan struct{}
@@ -55,7 +55,7 @@ func newNATSSession(env *Env, cfg Config, limit int) (Session, error) {
 		return nil, err
 	}
 	s := &natsSession{
-		pair: conns, env: env, win: newWindow(limit),
+		pair: conns, env: env, win: NewWindow(limit),
 		results: make(chan error, 2*cfg.Streams+1), stop: make(chan struct{}),
 	}
 	// Progress is told once per batch: an eighth of the window at most waits
@@ -94,7 +94,7 @@ func (l *natsLane) onMessage(m *nats.Msg) {
 	n := l.check.next
 	end := n == l.target.Load()
 	if n-l.taken >= l.batch || end {
-		l.s.win.release(int64(n - l.taken))
+		l.s.win.Release(int64(n - l.taken))
 		l.taken = n
 	}
 	if end {
@@ -121,7 +121,7 @@ func (s *natsSession) produce(n int) error {
 	i := 0
 	for range n {
 		l := s.lanes[i]
-		s.win.acquire(s.stop)
+		s.win.Acquire(s.stop)
 		stamp(l.rec, l.sent)
 		l.sent++
 		if err := s.producer.Publish(l.subject, l.rec); err != nil {

@@ -28,7 +28,7 @@ type originalSession struct {
 type originalLane struct {
 	results <-chan *original.Result
 	writer  *original.Writer
-	win     *window
+	win     *Window
 	rec     []byte
 	sent    uint64
 	check   checker
@@ -76,7 +76,7 @@ func newOriginalSession(env *Env, cfg Config) (_ *originalSession, err error) {
 		l := &originalLane{
 			rec:   newRecord(cfg.Size, i),
 			check: checker{size: cfg.Size, stream: uint64(i)},
-			win:   newWindow(max(2, min(natsWindowRecords, natsWindowBytes*3/4/cfg.Size)/cfg.Streams)),
+			win:   NewWindow(max(2, min(natsWindowRecords, natsWindowBytes*3/4/cfg.Size)/cfg.Streams)),
 		}
 		if l.results, err = s.receiver.OpenStream(ctx, subject, strconv.AppendInt(nil, int64(i), 10)); err != nil {
 			return nil, err
@@ -109,7 +109,7 @@ func (s *originalSession) Run(n int) error {
 
 func (l *originalLane) produce(n int, stop <-chan struct{}) error {
 	for range n {
-		l.win.acquire(stop)
+		l.win.Acquire(stop)
 		stamp(l.rec, l.sent)
 		l.sent++
 		if _, err := l.writer.Write(l.rec); err != nil {
@@ -131,7 +131,7 @@ func (l *originalLane) consume(n int) error {
 		if !l.check.ok(r.Value) {
 			return l.check.errorFor(r.Value)
 		}
-		l.win.release(1)
+		l.win.Release(1)
 	}
 	return nil
 }

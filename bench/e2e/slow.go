@@ -26,7 +26,7 @@ func SlowImpls() []Impl {
 
 type slowStreamSession struct {
 	*streamSession
-	win     *window
+	win     *Window
 	next    int
 	results chan error
 	stop    chan struct{}
@@ -39,7 +39,7 @@ func openSlowStream(env *Env, cfg Config) (Session, error) {
 		return nil, err
 	}
 	s := &slowStreamSession{
-		streamSession: inner, win: newWindow(slowWindow),
+		streamSession: inner, win: NewWindow(slowWindow),
 		results: make(chan error, 1+cfg.Streams), stop: make(chan struct{}),
 	}
 	for _, l := range s.lanes {
@@ -53,7 +53,7 @@ func openSlowStream(env *Env, cfg Config) (Session, error) {
 					s.results <- err
 					return
 				}
-				s.win.release(1)
+				s.win.Release(1)
 			}
 		})
 	}
@@ -74,12 +74,12 @@ func (s *slowStreamSession) produce(n int) error {
 		if s.next++; s.next == len(s.lanes) {
 			s.next = 0
 		}
-		s.win.acquire(s.stop)
+		s.win.Acquire(s.stop)
 		if err := l.produce(1); err != nil {
 			return err
 		}
 	}
-	s.win.drain(s.stop)
+	s.win.Drain(s.stop)
 	return nil
 }
 

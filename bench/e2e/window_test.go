@@ -13,25 +13,25 @@ func TestWindow(t *testing.T) {
 		n = 10_000
 	}
 	for _, limit := range []int{1, 2, 3, 64} {
-		w := newWindow(limit)
+		w := NewWindow(limit)
 		records := make(chan struct{}, limit)
 		var consumers sync.WaitGroup
 		for range 3 {
 			consumers.Go(func() {
 				for range records {
-					w.release(1)
+					w.Release(1)
 				}
 			})
 		}
 		for i := range n {
-			w.acquire(t.Context().Done())
+			w.Acquire(t.Context().Done())
 			select {
 			case records <- struct{}{}:
 			default:
 				t.Fatalf("limit %d: record %d exceeds what may be in flight", limit, i)
 			}
 		}
-		w.drain(t.Context().Done())
+		w.Drain(t.Context().Done())
 		if got := w.consumed.Load(); got != int64(n) {
 			t.Errorf("limit %d: drained after %d of %d records", limit, got, n)
 		}

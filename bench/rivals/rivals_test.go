@@ -1,0 +1,171 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+func testEnv(t *testing.T) *env {
+	t.Helper()
+	e, err := newEnv(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(e.close)
+	return e
+}
+
+// Each rival delivers every record of several runs over the same streams, also records that are larger than its buffers.
+func TestRivalsDeliverEveryRecord(t *testing.T) {
+	e := testEnv(t)
+	for _, r := range rivals() {
+		for _, c := range []struct {
+			size, streams, n int
+			slow             bool
+		}{{16, 1, 500, false}, {128, 3, 301, false}, {262144, 1, 8, false}, {128, 20, 100, true}} {
+			if r.maxStreams != 0 {
+				c.streams = min(c.streams, r.maxStreams)
+			}
+			t.Run(fmt.Sprintf("%s/size=%d/streams=%d/slow=%v", r.name, c.size, c.streams, c.slow), func(t *testing.T) {
+				s, err := newSession(e, r, c.size, c.streams, c.slow)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer s.close()
+				for range 3 {
+					lost, err := s.run(c.n)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if lost != 0 {
+						t.Errorf("%d of %d records lost", lost, c.n)
+					}
+				}
+				if got := s.arrived.Load(); got != 3*int64(c.n) {
+					t.Errorf("%d records arrived, want %d", got, 3*c.n)
+				}
+			})
+		}
+	}
+	if err := e.err(); err != nil {
+		t.Error(err)
+	}
+}
+
+// Each way to ask gets its answer, from several goroutines at once.
+func TestAskersGetTheirAnswers(t *testing.T) {
+	e := testEnv(t)
+	for _, a := range askers() {
+		ask, closer, err := a.open(e)
+		if err != nil {
+			t.Fatalf("%s: %v", a.name, err)
+		}
+		n, err := askFor(ask, 4, 20*time.Millisecond)
+		closer()
+		if err != nil || n == 0 {
+			t.Errorf("%s: %d answers, %v", a.name, n, err)
+		}
+	}
+}
+
+// A lossy rival's missing records are counted, and a missing record of any other is an error.
+func TestLostRecordsAreSeen(t *testing.T) {
+	for _, lossy := range []bool{true, false} {
+		l := &brokenLane{records: make(chan []byte, 100), lose: 3}
+		s, err := newSession(nil, rival{name: "broken", lossy: lossy, open: func(*env, int) ([]lane, func(), error) {
+			return []lane{l}, func() { close(l.records) }, nil
+		}}, 32, 1, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lost, err := s.run(10)
+		if lossy && (lost != 1 || err != nil) {
+			t.Errorf("lossy: %d lost, %v; want 1 lost", lost, err)
+		}
+		if !lossy && err == nil {
+			t.Error("a rival that loses a record passed")
+		}
+		s.close()
+	}
+}
+
+// A brokenLane loses one record.
+type brokenLane struct {
+	records chan []byte
+	sent    int
+	lose    int
+}
+
+func (l *brokenLane) send(rec []byte) error {
+	if l.sent++; l.sent != l.lose {
+		l.records <- bytes.Clone(rec)
+	}
+	return nil
+}
+
+func (l *brokenLane) flush() error { return nil }
+
+func (l *brokenLane) receive(take func([]byte)) error {
+	for rec := range l.records {
+		take(rec)
+	}
+	return nil
+}
+
+// Tables and charts show every figure, a loss, and a missing figure. The document keeps the text around them.
+func TestReportShowsEveryFigure(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "doc.md")
+	if err := os.WriteFile(file, []byte("above\n"+beginMark+"\nold\n"+endMark+"\nbelow\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	found := &results{
+		Machine: "2 cores",
+		Throughput: []throughput{
+			{Rival: "stream", Size: 16, Streams: 1, Nanoseconds: 60, Ratio: 1, CPU: 0.1},
+			{Rival: "request-many", Size: 16, Streams: 1, Nanoseconds: 600, Ratio: 10, CPU: 1, Lost: 0.25},
+			{Rival: "psrpc", Size: 16, Streams: 1, Reason: "not run"},
+		},
+		Paced: []paced{{Rival: "stream", Streams: 1, Rate: 1000, Sent: 500, P50: 20, P90: 30, P99: 40, Max: 50}},
+		Opens: []opens{{Name: "stream", Concurrent: 1, Rate: 20000, Ratio: 0.75}},
+		Idle:  []idle{{Name: "grpc-go", Streams: 100, Bytes: 17000, Goroutines: 2}},
+	}
+	if err := found.write(file); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(b)
+	for _, want := range []string{"above\n", "\nbelow", "| stream | 60 |", "600 (10), **25 % lost**", "| psrpc | – |", "1000 (500 reached)", "20000 (0.75)", "17000"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the document lacks %q", want)
+		}
+	}
+	if strings.Contains(text, "\nold\n") {
+		t.Error("the document keeps the old tables")
+	}
+	if err := found.charts(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, chart := range []string{"throughput-1.svg", "latency-1.svg", "idle.svg"} {
+		b, err := os.ReadFile(filepath.Join(dir, chart))
+		if err != nil || !bytes.Contains(b, []byte("<svg")) {
+			t.Errorf("%s: %d bytes, %v", chart, len(b), err)
+		}
+	}
+	if err := found.save(filepath.Join(dir, "results.json")); err != nil {
+		t.Fatal(err)
+	}
+	again, err := load(filepath.Join(dir, "results.json"))
+	if err != nil || !reflect.DeepEqual(again, found) {
+		t.Errorf("stored and loaded: %+v, %v", again, err)
+	}
+}
