@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"time"
 
 	"github.com/livekit/psrpc"
 	"github.com/livekit/psrpc/pkg/bus/natsbus"
@@ -12,12 +13,15 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
+// psrpcTimeout is longer than the default of 3 s, which a busy machine may exceed.
+const psrpcTimeout = 30 * time.Second
+
 // psrpcRival streams protobuf messages over NATS. Each is acknowledged before the next is sent.
 func psrpcRival() rival {
 	const rpc = "records"
 	type bytesValue = wrapperspb.BytesValue
 	return rival{
-		name: "psrpc", settings: "defaults, NATS as its bus", maxStreams: 100,
+		name: "psrpc", settings: "defaults but for longer timeouts, NATS as its bus", maxStreams: 100,
 		open: func(e *env, streams int) ([]lane, func(), error) {
 			conns, err := e.dialPair()
 			if err != nil {
@@ -38,7 +42,8 @@ func psrpcRival() rival {
 				closer()
 				return nil, nil, err
 			}
-			c, err := client.NewRPCClientWithStreams(&info.ServiceDefinition{Name: name, ID: rand.NewString()}, natsbus.New(conns.consumer))
+			c, err := client.NewRPCClientWithStreams(&info.ServiceDefinition{Name: name, ID: rand.NewString()}, natsbus.New(conns.consumer),
+				psrpc.WithClientTimeout(psrpcTimeout))
 			if err != nil {
 				closer()
 				return nil, nil, err
@@ -49,7 +54,7 @@ func psrpcRival() rival {
 			for i := range lanes {
 				cs, err := client.OpenStream[*bytesValue, *bytesValue](context.Background(), c, rpc, nil)
 				if err == nil {
-					err = cs.Send(wrapperspb.Bytes(question(i)))
+					err = cs.Send(wrapperspb.Bytes(question(i)), psrpc.WithTimeout(psrpcTimeout))
 				}
 				if err != nil {
 					closer()
@@ -75,7 +80,7 @@ type psrpcLane struct {
 	reader psrpc.ClientStream[*wrapperspb.BytesValue, *wrapperspb.BytesValue]
 }
 
-func (l *psrpcLane) send(rec []byte) error { return l.sender.Send(wrapperspb.Bytes(rec)) }
+func (l *psrpcLane) send(rec []byte) error { return l.sender.Send(wrapperspb.Bytes(rec), psrpc.WithTimeout(psrpcTimeout)) }
 func (l *psrpcLane) flush() error          { return nil }
 func (l *psrpcLane) receive(take func([]byte)) error {
 	for m := range l.reader.Channel() {
