@@ -21,7 +21,7 @@ func psrpcRival() rival {
 	const rpc = "records"
 	type bytesValue = wrapperspb.BytesValue
 	return rival{
-		name: "psrpc", settings: "defaults but for longer timeouts, NATS as its bus", maxStreams: 100,
+		name: "psrpc", settings: "defaults but for longer timeouts, NATS as its bus", stalls: true, maxStreams: 100,
 		open: func(e *env, streams int) ([]lane, func(), error) {
 			conns, err := e.dialPair()
 			if err != nil {
@@ -80,8 +80,10 @@ type psrpcLane struct {
 	reader psrpc.ClientStream[*wrapperspb.BytesValue, *wrapperspb.BytesValue]
 }
 
-func (l *psrpcLane) send(rec []byte) error { return l.sender.Send(wrapperspb.Bytes(rec), psrpc.WithTimeout(psrpcTimeout)) }
-func (l *psrpcLane) flush() error          { return nil }
+func (l *psrpcLane) send(rec []byte) error {
+	return l.sender.Send(wrapperspb.Bytes(rec), psrpc.WithTimeout(psrpcTimeout))
+}
+func (l *psrpcLane) flush() error { return nil }
 func (l *psrpcLane) receive(take func([]byte)) error {
 	for m := range l.reader.Channel() {
 		take(m.GetValue())

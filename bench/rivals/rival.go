@@ -22,6 +22,8 @@ type rival struct {
 	shared bool
 	// lossy: records may be lost without an error. The harness counts them. Of any other rival a lost record is an error.
 	lossy bool
+	// stalls: the rival may lose an acknowledgement on a busy machine, and its stream stands still then.
+	stalls bool
 	// maxStreams is the largest number of streams that is measured. 0: no bound.
 	maxStreams int
 	// open opens lanes, ready to carry records. closer ends them and their connections.
