@@ -15,11 +15,11 @@ type denials struct {
 	// requested holds the subjects of requests that were published lately, with their times. A refusal that names one of them
 	// needs no attribution: no mapping hid its subject, and its stream may have ended before.
 	requested map[string]int64
-	last      int64 // when a request was published last, 0 if none was
+	last      int64 // when the last request was published, 0 if none was
 	pending   []denial
 }
 
-// denial is one refusal, until it is decided about.
+// denial is one refusal that was not attributed yet.
 type denial struct {
 	subject string
 	err     error
@@ -31,10 +31,10 @@ const (
 	denialWindow = 4 // times AckTimeout
 
 	maxRequested = 1 << 10 // subjects that are remembered
-	maxDenials   = 1 << 6  // refusals that wait to be decided about
+	maxDenials   = 1 << 6  // refusals that wait for their attribution
 )
 
-// publishes notes that a request is published to subject.
+// publishes records that a request is published to subject.
 func (d *denials) publishes(subject string, now, window int64) {
 	if d.requested == nil {
 		d.requested = make(map[string]int64)
@@ -52,7 +52,7 @@ func (d *denials) publishes(subject string, now, window int64) {
 	d.requested[subject], d.last = now, now
 }
 
-// add takes a refusal that named no stream's subject.
+// add stores a refusal of a subject that no stream publishes to.
 func (d *denials) add(subject string, err error, now, patience int64) {
 	if d.last == 0 || now-d.last > denialWindow*patience {
 		return // no request is recent enough; an end that only serves never has one
@@ -71,10 +71,10 @@ func (d *denials) add(subject string, err error, now, patience int64) {
 	}
 }
 
-// waiting is a request that is not answered.
+// waiting is an unanswered request.
 type waiting struct {
 	subject string
-	asked   int64 // when it was published
+	asked   int64 // when the request was published
 }
 
 // attribute returns the subject of the requests that a refusal at the given time is about: the only subject with requests that

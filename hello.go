@@ -12,11 +12,12 @@ import (
 // separate hello would be wasted. A consumer in another account gets a hello in any case, because it carries the name
 // of the stream.
 
-// helloWait is that moment: a hello is due between one and two helloWait after the handler began.
+// helloWait is this moment: a hello is due between one and two helloWait after the handler began.
 const helloWait = time.Millisecond
 
-// hellos lists the sessions whose consumers may not know their producers yet, oldest first. One timer serves all of them. The
-// first handler that begins starts it. It runs while the list has sessions, and is stopped otherwise.
+// hellos lists the sessions of handlers with consumers that may not know the address yet, oldest first. One timer
+// serves all of them. The first handler that begins starts it. It runs while the list has sessions, and is stopped
+// otherwise.
 type hellos struct {
 	armed atomic.Bool // the timer runs, or due is not acted on yet
 	due   atomic.Bool

@@ -2,7 +2,8 @@ package stream
 
 import "time"
 
-// This file resets the streams of an endpoint that closes, although its program may exit right after.
+// This file resets the streams of an endpoint that closes, although its program may exit right after. The goroutine
+// that closes the endpoint runs awaitAnswers, and the outbox runs the rest.
 //
 // A consumer that ends a stream before its producer has answered has no address for a RESET. It sends the RESET as the answer to
 // the producer's first packet, and needs a live endpoint for that. So an endpoint that closes waits a while for such packets.
@@ -14,8 +15,8 @@ type unanswered struct {
 	last     int64 // when the last of them was added
 }
 
-// add notes that the stream of a request ended unanswered. It forgets older ones if the last is longer ago than patience: these
-// requests are lost, or their producers answered without being recognized.
+// add records that the stream of a request ended unanswered. It forgets older requests if the last one is longer ago
+// than patience: these are lost, or their producers answered without being recognized.
 func (u *unanswered) add(now, patience int64) {
 	if now-u.last > patience {
 		u.requests = 0
@@ -24,7 +25,7 @@ func (u *unanswered) add(now, patience int64) {
 	u.last = now
 }
 
-// remove notes that a producer was reset, or that no producer exists.
+// remove records that a producer was reset, or that no producer exists.
 func (u *unanswered) remove() { u.requests = max(0, u.requests-1) }
 
 // awaitAnswers returns when the outbox has served all marked sessions and all producers are reset, or after the patience.

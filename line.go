@@ -18,7 +18,7 @@ type line struct {
 	peer    string // the key in lines.byPeer
 	quiet   []*session
 	waiting []*session
-	turn    *session // whose packet is next, once the line has had others wait
+	turn    *session // may publish the next packet; nil if no session has the turn
 	busy    bool     // the line is on lines.busy
 	users   int      // sessions that use the line
 	began   int64    // when the publishing of the last mark began
@@ -209,8 +209,9 @@ func (o *outbox) setBusy(l *line) {
 	}
 }
 
-// tickLines looks at lines that sessions wait for, which a reconnect may have emptied, and forgets lines that nobody has used
-// for long. It asks nobody: a stream asks for an acknowledgement that is overdue, and so for that of a mark.
+// tickLines checks the lines with waiting sessions, because a reconnect may have emptied them. It forgets lines that
+// were unused for lineIdle. It sends no questions: a stream asks for overdue acknowledgements, and so for that of a
+// mark.
 func (o *outbox) tickLines(now int64) {
 	o.lines.busy = slices.DeleteFunc(o.lines.busy, func(l *line) bool {
 		o.resumeLine(l)

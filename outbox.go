@@ -83,7 +83,7 @@ type outOfStream struct {
 
 	looked chan struct{} // look at max_payload, and close this
 
-	silenced *ending // the inbox is refused: end the streams that have no token yet
+	silenced *ending // the inbox is refused: end the streams without a token
 
 	sought string // a consumer asks at subject for the stream with this token
 }

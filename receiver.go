@@ -25,11 +25,11 @@ type receiver struct {
 	released  atomic.Bool
 	readDone  atomic.Bool // the peer's CLOSE was read, or nobody reads
 
-	// readLock is 1 while a read is on its slow path, where it may wait: another read gets an error then, always. Two
-	// reads that both find their record at hand are told apart by busy, a plain flag, as Go's maps do it: an exact
-	// answer costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more than all the rest of Recv.
-	// Race builds pay for it.
-	// A consumer that left while its own records are still being sent sets gateLeft: reads return ErrClosed from then on.
+	// readLock has gateReading while a read is on its slow path, where it may wait. Another read then always gets an
+	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
+	// concurrent writes. Exact detection costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more
+	// than the rest of Recv. Race builds pay for it. A consumer that detached sets gateLeft: reads return ErrClosed
+	// from then on.
 	readLock atomic.Uint32
 
 	rawCodec FrameFlags // codec by which RecvObject decodes records that were written as bytes

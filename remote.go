@@ -188,7 +188,7 @@ const (
 // mayRepeat reports whether a stream may repeat a question to p.
 func (p *remote) mayRepeat(now, ack int64) bool { return p.paid > 0 || now-p.unpaid >= ack/unpaidPart }
 
-// repeats notes that a stream repeats a question to p.
+// repeats records that a stream repeats a question to p.
 func (p *remote) repeats(now int64) {
 	if p.paid > 0 {
 		p.paid--

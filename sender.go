@@ -348,7 +348,7 @@ func (q *unackedPackets) onTheWay() (n uint64) {
 	return n
 }
 
-// again sees to it that everything from seq on is published again, and reports whether there is anything.
+// again prepares all packets from seq on to be published again, and reports whether there are any.
 func (q *unackedPackets) again(seq uint32, now, patience int64) bool {
 	again, lost := q.Again(seq, now, patience)
 	if lost != 0 {
