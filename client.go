@@ -4,13 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
-
-	"github.com/natsstream/stream/internal/liveness"
 
 	"github.com/natsstream/stream/concurrency"
 	"github.com/natsstream/stream/internal/natsconn"
@@ -143,14 +139,6 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 // onePacket is the largest record that travels in one packet. Of MaxBuffered, such a record uses only its stream's window.
 const onePacket = singleSize - PacketHeaderSize - FrameHeaderSize
 
-// intervals returns the times of p for package liveness.
-func (p *ClientParams) intervals() liveness.Intervals {
-	return liveness.Intervals{
-		KeepAlive: int64(p.KeepAlive), Ack: int64(p.AckTimeout), Resume: int64(p.ResumeTimeout),
-		Disconnect: int64(p.DisconnectTimeout), Patience: int64(p.PeerTimeout - p.KeepAlive),
-	}
-}
-
 // never is the longest time that a parameter may be, two years. Even 64 times that, added to a time since the start, does
 // not overflow. No timeout is computed with a larger factor.
 const never time.Duration = 1 << 56
@@ -227,26 +215,6 @@ func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
 	return c.open(ctx, msg, c.codec, nil)
 }
 
-// Headers of a request, docs/PROTOCOL.md sections 2.2 and 2.4. Names with this prefix are reserved for the library.
-const (
-	headerPrefix  = "Stream-"
-	headerOpen    = headerPrefix + "Open"    // the offer, for producers that cannot read it in the reply subject
-	headerProbe   = headerPrefix + "Probe"   // marks a message of the fallback that carries a reply subject: it is no request
-	headerTimeout = headerPrefix + "Timeout" // milliseconds that the consumer will wait for the end of the stream
-)
-
-// setTimeout writes the time until the deadline of ctx into h, as a duration, because the clocks of two machines differ.
-func setTimeout(h nats.Header, ctx context.Context) {
-	if deadline, ok := ctx.Deadline(); ok {
-		left := time.Until(deadline)
-		ms := left / time.Millisecond
-		if left%time.Millisecond > 0 {
-			ms++
-		}
-		h[headerTimeout] = []string{strconv.FormatInt(max(1, int64(ms)), 10)}
-	}
-}
-
 func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered chan struct{}) (*Stream, error) {
 	if ctx == nil {
 		return nil, noContext("Open")
@@ -272,36 +240,24 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered 
 	return ep.open(ctx, msg, codec, answered)
 }
 
-// tooLarge returns the error for a message of size bytes that the server would refuse, because it accepts at most max.
-func tooLarge(what string, size, max int64) error {
-	return fmt.Errorf("%s of %d bytes, the server takes %d (max_payload): send less, or raise that limit: %w", what, size, max, nats.ErrMaxPayload)
-}
-
-// requestSize returns how many bytes of a request count against the server's max_payload: its data and its header. The
-// header is "NATS/1.0", a line for each value and an empty line.
-func requestSize(msg *nats.Msg) int64 {
-	const eol = len("\r\n")
-	n := len("NATS/1.0") + eol + len(headerOpen) + len(": ") + OfferSize + eol + eol + len(msg.Data)
-	n += len(headerTimeout) + len(": ") + len("9223372036854775807") + eol
-	for key, values := range msg.Header {
-		for _, v := range values {
-			n += len(key) + len(": ") + len(v) + eol
-		}
+// freshMaxPayload returns the present max_payload of the connection, for a call that would fail otherwise. The outbox
+// asks for it. freshMaxPayload waits for at most AckTimeout, because the connection may take no bytes.
+func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
+	o := &ep.outbox
+	if !o.up.Load() {
+		return ep.maxPayload.Load()
 	}
-	return int64(n)
-}
-
-// validSubject reports whether a request can be published to subject.
-func validSubject(subject string) bool {
-	if subject == "" || strings.ContainsAny(subject, " \t\r\n") {
-		return false
+	looked := make(chan struct{})
+	o.doLater(outOfStream{looked: looked})
+	late := time.NewTimer(time.Duration(ep.times.Ack))
+	defer late.Stop()
+	select {
+	case <-looked:
+	case <-late.C:
+	case <-ctx.Done():
+	case <-o.done:
 	}
-	for token := range strings.SplitSeq(subject, ".") {
-		if token == "" || token == "*" || token == ">" {
-			return false
-		}
-	}
-	return true
+	return ep.maxPayload.Load()
 }
 
 // OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the producer

@@ -1,136 +1,14 @@
 package stream
 
 import (
-	"context"
-	"errors"
+	"fmt"
 	"math"
-	"time"
 
 	"github.com/nats-io/nats.go"
-
-	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file follows the NATS connection: its status, its errors and its max_payload. The endpoint's watcher runs it, and the
-// outbox asks it about sizes.
-
-// watch follows the connection's status and the inbox until the endpoint is closed or the connection is. before says whether the
-// connection has been up.
-func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
-	defer close(ep.watched)
-	defer ep.stopWatch()
-	again := time.NewTimer(never) // to subscribe to a refused inbox again
-	defer again.Stop()
-	first, changed, renew := true, true, false
-	for {
-		if changed {
-			// The status in the channel may be old: the channel drops news while it is full. So the channel only wakes
-			// the watcher.
-			status := ep.conn.Status()
-			if status == nats.CLOSED {
-				ep.lost()
-				return
-			}
-			ep.follow(status, before && !first)
-			before = before || status == nats.CONNECTED
-			renew = !first
-		}
-		again.Stop()
-		if ep.outbox.up.Load() {
-			if next := ep.inbox.look(renew); next != 0 {
-				again.Reset(next)
-			}
-		}
-		first, changed, renew = false, false, false
-		select {
-		case _, ok := <-changes:
-			if !ok {
-				return
-			}
-			changed = true
-		case <-ep.inbox.news:
-		case <-again.C:
-			renew = true
-		}
-	}
-}
-
-// follow handles the connection's status. A draining connection still accepts messages, until its subscriptions are
-// gone. again says that the connection was up before.
-func (ep *endpoint) follow(status nats.Status, again bool) {
-	switch status {
-	case nats.CONNECTED:
-		ep.lookAtMaxPayload()
-		if again {
-			ep.outbox.resume() // before the outbox publishes and its clock runs
-		}
-		ep.outbox.up.Store(true) // also if the outbox saw the connection go first
-		if again {               // the interruption may have been too short for its own status
-			ep.probe()
-		}
-		ep.outbox.park.Wake()
-	case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
-		ep.draining.Store(true)
-	default:
-		ep.outbox.up.Store(false)
-		ep.ticker.Arm() // DisconnectTimeout runs
-	}
-}
-
-// probe marks every session with workResume: it sends its credit and a PING, because earlier ones may have been lost
-// with the connection. The answers resume waiting streams and ask for missing packets.
-func (ep *endpoint) probe() {
-	ep.sessions.Range(func(_ string, s *session) bool {
-		s.mark(workResume)
-		return true
-	})
-}
-
-// lost ends every stream because the connection is closed for good. It also ends all goroutines and hooks that keep the
-// endpoint and the connection in memory, because the user may never call Close. Records that arrived can still be read.
-func (ep *endpoint) lost() {
-	ep.outbox.up.Store(false)
-	ep.endAll(&ending{kind: endFault, err: connectionLost(nats.ErrConnectionClosed)})
-	ep.outbox.finish()
-	ep.stopTicker()
-	ep.stopErrors()
-}
-
-// reported handles an error that NATS reported. If this end may not publish to a subject, the streams of that subject end. If it
-// may not receive, all streams end.
-func (ep *endpoint) reported(err error) {
-	d, ok := natsconn.Denied(err)
-	switch {
-	case errors.Is(err, nats.ErrMaxSubscriptionsExceeded):
-		ep.inbox.doubt()
-		ep.subscriptionRefused(natsconn.Denial{}, err)
-	case !ok:
-	case d.Subscribe && d.Subject == ep.prefix+"*":
-		ep.inbox.denied(err)
-	case d.Subscribe:
-		ep.subscriptionRefused(d, err)
-	case d.Subject == ep.prefix+probeToken:
-		ep.inbox.muted()
-	default:
-		ep.outbox.doLater(outOfStream{subject: d.Subject, denied: err})
-	}
-}
-
-// subscriptionRefused passes a refused subscription to the server, if there is one. d is zero if NATS did not name the
-// subject.
-func (ep *endpoint) subscriptionRefused(d natsconn.Denial, err error) {
-	if f := ep.onRefused.Load(); f != nil {
-		(*f)(d, err)
-	}
-}
-
-// barred returns why no stream may begin or go on: the endpoint is gone, or its inbox is refused. It returns nil if streams may.
-func (ep *endpoint) barred() *ending {
-	if e := ep.gone.Load(); e != nil {
-		return e
-	}
-	return ep.inbox.refused.Load()
-}
+// This file holds the limits of the NATS connection, and the functions that publish. The outbox runs those that publish and
+// lookAtMaxPayload, the watcher lookAtMaxPayload and isUp, and any goroutine the others.
 
 // unknownPayload stands for max_payload before the first connect, when no NATS server has announced it. An unknown
 // limit refuses and cuts nothing.
@@ -148,27 +26,52 @@ func (ep *endpoint) lookAtMaxPayload() {
 	}
 }
 
-// freshMaxPayload returns the present max_payload of the connection, for a call that would fail otherwise. The outbox
-// asks for it. freshMaxPayload waits for at most AckTimeout, because the connection may take no bytes.
-func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
-	o := &ep.outbox
-	if !o.up.Load() {
-		return ep.maxPayload.Load()
-	}
-	looked := make(chan struct{})
-	o.doLater(outOfStream{looked: looked})
-	late := time.NewTimer(time.Duration(ep.times.Ack))
-	defer late.Stop()
-	select {
-	case <-looked:
-	case <-late.C:
-	case <-ctx.Done():
-	case <-o.done:
-	}
-	return ep.maxPayload.Load()
-}
-
 // reasonLimit returns the longest reason that a message has room for.
 func (ep *endpoint) reasonLimit() int {
 	return max(0, min(MaxReason, int(ep.maxPayload.Load())-PacketHeaderSize-FrameHeaderSize))
+}
+
+// send publishes data to a subject that a peer named. All messages pass through it, except requests, the probes of the
+// inbox and of the fallback, and RESUME.
+func (ep *endpoint) send(subject, reply string, data []byte) error {
+	if most := ep.longestPeer(); len(subject) > most {
+		return fmt.Errorf("subject of %d bytes, which may be longer than this connection's NATS server takes (max_control_line); "+
+			"use an inbox prefix that makes it %d at most: %w", len(subject), most, nats.ErrBadSubject)
+	}
+	return ep.conn.Publish(subject, reply, data)
+}
+
+// publish publishes a message that is not a stream's data. A failure is counted and does not end the stream: credit is sent
+// again after a reconnect, and a connection that accepts no more bytes is noticed otherwise.
+func (ep *endpoint) publish(subject, reply string, data []byte) error {
+	err := ep.send(subject, reply, data)
+	if err != nil {
+		ep.counters.unsent.Add(1)
+	}
+	return err
+}
+
+// A peer at another node of a cluster may name a subject that its own node accepts. This connection's node may accept
+// less, and closes the connection, with all its streams, over a control line that is too long. It does not announce its
+// limit: INFO has no max_control_line. The default is 4,096 bytes.
+const (
+	safeControlLine = 512 - len(" 1048576 1048576 ") // for subject and reply subject: all servers in use accept this
+	ordinaryPeer    = 128                            // an inbox without a prefix of its own has about 50
+)
+
+// longestPeer returns the largest length of a peer's subject. The control line also has this end's own subject, because
+// the first packet and each PING carry it. This end has chosen its own prefix, so there is always room for an ordinary
+// peer.
+func (ep *endpoint) longestPeer() int {
+	return max(safeControlLine-len(ep.prefix)-TokenSize, ordinaryPeer)
+}
+
+// unwritable returns the end of a stream after its peer named a subject that cannot be published to.
+func unwritable(err error) *ending {
+	return &ending{kind: endFault, err: fmt.Errorf("stream: the peer cannot be written to: %w", err)}
+}
+
+// isUp reports whether a connection with status s sends published messages. A draining connection does.
+func isUp(s nats.Status) bool {
+	return s == nats.CONNECTED || s == nats.DRAINING_SUBS || s == nats.DRAINING_PUBS
 }

@@ -15,10 +15,3 @@ func (s *Server) Done() <-chan struct{} { return s.ep.ctx.Done() }
 
 // Err returns nil until Done is closed, and then why: [ErrServerClosed], or an error that matches [nats.ErrConnectionClosed].
 func (s *Server) Err() error { return s.ep.err() }
-
-func (ep *endpoint) err() error {
-	if ep.ctx.Err() == nil { // gone is set a moment before
-		return nil
-	}
-	return ep.gone.Load().err
-}

@@ -3,16 +3,11 @@ package stream
 import (
 	"context"
 	"math/bits"
-	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nuid"
 	"github.com/puzpuzpuz/xsync/v3"
 
-	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/wheel"
@@ -47,6 +42,8 @@ type endpoint struct {
 	maxPayload atomic.Int64
 	draining   atomic.Bool
 
+	streamEnded func() // set by a server: the outbox is done with a handler's stream
+
 	inbox      inbox
 	onRefused  atomic.Pointer[func(natsconn.Denial, error)] // set by a server: a subscription beside the inbox is refused
 	stopWatch  func()
@@ -63,44 +60,6 @@ type endpoint struct {
 // inboxPrefix starts every reply subject unless the connection has an inbox prefix of its own.
 const inboxPrefix = "_SINBOX"
 
-func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, error) {
-	if inbox == "" {
-		inbox = inboxPrefix
-	}
-	ep := &endpoint{
-		conn:      conn,
-		prefix:    inbox + "." + nuid.Next() + ".",
-		window:    floorPow2(uint64(p.Window)),
-		maxRecord: p.MaxRecordSize,
-		fallback:  uint64(p.FallbackBuffer),
-		budget:    int64(p.MaxBuffered),
-		sessions:  xsync.NewMapOf[string, *session](),
-		watched:   make(chan struct{}),
-		closed:    make(chan struct{}),
-		times:     p.intervals(),
-		started:   time.Now(),
-	}
-	ep.room.records = flow.NewRecords[*session, *remote](ep.budget, &ep.reserved)
-	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
-	ep.outbox.init(ep)
-	ep.initTime()
-	ep.stopTicker = sync.OnceFunc(ep.ticker.Stop)
-	ep.inbox.init(ep)
-	ep.stopErrors = sync.OnceFunc(conn.OnError(ep.reported)) // before the subscription, which may be refused at once
-	if err := ep.inbox.subscribe(); err != nil {
-		ep.stopErrors()
-		return nil, err
-	}
-	changes, stop := conn.StatusChanges()
-	ep.stopWatch = sync.OnceFunc(stop)
-	ep.lookAtMaxPayload()
-	ep.outbox.up.Store(conn.Status() == nats.CONNECTED)
-	go ep.outbox.run()
-	go ep.watch(changes, ep.outbox.up.Load())
-	go ep.runTicker()
-	return ep, nil
-}
-
 func (ep *endpoint) endAll(e *ending) {
 	ep.gone.CompareAndSwap(nil, e)
 	ep.cancel(e.err)
@@ -110,33 +69,22 @@ func (ep *endpoint) endAll(e *ending) {
 	})
 }
 
-// close ends every stream with e, resets their peers, and returns when the endpoint's goroutines have ended.
-func (ep *endpoint) close(e *ending) {
-	if ep.closing.Swap(true) {
-		<-ep.closed
-		return
-	}
-	until := time.Now().Add(natsconn.UnsubscribeTimeout)
-	ep.endAll(e)
-	ep.outbox.awaitAnswers(min(time.Duration(ep.times.Ack), natsconn.UnsubscribeTimeout))
-	ep.inbox.close()
-	ep.outbox.finish()
-	// The last packets are in a buffer of nats.go, and the program may exit after close.
-	if left := time.Until(until); left > 0 && isUp(ep.conn.Status()) {
-		_ = ep.conn.Flush(left)
-	}
-	ep.stopTicker()
-	ep.outbox.hellos.timer.Stop()
-	ep.stopErrors()
-	ep.stopWatch()
-	<-ep.watched
-	close(ep.closed)
-}
-
 // now returns the time since the endpoint was made, never 0.
 func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
 
-// lastToken returns the last token of a subject.
-func lastToken(subject string) string { return subject[strings.LastIndexByte(subject, '.')+1:] }
-
 func floorPow2(n uint64) uint64 { return 1 << (bits.Len64(n) - 1) }
+
+// barred returns why no stream may begin or go on: the endpoint is gone, or its inbox is refused. It returns nil if streams may.
+func (ep *endpoint) barred() *ending {
+	if e := ep.gone.Load(); e != nil {
+		return e
+	}
+	return ep.inbox.refused.Load()
+}
+
+func (ep *endpoint) err() error {
+	if ep.ctx.Err() == nil { // gone is set a moment before
+		return nil
+	}
+	return ep.gone.Load().err
+}

@@ -192,7 +192,6 @@ func TestCloseWaitsAgainAfterAStandstill(t *testing.T) {
 		offer, _ := ParseToken(lastToken(consumerSubject(8)))
 		w := ep.newProducer(lifecycle.Handler, ep.ctx, consumerSubject(8), offer, false, minWindow)
 		s, o := w.session, &ep.outbox
-		s.server = &Server{ep: ep}
 		if err := w.Close(); err != nil {
 			t.Fatal(err)
 		}

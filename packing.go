@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"github.com/natsstream/stream/internal/flow"
+	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/ring"
 )
@@ -263,6 +264,16 @@ func (pk *packer) appendCloseLocked(code int, reason string) {
 	pk.closed.Store(true)
 	pk.closing = CloseError{code, reason}
 	pk.fast = nil
+}
+
+func (pk *packer) appendCloseJSONLocked(code int, reason string) {
+	m := jsonwire.AppendClose(nil, jsonwire.Close{Code: code, Text: cutReason(reason, pk.session.ep.reasonLimit())})
+	pk.open = getPacket(len(m))
+	pk.keepLocked(pk.open)
+	pk.n = copy(pk.open.buf, m)
+	pk.closed.Store(true)
+	pk.closing = CloseError{code, reason}
+	pk.sealLocked()
 }
 
 // hasOpenLocked reports whether the open packet holds complete records.

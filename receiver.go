@@ -457,80 +457,30 @@ func (s *session) dropUnread(err error) {
 	s.recv.data, s.recv.off, s.recv.left = nil, 0, nil
 }
 
-// leaving returns the code of the RESET when the user of this end leaves.
-func (s *session) leaving() int {
-	if s.role == lifecycle.Consumer && s.recv.readDone.Load() && s.send.Load() == nil {
-		return CloseNormalClosure // everything was read, and nothing was written
-	}
-	return CloseCanceled
-}
-
-// detachIfDone detaches a consumer that has read everything and closed its own direction. It sends no RESET:
-// unacknowledged packets are still repaired. It reports false if the consumer has not done both. If it reports true,
-// the caller calls release.
-func (s *session) detachIfDone() bool {
-	snd := s.send.Load()
-	if s.role != lifecycle.Consumer || !s.recv.readDone.Load() || snd == nil || !snd.packer.closed.Load() {
-		return false
-	}
-	s.nobodyReads.Store(true)
-	s.mark(workPackets) // the last publish may have failed, and no writer will try again
-	return true
-}
-
-// detach detaches a consumer before the producer's end was read. It closes the consumer's direction, unless that was
-// done. Unacknowledged packets are still repaired. When all are acknowledged, the outbox sends a RESET with the code of
-// CLOSE, because the producer may still be sending. detach reports false if not all written records can be sent.
-func (s *session) detach(reason string) bool {
-	snd := s.send.Load()
-	if snd == nil || !snd.packer.closeToLeave(reason) {
-		return false
-	}
-	if s.detachIfDone() {
-		s.release(&ending{err: ErrClosed})
-		return true
-	}
-	s.nobodyReads.Store(true)
-	s.recv.readLock.Or(gateLeft)
-	s.bucket.park.Wake()
-	s.stream.endContext(ErrClosed)
-	s.mark(workPackets | workSettle)
-	return true
-}
-
-// canceled ends the stream because its parent context ended.
-func (s *session) canceled() {
-	if s.detachIfDone() {
-		s.release(&ending{err: contextError(s.recv.parent)})
-		return
-	}
-	if s.role == lifecycle.Consumer && s.nobodyReads.Load() {
-		return // the user left before, and the outbox ends the rest
-	}
-	e := &ending{kind: endLocal, err: contextError(s.recv.parent), reset: CloseError{Code: s.leaving()}}
-	if s.recv.parent.Err() == context.DeadlineExceeded {
-		e.reset.Code = CloseDeadlineExceeded
-	}
-	if gone := s.ep.gone.Load(); gone != nil { // the parent of handlers' contexts ends with the endpoint
-		e = gone
-	}
-	s.endLocally(e)
-}
-
-// endLocally ends the stream and releases it at once.
-func (s *session) endLocally(e *ending) {
-	s.requestEnd(e)
-	s.release(e)
-}
-
-// release gives the window back to the budget and, at the consumer's end, ends the stream's context, once.
-func (s *session) release(e *ending) {
-	s.releaseWindow()
-	if s.role == lifecycle.Consumer {
-		cause := e.err
-		if e.kind == endPeerDone && s.recv.readDone.Load() {
-			cause = io.EOF // the CLOSE that was read counts, not the RESET after it
+// holdRecord takes n bytes for the record that the reader of s assembles, and waits until there is room. It reports
+// false if the stream ended meanwhile. The reader calls it.
+func (s *session) holdRecord(n uint64) bool {
+	r := &s.ep.room
+	r.mu.Lock()
+	took := r.records.Take(s, s.remote.Load(), int64(n), s.ep.clock.Load())
+	r.mu.Unlock()
+	for !took {
+		if s.endedNow() != nil {
+			return false
 		}
-		s.stream.endContext(cause)
+		park := &s.bucket.park
+		park.Announce()
+		if took = !r.waits(s); took || s.userLeft() {
+			park.Retract()
+		} else {
+			park.Wait()
+		}
 	}
+	return true
+}
+
+// userLeft reports whether arrived records are not read any more.
+func (s *session) userLeft() bool {
+	e := s.end.Load()
+	return e != nil && e.kind == endLocal || s.recv.parent.Err() != nil || s.recv.readLock.Load()&gateLeft != 0
 }

@@ -18,34 +18,6 @@ type recordRoom struct {
 // recordLook is the time between two looks for overdue records, in nanoseconds: a tenth of the shortest patience.
 const recordLook = int64(1e9)
 
-// holdRecord takes n bytes for the record that the reader of s assembles, and waits until there is room. It reports
-// false if the stream ended meanwhile. The reader calls it.
-func (s *session) holdRecord(n uint64) bool {
-	r := &s.ep.room
-	r.mu.Lock()
-	took := r.records.Take(s, s.remote.Load(), int64(n), s.ep.clock.Load())
-	r.mu.Unlock()
-	for !took {
-		if s.endedNow() != nil {
-			return false
-		}
-		park := &s.bucket.park
-		park.Announce()
-		if took = !r.waits(s); took || s.userLeft() {
-			park.Retract()
-		} else {
-			park.Wait()
-		}
-	}
-	return true
-}
-
-// userLeft reports whether arrived records are not read any more.
-func (s *session) userLeft() bool {
-	e := s.end.Load()
-	return e != nil && e.kind == endLocal || s.recv.parent.Err() != nil || s.recv.readLock.Load()&gateLeft != 0
-}
-
 // waits reports whether the record of s waits.
 func (r *recordRoom) waits(s *session) bool {
 	r.mu.Lock()

@@ -2,7 +2,6 @@ package stream
 
 import (
 	"math"
-	"strings"
 	"time"
 
 	"github.com/natsstream/stream/internal/lifecycle"
@@ -54,16 +53,6 @@ const (
 	// patienceParts is how often the peer is asked at least within a stream's own timeout.
 	patienceParts = 4
 )
-
-// remoteName returns the part of a subject that all streams of one end share. A subject that was mapped between
-// accounts ends with no token, and shows nothing about other streams.
-func remoteName(subject string) string {
-	i := strings.LastIndexByte(subject, '.')
-	if _, err := ParseToken(subject[i+1:]); i < 0 || err != nil {
-		return subject
-	}
-	return subject[:i]
-}
 
 // joinRemote assigns s to its remote, once the address of the other end is known, and again when the address changes.
 func (o *outbox) joinRemote(s *session) {

@@ -1,10 +1,15 @@
 package stream
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go"
 )
@@ -23,6 +28,14 @@ type request struct {
 	json    bool  // the consumer knows only the fallback
 	crossed bool  // from another account: its reply subject was mapped on the way
 }
+
+// Headers of a request, docs/PROTOCOL.md sections 2.2 and 2.4. Names with this prefix are reserved for the library.
+const (
+	headerPrefix  = "Stream-"
+	headerOpen    = headerPrefix + "Open"    // the offer, for producers that cannot read it in the reply subject
+	headerProbe   = headerPrefix + "Probe"   // marks a message of the fallback that carries a reply subject: it is no request
+	headerTimeout = headerPrefix + "Timeout" // milliseconds that the consumer will wait for the end of the stream
+)
 
 // parseRequest reads a message that arrived at the handler of pattern, at an endpoint whose inbox begins with inbox.
 // The error is errStray if the message is no request. Any other error is the reason not to answer the request.
@@ -120,4 +133,83 @@ func subjectMatches(pattern, subject string) bool {
 		}
 		pattern, subject = pRest, sRest
 	}
+}
+
+// validSubject reports whether a request can be published to subject.
+func validSubject(subject string) bool {
+	if subject == "" || strings.ContainsAny(subject, " \t\r\n") {
+		return false
+	}
+	for token := range strings.SplitSeq(subject, ".") {
+		if token == "" || token == "*" || token == ">" {
+			return false
+		}
+	}
+	return true
+}
+
+// lastToken returns the last token of a subject.
+func lastToken(subject string) string { return subject[strings.LastIndexByte(subject, '.')+1:] }
+
+// remoteName returns the part of a subject that all streams of one end share. A subject that was mapped between
+// accounts ends with no token, and shows nothing about other streams.
+func remoteName(subject string) string {
+	i := strings.LastIndexByte(subject, '.')
+	if _, err := ParseToken(subject[i+1:]); i < 0 || err != nil {
+		return subject
+	}
+	return subject[:i]
+}
+
+// requestSize returns how many bytes of a request count against the server's max_payload: its data and its header. The
+// header is "NATS/1.0", a line for each value and an empty line.
+func requestSize(msg *nats.Msg) int64 {
+	const eol = len("\r\n")
+	n := len("NATS/1.0") + eol + len(headerOpen) + len(": ") + OfferSize + eol + eol + len(msg.Data)
+	n += len(headerTimeout) + len(": ") + len("9223372036854775807") + eol
+	for key, values := range msg.Header {
+		for _, v := range values {
+			n += len(key) + len(": ") + len(v) + eol
+		}
+	}
+	return int64(n)
+}
+
+// tooLarge returns the error for a message of size bytes that the server would refuse, because it accepts at most max.
+func tooLarge(what string, size, max int64) error {
+	return fmt.Errorf("%s of %d bytes, the server takes %d (max_payload): send less, or raise that limit: %w", what, size, max, nats.ErrMaxPayload)
+}
+
+// setTimeout writes the time until the deadline of ctx into h, as a duration, because the clocks of two machines differ.
+func setTimeout(h nats.Header, ctx context.Context) {
+	if deadline, ok := ctx.Deadline(); ok {
+		left := time.Until(deadline)
+		ms := left / time.Millisecond
+		if left%time.Millisecond > 0 {
+			ms++
+		}
+		h[headerTimeout] = []string{strconv.FormatInt(max(1, int64(ms)), 10)}
+	}
+}
+
+// parseTimeout returns how long the consumer waits, 0 for no limit.
+func parseTimeout(h nats.Header) (time.Duration, error) {
+	v, ok := h[headerTimeout]
+	if !ok || len(v) != 1 {
+		return 0, nil
+	}
+	ms, err := strconv.ParseUint(v[0], 10, 63) // takes no sign
+	if err != nil || ms == 0 {
+		return 0, fmt.Errorf("header %s is %q: it must be a number of milliseconds above 0", headerTimeout, v[0])
+	}
+	return time.Duration(min(ms, math.MaxInt64/uint64(time.Millisecond))) * time.Millisecond, nil
+}
+
+// userHeader returns h without the library's own headers.
+func userHeader(h nats.Header) nats.Header {
+	maps.DeleteFunc(h, func(key string, _ []string) bool { return strings.HasPrefix(key, headerPrefix) })
+	if len(h) == 0 {
+		return nil
+	}
+	return h
 }

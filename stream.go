@@ -6,7 +6,6 @@ import (
 	"iter"
 	"math/bits"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -73,40 +72,6 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 		}
 	}
 	return st, nil
-}
-
-// endContext ends the stream's context, once.
-func (st *Stream) endContext(cause error) {
-	if !st.contextEnded.CompareAndSwap(false, true) {
-		return
-	}
-	if w := st.watch.Load(); w != nil {
-		w.takeBack()
-	}
-	st.session.cancel(cause)
-}
-
-// watch ends a stream when the context given to Open ends, in a goroutine of its own.
-type watch struct {
-	session *session
-	stop    func() bool
-	pending sync.Mutex // held until run has started or was taken back
-}
-
-func (w *watch) run() {
-	w.pending.Unlock() // first: later calls use the context, which may run code of the user
-	if !w.session.stream.contextEnded.Load() {
-		w.session.canceled()
-	}
-}
-
-// takeBack keeps the goroutine from starting, or waits until it has started. Without the wait, a loop that opens, cancels and
-// closes streams would start goroutines faster than they run.
-func (w *watch) takeBack() {
-	if !w.stop() {
-		w.pending.Lock()
-	}
-	w.pending.Unlock()
 }
 
 // Recv returns the next record. It waits until the record arrives or the stream ends. Errors:

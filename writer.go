@@ -297,29 +297,6 @@ func (w *Writer) waitCreditLocked(mine bool) error {
 	return w.awaitTurnLocked()
 }
 
-// WriteObject sends v as one record in the codec that the consumer requested, JSON or MessagePack. It returns the length of the
-// encoding. It blocks and fails as [Writer.Write] does. An error of the encoder does not change the stream, and matches
-// neither [ErrClosed] nor a [*CloseError]. WriteObject does not recover panics of methods of v. Methods that encode v must not
-// write to the same Writer.
-//
-// Names, embedding and omission follow the json tags for both codecs, as encoding/json has them. A msgpack tag stands in for
-// the json tag. MessagePack knows no ",string": it carries the number. It takes a value's form from the first of its
-// methods EncodeMsgpack, MarshalMsgpack, MarshalBinary and MarshalText, and ignores MarshalJSON.
-//
-// These are errors: a value that is nested deeper than 10,000 levels or contains itself, a Protocol Buffers message (send the
-// bytes of proto.Marshal with Write), and, for MessagePack, a struct without exported fields that only encodes itself as JSON.
-func (w *Writer) WriteObject(v any) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if err := w.awaitTurnLocked(); err != nil {
-		return 0, err
-	}
-	if w.session.peerTakesJSON() {
-		return w.writeObjectJSONLocked(v)
-	}
-	return w.writeObjectLocked(v)
-}
-
 // ReadFrom sends the bytes of r until [io.EOF]: the bytes of each read are one record. It returns the number of bytes sent.
 // Errors: those of r and of [Writer.Write]; [io.ErrNoProgress] if 100 reads in a row return no bytes and no error; an error for
 // a Reader that returns a count outside its buffer.
@@ -387,4 +364,60 @@ func (w *Writer) recordLimit() int {
 		return min(fallbackRecord(int(w.session.ep.maxPayload.Load())), w.session.ep.maxRecord)
 	}
 	return min(w.coalesceLimit()-PacketHeaderSize-FrameHeaderSize, w.session.ep.maxRecord)
+}
+
+// SetHeader sends h to the consumer, at which [Stream.Header] returns it. Call it once, before the first record. The headers
+// are sent with the first record, or by [Writer.Flush] or [Writer.Close]. h may be changed afterwards. As in NATS's own
+// headers, white space around a value is not kept, and a name without values is not sent. A consumer that speaks only the
+// JSON fallback gets no headers.
+//
+// Errors: [ErrHeader] after the first record or an earlier SetHeader, or if h cannot be sent; those of [Writer.Write].
+func (w *Writer) SetHeader(h nats.Header) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.awaitTurnLocked(); err != nil {
+		return err
+	}
+	meta, err := w.meta(h)
+	if err != nil || w.session.peerTakesJSON() {
+		return err
+	}
+	if w.sealed > 0 || w.open != nil && w.n > PacketHeaderSize {
+		return fmt.Errorf("%w: set it once, before the first record", ErrHeader)
+	}
+	b, err := w.frameLocked(FrameHeaderSize+len(meta), false)
+	if err != nil {
+		return err
+	}
+	putFrameHeader(b, FrameMeta, 0, 0, len(meta))
+	copy(b[FrameHeaderSize:], meta)
+	return nil
+}
+
+// SetTrailer sends h to the consumer with the end of the stream. [Stream.Trailer] returns it there. The last call before
+// Close counts. h may be changed afterwards. A consumer that speaks only the JSON fallback gets no trailers.
+//
+// Errors: [ErrHeader] if h cannot be sent; [ErrClosed] after Close; the error that ended the stream.
+func (w *Writer) SetTrailer(h nats.Header) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.awaitTurnLocked(); err != nil {
+		return err
+	}
+	meta, err := w.meta(h)
+	if err != nil {
+		return err
+	}
+	w.trailer = meta
+	return nil
+}
+
+// meta encodes h, if it fits.
+func (w *Writer) meta(h nats.Header) ([]byte, error) {
+	meta, err := appendMeta(nil, h)
+	most := int(w.session.ep.maxPayload.Load()) - PacketHeaderSize - 3*FrameHeaderSize - MaxReason // CLOSE goes with trailers
+	if max := min(maxMeta, most); err == nil && len(meta) > max {
+		err = fmt.Errorf("%w: %d bytes, at most %d can be sent", ErrHeader, len(meta), max)
+	}
+	return meta, err
 }

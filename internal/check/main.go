@@ -1,11 +1,13 @@
 // Check holds the Go files of the module, tests excepted, to limits that go vet and staticcheck do not know. Run it from the
 // root of the module:
 //
-//	go run ./internal/check words [-limit 1] [-worst 10]
+//	go run ./internal/check words [-limit 3] [-worst 10]
 //	go run ./internal/check complexity [-limit 25]
+//	go run ./internal/check floors
 //
 // The check words counts the sentences of comments that contain a word which tends to hide their subject. The check complexity
-// finds functions with too many ways through them, generated code excepted. The exit status is 1 if a limit is exceeded.
+// finds functions with too many ways through them, generated code excepted. The check floors holds the files of the root package
+// to the floor plan in docs/DESIGN.md. The exit status is 1 if a limit is exceeded.
 package main
 
 import (
@@ -21,7 +23,7 @@ import (
 	"strings"
 )
 
-const usage = "usage: go run ./internal/check words|complexity [flags]"
+const usage = "usage: go run ./internal/check words|complexity|floors [flags]"
 
 func main() {
 	if err := run(os.Stdout, os.DirFS("."), os.Args[1:]); err != nil {
@@ -45,6 +47,8 @@ func run(out io.Writer, root fs.FS, args []string) error {
 	case "complexity":
 		limit := flags.Int("limit", 25, "largest cyclomatic complexity of a function")
 		check = func(files []source) error { return complexity(out, files, *limit, tooComplex) }
+	case "floors":
+		return floors(out, ".")
 	default:
 		return fmt.Errorf("there is no check %q; %s", args[0], usage)
 	}

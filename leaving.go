@@ -1,0 +1,123 @@
+package stream
+
+import (
+	"context"
+	"io"
+	"sync"
+
+	"github.com/natsstream/stream/internal/lifecycle"
+)
+
+// This file ends a stream for its user, by a call or by the end of a context. Any goroutine may run it.
+
+// leaving returns the code of the RESET when the user of this end leaves.
+func (s *session) leaving() int {
+	if s.role == lifecycle.Consumer && s.recv.readDone.Load() && s.send.Load() == nil {
+		return CloseNormalClosure // everything was read, and nothing was written
+	}
+	return CloseCanceled
+}
+
+// detachIfDone detaches a consumer that has read everything and closed its own direction. It sends no RESET:
+// unacknowledged packets are still repaired. It reports false if the consumer has not done both. If it reports true,
+// the caller calls release.
+func (s *session) detachIfDone() bool {
+	snd := s.send.Load()
+	if s.role != lifecycle.Consumer || !s.recv.readDone.Load() || snd == nil || !snd.packer.closed.Load() {
+		return false
+	}
+	s.nobodyReads.Store(true)
+	s.mark(workPackets) // the last publish may have failed, and no writer will try again
+	return true
+}
+
+// detach detaches a consumer before the producer's end was read. It closes the consumer's direction, unless that was
+// done. Unacknowledged packets are still repaired. When all are acknowledged, the outbox sends a RESET with the code of
+// CLOSE, because the producer may still be sending. detach reports false if not all written records can be sent.
+func (s *session) detach(reason string) bool {
+	snd := s.send.Load()
+	if snd == nil || !snd.packer.closeToLeave(reason) {
+		return false
+	}
+	if s.detachIfDone() {
+		s.release(&ending{err: ErrClosed})
+		return true
+	}
+	s.nobodyReads.Store(true)
+	s.recv.readLock.Or(gateLeft)
+	s.bucket.park.Wake()
+	s.stream.endContext(ErrClosed)
+	s.mark(workPackets | workSettle)
+	return true
+}
+
+// canceled ends the stream because its parent context ended.
+func (s *session) canceled() {
+	if s.detachIfDone() {
+		s.release(&ending{err: contextError(s.recv.parent)})
+		return
+	}
+	if s.role == lifecycle.Consumer && s.nobodyReads.Load() {
+		return // the user left before, and the outbox ends the rest
+	}
+	e := &ending{kind: endLocal, err: contextError(s.recv.parent), reset: CloseError{Code: s.leaving()}}
+	if s.recv.parent.Err() == context.DeadlineExceeded {
+		e.reset.Code = CloseDeadlineExceeded
+	}
+	if gone := s.ep.gone.Load(); gone != nil { // the parent of handlers' contexts ends with the endpoint
+		e = gone
+	}
+	s.endLocally(e)
+}
+
+// endLocally ends the stream and releases it at once.
+func (s *session) endLocally(e *ending) {
+	s.requestEnd(e)
+	s.release(e)
+}
+
+// release gives the window back to the budget and, at the consumer's end, ends the stream's context, once.
+func (s *session) release(e *ending) {
+	s.releaseWindow()
+	if s.role == lifecycle.Consumer {
+		cause := e.err
+		if e.kind == endPeerDone && s.recv.readDone.Load() {
+			cause = io.EOF // the CLOSE that was read counts, not the RESET after it
+		}
+		s.stream.endContext(cause)
+	}
+}
+
+// endContext ends the stream's context, once.
+func (st *Stream) endContext(cause error) {
+	if !st.contextEnded.CompareAndSwap(false, true) {
+		return
+	}
+	if w := st.watch.Load(); w != nil {
+		w.takeBack()
+	}
+	st.session.cancel(cause)
+}
+
+// watch ends a stream when the context given to Open ends, in a goroutine of its own.
+type watch struct {
+	session *session
+	stop    func() bool
+	pending sync.Mutex // held until run has started or was taken back
+}
+
+func (w *watch) run() {
+	w.pending.Unlock() // first: later calls use the context, which may run code of the user
+	if !w.session.stream.contextEnded.Load() {
+		w.session.canceled()
+	}
+}
+
+// takeBack keeps the goroutine from starting, or waits until it has started. Without the wait, a loop that opens, cancels and
+// closes streams would start goroutines faster than they run.
+func (w *watch) takeBack() {
+	if !w.stop() {
+		w.pending.Lock()
+	}
+	w.pending.Unlock()
+}
