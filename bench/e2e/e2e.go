@@ -25,10 +25,10 @@ type Config struct {
 	Streams int // streams the records are divided over
 }
 
-// String names the cell as benchstat likes it.
+// String names the cell in the form that benchstat parses.
 func (c Config) String() string { return fmt.Sprintf("size=%d/streams=%d", c.Size, c.Streams) }
 
-// Matrix is every cell that is measured end to end.
+// Matrix returns every cell that is measured end to end.
 func Matrix() []Config {
 	var cells []Config
 	for _, streams := range []int{1, 100} {
@@ -42,7 +42,7 @@ func Matrix() []Config {
 // Impl is one way to move records.
 type Impl struct {
 	Name string
-	// Open readies streams for throughput, OpenPinger one stream for latency.
+	// Open opens streams to measure throughput, OpenPinger one stream to measure latency.
 	Open       func(env *Env, cfg Config) (Session, error)
 	OpenPinger func(env *Env, size int) (Pinger, error)
 }
@@ -100,7 +100,7 @@ func WarmUp(s Session, cfg Config) (time.Duration, error) {
 	return per, nil
 }
 
-// share is how many of n records stream i of k carries.
+// share returns how many of n records stream i of k carries.
 func share(n, i, k int) int {
 	if i < n%k {
 		return n/k + 1
@@ -143,12 +143,12 @@ func (c *checker) errorFor(rec []byte) error {
 		c.stream, binary.LittleEndian.Uint64(rec), binary.LittleEndian.Uint64(rec[8:]), c.next)
 }
 
-// streamOf returns the stream a record says it belongs to.
+// streamOf returns the number of the stream in a record.
 func streamOf(rec []byte) uint64 { return binary.LittleEndian.Uint64(rec[8:]) }
 
 var errStalled = errors.New("records missing: the run did not end in time")
 
-// runLimit is when a run of n records counts as having lost one.
+// runLimit returns the time after which a run of n records counts as having lost one.
 func runLimit(n int) time.Duration {
 	return 30*time.Second + time.Duration(n)*100*time.Microsecond
 }
@@ -177,7 +177,7 @@ func Mallocs() uint64 {
 	return m.Mallocs
 }
 
-// Percentile returns the pth percentile of sorted durations, 0 where there are
+// Percentile returns the pth percentile of sorted durations, 0 if there are
 // none.
 func Percentile(sorted []time.Duration, p int) time.Duration {
 	if len(sorted) == 0 {

@@ -36,8 +36,8 @@ func (e *Env) Dial() (*nats.Conn, error) {
 	}))
 }
 
-// Err returns the first asynchronous error of a connection, or that the server
-// found a slow consumer.
+// Err returns the first asynchronous error of a connection, or an error if the
+// server found a slow consumer.
 func (e *Env) Err() error {
 	if p := e.failed.Load(); p != nil {
 		return *p

@@ -98,7 +98,7 @@ func Idle(env *Env, n int) (_ IdleCost, err error) {
 
 func inUse() (heap, stack, goroutines float64) {
 	runtime.GC()
-	runtime.GC() // the first one moves the pools' contents to where this one frees it
+	runtime.GC() // the first collection keeps the pools' contents for one more round; this one frees them
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return float64(m.HeapInuse), float64(m.StackInuse), float64(runtime.NumGoroutine())
@@ -144,7 +144,7 @@ func KeepAlive(env *Env, n int, d time.Duration) (_ float64, err error) {
 			}
 		}
 	}
-	time.Sleep(d / 4) // the first questions of all are over
+	time.Sleep(d / 4) // until all streams have asked their first questions
 	runtime.GC()
 	start, used := time.Now(), CPUTime()
 	time.Sleep(d)

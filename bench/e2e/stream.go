@@ -12,9 +12,9 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// The library itself: a goroutine per stream at either end, as a service would
-// have, Write on one side and Recv on the other. Nothing is bounded here, since
-// the library holds the producer back by itself.
+// The library: a goroutine per stream at each end, as a service would have,
+// Write at one end and Recv at the other. The harness bounds nothing, because the
+// library holds the producer back.
 
 type streamSession struct {
 	pair

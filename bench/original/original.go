@@ -54,7 +54,7 @@ type StreamingMsg struct {
 	CloseError *CloseError      `json:"closeError,omitempty"`
 }
 
-// CloseError is how a stream ended.
+// CloseError is the end of a stream.
 type CloseError struct {
 	Code int
 	Text string
@@ -71,7 +71,7 @@ type Result struct {
 	Err   error
 }
 
-// Client opens streams and tells their messages apart.
+// Client opens streams and distributes their messages.
 type Client struct {
 	Conn *nats.Conn
 
@@ -119,7 +119,7 @@ func (c *Client) onMessage(msg *nats.Msg) {
 	if err != nil || b == nil {
 		return
 	}
-	b.ch <- msg // every other stream waits here for this one's reader
+	b.ch <- msg // all other streams wait here for the reader of this one
 }
 
 // OpenStream sends a request to subject and returns the channel of its results.

@@ -7,7 +7,7 @@
 //
 //	go run ./bench/table                         # everything, about two minutes
 //	go run ./bench/table -filter 'size=16/' -rounds 9
-//	go run ./bench/table -short                  # does it work at all
+//	go run ./bench/table -short                  # shows only that it works
 //
 // A line with a target ends with ok or MISS; with -strict a MISS makes the exit
 // code 1.
@@ -119,7 +119,7 @@ func (t *table) atMost(x, target float64, format string) string {
 	return s
 }
 
-// The targets: how many times as fast as the floor and the baseline.
+// The targets, as multiples of the speed of the floor and of the baseline.
 var (
 	floorTarget    = map[string]float64{"size=16/streams=1": 9, "size=128/streams=1": 4.5, "size=1024/streams=1": 1.4, "size=16384/streams=1": 0.9}
 	baselineTarget = map[string]float64{"size=16/streams=1": 50, "size=128/streams=1": 25}
@@ -162,7 +162,7 @@ func (t *table) race(impls []e2e.Impl, cfg e2e.Config) (_ map[string]*contender,
 	}
 	for range t.rounds {
 		for _, c := range all {
-			runtime.GC() // nobody pays for the garbage of the one before
+			runtime.GC() // so that no slice pays for the garbage of the one before
 			mallocs, cpu := e2e.Mallocs(), e2e.CPUTime()
 			start := time.Now()
 			if err := c.session.Run(c.n); err != nil {
@@ -179,10 +179,10 @@ func (t *table) race(impls []e2e.Impl, cfg e2e.Config) (_ map[string]*contender,
 
 func (c *contender) mallocsPerRecord() float64 { return float64(c.mallocs) / float64(c.records) }
 
-// times is how many times as fast a is as b.
+// times returns how many times as fast a is as b.
 func times(a, b *contender) float64 { return ratio(b.ns, a.ns) }
 
-// ratio is the median of the ratios of slices that ran one after the other.
+// ratio returns the median of the ratios of slices that ran one after the other.
 func ratio(x, y []float64) float64 {
 	ratios := make([]float64, len(x))
 	for i := range ratios {
@@ -307,7 +307,7 @@ func (t *table) pings(line string, impls []e2e.Impl) (_ []*pinged, err error) {
 	return all, nil
 }
 
-// us is a percentile in microseconds.
+// us returns a percentile in microseconds.
 func (r *pinged) us(p int) float64 { return float64(e2e.Percentile(r.all, p)) / 1e3 }
 
 func named(all []*pinged, name string) *pinged {
@@ -391,7 +391,7 @@ func median(xs []float64) float64 {
 	return xs[len(xs)/2]
 }
 
-// cpuModel is the processor's name where the system tells it.
+// cpuModel returns the processor's name if the system reports it.
 func cpuModel() string {
 	info, err := os.ReadFile("/proc/cpuinfo")
 	if err == nil {
