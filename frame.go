@@ -44,8 +44,8 @@ type PacketHeader struct {
 }
 
 // Allows reports whether a packet with header h may contain a frame of type t. A packet with [PacketSeq] may contain DATA,
-// CLOSE and META. A packet without it may contain RESET, CREDIT, PING, CHALLENGE, RESPONSE and RESUME. Both may contain
-// skippable types.
+// CLOSE and META. A packet without it may contain RESET, CREDIT, PING, CHALLENGE, RESPONSE, RESUME, FRAGMENT and PROGRESS. Both
+// may contain skippable types.
 func (h PacketHeader) Allows(t FrameType) bool {
 	set := uint32(controlTypes)
 	if h.Flags&PacketSeq != 0 {
@@ -59,6 +59,15 @@ type Credit struct {
 	Ack     uint32 // number of the next packet the receiver expects; all before it arrived
 	Packets uint32 // packet limit: the first sequence number that may not be used yet
 	Bytes   uint64 // byte limit: once the sequenced packets have this total length, no further packet may be opened
+}
+
+// Fragment says which bytes of a packet follow it in a FRAGMENT frame. It is the whole payload of a PROGRESS frame, which
+// answers a FRAGMENT frame without bytes.
+type Fragment struct {
+	Packet   uint32 // number of the packet
+	Offset   uint32 // of the first of the bytes; in PROGRESS how many bytes of the packet arrived
+	Length   uint32 // of the whole packet; 0 in PROGRESS
+	Question uint32 // repeated by the answer
 }
 
 // Codec is an encoding of objects. The zero value, CodecDefault, selects the default of the parameter that it is used for.
@@ -142,6 +151,8 @@ var (
 	errCreditSize       error = &wireError{ErrPayload, "CREDIT is not 16 bytes"}
 	errPingPayload      error = &wireError{ErrPayload, "PING is not empty"}
 	errNonceSize        error = &wireError{ErrPayload, "CHALLENGE or RESPONSE is not 8 bytes"}
+	errFragmentSize     error = &wireError{ErrPayload, "FRAGMENT shorter than 16 bytes"}
+	errProgressSize     error = &wireError{ErrPayload, "PROGRESS is not 16 bytes"}
 	errResumeSize       error = &wireError{ErrPayload, "RESUME is not 16 bytes"}
 	errTokenSize        error = &wireError{ErrToken, "wrong length"}
 	errTokenMark        error = &wireError{ErrToken, "does not begin with ~1"}

@@ -14,6 +14,7 @@ const (
 	PacketHeaderSize = 16   // bytes in front of the frames of a packet
 	FrameHeaderSize  = 8    // bytes in front of the payload of a frame
 	creditSize       = 16   // bytes of the payload of a CREDIT frame
+	fragmentSize     = 16   // bytes in front of those of the packet in a FRAGMENT frame, and of the payload of a PROGRESS frame
 	TokenSize        = 16   // characters of a reply token
 	OfferSize        = 5    // characters of an offer, the part of a token that the header Stream-Open repeats
 	MaxReason        = 1024 // longest reason of a CLOSE or RESET frame
@@ -88,15 +89,17 @@ func closeName(code int) string {
 
 // Frame types of protocol version 1.
 const (
-	FrameData      FrameType = 1 // a record, or a piece of one
-	FrameClose     FrameType = 2 // ends this direction, after everything before it; the payload is the reason
-	FrameReset     FrameType = 3 // ends both directions now; the payload is the reason
-	FrameCredit    FrameType = 4 // acknowledges packets and grants more; the payload is a Credit
-	FramePing      FrameType = 5 // asks for a CREDIT; no payload
-	FrameMeta      FrameType = 6 // headers, or with FlagTrailer trailers, in NATS header form
-	FrameChallenge FrameType = 7 // asks whether the peer receives at a subject that it moved to; the payload is a nonce of 8 bytes
-	FrameResponse  FrameType = 8 // answers a CHALLENGE with its payload
-	FrameResume    FrameType = 9 // names a stream across accounts, so that its consumer can ask for it again; the payload is the producer's token
+	FrameData      FrameType = 1  // a record, or a piece of one
+	FrameClose     FrameType = 2  // ends this direction, after everything before it; the payload is the reason
+	FrameReset     FrameType = 3  // ends both directions now; the payload is the reason
+	FrameCredit    FrameType = 4  // acknowledges packets and grants more; the payload is a Credit
+	FramePing      FrameType = 5  // asks for a CREDIT; no payload
+	FrameMeta      FrameType = 6  // headers, or with FlagTrailer trailers, in NATS header form
+	FrameChallenge FrameType = 7  // asks whether the peer receives at a subject that it moved to; the payload is a nonce of 8 bytes
+	FrameResponse  FrameType = 8  // answers a CHALLENGE with its payload
+	FrameResume    FrameType = 9  // names a stream across accounts, so that its consumer can ask for it again; the payload is the producer's token
+	FrameFragment  FrameType = 10 // bytes of a packet that does not pass as a whole; the payload is a Fragment and the bytes, without any it is a question
+	FrameProgress  FrameType = 11 // answers a FRAGMENT without bytes; the payload is a Fragment that says how much arrived
 
 	frameSkippable FrameType = 0x80
 )
@@ -122,6 +125,10 @@ func (t FrameType) String() string {
 		return "RESPONSE"
 	case FrameResume:
 		return "RESUME"
+	case FrameFragment:
+		return "FRAGMENT"
+	case FrameProgress:
+		return "PROGRESS"
 	}
 	return "FrameType(" + strconv.Itoa(int(t)) + ")"
 }
@@ -160,7 +167,7 @@ var frameFlagNames = [8]string{0: "MORE/HALF/GAP/TRAILER", 1: "JSON", 2: "MSGPAC
 // Frame types that may stand in packets with and without SEQ, as bit sets.
 const (
 	sequencedTypes = 1<<FrameData | 1<<FrameClose | 1<<FrameMeta
-	controlTypes   = 1<<FrameReset | 1<<FrameCredit | 1<<FramePing | 1<<FrameChallenge | 1<<FrameResponse | 1<<FrameResume
+	controlTypes   = 1<<FrameReset | 1<<FrameCredit | 1<<FramePing | 1<<FrameChallenge | 1<<FrameResponse | 1<<FrameResume | 1<<FrameFragment | 1<<FrameProgress
 )
 
 const (
@@ -352,6 +359,24 @@ func checkFrame(f Frame) error {
 		case len(f.Payload) != TokenSize:
 			return errResumeSize
 		}
+	case FrameFragment:
+		switch {
+		case f.Flags != 0:
+			return errFrameFlags
+		case f.Code != 0:
+			return errCodeWithoutClose
+		case len(f.Payload) < fragmentSize:
+			return errFragmentSize
+		}
+	case FrameProgress:
+		switch {
+		case f.Flags != 0:
+			return errFrameFlags
+		case f.Code != 0:
+			return errCodeWithoutClose
+		case len(f.Payload) != fragmentSize:
+			return errProgressSize
+		}
 	default:
 		if !f.Type.Skippable() {
 			return ErrFrameType
@@ -361,9 +386,9 @@ func checkFrame(f Frame) error {
 }
 
 // AppendCredit appends the payload of a CREDIT frame, 16 bytes, to dst and returns the extended slice.
-func AppendCredit(dst []byte, c Credit) []byte {
-	dst = binary.BigEndian.AppendUint64(dst, uint64(c.Ack)<<32|uint64(c.Packets))
-	dst = binary.BigEndian.AppendUint64(dst, c.Bytes)
+func AppendCredit(dst []byte, v Credit) []byte {
+	dst = binary.BigEndian.AppendUint64(dst, uint64(v.Ack)<<32|uint64(v.Packets))
+	dst = binary.BigEndian.AppendUint64(dst, v.Bytes)
 	return dst
 }
 
@@ -379,5 +404,28 @@ func ParseCredit(payload []byte) (Credit, error) {
 		Ack:     uint32(w0 >> 32),
 		Packets: uint32(w0),
 		Bytes:   w1,
+	}, nil
+}
+
+// AppendFragment appends the head of a FRAGMENT frame, 16 bytes, to dst and returns the extended slice.
+func AppendFragment(dst []byte, v Fragment) []byte {
+	dst = binary.BigEndian.AppendUint64(dst, uint64(v.Packet)<<32|uint64(v.Offset))
+	dst = binary.BigEndian.AppendUint64(dst, uint64(v.Length)<<32|uint64(v.Question))
+	return dst
+}
+
+// ParseFragment reads the head of a FRAGMENT frame, which is exactly 16 bytes long; the error is [ErrPayload]. It
+// allocates nothing.
+func ParseFragment(payload []byte) (Fragment, error) {
+	if len(payload) != fragmentSize {
+		return Fragment{}, errFragmentSize
+	}
+	w0 := binary.BigEndian.Uint64(payload[0:])
+	w1 := binary.BigEndian.Uint64(payload[8:])
+	return Fragment{
+		Packet:   uint32(w0 >> 32),
+		Offset:   uint32(w0),
+		Length:   uint32(w1 >> 32),
+		Question: uint32(w1),
 	}, nil
 }

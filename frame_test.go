@@ -60,7 +60,8 @@ type vector struct {
 		Ack, Packets uint32
 		Bytes        uint64 `json:",string"`
 	}
-	Token struct {
+	Fragment Fragment
+	Token    struct {
 		Codec      string
 		LogPackets uint8 `json:"log_packets"`
 		LogBytes   uint8 `json:"log_bytes"`
@@ -167,6 +168,13 @@ func TestVectorsAreEncodedAndDecoded(t *testing.T) {
 					t.Errorf("got %+v", c)
 				}
 				again = AppendCredit(nil, c)
+			case "fragment":
+				var f Fragment
+				f, err = ParseFragment(in)
+				if err == nil && f != v.Fragment {
+					t.Errorf("got %+v", f)
+				}
+				again = AppendFragment(nil, f)
 			case "token", "offer":
 				in = []byte(v.Text)
 				var tok Token
@@ -224,7 +232,7 @@ func naiveFrame(b []byte) (typ, flags byte, code int, payload []byte, size int, 
 		return typ, flags, code, payload, size, nil
 	}
 	allowed := map[byte][]byte{
-		1: {0, 1, 2, 3, 4, 5}, 2: {0, 1}, 3: {0}, 4: {0, 1}, 5: {0}, 6: {0, 1}, 7: {0}, 8: {0}, 9: {0},
+		1: {0, 1, 2, 3, 4, 5}, 2: {0, 1}, 3: {0}, 4: {0, 1}, 5: {0}, 6: {0, 1}, 7: {0}, 8: {0}, 9: {0}, 10: {0}, 11: {0},
 	}[typ]
 	if allowed == nil {
 		return fail(ErrFrameType)
@@ -241,7 +249,7 @@ func naiveFrame(b []byte) (typ, flags byte, code int, payload []byte, size int, 
 		closes && (n > 1024 || !utf8.ValidString(string(payload))),
 		typ == 4 && n != 16,
 		typ == 5 && n != 0,
-		(typ == 7 || typ == 8) && n != 8 || typ == 9 && n != 16:
+		(typ == 7 || typ == 8) && n != 8 || (typ == 9 || typ == 11) && n != 16, typ == 10 && n < 16:
 		return fail(ErrPayload)
 	}
 	return typ, flags, code, payload, size, nil
@@ -252,7 +260,7 @@ func randomFrame(r *rand.Rand) []byte {
 	pick := func(from ...int) int { return from[r.IntN(len(from))] }
 	n := pick(0, 1, 7, 8, 9, 15, 16, 17, r.IntN(64), 1024, 1025)
 	b := make([]byte, 8+n)
-	b[0] = byte(pick(r.IntN(11), r.IntN(11), 1, 128+r.IntN(128), r.IntN(256)))
+	b[0] = byte(pick(r.IntN(13), r.IntN(13), 1, 128+r.IntN(128), r.IntN(256)))
 	b[1] = byte(pick(0, 0, 0, r.IntN(8), r.IntN(256)))
 	binary.BigEndian.PutUint16(b[2:], uint16(pick(0, 0, 1000, 999, 5999, 6000, r.IntN(65536))))
 	binary.BigEndian.PutUint32(b[4:], uint32(pick(n, n, n, n, n, n-1, n+1, math.MaxInt32, -1, r.IntN(65))))
@@ -428,7 +436,7 @@ func TestAppendPacketRoundTrip(t *testing.T) {
 func TestFramesAreAllowedByKindOfPacket(t *testing.T) {
 	for typ := range 256 {
 		seq := typ == 1 || typ == 2 || typ == 6 || typ >= 128
-		control := typ == 3 || typ == 4 || typ == 5 || typ == 7 || typ == 8 || typ == 9 || typ >= 128
+		control := typ == 3 || typ == 4 || typ == 5 || typ == 7 || typ == 8 || typ == 9 || typ == 10 || typ == 11 || typ >= 128
 		for flags := range PacketFlags(16) {
 			want := control
 			if flags&1 != 0 {
@@ -544,7 +552,7 @@ func TestStringsNameValues(t *testing.T) {
 		v    fmt.Stringer
 		want string
 	}{
-		{FrameData, "DATA"}, {FrameMeta, "META"}, {FrameResume, "RESUME"}, {FrameType(10), "FrameType(10)"}, {FrameType(200), "FrameType(200)"},
+		{FrameData, "DATA"}, {FrameMeta, "META"}, {FrameResume, "RESUME"}, {FrameFragment, "FRAGMENT"}, {FrameProgress, "PROGRESS"}, {FrameType(12), "FrameType(12)"}, {FrameType(200), "FrameType(200)"},
 		{PacketFlags(0), "0"}, {PacketSeq | PacketAck, "SEQ|ACK"}, {PacketEnv, "ENV"}, {PacketMark, "MARK"},
 		{FlagRaw, "0"}, {FlagMore | FlagJSON, "MORE/HALF/GAP/TRAILER|JSON"}, {FlagMsgPack | 0x40, "MSGPACK|0x40"},
 		{CodecDefault, "default"}, {JSON, "json"}, {MsgPack, "msgpack"}, {Codec(9), "Codec(9)"},

@@ -14,6 +14,7 @@ import (
 // seedFrames are one good frame of every kind and some that are nearly good.
 func seedFrames() []stream.Frame {
 	credit := stream.AppendCredit(nil, stream.Credit{Ack: 3, Packets: 35, Bytes: 1 << 18})
+	place := stream.AppendFragment(nil, stream.Fragment{Packet: 3, Offset: 4056, Length: 16408, Question: 9})
 	return []stream.Frame{
 		{Type: stream.FrameData, Payload: []byte("record")},
 		{Type: stream.FrameData, Flags: stream.FlagMore | stream.FlagMsgPack, Payload: []byte{0x81}},
@@ -30,6 +31,10 @@ func seedFrames() []stream.Frame {
 		{Type: stream.FrameMeta, Flags: stream.FlagTrailer, Payload: []byte("NATS/1.0\r\nA: b\r\n\r\n")},
 		{Type: stream.FrameMeta, Flags: 2},
 		{Type: stream.FrameMeta, Payload: []byte("NATS/1.0\r\nA: b\r\n\r\n")},
+		{Type: stream.FrameFragment, Payload: append(place, "bytes"...)},
+		{Type: stream.FrameFragment, Payload: place[:15]},
+		{Type: stream.FrameProgress, Payload: place},
+		{Type: stream.FrameProgress, Payload: append(place, 0)},
 		{Type: 0x7F},
 		{Type: 0x80, Flags: 0xFF, Code: 0xFFFF, Payload: []byte("skipped")},
 	}
@@ -154,10 +159,10 @@ func readModelFrame(r *bytes.Reader) (f modelFrame, err error) {
 	if h.Type >= 128 {
 		return f, nil
 	}
-	if h.Type == 0 || h.Type > 9 {
+	if h.Type == 0 || h.Type > 11 {
 		return f, stream.ErrFrameType
 	}
-	maxFlags := [...]byte{1: 5, 2: 1, 4: 1, 6: 1, 9: 0}
+	maxFlags := [...]byte{1: 5, 2: 1, 4: 1, 6: 1, 11: 0}
 	if h.Flags > maxFlags[h.Type] {
 		return f, stream.ErrFlags
 	}
@@ -174,7 +179,7 @@ func readModelFrame(r *bytes.Reader) (f modelFrame, err error) {
 			return f, stream.ErrCode
 		}
 	}
-	if h.Type == 1 && h.Flags%2 == 1 && h.Length == 0 || h.Type == 4 && h.Length != 16 || h.Type == 5 && h.Length != 0 || (h.Type == 7 || h.Type == 8) && h.Length != 8 || h.Type == 9 && h.Length != 16 {
+	if h.Type == 1 && h.Flags%2 == 1 && h.Length == 0 || h.Type == 4 && h.Length != 16 || h.Type == 5 && h.Length != 0 || (h.Type == 7 || h.Type == 8) && h.Length != 8 || (h.Type == 9 || h.Type == 11) && h.Length != 16 || h.Type == 10 && h.Length < 16 {
 		return f, stream.ErrPayload
 	}
 	return f, nil
@@ -232,6 +237,12 @@ func FuzzPacket(f *testing.F) {
 				c, err := stream.ParseCredit(fr.Payload)
 				if err != nil || !bytes.Equal(stream.AppendCredit(nil, c), fr.Payload) {
 					t.Fatalf("credit %+v out of % x: %v", c, fr.Payload, err)
+				}
+			}
+			if fr.Type == stream.FrameProgress {
+				p, err := stream.ParseFragment(fr.Payload)
+				if err != nil || !bytes.Equal(stream.AppendFragment(nil, p), fr.Payload) {
+					t.Fatalf("fragment %+v out of % x: %v", p, fr.Payload, err)
 				}
 			}
 			again = stream.AppendFrame(again, fr)

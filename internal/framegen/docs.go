@@ -25,6 +25,7 @@ func tables() map[string]string {
 		"frame-types":   frameTypeTable(),
 		"frame-flags":   frameFlagTable(),
 		"credit":        layoutTable(credit),
+		"fragment":      layoutTable(fragment),
 		"close-codes":   closeCodeTable(),
 		"token":         tokenTable(),
 		"errors":        errorTable(),

@@ -119,7 +119,7 @@ func TestDescription(t *testing.T) {
 			seen[f.value] = true
 		}
 	}
-	for _, l := range []layout{packetHeader, frameHeader, credit} {
+	for _, l := range []layout{packetHeader, frameHeader, credit, fragment} {
 		if l.size()%8 != 0 {
 			t.Errorf("%s has %d bytes", l.name, l.size())
 		}

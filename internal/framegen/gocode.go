@@ -33,7 +33,8 @@ func goCode() ([]byte, error) {
 	packetHeaderCode(w)
 	frameHeaderCode(w)
 	checkFrameCode(w)
-	creditCode(w)
+	payloadCode(w, credit, "the payload of a CREDIT frame", "errCreditSize")
+	payloadCode(w, fragment, "the head of a FRAGMENT frame", "errFragmentSize")
 	out, err := format.Source(w.Bytes())
 	if err != nil {
 		return nil, fmt.Errorf("generated code: %w", err)
@@ -44,7 +45,7 @@ func goCode() ([]byte, error) {
 func constants(w *writer) {
 	w.p("// Sizes and fixed values of the wire format, sizes in bytes.")
 	w.p("const (")
-	for _, l := range []layout{packetHeader, frameHeader, credit} {
+	for _, l := range []layout{packetHeader, frameHeader, credit, fragment} {
 		w.p("%s = %d // %s", l.goSize, l.size(), l.doc)
 	}
 	w.p("TokenSize = %d // characters of a reply token", tokenSize(false))
@@ -431,6 +432,10 @@ func checkFrameCode(w *writer) {
 			w.p("case len(f.Payload) != nonceSize: return errNonceSize")
 		case payloadToken:
 			w.p("case len(f.Payload) != TokenSize: return errResumeSize")
+		case payloadFragment:
+			w.p("case len(f.Payload) < fragmentSize: return errFragmentSize")
+		case payloadProgress:
+			w.p("case len(f.Payload) != fragmentSize: return errProgressSize")
 		}
 		w.p("}")
 	}
@@ -442,31 +447,33 @@ func checkFrameCode(w *writer) {
 	w.p("")
 }
 
-func creditCode(w *writer) {
-	words := credit.size() / 8
-	w.p("// AppendCredit appends the payload of a CREDIT frame, 16 bytes, to dst and returns the extended slice.")
-	w.p("func AppendCredit(dst []byte, c Credit) []byte {")
+// payloadCode writes the codec of a payload that is a layout. what names it in comments, and wrong is the error of another size.
+func payloadCode(w *writer, l layout, what, wrong string) {
+	words := l.size() / 8
+	w.p("// Append%s appends %s, %d bytes, to dst and returns the extended slice.", l.goName, what, l.size())
+	w.p("func Append%s(dst []byte, v %s) []byte {", l.goName, l.goName)
 	for i := range words {
-		w.p("dst = binary.BigEndian.AppendUint64(dst, %s)", packWord(credit, i, "c."))
+		w.p("dst = binary.BigEndian.AppendUint64(dst, %s)", packWord(l, i, "v."))
 	}
 	w.p("return dst")
 	w.p("}")
 	w.p("")
-	w.p("// ParseCredit reads the payload of a CREDIT frame, which is exactly 16 bytes long; the error is [ErrPayload]. It")
+	w.p("// Parse%s reads %s, which is exactly %d bytes long; the error is [ErrPayload]. It", l.goName, what, l.size())
 	w.p("// allocates nothing.")
-	w.p("func ParseCredit(payload []byte) (Credit, error) {")
-	w.p("if len(payload) != creditSize {")
-	w.p("return Credit{}, errCreditSize")
+	w.p("func Parse%s(payload []byte) (%s, error) {", l.goName, l.goName)
+	w.p("if len(payload) != %s {", l.goSize)
+	w.p("return %s{}, %s", l.goName, wrong)
 	w.p("}")
 	var names []string
 	for i := range words {
 		names = append(names, fmt.Sprintf("w%d", i))
 		w.p("w%d := binary.BigEndian.Uint64(payload[%d:])", i, i*8)
 	}
-	w.p("return Credit{")
-	for _, f := range credit.fields {
-		w.p("%s: %s,", f.goVar, unpack(credit, f, names...))
+	w.p("return %s{", l.goName)
+	for _, f := range l.fields {
+		w.p("%s: %s,", f.goVar, unpack(l, f, names...))
 	}
 	w.p("}, nil")
 	w.p("}")
+	w.p("")
 }

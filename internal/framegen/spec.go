@@ -103,6 +103,17 @@ var credit = layout{
 	},
 }
 
+var fragment = layout{
+	name: "fragment", goName: "Fragment", goSize: "fragmentSize",
+	doc: "bytes in front of those of the packet in a FRAGMENT frame, and of the payload of a PROGRESS frame",
+	fields: []field{
+		{name: "packet", goVar: "Packet", typ: "uint32", bits: 32, doc: "number of the packet"},
+		{name: "offset", goVar: "Offset", typ: "uint32", bits: 32, doc: "FRAGMENT: place of the first byte in the packet; PROGRESS: how many bytes of the packet arrived"},
+		{name: "length", goVar: "Length", typ: "uint32", bits: 32, doc: "FRAGMENT: length of the whole packet; PROGRESS: 0"},
+		{name: "question", goVar: "Question", typ: "uint32", bits: 32, doc: "number that tells the answer to a question from that to another"},
+	},
+}
+
 // flagDef is one named value within a byte or nibble of flags.
 type flagDef struct {
 	name   string
@@ -160,7 +171,9 @@ const (
 	payloadCredit
 	payloadEmpty
 	payloadNonce
-	payloadToken // a token, which is looked up and not decoded
+	payloadToken    // a token, which is looked up and not decoded
+	payloadFragment // the layout fragment, and bytes of a packet
+	payloadProgress // the layout fragment alone
 )
 
 type frameType struct {
@@ -205,7 +218,14 @@ var (
 		payload: payloadToken,
 		doc:     "exactly 16 bytes: the producer's control token. It names the stream, across accounts", goDoc: "names a stream across accounts, so that its consumer can ask for it again; the payload is the producer's token"}
 
-	frameTypes = []frameType{typeData, typeClose, typeReset, typeCredit, typePing, typeMeta, typeChallenge, typeResponse, typeResume}
+	typeFragment = frameType{name: "FRAGMENT", goName: "FrameFragment", value: 10,
+		payload: payloadFragment,
+		doc:     "16 bytes: place in a packet, and the packet's bytes from there. Without any of them it is a question, and the answer a PROGRESS", goDoc: "bytes of a packet that does not pass as a whole; the payload is a Fragment and the bytes, without any it is a question"}
+	typeProgress = frameType{name: "PROGRESS", goName: "FrameProgress", value: 11,
+		payload: payloadProgress,
+		doc:     "exactly 16 bytes: how much arrived in fragments", goDoc: "answers a FRAGMENT without bytes; the payload is a Fragment that says how much arrived"}
+
+	frameTypes = []frameType{typeData, typeClose, typeReset, typeCredit, typePing, typeMeta, typeChallenge, typeResponse, typeResume, typeFragment, typeProgress}
 )
 
 // skippable is the bit of a frame type that lets a receiver skip frames it does not know.

@@ -22,17 +22,18 @@ type vectorFile struct {
 }
 
 type vector struct {
-	Name   string      `json:"name"`
-	Kind   string      `json:"kind"`
-	Hex    *string     `json:"hex,omitempty"`  // packet, packet_header, frame, credit
-	Text   *string     `json:"text,omitempty"` // token, offer
-	Header *headerJSON `json:"header,omitempty"`
-	Frames []frameJSON `json:"frames,omitempty"` // packet
-	Frame  *frameJSON  `json:"frame,omitempty"`
-	Rest   string      `json:"rest,omitempty"` // packet_header, frame: the bytes that follow
-	Credit *creditJSON `json:"credit,omitempty"`
-	Token  *tokenJSON  `json:"token,omitempty"` // token, offer
-	Error  string      `json:"error,omitempty"`
+	Name     string        `json:"name"`
+	Kind     string        `json:"kind"`
+	Hex      *string       `json:"hex,omitempty"`  // packet, packet_header, frame, credit, fragment
+	Text     *string       `json:"text,omitempty"` // token, offer
+	Header   *headerJSON   `json:"header,omitempty"`
+	Frames   []frameJSON   `json:"frames,omitempty"` // packet
+	Frame    *frameJSON    `json:"frame,omitempty"`
+	Rest     string        `json:"rest,omitempty"` // packet_header, frame: the bytes that follow
+	Credit   *creditJSON   `json:"credit,omitempty"`
+	Fragment *fragmentJSON `json:"fragment,omitempty"`
+	Token    *tokenJSON    `json:"token,omitempty"` // token, offer
+	Error    string        `json:"error,omitempty"`
 }
 
 type headerJSON struct {
@@ -53,6 +54,13 @@ type creditJSON struct {
 	Ack     uint64 `json:"ack"`
 	Packets uint64 `json:"packets"`
 	Bytes   string `json:"bytes"`
+}
+
+type fragmentJSON struct {
+	Packet   uint64 `json:"packet"`
+	Offset   uint64 `json:"offset"`
+	Length   uint64 `json:"length"`
+	Question uint64 `json:"question"`
 }
 
 type tokenJSON struct {
@@ -179,6 +187,11 @@ func (vs *vectors) credit(name string, ack, packets, byteLimit uint64) {
 	vs.add(vector{Name: "credit/" + name, Kind: "credit", Hex: hexOf(b), Credit: &creditJSON{ack, packets, fmt.Sprint(byteLimit)}})
 }
 
+func (vs *vectors) fragment(name string, packet, offset, length, question uint64) {
+	b := encode(fragment, values{"packet": packet, "offset": offset, "length": length, "question": question})
+	vs.add(vector{Name: "fragment/" + name, Kind: "fragment", Hex: hexOf(b), Fragment: &fragmentJSON{packet, offset, length, question}})
+}
+
 // offerText writes the offer, whatever its parts are worth.
 func offerText(codec byte, logPackets, logBytes uint64) string {
 	return partMark.fixed + partVersion.fixed + string(codec) + base62[logPackets:logPackets+1] + base62[logBytes:logBytes+1]
@@ -210,6 +223,7 @@ var (
 	fTrailer                = uint64(flagTrailer.value)
 	tChallenge, tResponse   = uint64(typeChallenge.value), uint64(typeResponse.value)
 	tResume                 = uint64(typeResume.value)
+	tFragment, tProgress    = uint64(typeFragment.value), uint64(typeProgress.value)
 	pSeq, pAck, pEnv, pMark = uint64(packetFlags[0].value), uint64(packetFlags[1].value), uint64(packetFlags[2].value), uint64(packetFlags[3].value)
 )
 
@@ -275,6 +289,10 @@ func frameVectors(vs *vectors) {
 	vs.frame("response", tResponse, 0, 0, "\x00\x01\x02\x03\xfc\xfd\xfe\xff", "")
 	vs.frame("resume", tResume, 0, 0, "~1m5G0123456789A", "")
 	vs.frame("resume_any_text", tResume, 0, 0, "\x00no token\xff------", "")
+	place16 := string(encode(fragment, values{"packet": 3, "offset": 4056, "length": 16408, "question": 9}))
+	vs.frame("fragment", tFragment, 0, 0, place16+"bytes", "")
+	vs.frame("fragment_question", tFragment, 0, 0, place16, "")
+	vs.frame("progress", tProgress, 0, 0, place16, "")
 	vs.frame("skippable_first", skippable, 0, 0, "", "")
 	vs.frame("skippable_anything", 0xFF, 0xFF, 0xFFFF, "??", "next")
 
@@ -290,7 +308,7 @@ func frameVectors(vs *vectors) {
 			vs.rawFrame(fmt.Sprintf("length_%d_type_%d", n, t), "length", append(b, "abc"...))
 		}
 	}
-	for _, t := range []uint64{0, 10, 0x7F} {
+	for _, t := range []uint64{0, uint64(len(frameTypes)) + 1, 0x7F} {
 		vs.badFrame(fmt.Sprintf("type_%d", t), "type", t, 0, 0, "")
 	}
 	vs.badFrame("data_codec_reserved", "flags", tData, fCodecMask, 0, "a")
@@ -331,6 +349,15 @@ func frameVectors(vs *vectors) {
 	vs.badFrame("resume_17", "payload", tResume, 0, 0, "~1m5G0123456789AB")
 	vs.badFrame("resume_flag", "flags", tResume, 1, 0, "~1m5G0123456789A")
 	vs.badFrame("resume_code", "code", tResume, 0, 1000, "~1m5G0123456789A")
+	vs.badFrame("fragment_empty", "payload", tFragment, 0, 0, "")
+	vs.badFrame("fragment_15", "payload", tFragment, 0, 0, place16[:15])
+	vs.badFrame("fragment_flag", "flags", tFragment, 1, 0, place16)
+	vs.badFrame("fragment_code", "code", tFragment, 0, 1000, place16)
+	vs.badFrame("progress_empty", "payload", tProgress, 0, 0, "")
+	vs.badFrame("progress_15", "payload", tProgress, 0, 0, place16[:15])
+	vs.badFrame("progress_17", "payload", tProgress, 0, 0, place16+"\x00")
+	vs.badFrame("progress_flag", "flags", tProgress, 1, 0, place16)
+	vs.badFrame("progress_code", "code", tProgress, 0, 1000, place16)
 	vs.badFrame("meta_flag_02", "flags", tMeta, 2, 0, "")
 	vs.badFrame("meta_trailer_flag_80", "flags", tMeta, fTrailer|0x80, 0, "")
 	vs.badFrame("meta_code", "code", tMeta, 0, 1000, "")
@@ -344,6 +371,16 @@ func creditVectors(vs *vectors) {
 	vs.credit("byte_order", 0x01020304, 0x05060708, 0x090A0B0C0D0E0F10)
 	for _, n := range []int{0, 1, 8, 15, 17, 32} {
 		vs.add(vector{Name: fmt.Sprintf("credit/size_%d", n), Kind: "credit", Hex: hexOf(make([]byte, n)), Error: "payload"})
+	}
+}
+
+func fragmentVectors(vs *vectors) {
+	vs.fragment("first", 0, 0, 16408, 0)
+	vs.fragment("question", 7, 16408, 16408, 1)
+	vs.fragment("largest", 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+	vs.fragment("byte_order", 0x01020304, 0x05060708, 0x090A0B0C, 0x0D0E0F10)
+	for _, n := range []int{0, 1, 8, 15, 17} {
+		vs.add(vector{Name: fmt.Sprintf("fragment/size_%d", n), Kind: "fragment", Hex: hexOf(make([]byte, n)), Error: "payload"})
 	}
 }
 
@@ -369,6 +406,8 @@ func packetVectors(vs *vectors) {
 	vs.packet("challenge", "", 0, 7, 9, frameArgs{tChallenge, 0, 0, "12345678"})
 	vs.packet("response", "", 0, 7, 9, frameArgs{tResponse, 0, 0, "12345678"})
 	vs.packet("ping_resume", "", 0, 7, 9, ping, frameArgs{tResume, 0, 0, "~1m5G0123456789A"})
+	vs.packet("fragment", "", 0, 7, 9, frameArgs{tFragment, 0, 0, "0123456789abcdef bytes"})
+	vs.packet("progress", "", 0, 7, 9, grant, frameArgs{tProgress, 0, 0, "0123456789abcdef"})
 	vs.packet("ping_ack", "", pAck, 7, 0, ping)
 	vs.packet("skippable_in_sequenced", "", pSeq, 7, 1, skip, data)
 	vs.packet("skippable_in_control", "", 0, 7, 1, skip, ping)
@@ -382,6 +421,8 @@ func packetVectors(vs *vectors) {
 	vs.packet("challenge_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tChallenge, 0, 0, "12345678"})
 	vs.packet("response_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tResponse, 0, 0, "12345678"})
 	vs.packet("resume_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tResume, 0, 0, "~1m5G0123456789A"})
+	vs.packet("fragment_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tFragment, 0, 0, "0123456789abcdef"})
+	vs.packet("progress_with_seq", "misplaced", pSeq, 7, 1, data, frameArgs{tProgress, 0, 0, "0123456789abcdef"})
 	vs.packet("unknown_type_second", "type", pSeq, 7, 1, data, frameArgs{0x40, 0, 0, ""})
 
 	// A good frame, then one with a length past the end of the packet, and then one with a cut header.
@@ -451,6 +492,7 @@ func vectorsJSON() ([]byte, error) {
 	headerVectors(vs)
 	frameVectors(vs)
 	creditVectors(vs)
+	fragmentVectors(vs)
 	packetVectors(vs)
 	tokenVectors(vs)
 
