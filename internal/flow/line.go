@@ -118,6 +118,9 @@ func (l *Line[S]) WantsMark(n int, now int64) bool {
 	return l.out < maxMarks && (l.sent+uint64(n)-last >= part || l.out == 0 && l.onTheWay()+uint64(n) >= l.limit)
 }
 
+// CanMark reports whether another packet may be a mark.
+func (l *Line[S]) CanMark() bool { return l.out < maxMarks }
+
 // Stuck reports whether the limit holds packets back although no mark is on its way, so that no answer can raise it: the limit
 // shrank below the published bytes. The packet that was published last must then become the mark. Its sender asks for the
 // acknowledgement when that is overdue.
