@@ -90,6 +90,9 @@ func (o *outbox) proved(s *session, nonce []byte) {
 		o.peers.move(s, m.subject)
 		o.joinRemote(s)
 		s.out.whereabouts.move = nil
+		if snd := s.send.Load(); snd != nil {
+			snd.unacked.moved()
+		}
 		o.step(s, lifecycle.PeerKnown)
 		if m.lost {
 			s.mark(workGap)

@@ -46,9 +46,10 @@ type bucket struct {
 	limited       bool // the sender asked for credit since the last grant
 	ranDry        bool // the reader ran out of packets since the last grant
 
-	gapAskedAt    int64         // the mux's, and seldom looked at
-	origin        string        // the mux's: the token in the control subject of the producer that the bucket is bound to
-	consumedBytes atomic.Uint64 // fallback only: stored by the reader so that the mux can bound the queued bytes
+	gapAskedAt    int64                     // the mux's, and seldom looked at
+	origin        string                    // the mux's: the token in the control subject of the producer that the bucket is bound to
+	fragments     atomic.Pointer[fragments] // the mux stores it; nil until a packet comes in fragments
+	consumedBytes atomic.Uint64             // fallback only: stored by the reader so that the mux can bound the queued bytes
 }
 
 // credited is a position in the stream in both units of credit.

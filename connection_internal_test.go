@@ -122,8 +122,36 @@ func TestMaxPayloadChangesUnderStreams(t *testing.T) {
 	}
 }
 
-// A packet that was published once keeps its number. If it is missed when the server does not take it any more, the stream ends
-// with an error that names both sizes.
+// A packet that was published once keeps its number. If it is missed when the server does not take it any more, it goes in fragments.
+func TestLostPacketBeyondShrunkMaxPayloadGoesInFragments(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "x", func(w *Writer, r *Request) error {
+			m.bus.SetFilter(lose(1, sequencedOf(m.back)))
+			if _, err := w.Write(make([]byte, 10_000)); err != nil {
+				return err
+			}
+			if err := w.Flush(); err != nil {
+				return err
+			}
+			m.back.SetMaxPayload(5000)
+			_, err := w.Write([]byte("next"))
+			return err
+		})
+		st := m.open(t, "x")
+		for _, size := range []int{10_000, 4} {
+			if rec, err := st.Recv(); err != nil || len(rec) != size {
+				t.Errorf("%d bytes, %v; want %d", len(rec), err, size)
+			}
+		}
+		if _, err := st.Recv(); err != io.EOF {
+			t.Error(err)
+		}
+		m.nothingLeft(t)
+	})
+}
+
+// If the server does not even take the fragments, the stream ends with an error that names both sizes.
 func TestLostPacketBeyondShrunkMaxPayloadEndsTheStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -136,7 +164,7 @@ func TestLostPacketBeyondShrunkMaxPayloadEndsTheStream(t *testing.T) {
 			if err := w.Flush(); err != nil {
 				return err
 			}
-			m.back.SetMaxPayload(5000)
+			m.back.SetMaxPayload(500)
 			<-r.Context().Done()
 			_, err := w.Write(nil)
 			cause <- err
@@ -144,10 +172,10 @@ func TestLostPacketBeyondShrunkMaxPayloadEndsTheStream(t *testing.T) {
 		})
 		size := fmt.Sprint(PacketHeaderSize + FrameHeaderSize + 10_000)
 		_, err := m.open(t, "x").Recv()
-		if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != CloseInternalServerErr || !strings.Contains(ce.Text, size) || !strings.Contains(ce.Text, "5000") {
+		if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != CloseInternalServerErr || !strings.Contains(ce.Text, size) || !strings.Contains(ce.Text, "500") {
 			t.Errorf("consumer: %v", err)
 		}
-		if err := <-cause; !errors.Is(err, nats.ErrMaxPayload) || !strings.Contains(err.Error(), size) || !strings.Contains(err.Error(), "5000") {
+		if err := <-cause; !errors.Is(err, nats.ErrMaxPayload) || !strings.Contains(err.Error(), size) || !strings.Contains(err.Error(), "500") {
 			t.Errorf("handler: %v", err)
 		}
 		m.nothingLeft(t)

@@ -166,7 +166,7 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 	if err != nil || len(b) == 0 {
 		return protocolError(CloseProtocolError, "control packet without a frame")
 	}
-	var challenge []byte
+	var challenge, question []byte
 	for len(b) > 0 {
 		f, rest, err := ParseFrame(b)
 		if err == nil && !(PacketHeader{}).Allows(f.Type) {
@@ -194,6 +194,12 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 			o.proved(s, f.Payload)
 		case FrameResume:
 			s.named(f.Payload)
+		case FrameFragment:
+			if question = f.Payload; len(question) != fragmentSize { // the mux takes one with bytes, if it is alone
+				return protocolError(CloseProtocolError, "FRAGMENT is not alone in its packet")
+			}
+		case FrameProgress:
+			o.takeProgress(s, f.Payload)
 		case FrameReset:
 			// Packets that arrived before can still be read: a CLOSE may be among them.
 			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
@@ -205,10 +211,21 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 			return nil
 		}
 	}
-	if challenge != nil && s.out.peer != "" && o.connected() { // one answer for all challenges of a packet
+	o.answer(s, challenge, question)
+	return nil
+}
+
+// answer answers the last CHALLENGE and the last question of a packet, for any number of them in it.
+func (o *outbox) answer(s *session, challenge, question []byte) {
+	if challenge == nil && question == nil || s.out.peer == "" || !o.connected() {
+		return
+	}
+	if challenge != nil {
 		o.sendControl(s, "", Frame{Type: FrameResponse, Payload: challenge})
 	}
-	return nil
+	if question != nil {
+		o.answerProgress(s, question)
+	}
 }
 
 // resetByProducer returns how a RESET ends a consumer's stream; docs/PROTOCOL.md sections 9.3 and 12.3.
@@ -268,6 +285,9 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 		return err
 	}
 	o.offLine(s, c.Ack, bytes)
+	if o.takePassed(s, q) {
+		s.mark(workPackets)
+	}
 	if n := q.Acked() - before; n != 0 {
 		s.out.life.asks = 0
 		if now := o.time(); q.closed != 0 && o.lingers(q, now) {

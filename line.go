@@ -15,6 +15,7 @@ import (
 // quiet stream does not wait for a turn of each busy one (after the new flows of FQ-CoDel, RFC 8290 section 4.1).
 type line struct {
 	flow.Line[*session]
+	sizes   flow.Sizes
 	peer    string // the key in lines.byPeer
 	quiet   []*session
 	waiting []*session
@@ -224,7 +225,7 @@ func (o *outbox) tickLines(now int64) {
 	}
 	o.lines.swept = now
 	for key, l := range o.lines.byPeer {
-		if l.users == 0 && now-l.left >= lineIdle {
+		if l.users == 0 && now-l.left >= max(lineIdle, l.sizes.Memory()) {
 			delete(o.lines.byPeer, key)
 			o.lines.idle--
 		}

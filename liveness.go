@@ -354,6 +354,12 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 		s.requestEnd(disconnected())
 		return
 	case liveness.EndUnconfirmed:
+		if m := s.send.Load().unacked.passing; m != nil {
+			if size, stuck := m.Stuck(); stuck {
+				s.requestEnd(doesNotPass(size))
+				return
+			}
+		}
 		e.Text = "the end of the stream was not acknowledged"
 	case liveness.RequestLost:
 		e.Text = "the request or its answer was lost with the connection"

@@ -116,6 +116,10 @@ func (ep *endpoint) receiveControl(s *session, m *nats.Msg) {
 		ep.refuse(s, m, v, err)
 		return
 	}
+	if f, ok := fragment(m.Data); ok {
+		ep.receiveFragment(s, m, f)
+		return
+	}
 	ep.outbox.deliver(control{session: s, reply: m.Reply, packet: m.Data})
 }
 

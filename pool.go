@@ -35,6 +35,9 @@ type packet struct {
 	class int8   // index into packetClasses, or unpooled
 	last  bool   // sealed with CLOSE in it: no packet follows
 	free  bool   // set while in the pool, so that a double return is caught where it happens
+
+	fragments  bool   // published in fragments, which shows nothing of its size
+	connection uint32 // which of this end's connections in turn took the whole packet last
 }
 
 var packetPools [len(packetClasses)]sync.Pool
@@ -49,7 +52,7 @@ func getPacket(n int) *packet {
 			continue
 		}
 		if p, _ := packetPools[c].Get().(*packet); p != nil {
-			p.free, p.last = false, false
+			p.free, p.last, p.fragments = false, false, false
 			return p
 		}
 		return &packet{buf: make([]byte, size), class: int8(c)}

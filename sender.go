@@ -28,11 +28,13 @@ type sender struct {
 // unackedPackets are the packets that were published and not acknowledged yet. The outbox owns it.
 type unackedPackets struct {
 	flow.Unacked[*packet]
-	loss   flow.Loss
-	failed *packet   // could not be published; goes before any other packet
-	cut    []*packet // were sealed, and cut or numbered again since: they go before packer.ready
-	bytes  uint64    // of all packets that were published
-	waits  bool      // failed waits for credit
+	loss    flow.Loss
+	passing *flow.Passing // nil until a packet may not pass
+	failed  *packet       // could not be published; goes before any other packet
+	cut     []*packet     // were sealed, and cut or numbered again since: they go before packer.ready
+	bytes   uint64        // of all packets that were published
+	waits   bool          // failed waits for credit, or for a packet that may not pass
+	whole   int32         // bytes of the largest packet that was just acknowledged and had been published as a whole
 
 	// By the outbox's clock, 0 before CLOSE was published.
 	closeSent int64 // when CLOSE was published
@@ -62,6 +64,9 @@ func (snd *sender) publishNext() progress {
 		return heldBack
 	}
 	if p, ok := q.Missing(); ok {
+		if snd.holdsAgain(p) {
+			return heldBack
+		}
 		return snd.publishAgain(p)
 	}
 	retry := q.failed != nil
@@ -73,11 +78,16 @@ func (snd *sender) publishNext() progress {
 		}
 	}
 	last := p.last
-	if pk.shifted != 0 && !snd.creditFor(p) { // cutting made more packets than the writers had credit for
+	fragment, ok := snd.form(p)
+	if !ok {
+		return tryAgain
+	}
+	// Cutting made more packets than the writers had credit for.
+	if pk.shifted != 0 && !snd.creditFor(p) || snd.holds(p, fragment) {
 		q.failed, q.waits = p, true
 		return heldBack
 	}
-	err := snd.publish(p, q.Next())
+	err := snd.publishAs(p, q.Next(), fragment)
 	if err != nil && !json && isLoss(err) {
 		err = nil // the peer misses the packet and asks for it
 	}
@@ -146,7 +156,8 @@ func isLoss(err error) bool {
 // publishAgain publishes p, the next packet that the peer misses.
 func (snd *sender) publishAgain(p *packet) progress {
 	s, q := snd.session, &snd.unacked
-	if err := snd.publish(p, q.Cursor()); err != nil {
+	fragment, asks := snd.formAgain(p)
+	if err := snd.publishAs(p, q.Cursor(), fragment); err != nil {
 		if errors.Is(err, nats.ErrMaxPayload) { // its number is taken, and the peer may have it
 			s.requestEnd(s.ep.exceeds(p))
 			return heldBack
@@ -158,6 +169,9 @@ func (snd *sender) publishAgain(p *packet) progress {
 	s.out.life.sent, s.out.life.asks = s.ep.clock.Load(), 0 // its acknowledgement is overdue as soon as that of a new packet
 	q.Resent()
 	snd.onLine(q.Cursor()-1, p)
+	if asks {
+		s.ep.outbox.askProgress(snd)
+	}
 	return tryAgain
 }
 
@@ -179,7 +193,8 @@ func (snd *sender) publish(p *packet, seq uint32) (err error) {
 		if seq == 0 && s.role != lifecycle.Consumer {
 			reply = s.reply
 		}
-		snd.markIfDue(p)
+		snd.markIfDue(p, seq)
+		p.connection = s.ep.outbox.connection.Load()
 		err = s.ep.send(s.out.peer, reply, p.buf)
 	}
 	switch { // errors that a repeated publish does not cure
@@ -212,12 +227,14 @@ func (snd *sender) probeDue(p *packet) bool {
 		int64(len(p.buf)+header) <= ep.maxPayload.Load() && len(s.out.peer) <= ep.longestPeer()
 }
 
-// markIfDue sets MARK in p if the line needs a measurement. The last packet never gets it, because its acknowledgement
-// may be the last packet of the stream. A packet that is published again may differ from the first time in MARK.
-func (snd *sender) markIfDue(p *packet) {
+// markIfDue sets MARK in p if the line needs a measurement, or if p is larger than all that passed. The last packet never
+// gets it, because its acknowledgement may be the last packet of the stream. A packet that is published again may differ
+// from the first time in MARK.
+func (snd *sender) markIfDue(p *packet, seq uint32) {
 	ep, l := snd.session.ep, snd.session.out.line
 	p.buf[1] &^= byte(PacketMark)
-	if !p.last && l.WantsMark(len(p.buf), ep.clock.Load()) {
+	tries := snd.tries(p, seq)
+	if !p.last && (tries || l.WantsMark(len(p.buf), ep.clock.Load())) {
 		p.buf[1] |= byte(PacketMark)
 		l.began = ep.now() // the clock of ticks is too coarse to measure with
 	}
@@ -232,7 +249,7 @@ func (snd *sender) onLine(seq uint32, p *packet) {
 	if p.buf[1]&byte(PacketMark) != 0 {
 		l.Mark(s, seq, l.began)
 	}
-	if n := int32(l.Packet()); n != pk.packetSize.Load() {
+	if n := int32(l.sizes.Most(l.Packet(), s.ep.clock.Load())); n != pk.packetSize.Load() {
 		pk.packetSize.Store(n)
 	}
 }
@@ -363,6 +380,9 @@ func (q *unackedPackets) release(seq uint32) (n uint32, bytes, memory uint64) {
 	n = q.Release(seq, func(p *packet) {
 		memory += p.memory()
 		bytes += uint64(len(p.buf))
+		if !p.fragments {
+			q.whole = max(q.whole, int32(len(p.buf)))
+		}
 		putPacket(p)
 	})
 	return n, bytes, memory

@@ -246,8 +246,9 @@ func read(s *stream.Stream, mode int) (got [][]byte, whole bool, err error) {
 
 // program makes messages out of bytes. It asks the model what is next in sequence, so that most packets are accepted.
 type program struct {
-	in []byte
-	m  *receiver
+	in        []byte
+	m         *receiver
+	fragments [][]byte // to send before anything else
 }
 
 // byte returns the next byte, 0 when there is none.
@@ -283,6 +284,7 @@ const (
 	opEmpty            // nothing
 	opStatus           // 503
 	opMany             // several that are next
+	opFragments        // the next one, in fragments, perhaps with others between them
 	opCount
 )
 
@@ -297,9 +299,26 @@ func (p *program) sender() uint64 {
 
 // next makes the next message.
 func (p *program) next() message {
+	if len(p.fragments) > 0 && p.byte()%8 != 7 {
+		b := p.fragments[0]
+		p.fragments = p.fragments[1:]
+		return message{data: b}
+	}
 	op := p.byte() % opCount
 	seq := p.m.expect
 	switch op {
+	case opFragments:
+		bent := p.byte()
+		whole := p.packet(1, p.sender(), seq)
+		p.fragments = fragments(whole, seq, p.sender(), 1+int(p.byte())%40)
+		if bent%4 == 3 { // anything in the heads and the bytes
+			b := p.fragments[int(bent)%len(p.fragments)]
+			at := headerSize + 8 + int(p.byte())%(len(b)-headerSize-8)
+			b[at] ^= p.byte()
+		}
+		b := p.fragments[0]
+		p.fragments = p.fragments[1:]
+		return message{data: b}
 	case opDuplicate:
 		return message{data: p.packet(1, p.sender(), seq-1-uint32(p.byte())%4)}
 	case opGap:
@@ -336,6 +355,15 @@ func (p *program) next() message {
 		return message{status: true}
 	}
 	return message{data: p.packet(1|p.byte()&2, p.sender(), seq)}
+}
+
+// fragments cuts a packet into control packets with n bytes of it each.
+func fragments(whole []byte, seq uint32, sender uint64, n int) (out [][]byte) {
+	for at := 0; at < len(whole); at += n {
+		payload := stream.AppendFragment(nil, stream.Fragment{Packet: seq, Offset: uint32(at), Length: uint32(len(whole))})
+		out = append(out, frame(header(0, sender, seq), 10, 0, 0, append(payload, whole[at:min(at+n, len(whole))]...)))
+	}
+	return out
 }
 
 // headerSize is the length of a packet header.
@@ -445,6 +473,9 @@ type receiver struct {
 	received int
 	closing  bool     // the packet that may go beyond the credit did
 	queue    [][]byte // what was accepted
+	part     []byte   // of packet partOf, which came in fragments and has partSize bytes
+	partOf   uint32
+	partSize uint32
 	end      *ending  // the stream ended here, whatever comes
 	aside    []ending // a control packet ended the stream, at some time: what is in sequence may be faster
 	reset    bool     // a control packet began with RESET
@@ -534,6 +565,10 @@ func (m *receiver) feedControl(b []byte) {
 		return
 	}
 	b = b[headerSize:]
+	if typ, _, _, payload, rest, ok := parse(b); ok && typ == 10 && len(payload) > 16 && len(rest) == 0 {
+		m.feedFragment(payload)
+		return
+	}
 	if len(b) == 0 {
 		m.aside = append(m.aside, *endCode(1002))
 	}
@@ -547,11 +582,52 @@ func (m *receiver) feedControl(b []byte) {
 		case typ == 3:
 			m.aside = append(m.aside, ending{codes: []int{code}, text: string(payload), said: true})
 			return
+		case typ == 10 && len(payload) > 16: // not alone
+			m.aside = append(m.aside, *endCode(1002))
+			return
 		case typ == 4 && binary.BigEndian.Uint32(payload) != 0:
 			// An acknowledgement of what was never sent. This end sends nothing, so it may also not look.
 			m.aside = append(m.aside, *endCode(1002))
 		}
 	}
+}
+
+// feedFragment puts packets together: section 7.1.
+func (m *receiver) feedFragment(payload []byte) {
+	packet, offset, size := binary.BigEndian.Uint32(payload), binary.BigEndian.Uint32(payload[4:]), binary.BigEndian.Uint32(payload[8:])
+	bytes := payload[16:]
+	began := m.part != nil && m.partOf == packet
+	switch {
+	case int32(packet-m.expect) < 0:
+		m.counts.duplicate++
+		return
+	case packet != m.expect:
+		return
+	case size <= headerSize || size > 65536 || began && size != m.partSize:
+		m.end = endCode(1002)
+		return
+	case !began:
+		m.part, m.partOf, m.partSize = nil, packet, size
+		if offset == 0 {
+			m.part = []byte{}
+		}
+	}
+	if m.part == nil {
+		return
+	}
+	if offset != uint32(len(m.part)) || len(m.part)+len(bytes) > int(size) {
+		return
+	}
+	if m.part = append(m.part, bytes...); len(m.part) < int(size) {
+		return
+	}
+	whole := m.part
+	m.part = nil
+	if whole[0] != 0xF5 || whole[1]>>4 != 1 || whole[1]&5 != 1 || binary.BigEndian.Uint32(whole[8:]) != packet || binary.BigEndian.Uint32(whole[12:]) != size {
+		m.end = endCode(1003)
+		return
+	}
+	m.feed(message{data: whole})
 }
 
 func (m *receiver) feedPacket(b []byte) {
@@ -609,8 +685,10 @@ func parse(b []byte) (typ, flags byte, code int, payload, rest []byte, ok bool) 
 		ok = flags < 2 && code == 0
 	case 7, 8:
 		ok = flags == 0 && code == 0 && n == 8
-	case 9:
+	case 9, 11:
 		ok = flags == 0 && code == 0 && n == 16
+	case 10:
+		ok = flags == 0 && code == 0 && n >= 16
 	default:
 		ok = typ >= 128
 	}
@@ -782,6 +860,8 @@ func sessionSeeds() [][]byte {
 	credit := ops{opControl, 0, 0, 13 + 16, 0}                            // acknowledges nothing
 	text := ops{opJSON, 0, 5, 'h', 'e', 'l', 'l', 'o'}                    // a record in JSON
 	over := ops{opJSON, 5 + 128, 2, 'n', 'o'}                             // a close in JSON
+	inParts := ops{opFragments, 0, 0, 0, 9, 'f', 'r', 'a', 'g', 'm', 'e', 'n', 't', 's', 11}
+	bent := ops{opFragments, 3, 0, 0, 9, 'f', 'r', 'a', 'g', 'm', 'e', 'n', 't', 's', 11, 4, 1}
 	join := func(parts ...ops) []byte { return bytes.Join(parts, nil) }
 	var seeds [][]byte
 	for mode := range byte(4) {
@@ -792,6 +872,8 @@ func sessionSeeds() [][]byte {
 	}
 	seeds = append(seeds,
 		join(ops{0}, rec, ops{opDuplicate, 0, 0, 0, 0}, rec, ops{opDuplicate, 3, 0, 0, 0}, ends),
+		join(ops{0}, inParts, ops{0, 0, 0, 0}, rec, inParts, ops{0, 7}, rec, ops{0, 0, 0, 0}, inParts, ops{0, 0, 0, 0}, ends),
+		join(ops{0}, rec, bent, ops{0, 0, 0, 0}, rec, ends),
 		join(ops{0}, rec, ops{opGap, 0, 0, 0, 0}, rec),
 		join(ops{0}, rec, ops{opGap, 31, 0, 0, 0}, rec),
 		join(ops{0}, rec, ops{opForeign, 1, 1, 0, 0, 0}, ops{opForeign, 0, 0, 0, 13, 0}, rec, ends),

@@ -1,0 +1,148 @@
+package stream
+
+import (
+	"sync/atomic"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/flow"
+)
+
+// This file is the receiver of packets in fragments; docs/PROTOCOL.md section 7.1. The mux puts a packet together and then takes it
+// like one that arrived whole. Few streams ever need that.
+
+// fragments is the packet of one stream that is being put together: the one that the stream expects next. The mux owns it.
+type fragments struct {
+	packet uint32
+	whole  []byte // what has arrived; its capacity is the length of the packet
+	held   int64  // bytes that it takes of the budget beyond the window
+
+	// Number of the packet, and how many bytes of it have arrived; 0 if none have. Stored by the mux and read by the outbox.
+	progress atomic.Uint64
+}
+
+// maxFragmented bounds a packet in fragments. It is the largest packet that senders make.
+const maxFragmented = flow.MaxPacket
+
+// fragment returns the frame of a control packet that is a FRAGMENT with bytes, and alone.
+func fragment(packet []byte) (f Frame, ok bool) {
+	body := packet[PacketHeaderSize:]
+	if len(body) == 0 || FrameType(body[0]) != FrameFragment {
+		return Frame{}, false
+	}
+	f, rest, err := ParseFrame(body)
+	return f, err == nil && len(rest) == 0 && len(f.Payload) > fragmentSize
+}
+
+// receiveFragment takes bytes of a packet. Fragments arrive in order; behind one that is missing all others are dropped, and sent
+// again.
+func (ep *endpoint) receiveFragment(s *session, m *nats.Msg, f Frame) {
+	at, _ := ParseFragment(f.Payload[:fragmentSize])
+	part := f.Payload[fragmentSize:]
+	b := &s.bucket
+	switch d := int32(at.Packet - b.expect); {
+	case d < 0:
+		ep.counters.duplicate.Add(1)
+		s.mark(workCredit) // the answer to the first one was lost
+		return
+	case d > 0:
+		ep.counters.early.Add(1)
+		ep.askForGap(s)
+		return
+	}
+	p := b.fragments.Load()
+	if p == nil {
+		p = new(fragments)
+		b.fragments.Store(p)
+	}
+	began := p.whole != nil && p.packet == at.Packet
+	if at.Length <= PacketHeaderSize || at.Length > maxFragmented || began && int(at.Length) != cap(p.whole) {
+		ep.refuse(s, m, violation, protocolError(CloseProtocolError, "packet of %d bytes in fragments; %d are allowed, and no change", at.Length, maxFragmented))
+		return
+	}
+	if !began {
+		p.drop(s)
+		if at.Offset != 0 || !p.begin(s, at) {
+			return
+		}
+	}
+	if int(at.Offset) != len(p.whole) || len(part) > cap(p.whole)-len(p.whole) {
+		return
+	}
+	p.whole = append(p.whole, part...)
+	p.progress.Store(uint64(p.packet)<<32 | uint64(len(p.whole)))
+	if len(p.whole) == cap(p.whole) {
+		whole := p.whole
+		p.drop(s)
+		ep.receiveReassembled(s, m, whole)
+	}
+}
+
+// receiveReassembled takes a packet that was put together.
+func (ep *endpoint) receiveReassembled(s *session, m *nats.Msg, whole []byte) {
+	h, _, err := ParsePacketHeader(whole)
+	if err != nil || h.Flags&PacketSeq == 0 || h.Seq != s.bucket.expect {
+		ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "what came in fragments is not packet %d", s.bucket.expect))
+		return
+	}
+	ep.receive(&nats.Msg{Subject: m.Subject, Data: whole})
+	s.mark(workCredit) // the sender waits for that
+}
+
+// begin makes room for the packet of which at is the first fragment. What exceeds the credit takes room in MaxBuffered; it reports
+// false if there is none.
+func (p *fragments) begin(s *session, at Fragment) bool {
+	left := int64(s.bucket.grantedBytes.Load() - s.bucket.received)
+	if p.held = max(0, int64(at.Length)-max(0, left)); p.held != 0 && !s.hold(p.held) {
+		p.held = 0
+		return false
+	}
+	p.packet, p.whole = at.Packet, make([]byte, 0, at.Length)
+	return true
+}
+
+// drop lets go of what has arrived.
+func (p *fragments) drop(s *session) {
+	s.unhold(p.held)
+	p.whole, p.held = nil, 0
+	p.progress.Store(0)
+}
+
+// hold reserves n bytes of MaxBuffered beyond the window, until unhold or the end of the stream.
+func (s *session) hold(n int64) bool {
+	if !s.ep.take(uint64(n), s.ep.budget) {
+		return false
+	}
+	s.recv.window.Add(n)
+	s.settleWindow()
+	return true
+}
+
+func (s *session) unhold(n int64) {
+	if n != 0 {
+		s.recv.window.Add(-n)
+		s.ep.reserved.Add(-n)
+		s.settleWindow()
+	}
+}
+
+// settleWindow gives back what was reserved while the stream ended: of this and releaseWindow, the second finds the difference.
+func (s *session) settleWindow() {
+	if s.recv.released.Load() {
+		s.ep.reserved.Add(-s.recv.window.Swap(0))
+	}
+}
+
+// answerProgress says how much of the expected packet has arrived in fragments. The mux saw everything that was published before
+// the question.
+func (o *outbox) answerProgress(s *session, question []byte) {
+	asked, _ := ParseFragment(question)
+	at := Fragment{Packet: s.bucket.ring.Pushed(), Question: asked.Question}
+	if p := s.bucket.fragments.Load(); p != nil {
+		if progress := p.progress.Load(); uint32(progress>>32) == at.Packet {
+			at.Offset = uint32(progress)
+		}
+	}
+	var payload [fragmentSize]byte
+	o.sendControl(s, "", Frame{Type: FrameProgress, Payload: AppendFragment(payload[:0], at)})
+}

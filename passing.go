@@ -1,0 +1,160 @@
+package stream
+
+import (
+	"fmt"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/flow"
+)
+
+// This file is about packets that are too large for a NATS server or a device between the two ends; docs/PROTOCOL.md section
+// 7.1. The outbox sends such a packet in fragments: control packets that carry its bytes. flow.Passing decides when.
+
+// form returns the form in which to publish p, a new packet: the size of the messages that carry it in fragments, or 0 for the
+// whole. It returns false if it has cut p instead, because packets of its size do not pass.
+func (snd *sender) form(p *packet) (fragment int, ok bool) {
+	s := snd.session
+	if s.peerTakesJSON() {
+		return 0, true
+	}
+	sizes, now := &s.out.line.sizes, s.ep.clock.Load()
+	switch {
+	case !sizes.Fails(len(p.buf), now):
+		return 0, true
+	case snd.recut(p, sizes.Most(len(p.buf), now)):
+		return 0, false
+	}
+	return sizes.Fragment(), true
+}
+
+// formAgain is form for p, the next packet that the peer misses. asks says that the peer is to be asked behind p how much of it
+// arrived.
+func (snd *sender) formAgain(p *packet) (fragment int, asks bool) {
+	s, q := snd.session, &snd.unacked
+	ep, sizes, now := s.ep, &s.out.line.sizes, s.ep.clock.Load()
+	if q.Cursor() != q.Acked() { // the peer dropped it because of the packet that it misses first, and it may pass
+		if sizes.Fails(len(p.buf), now) {
+			fragment = sizes.Fragment()
+		}
+		return fragment, false
+	}
+	fresh := p.connection != ep.outbox.connection.Load()
+	fragment = q.passingOf().Again(q.Acked(), len(p.buf), int(ep.maxPayload.Load()), fresh, sizes, now)
+	return fragment, q.passing.Asks()
+}
+
+// holds reports whether p, a new packet, waits: it is larger than all that passed, and another such packet seems not to pass.
+// Packets in fragments do not wait.
+func (snd *sender) holds(p *packet, fragment int) bool {
+	s := snd.session
+	return fragment == 0 && !s.peerTakesJSON() && s.out.line.sizes.Doubts(len(p.buf)) &&
+		snd.unacked.passing.Holds(s.ep.clock.Load(), s.ep.times.Ack/2)
+}
+
+// holdsAgain is holds for a packet that the peer dropped because of the one that it misses.
+func (snd *sender) holdsAgain(p *packet) bool {
+	s, q := snd.session, &snd.unacked
+	if q.Cursor() == q.Acked() || !q.passing.InFragments() {
+		return false
+	}
+	sizes := &s.out.line.sizes
+	return sizes.Doubts(len(p.buf)) && !sizes.Fails(len(p.buf), s.ep.clock.Load())
+}
+
+// tries reports whether to ask for the acknowledgement of p, number seq, at once: p is new and larger than all that passed.
+func (snd *sender) tries(p *packet, seq uint32) bool {
+	q, l := &snd.unacked, snd.session.out.line
+	if seq != q.Next() || !l.sizes.Doubts(len(p.buf)) {
+		return false
+	}
+	return q.passingOf().Try(seq, snd.session.ep.clock.Load()) && l.CanMark()
+}
+
+// passingOf returns what is known of packets that may not pass.
+func (q *unackedPackets) passingOf() *flow.Passing {
+	if q.passing == nil {
+		q.passing = new(flow.Passing)
+	}
+	return q.passing
+}
+
+// moved records that the peer receives at another subject. That packets were lost before says nothing about their size.
+func (q *unackedPackets) moved() {
+	for p := range q.All() {
+		p.connection--
+	}
+}
+
+// publishAs publishes p, number seq, in fragments if fragment is not 0.
+func (snd *sender) publishAs(p *packet, seq uint32, fragment int) error {
+	if p.fragments = fragment != 0; !p.fragments {
+		return snd.publish(p, seq)
+	}
+	s, whole := snd.session, p.buf
+	whole[1] &^= byte(PacketMark) // its acknowledgement comes later than that of one message
+	const head = PacketHeaderSize + FrameHeaderSize + fragmentSize
+	message := make([]byte, fragment)
+	for at := snd.unacked.passing.Arrived(seq); at < len(whole); {
+		n := min(fragment-head, len(whole)-at)
+		b := message[:head+n]
+		putPacketHeader(b, 0, s.senderNumber, seq, len(b))
+		putFrameHeader(b[PacketHeaderSize:], FrameFragment, 0, 0, fragmentSize+n)
+		AppendFragment(b[:PacketHeaderSize+FrameHeaderSize], Fragment{Packet: seq, Offset: uint32(at), Length: uint32(len(whole))})
+		copy(b[head:], whole[at:at+n])
+		if err := s.ep.send(s.out.peer, "", b); err != nil {
+			return err
+		}
+		at += n
+	}
+	return nil
+}
+
+// askProgress asks the peer how much arrived of the packet that it misses. The question is small and goes behind the
+// packet, so the answer also shows that small messages pass.
+func (o *outbox) askProgress(snd *sender) {
+	q := &snd.unacked
+	var payload [fragmentSize]byte
+	o.sendControl(snd.session, "", Frame{Type: FrameFragment, Payload: AppendFragment(payload[:0], Fragment{Packet: q.Acked(), Question: q.passing.Ask()})})
+}
+
+// takeProgress handles the answer.
+func (o *outbox) takeProgress(s *session, payload []byte) {
+	snd := s.send.Load()
+	at, err := ParseFragment(payload)
+	if snd == nil || snd.unacked.passing == nil || err != nil {
+		return
+	}
+	q, now := &snd.unacked, o.time()
+	if q.passing.Answer(at.Packet, int(min(at.Offset, flow.MaxPacket)), at.Question, now) && q.closed != 0 && o.lingers(q, now) {
+		q.closed = now
+	}
+	if size, hopeless := q.passing.Hopeless(now, o.ep.times.Resume/2); hopeless {
+		s.requestEnd(doesNotPass(size))
+	}
+}
+
+// takePassed records the sizes of the packets that the peer acknowledged just now. It reports whether packets may go that
+// had to wait.
+func (o *outbox) takePassed(s *session, q *unackedPackets) (more bool) {
+	l := s.out.line
+	if l == nil {
+		return false
+	}
+	l.sizes.Passed(int(q.whole))
+	q.whole = 0
+	return q.passing != nil && q.passing.Acked(q.Acked(), &l.sizes, o.time())
+}
+
+// doesNotPass is how a stream ends with a packet of size bytes that does not get through in any form.
+func doesNotPass(size int) *ending {
+	e := CloseError{CloseInternalServerErr, fmt.Sprintf("a packet of %d bytes does not pass", size)}
+	if size > flow.SmallFragment {
+		e.Text += fmt.Sprintf(", nor its parts in %d", flow.SmallFragment)
+	}
+	return &ending{
+		kind:  endFault,
+		err:   fmt.Errorf("%w: let the NATS servers and devices between the two ends take larger messages: %w", &e, nats.ErrMaxPayload),
+		reset: e,
+	}
+}
