@@ -11,7 +11,7 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file has the Request of a handler, and ends the stream with the result of the handler. The handler's goroutine runs it.
+// This file has Handler and Request, and ends the stream of a handler with its result. The handler's goroutine runs it.
 
 // Handler produces one stream: it reads the [Request] and writes to w, in a goroutine of its own. Its result ends the stream:
 //

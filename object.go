@@ -11,8 +11,8 @@ import (
 	"github.com/natsstream/stream/internal/object"
 )
 
-// This file sends and receives objects with internal/object. Writers run the encoding, with the turn of the Writer, and the reader
-// runs the decoding.
+// This file connects the codecs of frames with those of internal/object, and has the errors of objects. Its functions
+// touch no state: writers and readers run them.
 
 // codecFlag returns the DATA flag of a codec. The caller must replace CodecDefault before.
 func codecFlag(c Codec) FrameFlags {
@@ -22,7 +22,7 @@ func codecFlag(c Codec) FrameFlags {
 	return FlagMsgPack
 }
 
-// objectCodec is the codec that a DATA flag names.
+// objectCodec returns the codec that a DATA flag names.
 func objectCodec(flag FrameFlags) object.Codec {
 	if flag == FlagJSON {
 		return object.JSON

@@ -6,7 +6,8 @@ import (
 	"github.com/natsstream/stream/internal/flow"
 )
 
-// This file shares the memory for records in pieces. The reader of a record runs it, and the outbox runs checkRecords.
+// This file shares the memory for records in pieces. The readers of such records run it, and the outbox runs
+// checkRecords.
 
 // recordRoom is the memory for records in pieces. All streams of an endpoint share it.
 type recordRoom struct {

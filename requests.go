@@ -14,10 +14,11 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file decides whether a message is a request, and to which subjects an answer may be sent; docs/PROTOCOL.md sections 2.6 and
-// 2.7. Its functions touch no state, and any goroutine may call them. A handler may be subscribed to a wildcard, so any message
-// can arrive: packets of streams, also of its own, answers to other requests, acknowledgements of JetStream. None of these may
-// start a handler. Otherwise one handler's packets would start the next handler.
+// This file has the rules for requests: their subjects, headers and sizes, which messages are requests, and to which
+// subjects an answer may be sent; docs/PROTOCOL.md sections 2.4, 2.6 and 2.7. Its functions touch no state, and any
+// goroutine may call them. A handler may be subscribed to a wildcard, so any message can arrive: packets of streams,
+// also of its own, answers to other requests, acknowledgements of JetStream. None of these may start a handler.
+// Otherwise one handler's packets would start the next handler.
 
 // errStray is the error for a message that is no request.
 var errStray = errors.New("stream: not a request")

@@ -17,8 +17,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file has Server, Handler and Request. Callers of the library run the exported functions. The callbacks of NATS
-// run request, which starts a goroutine for each handler. The outbox runs streamEnded.
+// This file has Server and its parameters. Callers of the library run the exported functions. The callbacks of NATS run
+// request, which starts a goroutine for each handler. The outbox runs streamEnded.
 
 // ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment names.
 type ServerParams struct {
