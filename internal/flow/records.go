@@ -30,19 +30,21 @@ type Records[K, P comparable] struct {
 type begun[P comparable] struct {
 	peer  P
 	held  int64
-	since int64 // when it was begun, or its last wait ended
-	got   int64 // bytes that it took since then
+	due   int64 // when it is overdue for a record of another peer
+	took  int64 // when it took bytes last
 	want  int64 // bytes that it waits for, 0 if it does not wait
+	asked int64 // when it asked for them
 }
 
 // Bounds of a record that others wait for. The patience is long beside what a peer needs to answer, and the rate is that
 // of a line on which the largest default record takes four minutes. Streams of one peer may share a slow line, on which a
-// packet of one waits for the packets of all others. So a peer is more patient with itself.
+// packet of one waits for the packets of all others. So if only records of the same peer wait, one proceeds as long as it takes
+// any bytes within a minute.
 const (
-	recordPatience    = 10 * second
-	recordRate        = 64 << 10 // bytes a second
-	ownRecordPatience = 60 * second
-	ownRecordRate     = 1 << 10
+	recordPatience          = 10 * second
+	recordPatienceAfterWait = recordPatience / 4
+	recordRate              = 64 << 10 // bytes a second
+	ownRecordPatience       = 60 * second
 )
 
 // NewRecords returns a Records for a budget of which used counts the part that is in use.
@@ -55,12 +57,12 @@ func NewRecords[K, P comparable](budget int64, used *atomic.Int64) Records[K, P]
 func (r *Records[K, P]) Take(k K, peer P, n, now int64) bool {
 	b := r.begun[k]
 	if b == nil {
-		b = &begun[P]{peer: peer, since: now}
+		b = &begun[P]{peer: peer, due: now + recordPatience}
 		r.begun[k] = b
 	}
-	b.want = n
+	b.want, b.asked = n, now
 	if r.mayHold(b) {
-		r.grant(k, b, now)
+		r.grant(b, now)
 		return true
 	}
 	r.queue = append(r.queue, k)
@@ -109,7 +111,7 @@ func (r *Records[K, P]) Admit(now int64, woken []K) []K {
 			if !r.mayHold(b) {
 				return false
 			}
-			r.grant(k, b, now)
+			r.grant(b, now)
 			woken = append(woken, k)
 			return true
 		})
@@ -131,11 +133,11 @@ func (r *Records[K, P]) Overdue(now int64, overdue []K) []K {
 		several = several || r.begun[k].peer != first
 	}
 	for k, b := range r.begun {
-		patience, rate := ownRecordPatience, int64(ownRecordRate)
+		late := now-b.took > ownRecordPatience
 		if several || b.peer != first {
-			patience, rate = recordPatience, recordRate
+			late = now > b.due
 		}
-		if b.want == 0 && now-b.since > patience+b.got*second/rate {
+		if b.want == 0 && late {
 			overdue = append(overdue, k)
 		}
 	}
@@ -152,11 +154,15 @@ func (r *Records[K, P]) holdsTicket(b *begun[P]) bool {
 	return t != nil && t == b
 }
 
-func (r *Records[K, P]) grant(k K, b *begun[P], now int64) {
+func (r *Records[K, P]) grant(b *begun[P], now int64) {
 	r.used.Add(b.want)
 	r.peers[b.peer] += b.want
 	b.held += b.want
-	b.got += b.want
+	if now > b.asked { // its peer may have sent nothing meanwhile
+		b.due = max(b.due, now+recordPatienceAfterWait)
+	}
+	b.due += b.want * second / recordRate
+	b.took = now
 	b.want = 0
 }
 
@@ -170,7 +176,7 @@ func (r *Records[K, P]) passTicket(now int64) (K, bool) {
 	k := r.queue[i]
 	r.queue = slices.Delete(r.queue, i, i+1)
 	r.ticket = k
-	r.grant(k, r.begun[k], now)
+	r.grant(r.begun[k], now)
 	return k, true
 }
 

@@ -90,6 +90,41 @@ func TestRecordsOverdue(t *testing.T) {
 	}
 }
 
+// TestRecordsAfterTheirWait: the time that a record waits for memory is not held against it.
+func TestRecordsAfterTheirWait(t *testing.T) {
+	for _, peers := range [][]string{{"a", "a", "a"}, {"a", "b", "c"}} {
+		r, _ := newRecords(100)
+		r.Take(1, peers[0], 90, 0)  // the ticket
+		r.Take(2, peers[1], 90, 0)  // waits
+		r.Take(3, peers[2], 200, 0) // waits
+		const long = 10 * ownRecordPatience
+		if woken := r.Done(1, long, nil); !slices.Equal(woken, []int{2}) {
+			t.Fatalf("%v go on, want 2", woken)
+		}
+		if got := r.Overdue(long+recordPatienceAfterWait, nil); len(got) != 0 {
+			t.Errorf("peers %v: %v overdue, though its wait has just ended", peers, got)
+		}
+		if got := r.Overdue(long+ownRecordPatience+second, nil); !slices.Equal(got, []int{2}) {
+			t.Errorf("peers %v: %v overdue, want 2", peers, got)
+		}
+	}
+}
+
+// TestRecordsOfOneSlowPeer: records of one peer that take little at a time, on a slow line, are not overdue for each other.
+func TestRecordsOfOneSlowPeer(t *testing.T) {
+	r, _ := newRecords(1)
+	r.Take(1, "a", 1, 0) // the ticket
+	r.Take(2, "a", 1, 0) // waits
+	now := int64(0)
+	for range 1000 {
+		now += ownRecordPatience
+		if got := r.Overdue(now, nil); len(got) != 0 {
+			t.Fatalf("%v overdue after %d s", got, now/second)
+		}
+		r.Take(1, "a", 1, now)
+	}
+}
+
 // TestRecordsAlwaysProceed: whatever happens, some record need not wait, beyond the budget is no more than one record, and
 // nothing is left at the end.
 func TestRecordsAlwaysProceed(t *testing.T) {
