@@ -41,9 +41,9 @@ type ClientParams struct {
 	//
 	// Messages of fallback peers are in neither budget. SECURITY.md in the repository lists all memory outside the budgets.
 	MaxBuffered int
-	// MaxRecordSize is the largest record, in bytes, that is sent or received. The default is 16 MiB, or MaxBuffered if that
-	// is less, but at least 256 KiB. A value above 256 KiB, the size of a packet, may not exceed MaxBuffered: a record in
-	// pieces has to fit into MaxBuffered together with the window of its stream. Leave a quarter of MaxBuffered for the window.
+	// MaxRecordSize is the largest record, in bytes, that is sent or received. The default is 16 MiB, or MaxBuffered if
+	// that is less, but at least 256 KiB. A value above 256 KiB may not exceed MaxBuffered: a record in pieces has to
+	// fit into MaxBuffered together with the window of its stream. Leave a quarter of MaxBuffered for the window.
 	MaxRecordSize int
 	// FallbackBuffer is the most bytes by which a producer that speaks only the JSON fallback may be ahead of its reader:
 	// 64 MiB by default. Such a producer knows no flow control. If it exceeds the limit, its stream ends with CloseTooSlow.
@@ -136,7 +136,8 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 	return p, nil
 }
 
-// onePacket is the largest record that travels in one packet. Of MaxBuffered, such a record uses only its stream's window.
+// onePacket is the largest record in one packet that this end accepts. In one packet, a record uses only its stream's
+// window. This end sends packets of at most flow.MaxPacket.
 const onePacket = singleSize - PacketHeaderSize - FrameHeaderSize
 
 // never is the longest time that a parameter may be, two years. Even 64 times that, added to a time since the start, does

@@ -8,6 +8,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 )
@@ -358,4 +359,54 @@ func (o *outbox) tellAt(s *session, subject, reply string, frames ...Frame) {
 	if errors.Is(err, nats.ErrBadSubject) && subject == s.out.peer {
 		s.requestEnd(unwritable(err))
 	}
+}
+
+// answerProgress answers how much of the expected packet has arrived in fragments. The mux has handled everything that
+// was published before the question.
+func (o *outbox) answerProgress(s *session, question []byte) {
+	asked, _ := ParseFragment(question)
+	at := Fragment{Packet: s.bucket.ring.Pushed(), Question: asked.Question}
+	if p := s.bucket.fragments.Load(); p != nil {
+		if progress := p.progress.Load(); uint32(progress>>32) == at.Packet {
+			at.Offset = uint32(progress)
+		}
+	}
+	var payload [fragmentSize]byte
+	o.sendControl(s, "", Frame{Type: FrameProgress, Payload: AppendFragment(payload[:0], at)})
+}
+
+// askProgress asks the peer how much arrived of the packet that it misses. The question is small and goes behind the
+// packet, so the answer also shows that small messages pass.
+func (o *outbox) askProgress(snd *sender) {
+	q := &snd.unacked
+	var payload [fragmentSize]byte
+	o.sendControl(snd.session, "", Frame{Type: FrameFragment, Payload: AppendFragment(payload[:0], Fragment{Packet: q.Acked(), Question: q.passing.Ask()})})
+}
+
+// takeProgress handles the answer.
+func (o *outbox) takeProgress(s *session, payload []byte) {
+	snd := s.send.Load()
+	at, err := ParseFragment(payload)
+	if snd == nil || snd.unacked.passing == nil || err != nil {
+		return
+	}
+	q, now := &snd.unacked, o.time()
+	if q.passing.Answer(at.Packet, int(min(at.Offset, flow.MaxPacket)), at.Question, now) && q.closed != 0 && o.lingers(q, now) {
+		q.closed = now
+	}
+	if size, hopeless := q.passing.Hopeless(now, o.ep.times.Resume/2); hopeless {
+		s.requestEnd(doesNotPass(size))
+	}
+}
+
+// takePassed records the sizes of the packets that the peer acknowledged just now. It reports whether waiting packets
+// may go.
+func (o *outbox) takePassed(s *session, q *unackedPackets) (more bool) {
+	l := s.out.line
+	if l == nil {
+		return false
+	}
+	l.sizes.Passed(int(q.whole))
+	q.whole = 0
+	return q.passing != nil && q.passing.Acked(q.Acked(), &l.sizes, o.time())
 }

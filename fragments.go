@@ -8,14 +8,14 @@ import (
 	"github.com/natsstream/stream/internal/flow"
 )
 
-// This file is the receiver of packets in fragments; docs/PROTOCOL.md section 7.1. The mux puts a packet together and then takes it
-// like one that arrived whole. Few streams ever need that.
+// This file receives packets in fragments; docs/PROTOCOL.md section 7.1. The mux runs it: it assembles a packet, and
+// then accepts it like one that arrived whole. Few streams ever need that.
 
-// fragments is the packet of one stream that is being put together: the one that the stream expects next. The mux owns it.
+// fragments is the packet of a stream that is being assembled, the one that the stream expects next. The mux owns it.
 type fragments struct {
 	packet uint32
-	whole  []byte // what has arrived; its capacity is the length of the packet
-	held   int64  // bytes that it takes of the budget beyond the window
+	whole  []byte // the bytes that arrived; the capacity is the length of the packet
+	held   int64  // bytes of the budget that the packet takes beyond the window
 
 	// Number of the packet, and how many bytes of it have arrived; 0 if none have. Stored by the mux and read by the outbox.
 	progress atomic.Uint64
@@ -34,8 +34,8 @@ func fragment(packet []byte) (f Frame, ok bool) {
 	return f, err == nil && len(rest) == 0 && len(f.Payload) > fragmentSize
 }
 
-// receiveFragment takes bytes of a packet. Fragments arrive in order; behind one that is missing all others are dropped, and sent
-// again.
+// receiveFragment appends the bytes of a fragment to its packet. Fragments must arrive in order: behind a missing one
+// all are dropped, and sent again.
 func (ep *endpoint) receiveFragment(s *session, m *nats.Msg, f Frame) {
 	at, _ := ParseFragment(f.Payload[:fragmentSize])
 	part := f.Payload[fragmentSize:]
@@ -78,7 +78,7 @@ func (ep *endpoint) receiveFragment(s *session, m *nats.Msg, f Frame) {
 	}
 }
 
-// receiveReassembled takes a packet that was put together.
+// receiveReassembled accepts an assembled packet.
 func (ep *endpoint) receiveReassembled(s *session, m *nats.Msg, whole []byte) {
 	h, _, err := ParsePacketHeader(whole)
 	if err != nil || h.Flags&PacketSeq == 0 || h.Seq != s.bucket.expect {
@@ -89,8 +89,8 @@ func (ep *endpoint) receiveReassembled(s *session, m *nats.Msg, whole []byte) {
 	s.mark(workCredit) // the sender waits for that
 }
 
-// begin makes room for the packet of which at is the first fragment. What exceeds the credit takes room in MaxBuffered; it reports
-// false if there is none.
+// begin makes room for the packet with the first fragment at. Bytes beyond the credit take room in MaxBuffered; begin
+// reports false if there is none.
 func (p *fragments) begin(s *session, at Fragment) bool {
 	left := int64(s.bucket.grantedBytes.Load() - s.bucket.received)
 	if p.held = max(0, int64(at.Length)-max(0, left)); p.held != 0 && !s.hold(p.held) {
@@ -101,7 +101,7 @@ func (p *fragments) begin(s *session, at Fragment) bool {
 	return true
 }
 
-// drop lets go of what has arrived.
+// drop frees the bytes that arrived.
 func (p *fragments) drop(s *session) {
 	s.unhold(p.held)
 	p.whole, p.held = nil, 0
@@ -126,23 +126,10 @@ func (s *session) unhold(n int64) {
 	}
 }
 
-// settleWindow gives back what was reserved while the stream ended: of this and releaseWindow, the second finds the difference.
+// settleWindow gives bytes back that were reserved while the stream ended: the later of settleWindow and releaseWindow
+// finds them.
 func (s *session) settleWindow() {
 	if s.recv.released.Load() {
 		s.ep.reserved.Add(-s.recv.window.Swap(0))
 	}
-}
-
-// answerProgress says how much of the expected packet has arrived in fragments. The mux saw everything that was published before
-// the question.
-func (o *outbox) answerProgress(s *session, question []byte) {
-	asked, _ := ParseFragment(question)
-	at := Fragment{Packet: s.bucket.ring.Pushed(), Question: asked.Question}
-	if p := s.bucket.fragments.Load(); p != nil {
-		if progress := p.progress.Load(); uint32(progress>>32) == at.Packet {
-			at.Offset = uint32(progress)
-		}
-	}
-	var payload [fragmentSize]byte
-	o.sendControl(s, "", Frame{Type: FrameProgress, Payload: AppendFragment(payload[:0], at)})
 }

@@ -411,6 +411,9 @@ func (o *outbox) servePackets(s *session) {
 		o.ping(s)
 	case tryAgain:
 		s.mark(workPackets)
+	case askAndTryAgain:
+		o.askProgress(snd)
+		s.mark(workPackets)
 	case packetPublished:
 		o.watchAck(s)
 		s.mark(workPackets)

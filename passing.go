@@ -8,11 +8,12 @@ import (
 	"github.com/natsstream/stream/internal/flow"
 )
 
-// This file is about packets that are too large for a NATS server or a device between the two ends; docs/PROTOCOL.md section
-// 7.1. The outbox sends such a packet in fragments: control packets that carry its bytes. flow.Passing decides when.
+// This file sends packets that are too large for a NATS server or a device between the two ends; docs/PROTOCOL.md
+// section 7.1. They go in fragments, control packets that carry their bytes. The outbox runs it, and flow.Passing
+// decides.
 
-// form returns the form in which to publish p, a new packet: the size of the messages that carry it in fragments, or 0 for the
-// whole. It returns false if it has cut p instead, because packets of its size do not pass.
+// form returns the form in which to publish the new packet p: the size of the messages that carry it in fragments, or 0
+// for a whole packet. It returns false if it has cut p instead, because packets of its size do not pass.
 func (snd *sender) form(p *packet) (fragment int, ok bool) {
 	s := snd.session
 	if s.peerTakesJSON() {
@@ -28,12 +29,12 @@ func (snd *sender) form(p *packet) (fragment int, ok bool) {
 	return sizes.Fragment(), true
 }
 
-// formAgain is form for p, the next packet that the peer misses. asks says that the peer is to be asked behind p how much of it
-// arrived.
+// formAgain is form for p, the next packet that the peer misses. asks says that a question behind p has to ask how much
+// of it arrived.
 func (snd *sender) formAgain(p *packet) (fragment int, asks bool) {
 	s, q := snd.session, &snd.unacked
 	ep, sizes, now := s.ep, &s.out.line.sizes, s.ep.clock.Load()
-	if q.Cursor() != q.Acked() { // the peer dropped it because of the packet that it misses first, and it may pass
+	if q.Cursor() != q.Acked() { // the peer dropped p because it misses an earlier packet, so p may pass
 		if sizes.Fails(len(p.buf), now) {
 			fragment = sizes.Fragment()
 		}
@@ -44,8 +45,8 @@ func (snd *sender) formAgain(p *packet) (fragment int, asks bool) {
 	return fragment, q.passing.Asks()
 }
 
-// holds reports whether p, a new packet, waits: it is larger than all that passed, and another such packet seems not to pass.
-// Packets in fragments do not wait.
+// holds reports whether the new packet p waits: it is larger than all that passed, and another such packet may not
+// pass. Packets in fragments do not wait.
 func (snd *sender) holds(p *packet, fragment int) bool {
 	s := snd.session
 	return fragment == 0 && !s.peerTakesJSON() && s.out.line.sizes.Doubts(len(p.buf)) &&
@@ -71,7 +72,7 @@ func (snd *sender) tries(p *packet, seq uint32) bool {
 	return q.passingOf().Try(seq, snd.session.ep.clock.Load()) && l.CanMark()
 }
 
-// passingOf returns what is known of packets that may not pass.
+// passingOf returns the state of packets that may not pass.
 func (q *unackedPackets) passingOf() *flow.Passing {
 	if q.passing == nil {
 		q.passing = new(flow.Passing)
@@ -79,7 +80,7 @@ func (q *unackedPackets) passingOf() *flow.Passing {
 	return q.passing
 }
 
-// moved records that the peer receives at another subject. That packets were lost before says nothing about their size.
+// moved records that the peer receives at another subject. Earlier losses then show nothing about sizes.
 func (q *unackedPackets) moved() {
 	for p := range q.All() {
 		p.connection--
@@ -110,43 +111,7 @@ func (snd *sender) publishAs(p *packet, seq uint32, fragment int) error {
 	return nil
 }
 
-// askProgress asks the peer how much arrived of the packet that it misses. The question is small and goes behind the
-// packet, so the answer also shows that small messages pass.
-func (o *outbox) askProgress(snd *sender) {
-	q := &snd.unacked
-	var payload [fragmentSize]byte
-	o.sendControl(snd.session, "", Frame{Type: FrameFragment, Payload: AppendFragment(payload[:0], Fragment{Packet: q.Acked(), Question: q.passing.Ask()})})
-}
-
-// takeProgress handles the answer.
-func (o *outbox) takeProgress(s *session, payload []byte) {
-	snd := s.send.Load()
-	at, err := ParseFragment(payload)
-	if snd == nil || snd.unacked.passing == nil || err != nil {
-		return
-	}
-	q, now := &snd.unacked, o.time()
-	if q.passing.Answer(at.Packet, int(min(at.Offset, flow.MaxPacket)), at.Question, now) && q.closed != 0 && o.lingers(q, now) {
-		q.closed = now
-	}
-	if size, hopeless := q.passing.Hopeless(now, o.ep.times.Resume/2); hopeless {
-		s.requestEnd(doesNotPass(size))
-	}
-}
-
-// takePassed records the sizes of the packets that the peer acknowledged just now. It reports whether packets may go that
-// had to wait.
-func (o *outbox) takePassed(s *session, q *unackedPackets) (more bool) {
-	l := s.out.line
-	if l == nil {
-		return false
-	}
-	l.sizes.Passed(int(q.whole))
-	q.whole = 0
-	return q.passing != nil && q.passing.Acked(q.Acked(), &l.sizes, o.time())
-}
-
-// doesNotPass is how a stream ends with a packet of size bytes that does not get through in any form.
+// doesNotPass returns the end of a stream with a packet of size bytes that does not pass in any form.
 func doesNotPass(size int) *ending {
 	e := CloseError{CloseInternalServerErr, fmt.Sprintf("a packet of %d bytes does not pass", size)}
 	if size > flow.SmallFragment {

@@ -49,6 +49,7 @@ const (
 	heldBack                        // nothing can be published now. The event that changes this marks the session
 	heldByLoss                      // the same, because packets were lost and the peer has acknowledged nothing since: ask it
 	tryAgain                        // there may be another packet to publish
+	askAndTryAgain                  // the same, and a question about the packet published just now has to follow it
 	packetPublished                 // a new packet was published, and there may be another
 	closePublished                  // the packet with CLOSE was published, the last one
 )
@@ -170,7 +171,7 @@ func (snd *sender) publishAgain(p *packet) progress {
 	q.Resent()
 	snd.onLine(q.Cursor()-1, p)
 	if asks {
-		s.ep.outbox.askProgress(snd)
+		return askAndTryAgain
 	}
 	return tryAgain
 }

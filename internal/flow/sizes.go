@@ -1,11 +1,11 @@
 package flow
 
-// A packet may be larger than a NATS server or a device on its way lets through: a leaf node has a max_payload of its own, and
-// nobody tells the sender. Such a packet is lost each time, while smaller ones behind it arrive. Sizes and Passing tell that
-// loss from others, and decide how the packet is published again.
+// This file decides how packets are published that may be too large for a NATS server or a device on the way. A leaf
+// node has a max_payload of its own, and nothing reports it to the sender. Such a packet is lost each time, while
+// smaller ones behind it arrive. Sizes and Passing distinguish that loss from others. The outbox calls them.
 
-// Sizes of the messages that carry a packet in fragments, in bytes. Everything passes large ones that takes records at all
-// sensibly; the small ones are for the rest.
+// Sizes of the messages that carry a packet in fragments, in bytes. Almost every server and device passes the large
+// ones. The small ones are for the rest.
 const (
 	LargeFragment = 4 << 10
 	SmallFragment = 1 << 10
@@ -14,8 +14,8 @@ const (
 // QuestionSize is the size of the message that asks how much of a packet arrived.
 const QuestionSize = 40
 
-// Sizes is what is known of the sizes that pass to one peer. The zero Sizes knows nothing. One goroutine owns it. Times are
-// nanoseconds of one clock.
+// Sizes holds the packet sizes that pass to one peer, and those that do not. The zero Sizes knows nothing. One
+// goroutine owns it. Times are nanoseconds of one clock.
 type Sizes struct {
 	proven int   // the largest packet that the peer acknowledged
 	limit  int   // packets of this size and larger do not pass; 0 if none is known
@@ -35,13 +35,13 @@ const (
 	longestWait = 24 * 60 * minute
 )
 
-// Fails reports whether packets of size bytes are not to be published as a whole: larger ones than have passed, for some time
-// after one did not.
+// Fails reports whether packets of size bytes must not be published as a whole. These are packets larger than all that
+// passed, for some time after such a packet did not pass.
 func (s *Sizes) Fails(size int, now int64) bool {
 	return s.limit != 0 && now < s.until && size > max(s.proven, s.Fragment())
 }
 
-// Most returns how large a new packet may be that may hold most bytes otherwise.
+// Most returns the largest size of a new packet, at most most.
 func (s *Sizes) Most(most int, now int64) int {
 	if s.Fails(most, now) {
 		return max(s.proven, s.Fragment())
@@ -60,7 +60,7 @@ func (s *Sizes) Fragment() int {
 // Doubts reports whether packets of size bytes are larger than all that passed.
 func (s *Sizes) Doubts(size int) bool { return size > s.proven && size > SmallFragment }
 
-// Passed notes that the peer acknowledged a packet of size bytes that was sent as a whole.
+// Passed records that the peer acknowledged a packet of size bytes that was sent as a whole.
 func (s *Sizes) Passed(size int) {
 	if size <= s.proven {
 		return
@@ -71,7 +71,7 @@ func (s *Sizes) Passed(size int) {
 	}
 }
 
-// Failed notes that a packet of size bytes does not pass, while its fragments do.
+// Failed records that a packet of size bytes does not pass, while its fragments do.
 func (s *Sizes) Failed(size int, now int64) {
 	if now < s.until {
 		s.limit = min(s.limit, size)
@@ -86,16 +86,16 @@ func (s *Sizes) Failed(size int, now int64) {
 		}
 		s.until = now + s.wait
 	}
-	if s.proven >= s.limit { // the way has changed
+	if s.proven >= s.limit { // the path has changed
 		s.proven = 0
 	}
 }
 
-// Memory returns for how long Sizes is worth to be kept for a peer without streams.
+// Memory returns how long to keep Sizes for a peer without streams.
 func (s *Sizes) Memory() int64 { return 2 * s.wait }
 
-// Passing is what a sender knows of its packets that may not pass: of the first one that the peer misses, and of the first one
-// on its way that is larger than all that passed. One goroutine owns it, and a nil Passing knows nothing.
+// Passing holds the state of a sender's packets that may not pass: the first packet that the peer misses, and the first
+// packet on its way that is larger than all that passed. One goroutine owns it, and a nil Passing knows nothing.
 type Passing struct {
 	doubt   bool   // packet doubted is larger than all that passed, and not acknowledged
 	doubted uint32 // its number
@@ -106,25 +106,25 @@ type Passing struct {
 	size     int
 	fragment int    // size of the messages that carry the packet in fragments, 0 as long as it is published as a whole
 	sends    int    // how often it was published in that form
-	failures int    // how often the peer said behind it that nothing more had arrived
+	failures int    // how often the peer answered behind it that nothing more had arrived
 	arrived  int    // bytes of it that arrived
 	since    int64  // when the loss was found, or when the last bytes were reported to have arrived
 	question uint32 // number of the last question
 	first    uint32 // number of the first question whose answer counts: about the present form, and not answered yet
-	own      bool   // this end's own server does not take the packet
+	own      bool   // this end's own server does not accept the packet
 }
 
-// How often a packet that the peer misses is published in each form before the next form. Where single messages are lost at random, it
-// is hardly ever the same packet that often, and no harm is done if it is.
+// How often a missed packet is published in each form before the next form. Random loss hardly ever hits the same
+// packet that often, and does no harm if it does.
 const (
 	wholeTries = 2
 	largeTries = 2
 	smallTries = 8
 )
 
-// Again returns how to publish the packet with number seq again, of size bytes: the size of the messages to carry it in fragments,
-// or 0 for the whole. most is what this end's own server takes. fresh says that the packet was not published as a whole since
-// this end's own connection came back.
+// Again returns how to publish the packet with number seq again, of size bytes: the size of the messages to carry it in
+// fragments, or 0 for the whole. most is the max_payload of this end's own server. fresh says that the packet was not
+// published as a whole since this end's own connection came back.
 //
 // A packet larger than all that passed before is not published as a whole a second time: if a server on its way closes
 // the link between two servers because of it, that harms all who use the link.
@@ -149,8 +149,8 @@ func (m *Passing) form(fragment int) {
 	m.fragment, m.sends, m.failures, m.first = fragment, 0, 0, m.question+1
 }
 
-// Asks reports whether the peer is to be asked behind the packet how much of it arrived. A packet that is missed for the first time
-// and travels as a whole needs no question: nearly always it arrives.
+// Asks reports whether a question behind the packet has to ask how much of it arrived. A packet that is missed for the
+// first time and travels as a whole needs no question, because it nearly always arrives.
 func (m *Passing) Asks() bool { return m.fragment != 0 || m.sends > 1 }
 
 // Ask returns the number of the next question.
@@ -167,8 +167,8 @@ func (m *Passing) Arrived(seq uint32) int {
 	return m.arrived
 }
 
-// Answer takes the answer to a question: bytes of the packet seq, which the peer waits for, had arrived before the question. It
-// reports whether that is more than before.
+// Answer handles the answer to a question: so many bytes of packet seq, which the peer waits for, had arrived before
+// the question. It reports whether these are more than before.
 func (m *Passing) Answer(seq uint32, bytes int, question uint32, now int64) (more bool) {
 	switch {
 	case m.seq != seq || m.size == 0 || bytes >= m.size:
@@ -185,8 +185,8 @@ func (m *Passing) Answer(seq uint32, bytes int, question uint32, now int64) (mor
 	return false
 }
 
-// Try notes that packet seq is published for the first time, and that Sizes doubts its size. It reports whether it is the first
-// such packet on its way: its sender asks for the acknowledgement at once.
+// Try records that packet seq is published for the first time, and that Sizes doubts its size. It reports whether it is
+// the first such packet on its way: its sender asks for the acknowledgement at once.
 func (m *Passing) Try(seq uint32, now int64) (first bool) {
 	if m.doubt {
 		return false
@@ -210,15 +210,15 @@ func (m *Passing) Stuck() (size int, stuck bool) {
 	return m.size, m.failures >= smallTries && m.size > QuestionSize && (m.fragment == SmallFragment || m.size <= SmallFragment)
 }
 
-// Hopeless reports whether that has been so for patience.
+// Hopeless reports whether Stuck has been true for patience.
 func (m *Passing) Hopeless(now, patience int64) (size int, hopeless bool) {
 	size, stuck := m.Stuck()
 	return size, stuck && now-m.since >= patience
 }
 
-// Acked notes that the peer acknowledged all packets before next, and reports whether packets may go that had to wait. If
-// the fragments of a packet arrived at once, then the size was the reason for its loss. If some of them were lost, messages of
-// any size are.
+// Acked records that the peer acknowledged all packets before next, and reports whether waiting packets may go. If the
+// fragments of a packet arrived at once, then the size was the reason for its loss. If some of them were lost, messages
+// of any size are.
 func (m *Passing) Acked(next uint32, known *Sizes, now int64) (more bool) {
 	if m.doubt && int32(next-m.doubted) > 0 {
 		m.doubt, more = false, true
