@@ -260,8 +260,8 @@ func TestOpenStreamReportsEveryEnd(t *testing.T) {
 						eventually(t, "the channel is full", func() bool { return len(ch) == cap(ch) })
 					}
 					end()
-					if waits { // long enough to be taken for a caller that is gone
-						time.Sleep(200 * time.Millisecond)
+					if waits { // until it is taken for a caller that is gone
+						eventually(t, "only the error is left", func() bool { return len(ch) == 1 })
 					}
 					var last error
 					waitFor(t, "the channel to be closed", func() {
