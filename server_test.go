@@ -1008,10 +1008,8 @@ func TestRefusedRegistrationRecovers(t *testing.T) {
 			{ user: producer, password: secret-of-producer, permissions: { subscribe: [ "_SINBOX.producer.>", %s ], publish: ">" } }
 			{ user: alice, password: secret-of-alice } ] }`, subjects)
 	}
-	c := newConcurrent(t)
-	defer c.Wait()
 	for _, queue := range []string{"", "q"} {
-		c.Run(fmt.Sprintf("queue group %q", queue), func(t *testing.T) {
+		t.Run(fmt.Sprintf("queue group %q", queue), func(t *testing.T) {
 			p := newRestricted(t, config(`"svc.always"`))
 			s := newService(t, p, stream.ServerParams{Logger: slog.New(slog.DiscardHandler)}, user("producer")...)
 			always := s.register(t, "svc.always", queue, echo)
