@@ -2,9 +2,8 @@ package stream
 
 import "github.com/natsstream/stream/internal/jsonwire"
 
-// This file writes and reads the JSON fallback, the original wire format: one message for each record, no sequence
-// numbers, no credit; docs/PROTOCOL.md section 11. Writers run the append functions with the lock held, and the reader
-// runs parseJSON.
+// This file has the messages of the JSON fallback, the original wire format: one message for each record, no sequence
+// numbers, no credit; docs/PROTOCOL.md section 11. Its functions touch no state, and any goroutine may call them.
 
 // StreamingMsgType is the kind of a [StreamingMsg]: a record or the end of the stream.
 type StreamingMsgType int
