@@ -1,11 +1,13 @@
 package stream
 
 import (
+	"math"
 	"slices"
 	"strings"
 
 	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/ring"
 )
 
 // line is the path from this end to one peer, which all streams between the two share. It bounds the bytes that are on
@@ -16,9 +18,8 @@ import (
 type line struct {
 	flow.Line[*session]
 	sizes   flow.Sizes
-	peer    string // the key in lines.byPeer
-	quiet   []*session
-	waiting []*session
+	peer    string   // the key in lines.byPeer
+	turns   *turns   // the sessions that wait; nil if none has waited lately
 	turn    *session // may publish the next packet; nil if no session has the turn
 	busy    bool     // the line is on lines.busy
 	users   int      // sessions that use the line
@@ -107,38 +108,78 @@ func (o *outbox) wait(l *line, s *session) {
 	if s.out.places.has(onLine) {
 		return
 	}
-	switch n := s.send.Load().backlog(); {
-	case n == 0:
+	n := s.send.Load().backlog()
+	if n == 0 {
 		s.out.places.clear(steady)
 		return
-	case s.out.places.has(steady) || n > littleBacklog:
-		l.waiting = append(l.waiting, s)
-	default:
-		l.quiet = append(l.quiet, s)
+	}
+	if l.turns == nil {
+		l.turns = newTurns()
+	}
+	if s.out.places.has(steady) || n > littleBacklog {
+		l.turns.others.Push(s)
+	} else {
+		l.turns.quiet.Push(s)
 	}
 	s.out.places.set(onLine | steady)
 	o.setBusy(l)
 }
 
-// waits returns how many sessions wait.
-func (l *line) waits() int { return len(l.quiet) + len(l.waiting) }
-
-// next removes the session that has the turn from the line.
-func (l *line) next() *session {
-	for len(l.quiet) > 0 {
-		s := takeFirst(&l.quiet)
-		if s.send.Load().backlog() <= littleBacklog {
-			return s
-		}
-		l.waiting = append(l.waiting, s) // its backlog grew meanwhile
-	}
-	return takeFirst(&l.waiting)
+// turns holds the sessions that wait on one line. A session that leaves the line stays in its queue until that is swept or the
+// session would have its turn. So each operation takes constant time on average, for any number of sessions.
+type turns struct {
+	quiet, others ring.Ring[*session] // the outbox pushes and pops
+	gone          int                 // sessions in the queues that have left the line
 }
 
-func takeFirst(list *[]*session) *session {
-	s := (*list)[0]
-	*list = slices.Delete(*list, 0, 1)
-	return s
+func newTurns() *turns {
+	t := new(turns)
+	t.quiet.Init(math.MaxInt32)
+	t.others.Init(math.MaxInt32)
+	return t
+}
+
+// waits returns how many sessions wait.
+func (l *line) waits() int {
+	if l.turns == nil {
+		return 0
+	}
+	return l.turns.quiet.Len() + l.turns.others.Len() - l.turns.gone
+}
+
+// next removes the session that has the turn from the line. There is one.
+func (l *line) next() *session {
+	t := l.turns
+	for {
+		s, quiet := t.quiet.Pop()
+		if !quiet {
+			s, _ = t.others.Pop()
+		}
+		switch {
+		case s.out.line != l:
+			t.gone--
+		case quiet && s.send.Load().backlog() > littleBacklog: // it has written on
+			t.others.Push(s)
+		default:
+			return s
+		}
+	}
+}
+
+// removed notes that a session that waits has left the line.
+func (l *line) removed() {
+	t := l.turns
+	if t.gone++; t.gone <= l.waits() {
+		return
+	}
+	for _, q := range []*ring.Ring[*session]{&t.quiet, &t.others} {
+		for range q.Len() {
+			if s, _ := q.Pop(); s.out.line == l {
+				q.Push(s)
+			}
+		}
+	}
+	t.gone = 0
 }
 
 // offLine records that the peer of s acknowledged n more bytes, in the packets before seq.
@@ -182,9 +223,7 @@ func (o *outbox) leaveLine(s *session, n uint64) {
 	s.out.line = nil
 	if s.out.places.has(onLine) {
 		s.out.places.clear(onLine)
-		same := func(other *session) bool { return other == s }
-		l.quiet = slices.DeleteFunc(l.quiet, same)
-		l.waiting = slices.DeleteFunc(l.waiting, same)
+		l.removed()
 	}
 	if l.turn == s {
 		l.turn = nil
@@ -217,7 +256,9 @@ func (o *outbox) tickLines(now int64) {
 	o.lines.busy = slices.DeleteFunc(o.lines.busy, func(l *line) bool {
 		o.resumeLine(l)
 		o.nextTurn(l)
-		l.busy = l.waits() > 0
+		if l.busy = l.waits() > 0; !l.busy {
+			l.turns = nil // the queues are as large as they ever were
+		}
 		return !l.busy
 	})
 	if now-o.lines.swept < lineIdle {

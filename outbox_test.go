@@ -19,6 +19,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/race"
 )
@@ -740,5 +741,95 @@ func TestRefusalsAreBounded(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// However many streams wait for a slow peer, each waits, has its turn or leaves with a constant amount of work, and they have their
+// turns in order.
+func TestWaitingStreamsTakeTurnsInConstantWork(t *testing.T) {
+	const n = 10_000
+	random := rand.New(rand.NewPCG(1, 2))
+	for name, leavers := range map[string][]int{
+		"none leaves":         nil,
+		"half, newest first":  lastFirst(n)[:n/2],
+		"all, newest first":   lastFirst(n),
+		"half, in any order":  random.Perm(n)[:n/2],
+		"all but the oldest":  lastFirst(n)[:n-1],
+		"nearly all, any way": random.Perm(n)[:n-n/100],
+	} {
+		t.Run(name, func(t *testing.T) {
+			ep := &endpoint{started: time.Now()}
+			ep.outbox.init(ep)
+			o := &ep.outbox
+			all := make([]*session, n)
+			for i := range all {
+				all[i] = waitingSession(ep)
+			}
+			l := all[0].out.line
+			l.turn = all[0] // so that nobody has a turn while the others leave
+			for _, i := range leavers {
+				o.leaveLine(all[i], 0)
+				l.turn = all[0]
+			}
+			if got, want := l.waits(), n-len(leavers); got != want {
+				t.Fatalf("%d wait, want %d", got, want)
+			}
+			work := l.turns.others.Pushed()
+			for _, s := range all {
+				if s.out.line == nil {
+					continue
+				}
+				if next := l.next(); next != s {
+					t.Fatal("a stream had its turn before one that has waited longer")
+				}
+			}
+			if l.waits() != 0 {
+				t.Errorf("%d still wait", l.waits())
+			}
+			if work > 3*n {
+				t.Errorf("sessions were queued %d times for %d that waited", work, n)
+			}
+		})
+	}
+}
+
+// waitingSession returns a session that has much to send and waits for the line to its peer.
+func waitingSession(ep *endpoint) *session {
+	snd := new(sender)
+	snd.unacked.cut = []*packet{{}}
+	s := &session{ep: ep, role: lifecycle.Writer, out: outboxState{peer: "peer.x"}}
+	s.send.Store(snd)
+	ep.outbox.wait(ep.outbox.lineOf(s), s)
+	return s
+}
+
+// lastFirst returns the numbers below n, the greatest first.
+func lastFirst(n int) []int {
+	all := make([]int, n)
+	for i := range all {
+		all[i] = n - 1 - i
+	}
+	return all
+}
+
+// A line keeps nothing for streams that have left it while others wait.
+func TestStreamsThatLeftALineAreForgotten(t *testing.T) {
+	ep := &endpoint{started: time.Now()}
+	ep.outbox.init(ep)
+	o := &ep.outbox
+	first := waitingSession(ep)
+	l := first.out.line
+	l.turn = first
+	for i := range 10_000 {
+		o.leaveLine(waitingSession(ep), 0)
+		if q := l.turns.others.Len(); q > 3 {
+			t.Fatalf("after %d streams that left, the queue holds %d", i, q)
+		}
+	}
+	l.turn = nil
+	l.next()
+	o.tickLines(ep.now())
+	if l.turns != nil {
+		t.Error("a line that nobody waits for keeps its queues")
 	}
 }
