@@ -110,6 +110,9 @@ func (o *outbox) learned(s *session) {
 	}
 	s.tellRetry()
 	o.step(s, lifecycle.PeerKnown)
+	if s.out.state.Phase == lifecycle.Live && o.ep.draining.Load() {
+		o.sendEnd(s, drained)
+	}
 	if s.out.deferredUntilPeer != 0 {
 		s.mark(s.out.deferredUntilPeer)
 		s.out.deferredUntilPeer = 0

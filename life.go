@@ -3,6 +3,8 @@ package stream
 import (
 	"io"
 
+	"github.com/nats-io/nats.go"
+
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
@@ -138,3 +140,21 @@ func (o *outbox) sendReset(s *session) {
 		o.step(s, lifecycle.Told)
 	}
 }
+
+// endDrained resets all streams, because the connection drains: no credit and no acknowledgement arrives any longer, and soon
+// nothing can be sent. A producer's stream ends here as well. A consumer goes on reading until the connection is closed, because
+// packets that arrived may wait in nats.go. A stream of which both directions are complete needs no RESET.
+func (o *outbox) endDrained() {
+	for s := range o.wheel.All() {
+		complete := s.out.state.Send >= lifecycle.Closing && s.out.state.Recv == lifecycle.Done
+		switch {
+		case complete || s.out.state.Phase != lifecycle.Live:
+		case s.role != lifecycle.Consumer:
+			s.requestEnd(&ending{kind: endFault, err: connectionLost(nats.ErrConnectionDraining), reset: drained})
+		case s.out.peer != "": // otherwise learned does so
+			o.sendEnd(s, drained)
+		}
+	}
+}
+
+var drained = CloseError{CloseGoingAway, "the connection drains"}

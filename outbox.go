@@ -84,6 +84,7 @@ type outOfStream struct {
 	looked chan struct{} // look at max_payload, and close this
 
 	silenced *ending // the inbox is refused: end the streams without a token
+	drains   bool    // the connection drains: reset all streams
 
 	sought string // a consumer asks at subject for the stream with this token
 }
@@ -230,6 +231,8 @@ func (o *outbox) doOutOfStream() bool {
 					s.requestEnd(a.silenced)
 				}
 			}
+		case a.drains:
+			o.endDrained()
 		case a.sought != "":
 			o.sought(a.sought, a.subject)
 		case a.denied != nil:

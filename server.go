@@ -270,7 +270,7 @@ func (s *Server) admit() admission {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.refusing || s.ep.gone.Load() != nil:
+	case s.refusing || s.ep.gone.Load() != nil || s.ep.draining.Load():
 		return refused
 	case s.ep.inbox.refused.Load() != nil:
 		return unheard

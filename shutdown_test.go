@@ -715,3 +715,126 @@ func TestDoneTellsWhy(t *testing.T) {
 		wantNotDone(t, s.Done(), s.Err())
 	})
 }
+
+// A connection that drains receives nothing any longer, so its streams cannot go on. Both peers hear so at once, and not after
+// PeerTimeout as of a process that died.
+func TestDrainedConnectionTellsPeers(t *testing.T) {
+	goingAway := &stream.CloseError{Code: stream.CloseGoingAway}
+	const streams = 20
+	t.Run("server's", func(t *testing.T) {
+		p := newPair(t)
+		s := newService(t, p, stream.ServerParams{})
+		causes := make(chan error, streams)
+		s.handle(t, "svc", func(w *stream.Writer, r *stream.Request) error {
+			if _, err := w.Write([]byte("x")); err != nil {
+				return err
+			}
+			<-r.Context().Done()
+			causes <- context.Cause(r.Context())
+			return nil
+		})
+		var open []*stream.Stream
+		for range streams {
+			st, err := p.consumer.Open(t.Context(), "svc", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			open = append(open, st)
+			if _, err := st.Recv(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		drain(t, p, s.nc)
+		for _, st := range open {
+			if _, err := st.Recv(); !errors.Is(err, goingAway) {
+				t.Errorf("a consumer read %v", err)
+			}
+			if err := <-causes; !errors.Is(err, nats.ErrConnectionDraining) {
+				t.Errorf("a handler's context ended with %v", err)
+			}
+		}
+	})
+	t.Run("writer's", func(t *testing.T) {
+		p := newPair(t)
+		w, st := newWriterStream(t, p)
+		write(t, w, []byte("x"))
+		if _, err := st.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		drain(t, p, p.producer.Conn)
+		if _, err := st.Recv(); !errors.Is(err, goingAway) {
+			t.Errorf("the consumer read %v", err)
+		}
+		endedBy(t, w, nats.ErrConnectionDraining)
+	})
+	for name, says := range map[string]func(t *testing.T, st *stream.Stream){
+		"consumer's": func(*testing.T, *stream.Stream) {},
+		"consumer's, which has written": func(t *testing.T, st *stream.Stream) {
+			if _, err := st.Write([]byte("x")); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"consumer's, which has closed its direction": func(t *testing.T, st *stream.Stream) {
+			if err := st.CloseSend(); err != nil {
+				t.Fatal(err)
+			}
+			if err := st.Sync(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t)
+			s := newService(t, p, stream.ServerParams{})
+			causes := make(chan error, 1)
+			s.handle(t, "svc", func(w *stream.Writer, r *stream.Request) error {
+				if _, err := w.Write([]byte("x")); err != nil {
+					return err
+				}
+				<-r.Context().Done()
+				causes <- context.Cause(r.Context())
+				return nil
+			})
+			st, err := p.consumer.Open(t.Context(), "svc", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := st.Recv(); err != nil {
+				t.Fatal(err)
+			}
+			says(t, st)
+			drain(t, p, p.consumer.Conn)
+			if err := <-causes; !errors.Is(err, goingAway) {
+				t.Errorf("the handler's context ended with %v", err)
+			}
+		})
+	}
+	t.Run("what was said and closed stays whole", func(t *testing.T) {
+		p := newPair(t)
+		s := newService(t, p, stream.ServerParams{})
+		published := make(chan error)
+		s.handle(t, "svc", func(w *stream.Writer, _ *stream.Request) error {
+			_, err := w.Write([]byte("x"))
+			published <- errors.Join(err, w.Close(), w.Flush())
+			return err
+		})
+		var closed []*stream.Stream
+		for range streams {
+			st, err := p.consumer.Open(t.Context(), "svc", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := <-published; err != nil {
+				t.Fatal(err)
+			}
+			closed = append(closed, st)
+		}
+		drain(t, p, s.nc)
+		for _, st := range closed {
+			if rec, err := st.Recv(); err != nil || string(rec) != "x" {
+				t.Errorf("a consumer read %q, %v", rec, err)
+			}
+			wantEOF(t, st)
+		}
+	})
+}

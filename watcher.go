@@ -68,7 +68,9 @@ func (ep *endpoint) follow(status nats.Status, again bool) {
 		}
 		ep.outbox.park.Wake()
 	case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
-		ep.draining.Store(true)
+		if !ep.draining.Swap(true) {
+			ep.outbox.doLater(outOfStream{drains: true})
+		}
 	default:
 		ep.outbox.up.Store(false)
 		ep.ticker.Arm() // DisconnectTimeout runs
