@@ -304,13 +304,13 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 	if q.waits {
 		s.mark(workPackets)
 	}
-	lost := uint64(0)
+	again, lost := false, uint64(0)
 	if missing {
-		lost = q.onTheWay()
+		again, lost = q.again(c.Ack, o.time(), o.ep.times.Ack/2)
 	}
 	switch {
-	case missing && q.again(c.Ack, o.time(), o.ep.times.Ack/2):
-		o.lostOnLine(s, lost-q.onTheWay())
+	case again:
+		o.lostOnLine(s, lost)
 		s.mark(workPackets)
 	case q.closed != 0 && q.Empty():
 		o.step(s, lifecycle.CloseAcked)

@@ -16,6 +16,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
+	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
@@ -889,6 +890,102 @@ func TestFloodsAreAnsweredOnce(t *testing.T) {
 				m.nothingLeft(t)
 			})
 		})
+	}
+}
+
+// Packets of streams do not wait until all control packets of others are acted on: they take turns.
+func TestControlTakesTurnsWithStreams(t *testing.T) {
+	const hostile, honest = 500, 10
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "flood", waits(make(chan error, hostile)))
+		begin := make(chan struct{})
+		m.handle(t, "svc", func(w *Writer, _ *Request) error {
+			<-begin
+			_, err := w.Write([]byte("x"))
+			return err
+		})
+		var floods, streams []*Stream
+		for range hostile {
+			floods = append(floods, m.open(t, "flood"))
+		}
+		for range honest {
+			streams = append(streams, m.open(t, "svc"))
+		}
+		synctest.Wait()
+		release := m.hold()
+		o := &m.server.ep.outbox
+		gap := Frame{Type: FrameCredit, Flags: FlagGap, Payload: AppendCredit(nil, Credit{Packets: 32, Bytes: initialWindow})}
+		for range maxControls {
+			for _, s := range floods {
+				m.server.ep.receive(&nats.Msg{Subject: s.session.out.peer, Data: s.controlPacket(gap, Frame{Type: FramePing})})
+			}
+		}
+		waiting := o.inbound.Len()
+		close(begin)
+		synctest.Wait() // the handlers have written
+		sent, most := 0, 0
+		published := m.back.Published
+		m.back.Published = func(to, reply string, data []byte) error {
+			if isSequenced(data) {
+				sent, most = sent+1, waiting-o.inbound.Len()
+			}
+			return published(to, reply, data)
+		}
+		release()
+		if sent < honest || waiting < hostile*maxControls {
+			t.Fatalf("%d packets beside %d control words", sent, waiting)
+		}
+		if limit := waiting / 10; most > limit {
+			t.Errorf("the last packet came after %d of %d control words, want at most %d", most, waiting, limit)
+		}
+		for _, s := range streams {
+			if err := drain(s.Recv); err != nil {
+				t.Error(err)
+			}
+		}
+		for _, s := range floods {
+			_ = s.Close()
+		}
+		m.nothingLeft(t)
+	})
+}
+
+// A CREDIT that changes nothing, and a request that repeats another, cost the same however much the peer left unacknowledged: the
+// outbox looks at none of the packets.
+func TestRepeatedControlLooksAtNoPacket(t *testing.T) {
+	const packets = 1000
+	p, err := ClientParams{AckTimeout: time.Hour}.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ep := &endpoint{times: p.intervals(), started: time.Now()}
+	ep.outbox.init(ep)
+	ep.initTime()
+	o := &ep.outbox
+	o.clock.Start(ep.now())
+	snd := &sender{session: &session{ep: ep, role: lifecycle.Handler}, packer: new(packer)}
+	for range packets {
+		snd.unacked.Push(nil) // to look at one would panic
+	}
+	q := &snd.unacked.Unacked
+	if again, lost := q.Again(0, o.time(), 0); !again || lost != packets {
+		t.Fatal(again, lost)
+	}
+	for range packets / 2 { // published again
+		q.Resent()
+	}
+	for name, c := range map[string]struct {
+		ack     uint32
+		missing bool
+	}{
+		"CREDIT of nothing":         {0, false},
+		"GAP, the same again":       {0, true},
+		"GAP, from an older packet": {1<<32 - 5, true},
+	} {
+		if err := o.takeCredit(snd, Credit{Ack: c.ack}, c.missing); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

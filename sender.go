@@ -354,25 +354,29 @@ func (snd *sender) releaseAll() {
 }
 
 // onTheWay returns the bytes that were published and not acknowledged, without those that are to be published again.
-func (q *unackedPackets) onTheWay() (n uint64) {
-	left := q.OnTheWay()
+func (q *unackedPackets) onTheWay() uint64 { return q.sizeOf(q.OnTheWay()) }
+
+// sizeOf returns the bytes of the oldest packets, count of them.
+func (q *unackedPackets) sizeOf(count uint32) (n uint64) {
 	for p := range q.All() {
-		if left == 0 {
+		if count == 0 {
 			break
 		}
 		n += uint64(len(p.buf))
-		left--
+		count--
 	}
 	return n
 }
 
-// again prepares all packets from seq on to be published again, and reports whether there are any.
-func (q *unackedPackets) again(seq uint32, now, patience int64) bool {
+// again prepares all packets from seq on to be published again, and reports whether there are any. It returns the bytes that were on
+// their way if this is a new loss. For a repeated request it looks at no packet.
+func (q *unackedPackets) again(seq uint32, now, patience int64) (again bool, bytes uint64) {
 	again, lost := q.Again(seq, now, patience)
 	if lost != 0 {
 		q.loss.Lost(lost)
+		bytes = q.sizeOf(lost)
 	}
-	return again
+	return again, bytes
 }
 
 // release returns the packets before seq to the pool. It returns their number, their bytes and the bytes of their
