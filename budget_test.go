@@ -992,3 +992,121 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 		}
 	}
 }
+
+// A stream that nobody reads any more gives back the packets that arrived for it, however long the application refers to it.
+func TestStreamsThatWereLeftKeepNoPackets(t *testing.T) {
+	const streams, record = 50, 100_000
+	for name, c := range map[string]struct {
+		handler Handler                                                   // after it has written a record; waits for the consumer if nil
+		leave   func(m *memoryPair, s *Stream, cancel context.CancelFunc) // after the record has arrived
+	}{
+		"closed":                    {nil, func(_ *memoryPair, s *Stream, _ context.CancelFunc) { _ = s.Close() }},
+		"closed with a code":        {nil, func(_ *memoryPair, s *Stream, _ context.CancelFunc) { _ = s.CloseWithCode(4321) }},
+		"canceled":                  {nil, func(_ *memoryPair, _ *Stream, cancel context.CancelFunc) { cancel() }},
+		"client closed":             {nil, func(m *memoryPair, _ *Stream, _ context.CancelFunc) { m.client.Close() }},
+		"closed after the end":      {func(*Writer, *Request) error { return nil }, func(_ *memoryPair, s *Stream, _ context.CancelFunc) { _ = s.Close() }},
+		"closed after a reset":      {nil, func(m *memoryPair, s *Stream, _ context.CancelFunc) { m.server.Close(); synctest.Wait(); _ = s.Close() }},
+		"closed twice, read before": {nil, func(_ *memoryPair, s *Stream, _ context.CancelFunc) { _, _ = s.Recv(); _ = s.Close(); _ = s.Close() }},
+		"closed within a read": {nil, func(_ *memoryPair, s *Stream, _ context.CancelFunc) {
+			s.session.recv.readLock.Or(gateReading)
+			_ = s.Close()
+			s.session.unlockRead()
+		}},
+		"left with all that was written": {func(_ *Writer, r *Request) error { return drain(r.Recv) }, func(_ *memoryPair, s *Stream, _ context.CancelFunc) {
+			_, _ = s.Write([]byte("x"))
+			_ = s.CloseWithCode(CloseNormalClosure)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				m.handle(t, "svc", func(w *Writer, r *Request) error {
+					if _, err := w.Write(make([]byte, record)); err != nil {
+						return err
+					}
+					if c.handler != nil {
+						return c.handler(w, r)
+					}
+					<-r.Context().Done()
+					return nil
+				})
+				before := heap()
+				all := make([]*Stream, streams)
+				for i := range all {
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					s, err := m.client.Open(ctx, "svc", nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					synctest.Wait()
+					if s.session.bucket.ring.Empty() {
+						t.Fatal("nothing arrived")
+					}
+					c.leave(m, s, cancel)
+					all[i] = s
+					if name == "client closed" || name == "closed after a reset" { // there is one client, and one server
+						all = all[:1]
+						break
+					}
+				}
+				synctest.Wait()
+				m.nothingLeft(t)
+				for _, s := range all {
+					if n := s.session.bucket.ring.Len(); n != 0 {
+						t.Errorf("%d packets are kept", n)
+					}
+				}
+				if n := heap() - before; n > streams*record/4 && len(all) == streams {
+					t.Errorf("%d bytes are kept for %d streams", n, streams)
+				}
+				for _, s := range all {
+					if _, err := s.Recv(); err == nil {
+						t.Error("a record was read")
+					}
+				}
+			})
+		})
+	}
+}
+
+// A request that its handler's application keeps refers to no packet of the consumer.
+func TestRequestsThatWereServedKeepNoPackets(t *testing.T) {
+	const record = 60_000
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		begin := make(chan struct{})
+		var kept *Request
+		m.handle(t, "svc", func(_ *Writer, r *Request) error {
+			kept = r
+			<-begin
+			return nil
+		})
+		s := m.open(t, "svc")
+		if _, err := s.Write(make([]byte, record)); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if kept.session.bucket.ring.Empty() {
+			t.Fatal("nothing arrived")
+		}
+		close(begin)
+		_ = drain(s.Recv)
+		_ = s.Close()
+		m.nothingLeft(t)
+		if n := kept.session.bucket.ring.Len(); n != 0 {
+			t.Errorf("%d packets are kept", n)
+		}
+		if _, err := kept.Recv(); err == nil {
+			t.Error("a record was read")
+		}
+	})
+}
+
+// heap returns the bytes of all objects in use.
+func heap() int64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}

@@ -89,6 +89,7 @@ func (s *Server) run(h Handler, w *Writer, r *Request) {
 	end := CloseError{CloseInternalServerErr, "handler exited"} // after runtime.Goexit, for example by t.FailNow of a test
 	defer func() {
 		w.session.nobodyReads.Store(true) // before CLOSE is published: the outbox acts on the answer to it
+		w.session.leave()
 		closed, ok := w.closeReturned(end)
 		switch {
 		case ok && closed.Code == CloseNormalClosure && end.Code != CloseNormalClosure:

@@ -44,11 +44,44 @@ func (s *session) detach(reason string) bool {
 		return true
 	}
 	s.nobodyReads.Store(true)
-	s.recv.readLock.Or(gateLeft)
-	s.bucket.park.Wake()
+	s.leave()
 	s.stream.endContext(ErrClosed)
 	s.mark(workPackets | workSettle)
 	return true
+}
+
+// leave records that the user reads no more.
+func (s *session) leave() {
+	s.recv.readLock.Or(gateLeft)
+	s.bucket.park.Wake()
+	if s.end.Load() != nil { // otherwise more packets may come, and the end drops all
+		s.dropUnwanted()
+	}
+}
+
+// unwanted reports whether no read returns another record.
+func (s *session) unwanted() bool {
+	e := s.end.Load()
+	return e != nil && e.kind == endLocal || s.recv.readLock.Load()&gateLeft != 0
+}
+
+// dropUnwanted drops the packets that wait for the reader, if no read returns another record: the application may refer to the
+// stream for long. If a read is under way, unlockRead drops them. A read that begins later pops no packet, because it looks first
+// whether any is wanted. Any goroutine may call dropUnwanted.
+func (s *session) dropUnwanted() {
+	for s.unwanted() {
+		old := s.recv.readLock.Load()
+		if old&(gateReading|gateDropping) != 0 {
+			return
+		}
+		if s.recv.readLock.CompareAndSwap(old, old|gateDropping) {
+			for ok := true; ok; {
+				_, ok = s.bucket.ring.Pop()
+			}
+			s.recv.readLock.And(^gateDropping)
+			return
+		}
+	}
 }
 
 // canceled ends the stream because its parent context ended.

@@ -102,6 +102,7 @@ func (o *outbox) release(s *session) {
 		e = s.end.Load()
 	}
 	s.unregister()
+	s.dropUnwanted()
 	s.out.request = nil
 	s.tellRetry()
 	s.endContexts(e)

@@ -28,8 +28,8 @@ type receiver struct {
 	// readLock has gateReading while a read is on its slow path, where it may wait. Another read then always gets an
 	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
 	// concurrent writes. Exact detection costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more
-	// than the rest of Recv. Race builds pay for it. A consumer that detached sets gateLeft: reads return ErrClosed
-	// from then on.
+	// than the rest of Recv. Race builds pay for it. When the user leaves, gateLeft is set: reads return ErrClosed
+	// from then on. gateDropping is set while packets that nobody reads are dropped.
 	readLock atomic.Uint32
 
 	rawCodec FrameFlags // codec by which RecvObject decodes records that were written as bytes
@@ -47,8 +47,9 @@ type receiver struct {
 
 // Bits of receiver.readLock.
 const (
-	gateReading = 1 << iota
+	gateReading = uint32(1) << iota
 	gateLeft
+	gateDropping
 )
 
 // recvRecord is Stream.Recv and Request.Recv.
@@ -136,18 +137,24 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 	return n, nil
 }
 
-// lockRead begins a read that may wait; unlockRead ends it.
+// lockRead begins a read that may wait. unlockRead ends it.
 func (s *session) lockRead() error {
-	switch {
-	case !s.recv.busy && s.recv.readLock.CompareAndSwap(0, gateReading):
-		return nil
-	case s.recv.readLock.Load() == gateLeft:
-		return ErrClosed
+	for !s.recv.busy {
+		old := s.recv.readLock.Load()
+		if old&gateReading != 0 {
+			break
+		}
+		if s.recv.readLock.CompareAndSwap(old, old|gateReading) {
+			return nil
+		}
 	}
 	return ErrConcurrentRecv
 }
 
-func (s *session) unlockRead() { s.recv.readLock.And(gateLeft) }
+func (s *session) unlockRead() {
+	s.recv.readLock.And(^gateReading)
+	s.dropUnwanted() // if the user left meanwhile
+}
 
 // nextRecord returns the next record and its flags.
 func (s *session) nextRecord() ([]byte, FrameFlags, error) {
@@ -338,12 +345,12 @@ func (s *session) endedNow() error {
 	if s.recv.done != nil {
 		return s.recv.done
 	}
+	if e := s.end.Load(); e != nil && e.kind == endLocal {
+		return s.endReads(e)
+	}
 	if s.recv.readLock.Load()&gateLeft != 0 {
 		s.dropUnread(ErrClosed)
 		return s.recv.done
-	}
-	if e := s.end.Load(); e != nil && e.kind == endLocal {
-		return s.endReads(e)
 	}
 	if s.recv.parent.Err() != nil {
 		// The context's own callback may not have run yet. It does the same.
@@ -481,6 +488,5 @@ func (s *session) holdRecord(n uint64) bool {
 
 // userLeft reports whether arrived records are not read any more.
 func (s *session) userLeft() bool {
-	e := s.end.Load()
-	return e != nil && e.kind == endLocal || s.recv.parent.Err() != nil || s.recv.readLock.Load()&gateLeft != 0
+	return s.unwanted() || s.recv.parent.Err() != nil
 }

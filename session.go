@@ -115,6 +115,7 @@ func (s *session) requestEnd(e *ending) bool {
 		return false
 	}
 	s.bucket.park.Wake()
+	s.dropUnwanted()
 	s.endContexts(e)
 	if s.role == lifecycle.Consumer && e.kind == endLocal {
 		s.release(e)

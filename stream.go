@@ -183,7 +183,8 @@ func (st *Stream) SetPeerTimeout(d time.Duration) { st.session.setPeerTimeout(d)
 // stream was closed, or when the context given to Open ended. [context.Cause] returns the reason.
 func (st *Stream) Context() context.Context { return st.ctx }
 
-// Close ends the stream. Waiting calls return [ErrClosed]. If the producer has not finished, the stream is reset at its end
+// Close ends the stream. Waiting and later calls return [ErrClosed]; a read that has returned the end of the stream returns it
+// again. Records that arrived and were not read are dropped. If the producer has not finished, the stream is reset at its end
 // with [CloseCanceled]. Without [Stream.CloseSend], unacknowledged records may be lost: call [Stream.Sync] first if they
 // matter. After [io.EOF] and CloseSend, unacknowledged packets are still retransmitted for ResumeTimeout, unless the client
 // is closed. Close may be called at any time, also after the end of the stream, and never fails.
@@ -227,5 +228,6 @@ func (st *Stream) endWith(part bool, tell CloseError) {
 	case s.nobodyReads.Load(): // it left before
 	default:
 		s.endLocally(&ending{kind: endLocal, err: ErrClosed, reset: tell})
+		s.leave() // the stream may have ended before, and records that arrived can still be read
 	}
 }
