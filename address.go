@@ -8,7 +8,8 @@ import (
 
 // This file follows the address of a peer; docs/PROTOCOL.md section 2.3. The outbox runs all of it. An address may change, because
 // NATS maps a reply subject anew for each message that crosses accounts. A peer may also name a subject that is not its own. So
-// the outbox sends nothing but a challenge to a new subject until the peer has proved that it receives there.
+// the outbox sends nothing but a challenge to a new subject until the peer has proved that it receives there. The first subject of
+// a producer gets little before that.
 
 // move is a subject that the peer of a stream named and has not proved yet.
 type move struct {
@@ -20,8 +21,11 @@ type move struct {
 
 // whereabouts holds further facts about the address of a peer. Few streams need it. The outbox owns it.
 type whereabouts struct {
-	move     *move     // another subject that the peer named and has not proved; nil if there is none
+	move     *move     // a subject that the peer named and has not proved; nil if there is none
 	crossing *crossing // nil if the stream is within one account
+	proved   bool      // the peer has proved that it receives at its address
+	withheld Credit    // what a producer granted beyond unprovedBytes before that
+	missing  bool      // it also asked for packets again
 }
 
 func (s *session) whereabouts() *whereabouts {
@@ -69,10 +73,18 @@ func (o *outbox) setPeer(s *session, subject string) {
 // that is not its own, and only one for each period that a challenge waits for its answer.
 func (o *outbox) challenge(s *session, subject string) {
 	now := o.ep.now()
-	if m := s.move(); m != nil && now-m.at < challengePatience*o.ep.times.Ack || !o.connected() {
+	if m := s.move(); m != nil && now-m.at < o.patience(s, m) || !o.connected() {
 		return
 	}
 	o.tellAt(s, subject, "", s.moveTo(subject, now, o.seeks(s)))
+}
+
+// patience returns how long to wait for the answer to a challenge before the next one.
+func (o *outbox) patience(s *session, m *move) int64 {
+	if m.subject == s.out.peer {
+		return o.ep.times.Ack
+	}
+	return challengePatience * o.ep.times.Ack
 }
 
 // moveTo stores subject as the unproved subject of the peer of s, and returns the challenge to send there.
@@ -83,13 +95,17 @@ func (s *session) moveTo(subject string, now int64, lost bool) Frame {
 	return Frame{Type: FrameChallenge, Payload: m.nonce[:]}
 }
 
-// proved moves the peer of s to the challenged subject, if nonce is that of the challenge. Earlier packets of this end may have
-// gone to a subject that leads nowhere any longer.
-func (o *outbox) proved(s *session, nonce []byte) {
-	if m := s.move(); m != nil && string(nonce) == string(m.nonce[:]) && s.out.state.Phase != lifecycle.Gone {
+// proved takes the answer to a challenge. If nonce is that of the challenge, the peer moves to the challenged subject. Earlier
+// packets of this end may have gone to a subject that leads nowhere any longer.
+func (o *outbox) proved(s *session, nonce []byte) error {
+	m := s.move()
+	if m == nil || string(nonce) != string(m.nonce[:]) || s.out.state.Phase == lifecycle.Gone {
+		return nil
+	}
+	s.out.whereabouts.move = nil
+	if m.subject != s.out.peer {
 		o.peers.move(s, m.subject)
 		o.joinRemote(s)
-		s.out.whereabouts.move = nil
 		if snd := s.send.Load(); snd != nil {
 			snd.unacked.moved()
 		}
@@ -100,4 +116,69 @@ func (o *outbox) proved(s *session, nonce []byte) {
 			s.mark(workCredit)
 		}
 	}
+	return o.grantWithheld(s)
+}
+
+// A producer says in its first packet where it receives, and could name the subject of somebody else. It knows its own numbers, so
+// it could go on granting credit without having received anything. So until it has answered a challenge there, its first subject
+// gets few bytes, and none again. The challenge goes out early enough to be answered before the first credit is used up, so it
+// costs an honest producer no time. Streams that send less need none.
+const (
+	unprovedBytes = handlerWindow
+	proveFrom     = unprovedBytes / 2
+)
+
+// isProved reports whether the credit that the peer of s grants may be used. A producer needs no proof: the credit of its consumer
+// has to come to a subject that is told only to the consumer's address.
+func (s *session) isProved() bool {
+	w := s.out.whereabouts
+	return s.role != lifecycle.Consumer || w != nil && w.proved
+}
+
+// firstCredit returns the credit that a consumer has at the first address of its producer.
+func (s *session) firstCredit() credited {
+	first := credited{initialPackets, minWindow} // if the subject has no offer: nobody offers less
+	if t, err := ParseToken(lastToken(s.out.peer)); err == nil {
+		first = offered(t)
+	}
+	if !s.isProved() && first.bytes > unprovedBytes {
+		s.whereabouts().withheld = Credit{Packets: first.packets, Bytes: first.bytes}
+		first.bytes = unprovedBytes
+	}
+	return first
+}
+
+// prove asks the peer of s to prove its address, if that is needed, unless it was just asked.
+func (o *outbox) prove(s *session) {
+	if s.isProved() || s.out.peer == "" {
+		return
+	}
+	o.challenge(s, s.out.peer)
+}
+
+// withhold returns the part of a CREDIT that counts before the peer of s has proved its address, and keeps the rest until then.
+func (o *outbox) withhold(s *session, c Credit, missing bool) (Credit, bool) {
+	if s.isProved() {
+		return c, missing
+	}
+	missing = missing && c.Ack != s.send.Load().unacked.Next()
+	if !missing && c.Bytes <= unprovedBytes {
+		return c, false
+	}
+	w := s.whereabouts()
+	w.withheld, w.missing = c, missing
+	o.prove(s)
+	c.Bytes = min(c.Bytes, unprovedBytes)
+	return c, false
+}
+
+// grantWithheld notes that the peer of s has proved its address, and takes the credit that was withheld.
+func (o *outbox) grantWithheld(s *session) error {
+	w := s.out.whereabouts
+	c, missing := w.withheld, w.missing
+	w.proved, w.withheld, w.missing = true, Credit{}, false
+	if snd := s.send.Load(); snd != nil && c != (Credit{}) {
+		return o.takeCredit(snd, c, missing)
+	}
+	return nil
 }

@@ -161,6 +161,7 @@ func TestPeerCannotRedirectItsStream(t *testing.T) {
 				}
 			}
 		}()
+		r.send("", 0, 0, rawResponse(r.frame(r.in, stream.FrameChallenge).Payload)) // its first address is its own
 		flood(t, r, func() uint32 { return 0 })
 		s.Close()
 		waitFor(t, "the writer to see the end", func() { <-done })
@@ -169,6 +170,96 @@ func TestPeerCannotRedirectItsStream(t *testing.T) {
 
 func rawResponse(nonce []byte) stream.Frame {
 	return stream.Frame{Type: stream.FrameResponse, Payload: nonce}
+}
+
+// A request names the subject of its answer. If nobody there acknowledges, little goes there, and nothing twice.
+func TestRequestCannotDirectAStreamElsewhere(t *testing.T) {
+	const first, packet = 64 << 10, 16 + 8 + 10_000
+	p := newPair(t)
+	serveChatter(t, p, stream.ServerParams{AckTimeout: 10 * time.Millisecond}) // asks often
+	nc, victim := p.consumer.Conn, "_SINBOX.victim.~1mVz00000000001"           // offers all that can be offered
+	r := &rawPeer{t: t, nc: nc, number: 7, in: subscribe(t, nc, victim)}
+	if err := nc.PublishMsg(&nats.Msg{Subject: "svc", Reply: victim, Header: nats.Header{"Stream-Open": {"~1mVz"}}}); err != nil {
+		t.Fatal(err)
+	}
+	bytes := 0
+	for last := time.Now(); time.Since(last) < 500*time.Millisecond; { // packets would be sent again meanwhile
+		m, err := r.in.NextMsg(patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h, _, err := stream.ParsePacketHeader(m.Data); err != nil {
+			t.Fatal(err)
+		} else if h.Flags&stream.PacketSeq != 0 {
+			bytes, last = bytes+len(m.Data), time.Now()
+		}
+		if m.Reply != "" {
+			r.to = m.Reply
+		}
+	}
+	r.send("", 0, 0, rawReset(stream.CloseCanceled))
+	if bytes == 0 || bytes > first+32<<10+packet { // the first packets may hold several records
+		t.Errorf("%d bytes came, want %d and a packet at most", bytes, first)
+	}
+}
+
+// A producer names the subject at which it receives. If that is the subject of somebody else, little goes there, however much
+// credit the producer grants and however often it asks for packets again. After the owner has answered, everything does.
+func TestProducerCannotDirectAnUploadElsewhere(t *testing.T) {
+	const first, packet = 64 << 10, 16 + 8 + 10_000
+	p := newPair(t)
+	s, reply, nc := rawStream(t, p)
+	victim := "victim." + nats.NewInbox() + ".~1mVz00000000001" // grants all that can be granted
+	r := &rawPeer{t: t, nc: nc, number: 8, to: reply, in: subscribe(t, nc, rawInbox())}
+	got := subscribe(t, nc, victim)
+	r.send(victim, 0, 0, rawPing())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			if _, err := s.Write(make([]byte, 10_000)); err != nil {
+				return
+			}
+		}
+	}()
+	var next uint32 // after the last packet that arrived
+	var nonce []byte
+	// arrived returns the bytes of packets of records that came to the victim.
+	arrived := func(wait time.Duration) (bytes int) {
+		for m, err := got.NextMsg(wait); err == nil; m, err = got.NextMsg(wait) {
+			h, body, err := stream.ParsePacketHeader(m.Data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if h.Flags&stream.PacketSeq != 0 {
+				bytes += len(m.Data)
+				next = max(next, h.Seq+1)
+			} else if f, _, err := stream.ParseFrame(body); err == nil && f.Type == stream.FrameChallenge {
+				nonce = f.Payload
+			}
+		}
+		return bytes
+	}
+	bytes := 0
+	for i := range 60 {
+		ack := next * uint32(i%2)
+		c := stream.AppendCredit(nil, stream.Credit{Ack: ack, Packets: ack + 1000, Bytes: 1 << 40})
+		r.send("", 0, 0, stream.Frame{Type: stream.FrameCredit, Flags: stream.FlagGap, Payload: c})
+		bytes += arrived(10 * time.Millisecond)
+	}
+	if bytes < first || bytes > first+packet {
+		t.Errorf("%d bytes came, want %d and one packet at most", bytes, first)
+	}
+	if nonce == nil {
+		t.Fatal("the subject was not challenged")
+	}
+	eventually(t, "the rest comes", func() bool {
+		r.send("", 0, 0, rawResponse(nonce), rawCredit(stream.Credit{Ack: next, Packets: next + 1000, Bytes: 1 << 40}))
+		bytes += arrived(10 * time.Millisecond)
+		return bytes > 4*first
+	})
+	s.Close()
+	waitFor(t, "the writer to see the end", func() { <-done })
 }
 
 // A peer that moves gets everything at its new subject once it has answered the challenge there. Answers of others to

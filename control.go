@@ -195,7 +195,9 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 		case FrameChallenge:
 			challenge = f.Payload
 		case FrameResponse:
-			o.proved(s, f.Payload)
+			if err := o.proved(s, f.Payload); err != nil {
+				return protocolError(CloseProtocolError, "%v", err)
+			}
 		case FrameResume:
 			s.named(f.Payload)
 		case FrameFragment:
@@ -283,6 +285,7 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 	if s.out.state.Phase != lifecycle.Live {
 		return nil
 	}
+	c, missing = o.withhold(s, c, missing)
 	before := q.Acked()
 	bytes, err := snd.grant(c)
 	if err != nil {

@@ -18,7 +18,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 	snd := s.send.Load()
 	switch {
 	case before.Send == lifecycle.Waiting && next.Send == lifecycle.Open:
-		snd.packer.bind(s.out.peer)
+		snd.packer.bind(s.out.peer, s.firstCredit())
 		s.mark(workPackets) // a CLOSE, which needs no credit, may wait
 	case before.Send == lifecycle.Closing && next.Send == lifecycle.Settled:
 		snd.releaseSent()

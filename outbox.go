@@ -419,6 +419,9 @@ func (o *outbox) servePackets(s *session) {
 		s.mark(workPackets)
 	case packetPublished:
 		o.watchAck(s)
+		if snd.unacked.bytes >= proveFrom {
+			o.prove(s)
+		}
 		s.mark(workPackets)
 	case closePublished:
 		o.watchAck(s)

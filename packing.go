@@ -343,17 +343,13 @@ func (pk *packer) stalled() bool {
 }
 
 // bind lets the send half of a consumer begin, because the address of its producer is known. Called by the outbox.
-func (pk *packer) bind(subject string) {
+func (pk *packer) bind(subject string, first credited) {
 	pk.mu.Lock()
 	defer pk.mu.Unlock()
 	if pk.subject != "" {
 		return
 	}
-	pk.subject = subject
-	pk.granted = credited{initialPackets, minWindow} // if the subject has no offer: nobody offers less
-	if t, err := ParseToken(lastToken(subject)); err == nil {
-		pk.granted = offered(t)
-	}
+	pk.subject, pk.granted = subject, first
 	pk.wakeLocked()
 }
 

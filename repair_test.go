@@ -606,3 +606,74 @@ func TestSenderNumbersOfBothEndsDiffer(t *testing.T) {
 		t.Errorf("bits that were ever set: %#x, ever clear: %#x", ones, zeros&maxSender)
 	}
 }
+
+// An upload is whole if the challenge of its producer's address, the answer or packets before them are lost.
+func TestUploadSurvivesLossOfItsProof(t *testing.T) {
+	const record, records = 10_000, 100
+	frame := func(typ FrameType) func(m *nats.Msg) bool {
+		return func(m *nats.Msg) bool { return isFrame(m.Data, typ) }
+	}
+	for name, c := range map[string]struct {
+		n     int
+		match func(m *nats.Msg) bool
+	}{
+		"nothing":    {0, frame(FrameChallenge)},
+		"challenge":  {1, frame(FrameChallenge)},
+		"challenges": {3, frame(FrameChallenge)},
+		"answers":    {3, frame(FrameResponse)},
+		"first packets": {3, func(m *nats.Msg) bool {
+			h, _, err := ParsePacketHeader(m.Data)
+			return err == nil && h.Flags&PacketSeq != 0 && len(m.Data) > record && h.Seq < 3
+		}},
+		"credit": {5, frame(FrameCredit)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				m.handle(t, "up", func(w *Writer, r *Request) error {
+					n := 0
+					for rec, err := range r.All() {
+						if err != nil || len(rec) != record {
+							return fmt.Errorf("%d bytes, %w", len(rec), err)
+						}
+						n++
+					}
+					if n != records {
+						return fmt.Errorf("%d records", n)
+					}
+					return nil
+				})
+				s := m.open(t, "up")
+				synctest.Wait()
+				challenges, left := 0, c.n
+				m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool {
+					if isFrame(msg.Data, FrameChallenge) {
+						challenges++
+					}
+					if left == 0 || !c.match(msg) {
+						return true
+					}
+					left--
+					return false
+				})
+				start := time.Now()
+				for range records {
+					if _, err := s.Write(make([]byte, record)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := s.CloseSend(); err != nil {
+					t.Error(err)
+				}
+				if err := drain(s.Recv); err != nil {
+					t.Error(err)
+				}
+				if c.n == 0 && challenges != 1 {
+					t.Errorf("%d challenges, want 1", challenges)
+				}
+				took(t, "the upload", start, 0, time.Duration(c.n+2)*4*m.times.AckTimeout)
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
