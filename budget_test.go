@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -1109,4 +1110,81 @@ func heap() int64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
+}
+
+// The data and the headers of a request are kept while its handler runs, and no longer, although the stream may wait for its
+// consumer.
+func TestDataOfARequestIsFreedWithItsHandler(t *testing.T) {
+	const requests, size = 100, 200_000
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		begin, running := make(chan struct{}), 0
+		m.handle(t, "svc", func(_ *Writer, r *Request) error {
+			<-begin
+			if len(r.Data) != size {
+				t.Errorf("%d bytes of data", len(r.Data))
+			}
+			return nil
+		})
+		var all []*Stream
+		before := heap()
+		for range requests {
+			s, err := m.client.Open(t.Context(), "svc", make([]byte, size))
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, s)
+			synctest.Wait()
+		}
+		m.server.mu.Lock()
+		running = m.server.handlers
+		m.server.mu.Unlock()
+		if n := heap() - before; running != requests || n < requests*size*9/10 || n > requests*size*12/10 {
+			t.Errorf("%d handlers run, %d bytes are in use, want %d", running, n, requests*size)
+		}
+		m.bus.SetFilter(func(from, _ *fake.Conn, _ *nats.Msg) bool { return from == m.back }) // nobody acknowledges
+		close(begin)
+		synctest.Wait()
+		if n := heap() - before; m.server.Stats().Streams == 0 || n > requests*size/5 {
+			t.Errorf("%d bytes are in use for %d streams whose handlers have returned", n, m.server.Stats().Streams)
+		}
+		m.bus.SetFilter(nil)
+		for _, s := range all {
+			if err := drain(s.Recv); err != nil {
+				t.Error(err)
+			}
+		}
+		m.nothingLeft(t)
+	})
+}
+
+// Headers from a peer take no more than a multiple of their bytes, whatever they are like.
+func TestHeadersTakeBoundedMemory(t *testing.T) {
+	const most = 280 << 10
+	name := func(i int) string { return strconv.FormatInt(int64(i), 36) }
+	for kind, line := range map[string]func(i int) string{
+		"names only":         func(i int) string { return name(i) + ":\r\n" },
+		"one name":           func(int) string { return "a:\r\n" },
+		"names and values":   func(i int) string { return name(i) + ": x\r\n" },
+		"values with spaces": func(i int) string { return name(i) + ":      x\r\n" },
+	} {
+		b := []byte(metaHead)
+		for i := 0; ; i++ {
+			l := line(i)
+			if len(b)+len(l)+len(metaEOL) > maxMeta {
+				break
+			}
+			b = append(b, l...)
+		}
+		b = append(b, metaEOL...)
+		var h nats.Header
+		var err error
+		before := heap()
+		h, err = parseMeta(b)
+		if n := heap() - before; err != nil || n > most+16<<10 {
+			t.Errorf("%s: %d bytes take %d, want %d at most; %v", kind, len(b), n, most, err)
+		}
+		runtime.KeepAlive(h)
+		runtime.KeepAlive(b)
+	}
 }

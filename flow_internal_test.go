@@ -1084,3 +1084,72 @@ func TestFullInboundRingDropsAndGoesOn(t *testing.T) {
 		_ = other.Close()
 	}
 }
+
+// A message that no stream takes, and a request that is refused, is answered with one message at most, and not at all if it names no
+// subject for that.
+func TestStrangersAreAnsweredOnce(t *testing.T) {
+	const n, inbox = 200, "_SINBOX.stranger.~1m5I00000000001"
+	open := nats.Header{headerOpen: {"~1m5I"}}
+	packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7}, testData("x"))
+	early := bytes.Clone(packet) // gets the consumer's sender number
+	name := AppendPacket(nil, PacketHeader{}, Frame{Type: FrameResume, Payload: []byte("~1m5G00000000001")})
+	for title, c := range map[string]struct {
+		msg  nats.Msg
+		most int64
+	}{
+		"unknown token":              {nats.Msg{Subject: "unknown", Reply: "a", Data: packet}, n},
+		"unknown token, no reply":    {nats.Msg{Subject: "unknown", Data: packet}, 0},
+		"unknown token, no packet":   {nats.Msg{Subject: "unknown", Reply: "a", Data: []byte("x")}, 0},
+		"another sender":             {nats.Msg{Subject: "stream", Reply: "a", Data: packet}, n},
+		"another sender, no reply":   {nats.Msg{Subject: "stream", Data: packet}, 0},
+		"early packets":              {nats.Msg{Subject: "stream", Data: early}, 1},
+		"no packet for a stream":     {nats.Msg{Subject: "stream", Reply: "a", Data: []byte("{}")}, 0},
+		"request for the fallback":   {nats.Msg{Subject: "svc", Reply: "a.b"}, n},
+		"request of no time":         {nats.Msg{Subject: "svc", Reply: inbox, Header: nats.Header{headerOpen: {"~1m5I"}, headerTimeout: {"x"}}}, n},
+		"request without reply":      {nats.Msg{Subject: "svc", Header: open}, 0},
+		"request of a later version": {nats.Msg{Subject: "svc", Reply: inbox, Header: nats.Header{headerOpen: {"~2"}}}, 0},
+		"request to a full server":   {nats.Msg{Subject: "full", Reply: inbox, Header: open}, n},
+		"name of no stream":          {nats.Msg{Subject: "svc", Reply: inbox, Data: name}, 0},
+	} {
+		t.Run(title, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := memoryTest(t, ClientParams{})
+				m.server.stays = true
+				m.handle(t, "svc", waits(make(chan error, 1)))
+				m.handle(t, "full", waits(make(chan error, 1)))
+				s := m.open(t, "svc")
+				synctest.Wait()
+				switch msg := &c.msg; msg.Subject {
+				case "unknown":
+					msg.Subject = m.server.ep.prefix + "x"
+				case "stream":
+					msg.Subject = s.session.out.peer
+					_, err := s.Write([]byte("x")) // binds the stream to its sender
+					if err != nil {
+						t.Fatal(err)
+					}
+					synctest.Wait()
+					if title == "early packets" {
+						putPacketHeader(msg.Data, PacketSeq, s.session.senderNumber, 9, len(msg.Data))
+					}
+				case "full":
+					m.server.room.handlers = 1
+				}
+				m.sentBack.take()
+				for range n {
+					if err := m.conn.PublishMsg(&c.msg); err != nil {
+						t.Fatal(err)
+					}
+				}
+				synctest.Wait()
+				if all, _ := m.sentBack.take(); all > c.most {
+					t.Errorf("%d messages for %d, want at most %d", all, n, c.most)
+				}
+				m.server.room.handlers = defaultMaxStreams
+				_ = s.Close()
+				synctest.Wait()
+				m.nothingLeft(t)
+			})
+		})
+	}
+}
