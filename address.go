@@ -166,7 +166,7 @@ func (o *outbox) withhold(s *session, c Credit, missing bool) (Credit, bool) {
 		return c, false
 	}
 	w := s.whereabouts()
-	w.withheld, w.missing = c, missing
+	w.withheld, w.missing = c, w.missing || missing
 	o.prove(s)
 	c.Bytes = min(c.Bytes, unprovedBytes)
 	return c, false

@@ -186,6 +186,7 @@ func (o *outbox) finish() {
 func (o *outbox) doLater(a outOfStream) {
 	o.mu.Lock()
 	full := len(o.outOfStream) >= maxOutOfStream || a.sought != "" && len(o.outOfStream) >= maxSought || o.outOfStreamBytes+len(a.subject) > maxOutOfStreamBytes
+	full = full && !a.drains && a.silenced == nil // which concern all streams, and peers cannot cause
 	if !full {
 		o.outOfStream = append(o.outOfStream, a)
 		o.outOfStreamBytes += len(a.subject)
