@@ -19,8 +19,9 @@ import (
 // the json tag. MessagePack knows no ",string": it carries the number. It takes a value's form from the first of its
 // methods EncodeMsgpack, MarshalMsgpack, MarshalBinary and MarshalText, and ignores MarshalJSON.
 //
-// These are errors: a value that is nested deeper than 10,000 levels or contains itself, a Protocol Buffers message (send the
-// bytes of proto.Marshal with Write), and, for MessagePack, a struct without exported fields that only encodes itself as JSON.
+// These are errors: a value that is nested deeper than 10,000 levels or contains itself, for JSON also by an embedded pointer, a
+// Protocol Buffers message (send the bytes of proto.Marshal with Write), and, for MessagePack, a struct without exported fields
+// that only encodes itself as JSON.
 func (w *Writer) WriteObject(v any) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
