@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"runtime"
 	"slices"
@@ -126,6 +127,13 @@ func PoisonFreePackets() (stop func() int64) {
 
 // RaceEnabled tells external tests whether the race detector watches: it costs time and memory, and Recv is exact then.
 const RaceEnabled = race.Enabled
+
+// GrowEnded gives c its largest table of ended streams, which a test of memory would take for a leak while it grows. Call it before c
+// has a stream.
+func GrowEnded(c *Client) {
+	ended := &c.ep.outbox.ended
+	ended.seed, ended.places = maphash.MakeSeed(), make([]endedStream, maxEnded)
+}
 
 // testClosed is the ending for an endpoint without a Client.
 var testClosed = &ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}}

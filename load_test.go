@@ -441,6 +441,9 @@ func BenchmarkNeverReader(b *testing.B) {
 // Streams that are opened, used and closed one after another leave nothing behind, however they end.
 func TestSoakSequentialLeavesNothing(t *testing.T) {
 	p := newPair(t)
+	for _, c := range p.clients {
+		stream.GrowEnded(c)
+	}
 	serveFew(t, p)
 	verifyFootprint(t, p, soakRounds(), func(n int) {
 		for i := range n {
