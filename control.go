@@ -19,11 +19,11 @@ import (
 // control is work that the mux passes to the outbox: a control packet, the reply subject of a data packet, or a 503 of
 // NATS.
 type control struct {
-	session *session // nil for an unknown token
+	session *session // the one with the token of the message, nil if there is none
 	reply   string   // the reply subject of the message, or empty
 	packet  []byte   // frames to act on, or nil
-	token   string   // the unknown token
-	sender  uint64   // sender number of the packet to an unknown token
+	token   string   // set if no stream accepts the message: its token is unknown, or its session has ended
+	sender  uint64   // sender number of the packet, if token is set
 	absent  bool     // NATS reported that nobody received the message
 }
 
@@ -79,11 +79,13 @@ func (o *outbox) receive() (worked bool) {
 		worked = true
 		o.acted.Store(o.acted.Load() + c.size())
 		s := c.session
-		if s == nil {
+		if s != nil {
+			s.acted.Store(s.acted.Load() + 1)
+		}
+		if c.token != "" {
 			o.resetUnknown(c)
 			continue
 		}
-		s.acted.Store(s.acted.Load() + 1)
 		if !c.absent {
 			o.noteAlive(s)
 		}
@@ -106,7 +108,7 @@ func (o *outbox) receive() (worked bool) {
 // learned does the work that was deferred until the address of the peer is known.
 func (o *outbox) learned(s *session) {
 	if s.out.state.Phase == lifecycle.Gone {
-		o.unanswered.remove() // the table resets the producer
+		o.settleRequest(s) // the table resets the producer
 	}
 	s.tellRetry()
 	o.step(s, lifecycle.PeerKnown)
@@ -148,13 +150,13 @@ func (o *outbox) bind(s *session) {
 // answer.
 func (o *outbox) resetUnknown(c control) {
 	if c.absent { // nobody received the request of a stream that has ended
-		o.unanswered.remove()
+		o.settleRequest(c.session)
 		return
 	}
 	if !o.up.Load() || checkAnswer(c.reply) != nil || o.repeatEnd(c) {
 		return
 	}
-	o.unanswered.remove()
+	o.settleRequest(c.session)
 	f := Frame{Type: FrameReset, Code: CloseCanceled, Payload: unknownStream}
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway

@@ -25,8 +25,36 @@ func (u *unanswered) add(now, patience int64) {
 	u.last = now
 }
 
-// remove records that a producer was reset, or that no producer exists.
+// remove records that the request of one of these streams is settled.
 func (u *unanswered) remove() { u.requests = max(0, u.requests-1) }
+
+// requestState says if unanswered counts the request of a consumer's stream.
+type requestState uint8
+
+const (
+	requestNotCounted requestState = iota
+	requestCounted                 // in unanswered
+	requestSettled                 // the producer was reset, or no producer exists
+)
+
+// countRequest counts the request of s, which has ended, unless the request was settled before the outbox acted on the end.
+func (o *outbox) countRequest(s *session) {
+	if s.out.requested == requestNotCounted {
+		s.out.requested = requestCounted
+		o.unanswered.add(o.ep.now(), o.ep.times.Ack)
+	}
+}
+
+// settleRequest records that the producer of a stream that has ended was reset, or that no producer exists. s is nil if the
+// token is out of use. The outbox counted the request before that, if it was to be counted.
+func (o *outbox) settleRequest(s *session) {
+	if s == nil || s.out.requested == requestCounted {
+		o.unanswered.remove()
+	}
+	if s != nil {
+		s.out.requested = requestSettled
+	}
+}
 
 // awaitAnswers returns when the outbox has served all marked sessions and all producers are reset, or after the patience.
 func (o *outbox) awaitAnswers(patience time.Duration) {

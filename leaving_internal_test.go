@@ -575,6 +575,27 @@ func TestLargeRecordMayBeGivenUpAfterTheEnd(t *testing.T) {
 	})
 }
 
+// closeMeanwhile opens a stream and closes it while the outbox publishes its request. The answer arrives before the outbox
+// acts on the end, because the next publish takes long.
+func (m *memoryPair) closeMeanwhile(t *testing.T, subject string) {
+	t.Helper()
+	var s *Stream
+	m.conn.Requested = func(msg *nats.Msg) error {
+		switch msg.Subject {
+		case "busy":
+			time.Sleep(time.Millisecond)
+		case subject:
+			s.Close()
+		}
+		return nil
+	}
+	m.open(t, "busy")
+	synctest.Wait()
+	s = m.open(t, subject)
+	m.open(t, "busy")
+	time.Sleep(10 * time.Millisecond)
+}
+
 // Close waits for producers that have not answered yet, to tell them, but not for long, and not in vain.
 func TestCloseWaitsForUnansweredRequests(t *testing.T) {
 	ack := defaultAckTimeout
@@ -612,7 +633,18 @@ func TestCloseWaitsForUnansweredRequests(t *testing.T) {
 		"nobody listens, closed before that is known": {func(t *testing.T, m *memoryPair) {
 			m.open(t, "nobody").Close()
 			synctest.Wait()
-		}, 0, ack, 0},
+		}, 0, 0, 0},
+		"nobody listens, which is known before the end": {func(t *testing.T, m *memoryPair) {
+			m.closeMeanwhile(t, "nobody")
+		}, 0, 0, 0},
+		"a first packet that comes before the end": {func(t *testing.T, m *memoryPair) {
+			m.closeMeanwhile(t, "prompt")
+		}, 0, 0, 1},
+		"nobody listens to one request of two": {func(t *testing.T, m *memoryPair) {
+			m.closeMeanwhile(t, "nobody")
+			m.open(t, "dead")
+			synctest.Wait()
+		}, ack, ack, 0},
 		"a producer that never answers": {func(t *testing.T, m *memoryPair) {
 			m.open(t, "dead")
 			synctest.Wait()
@@ -630,6 +662,12 @@ func TestCloseWaitsForUnansweredRequests(t *testing.T) {
 					<-r.Context().Done()
 					told <- context.Cause(r.Context())
 					return nil
+				})
+				m.handle(t, "prompt", func(w *Writer, r *Request) error {
+					_, err := w.Write([]byte("here"))
+					<-r.Context().Done()
+					told <- context.Cause(r.Context())
+					return err
 				})
 				stop, err := m.back.Subscribe("dead", "", func(*nats.Msg) {})
 				if err != nil {

@@ -136,7 +136,7 @@ func (o *outbox) sendReset(s *session) {
 	}
 	if s.out.state.Phase == lifecycle.Ending {
 		if s.out.peer == "" && e.reset.Code != 0 && s.out.life.took != 0 && !s.peerTakesNone() {
-			o.unanswered.add(o.ep.now(), o.ep.times.Ack)
+			o.countRequest(s)
 		}
 		o.step(s, lifecycle.Told)
 	}

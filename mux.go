@@ -18,7 +18,7 @@ import (
 func (ep *endpoint) receive(m *nats.Msg) {
 	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
 	if !ok {
-		ep.receiveUnknown(m)
+		ep.receiveUnknown(nil, m)
 		return
 	}
 	if end := s.end.Load(); end != nil { // the outbox is about to remove the session from the map
@@ -26,7 +26,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 			s.mark(workCredit) // repeats the acknowledgement of CLOSE, or the RESET
 			return
 		}
-		ep.receiveUnknown(m)
+		ep.receiveUnknown(s, m)
 		return
 	}
 	if m.Size() > len(m.Subject)+len(m.Reply)+len(m.Data) {
@@ -38,7 +38,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		return
 	}
 	if m.Reply != "" && s.role == lifecycle.Consumer && s.bucket.impostor(data, m.Reply) {
-		ep.answerUnknown(m)
+		ep.answerUnknown(nil, m)
 		ep.refuse(s, m, violation, protocolError(CloseProtocolError, "two producers answer with one sender number; open the stream again"))
 		return
 	}
@@ -63,29 +63,29 @@ func (ep *endpoint) receive(m *nats.Msg) {
 	}
 }
 
-// receiveUnknown handles a message for an unknown token. If the message has a reply subject, the sender gets a RESET: a
-// consumer that left before the first packet came could not send one. docs/PROTOCOL.md section 9.3.
-func (ep *endpoint) receiveUnknown(m *nats.Msg) {
+// receiveUnknown handles a message for an unknown token, or for session s, which has ended. If the message has a reply subject,
+// the sender gets a RESET: a consumer that left before the first packet came could not send one. docs/PROTOCOL.md section 9.3.
+func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
 	if m.Subject[len(ep.prefix):] == probeToken {
 		ep.inbox.receive(m.Data)
 		return
 	}
 	ep.counters.unknown.Add(1)
 	if len(m.Data) == 0 && m.Header.Get("Status") == "503" { // nobody received the request of a stream that has ended
-		ep.outbox.deliver(control{absent: true})
+		ep.outbox.deliver(control{session: s, token: m.Subject[len(ep.prefix):], absent: true})
 		return
 	}
-	ep.answerUnknown(m)
+	ep.answerUnknown(s, m)
 }
 
 // answerUnknown makes the outbox reset the sender of a packet that no stream accepts, if the packet has a reply
-// subject.
-func (ep *endpoint) answerUnknown(m *nats.Msg) {
+// subject. s is the session that has ended and had the packet's token, nil if there is none.
+func (ep *endpoint) answerUnknown(s *session, m *nats.Msg) {
 	if m.Reply == "" {
 		return
 	}
 	if h, _, err := ParsePacketHeader(m.Data); err == nil {
-		ep.outbox.deliver(control{reply: m.Reply, token: m.Subject[len(ep.prefix):], sender: h.Sender})
+		ep.outbox.deliver(control{session: s, reply: m.Reply, token: m.Subject[len(ep.prefix):], sender: h.Sender})
 	}
 }
 
@@ -131,7 +131,9 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 		case m.Header.Get("Status") != "503":
 			ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "empty message"))
 		case s.bucket.form.Load() == formUnknown:
-			s.endFromMux(&ending{kind: endFault, err: nats.ErrNoResponders})
+			if !s.endFromMux(&ending{kind: endFault, err: nats.ErrNoResponders}) {
+				ep.receiveUnknown(s, m) // it ended just now
+			}
 		default:
 			ep.outbox.deliver(control{session: s, absent: true})
 		}
@@ -167,7 +169,7 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 		ep.askForGap(s)
 	case foreign:
 		ep.counters.foreign.Add(1)
-		ep.answerUnknown(m)
+		ep.answerUnknown(nil, m)
 	case malformed:
 		ep.counters.malformed.Add(1)
 	case violation:
@@ -183,9 +185,11 @@ func (ep *endpoint) askForGap(s *session) {
 }
 
 // endFromMux is requestEnd for the mux. The mux takes no lock, so the outbox ends the contexts.
-func (s *session) endFromMux(e *ending) {
-	if s.end.CompareAndSwap(nil, e) {
-		s.bucket.park.Wake()
-		s.mark(workEnd)
+func (s *session) endFromMux(e *ending) bool {
+	if !s.end.CompareAndSwap(nil, e) {
+		return false
 	}
+	s.bucket.park.Wake()
+	s.mark(workEnd)
+	return true
 }

@@ -57,6 +57,7 @@ type outboxState struct {
 	deferredUntilUp   uint32        // work that waits for the connection; not zero while in outbox.waitingUntilUp
 	deferredUntilPeer uint32        // work for the peer that was due before its subject was known
 	state             lifecycle.State
+	requested         requestState
 	places            places // in which of the outbox's lists it is
 	line              *line  // the line to the peer
 	life              life
