@@ -144,16 +144,16 @@ func (x *passing) talk(stop chan struct{}, count *atomic.Int64) error {
 
 // large are records of many sizes.
 func large() [][]byte {
-	return [][]byte{chance[:100], chance[:120_000], chance[:3000], make([]byte, 4_000_000), chance[:40_000], chance[:1]}
+	return [][]byte{chance[:100], chance[:120_000], chance[:3000], make([]byte, 1_000_000*runs(1, 4)), chance[:40_000], chance[:1]}
 }
 
 // TestLeafNodeWithSmallerMessages streams over the link of a leaf node, where one of the two servers takes smaller messages than the
 // other. Each message that is too large for it makes it close the link.
 func TestLeafNodeWithSmallerMessages(t *testing.T) {
 	type row struct{ hub, leaf int }
-	rows := []row{{1 << 20, 20_000}, {1 << 20, 4 << 10}, {10_000, 1 << 20}}
+	rows := []row{{1 << 20, 10_000}, {1 << 20, 4 << 10}, {10_000, 1 << 20}}
 	if runs(1, 2) == 2 {
-		rows = append(rows, row{1 << 20, 64 << 10}, row{1 << 20, 32 << 10}, row{1 << 20, 2 << 10}, row{32 << 10, 1 << 20}, row{2 << 10, 1 << 20})
+		rows = append(rows, row{1 << 20, 64 << 10}, row{1 << 20, 32 << 10}, row{1 << 20, 20_000}, row{1 << 20, 2 << 10}, row{32 << 10, 1 << 20}, row{2 << 10, 1 << 20})
 	}
 	for _, r := range rows {
 		for _, behind := range []string{"consumer", "producer"} {
