@@ -82,7 +82,6 @@ const (
 // init prepares the bucket for a peer that was offered the given window.
 func (b *bucket) init(packets uint32, bytes uint64) {
 	b.ring.Init(maxPackets + 1) // one more for the packet that only closes
-	b.park.Init()
 	b.windowPackets, b.windowBytes = packets, bytes
 	b.granted = credited{packets, bytes}
 	b.grantedPackets.Store(packets)

@@ -100,7 +100,6 @@ const (
 
 func (o *outbox) init(ep *endpoint) {
 	o.ep = ep
-	o.park.Init()
 	o.peers.init()
 	o.inbound.Init(maxInbound)
 	o.hellos.init(o)

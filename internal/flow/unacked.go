@@ -6,9 +6,10 @@ import "iter"
 // publish again. Sequence numbers are modulo 2^32; fewer than 2^31 packets are held at once. It allocates when it has to hold
 // more packets than ever before.
 //
-// The zero Unacked is empty. All methods belong to one goroutine.
+// The zero Unacked is empty, and must not be copied once it was used. All methods belong to one goroutine.
 type Unacked[P any] struct {
 	packets []P    // packets[seq & (len-1)] is number seq, for acked <= seq < next
+	one     [1]P   // the first packets, as long as no two are held at once
 	acked   uint32 // everything before it is acknowledged
 	next    uint32 // number of the next packet that is new
 	cursor  uint32 // number of the next packet to publish again; next if there is none
@@ -45,12 +46,16 @@ func (q *Unacked[P]) All() iter.Seq[P] {
 
 // Push holds p, which was published as number Next. No packet may be left to publish again.
 func (q *Unacked[P]) Push(p P) {
-	if int(q.next-q.acked) == len(q.packets) {
+	switch {
+	case q.packets == nil:
+		q.packets = q.one[:]
+	case int(q.next-q.acked) == len(q.packets):
 		old := q.packets
 		q.packets = make([]P, max(4, 2*len(old)))
 		for seq := q.acked; seq != q.next; seq++ {
 			q.packets[seq&uint32(len(q.packets)-1)] = old[seq&uint32(len(old)-1)]
 		}
+		clear(old) // one is kept
 	}
 	q.packets[q.next&uint32(len(q.packets)-1)] = p
 	q.next++

@@ -8,18 +8,20 @@ import "sync/atomic"
 // other: either the sleeper finds the work, or the waker finds the announcement.
 //
 // One goroutine at a time may be the sleeper, and call Announce, Retract and Wait. Any number may call Wake at the same
-// time. Init must come first.
+// time. The zero Parker is ready for use. It allocates with the first Announce: many streams have readers that never sleep.
 type Parker struct {
 	asleep atomic.Uint32 // 1 from Announce until the sleeper retracts or a waker takes it back
-	signal chan struct{} // capacity 1: the wake-up of the waker that set asleep back to 0
+	signal chan struct{} // capacity 1: the wake-up of the waker that set asleep back to 0. The store to asleep publishes it
 }
 
-// Init prepares p. It makes the channel that the sleeper waits on.
-func (p *Parker) Init() { p.signal = make(chan struct{}, 1) }
-
-// Announce announces that the caller is about to sleep. The caller then looks for work a last time, and calls Wait if
-// there is none or Retract if there is.
-func (p *Parker) Announce() { p.asleep.Store(1) }
+// Announce announces that the caller is about to sleep. The caller then looks for work a last time, and calls Wait if there is
+// none or Retract if there is.
+func (p *Parker) Announce() {
+	if p.signal == nil {
+		p.signal = make(chan struct{}, 1)
+	}
+	p.asleep.Store(1)
+}
 
 // Retract takes an announcement back. If a waker was faster, it has sent its signal or is about to: Retract takes that
 // signal, so that no later Wait returns because of it.

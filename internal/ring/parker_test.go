@@ -17,7 +17,6 @@ func TestParkerLosesNoWakeUp(t *testing.T) {
 		rounds /= 10
 	}
 	var p Parker
-	p.Init()
 	var work, stop atomic.Int64
 	var wg sync.WaitGroup
 	for i := range wakers {
@@ -67,7 +66,6 @@ func TestParkerLosesNoWakeUp(t *testing.T) {
 // TestParkerWakeWithoutSleeper: a Wake that finds no announcement does nothing, and does not shorten a later Wait.
 func TestParkerWakeWithoutSleeper(t *testing.T) {
 	var p Parker
-	p.Init()
 	p.Wake()
 	p.Wake()
 	if len(p.signal) != 0 {
@@ -94,7 +92,6 @@ func TestParkerWakeWithoutSleeper(t *testing.T) {
 // TestParkerDoesNotAllocate: neither side allocates, whether there is a sleeper or not.
 func TestParkerDoesNotAllocate(t *testing.T) {
 	var p Parker
-	p.Init()
 	if n := testing.AllocsPerRun(1000, func() {
 		p.Wake()
 		p.Announce()

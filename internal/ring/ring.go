@@ -101,6 +101,19 @@ type segment[T any] struct {
 	slots []T
 }
 
+// newSegment makes a segment of n slots. The first of a Ring is one allocation with its slots, because most streams need no other.
+func newSegment[T any](first, n uint32) *segment[T] {
+	if n != minSlots {
+		return &segment[T]{first: first, slots: make([]T, n)}
+	}
+	s := new(struct {
+		segment[T]
+		slots [minSlots]T
+	})
+	s.segment.first, s.segment.slots = first, s.slots[:]
+	return &s.segment
+}
+
 // Init makes r an empty ring for at most limit elements. It allocates nothing.
 func (r *Ring[T]) Init(limit int) {
 	r.link, r.next = &r.root, &r.root
@@ -138,7 +151,7 @@ func (r *Ring[T]) pushSlow(t uint32) bool {
 	// The consumer is in this segment, at head, or in an earlier one.
 	used := min(queued, t-r.base)
 	if used == uint32(len(r.slots)) { // zero slots before the first Push
-		s := &segment[T]{first: t, slots: make([]T, min(max(2*used, minSlots), maxSlots))}
+		s := newSegment[T](t, min(max(2*used, minSlots), maxSlots))
 		r.link.Store(s) // the consumer may follow, once tail has passed t
 		r.link, r.slots, used = &s.link, s.slots, 0
 	}

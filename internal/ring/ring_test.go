@@ -286,7 +286,6 @@ func TestParking(t *testing.T) {
 	}
 	r := newRing(64)
 	var p ring.Parker
-	p.Init()
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for i := range count {
