@@ -103,7 +103,7 @@ func (o *outbox) release(s *session) {
 	}
 	s.unregister()
 	s.dropUnwanted()
-	s.out.request = nil
+	s.dropOpening()
 	s.tellRetry()
 	s.endContexts(e)
 	if snd := s.send.Load(); snd != nil {

@@ -5,6 +5,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -198,8 +199,8 @@ func TestOpenMsgCopiesHeader(t *testing.T) {
 		}
 		return nil
 	})
-	requests := make(chan *nats.Msg, 1)
-	conn.Requested = func(m *nats.Msg) error { requests <- m; return nil }
+	requests := make(chan nats.Header, 1)
+	conn.Requested = func(m *nats.Msg) error { requests <- maps.Clone(m.Header); return nil }
 	c := fakeClient(t, conn.Conn, ClientParams{})
 	w := c.NewWriter(consumerSubject(5))
 	if _, err := w.Write([]byte("a")); err != nil {
@@ -220,7 +221,7 @@ func TestOpenMsgCopiesHeader(t *testing.T) {
 	msg.Header["Key"] = append(msg.Header["Key"][:1], "changed")
 	msg.Header.Set("New", "header")
 	close(idle)
-	got := (<-requests).Header
+	got := <-requests
 	if values := got.Values("Key"); len(values) != 2 || values[0] != "one" || values[1] != "two" || got.Get("New") != "" {
 		t.Errorf("the producer got the header %v", got)
 	}

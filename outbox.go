@@ -348,18 +348,20 @@ func (o *outbox) serveEnd(s *session, work uint32) bool {
 
 // publishRequest publishes the request of s, and ends the stream if that fails. It reports whether it was published.
 func (o *outbox) publishRequest(s *session) bool {
-	setTimeout(s.out.request.Header, s.recv.parent)
+	msg := &s.out.request.msg
+	msg.Reply = s.reply
+	setTimeout(msg.Header, s.recv.parent)
 	s.out.life.upSince, s.out.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
 	o.denials.publishes(s.out.subject, s.out.life.upSince, denialWindow*o.ep.times.Ack)
-	if err := o.ep.conn.PublishMsg(s.out.request); err != nil {
+	if err := o.ep.conn.PublishMsg(msg); err != nil {
 		if errors.Is(err, nats.ErrMaxPayload) { // the server takes less than it did when Open looked
 			o.ep.lookAtMaxPayload()
-			err = fmt.Errorf("stream: %w", tooLarge("request", requestSize(s.out.request), o.ep.maxPayload.Load()))
+			err = fmt.Errorf("stream: %w", tooLarge("request", requestSize(msg), o.ep.maxPayload.Load()))
 		}
 		s.requestEnd(&ending{kind: endFault, err: err})
 		return false
 	}
-	s.out.request = nil
+	s.dropOpening()
 	return true
 }
 

@@ -8,8 +8,6 @@ import (
 	"math/bits"
 	"sync/atomic"
 
-	"github.com/nats-io/nats.go"
-
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
@@ -52,7 +50,7 @@ type outboxState struct {
 	subject           string        // of the request
 	peer              string        // the address of the peer; empty at a consumer before its producer's first packet
 	whereabouts       *whereabouts  // more about the address of a peer in another account; nil within one account
-	request           *nats.Msg     // opens the stream; nil once it is published
+	request           *opening      // opens the stream; nil once it is published
 	answered          chan struct{} // closed for OpenRetry, and set to nil, when the producer has answered; nil without OpenRetry
 	deferredUntilUp   uint32        // work that waits for the connection; not zero while in outbox.waitingUntilUp
 	deferredUntilPeer uint32        // work for the peer that was due before its subject was known

@@ -5,7 +5,6 @@ import (
 	"io"
 	"iter"
 	"math/bits"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -47,19 +46,13 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 	s.stream, s.recv.parent, s.recv.rawCodec, s.out.answered = st, ctx, codecFlag(codec), answered
 	s.recv.window.Store(int64(window))
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
-	req := &nats.Msg{Subject: msg.Subject, Header: make(nats.Header, len(msg.Header)+2), Data: append([]byte(nil), msg.Data...)}
-	for key, values := range msg.Header { // published later, when the caller may have changed its own
-		req.Header[key] = slices.Clone(values)
-	}
-	req.Header[headerOpen] = []string{string(AppendOffer(nil, offer))}
-	s.out.request, s.out.subject = req, req.Subject
+	s.out.subject, s.out.request = msg.Subject, newOpening(msg, offer)
 
 	st.ctx, s.cancel = context.WithCancelCause(ctx)
 	if e := ep.register(s, offer); e != nil {
 		s.release(e)
 		return nil, e.err
 	}
-	req.Reply = s.reply
 	s.mark(workRequest)
 	if ctx.Done() != nil {
 		w := &watch{session: s}

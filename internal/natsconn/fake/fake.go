@@ -64,7 +64,7 @@ type Conn struct {
 	// Published is called for each message without headers that is published. Its error is that of the publish. On a
 	// bus, the bus gets the message afterwards. data is not to be kept.
 	Published func(subject, reply string, data []byte) error
-	// Requested is called in the same way for messages with headers. If it is nil, Published gets them.
+	// Requested is called in the same way for messages with headers, which are not to be kept. If it is nil, Published gets them.
 	Requested func(*nats.Msg) error
 	// Refuse is asked about each subscription. If it returns an error, the server refuses the subscription as NATS does: Subscribe
 	// succeeds, nothing is delivered, and the error is reported.
