@@ -94,9 +94,9 @@ func (o *outbox) release(s *session) {
 	e := s.end.Load()
 	if e == nil { // the table ended the stream: both directions are complete
 		pk := s.send.Load().packer
-		e = &ending{kind: endComplete, err: io.EOF}
+		e = &wholeEnd
 		if s.out.state.Recv == lifecycle.Unread && (s.role == lifecycle.Consumer || pk.half || s.bucket.ring.Pushed() > 0) {
-			e.reset = pk.closing // nobody reads: the peer must stop sending
+			e = &ending{kind: endComplete, err: io.EOF, reset: pk.closing} // nobody reads: the peer must stop sending
 		}
 		s.requestEnd(e)
 		e = s.end.Load()

@@ -431,7 +431,7 @@ func (s *session) takeClose(code int, text string, half bool) error {
 	case code != CloseNormalClosure:
 		return s.endReads(&ending{kind: endPeerClosed, err: &CloseError{code, text}})
 	case s.send.Load() == nil && !half:
-		return s.endReads(&ending{kind: endComplete, err: io.EOF})
+		return s.endReads(&wholeEnd)
 	}
 	s.dropUnread(io.EOF)
 	s.releaseWindow()

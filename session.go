@@ -2,8 +2,6 @@ package stream
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"io"
 	"math/bits"
 	"sync/atomic"
@@ -85,6 +83,9 @@ type ending struct {
 	err   error
 	reset CloseError // code and text of the RESET for the peer; code 0 if none is sent
 }
+
+// wholeEnd is the end of a stream that went through in every direction, with nothing left to tell the peer. It is not changed.
+var wholeEnd = ending{kind: endComplete, err: io.EOF}
 
 // event is what the end of a stream is in the table of its life.
 func (e *ending) event() lifecycle.Event {
@@ -170,12 +171,7 @@ func (s *session) peerTakesNone() bool { return s.role == lifecycle.Consumer && 
 // register gives the session a token with the given offer, and makes the mux deliver to it. It returns the reason if no
 // stream may begin, and nil otherwise.
 func (ep *endpoint) register(s *session, offer Token) *ending {
-	buf := make([]byte, 0, len(ep.prefix)+TokenSize)
-	buf = append(buf, ep.prefix...)
-	var id [8]byte
-	rand.Read(id[:])
-	offer.ID = binary.BigEndian.Uint64(id[:])
-	s.reply = string(AppendToken(buf, offer))
+	s.reply = ep.newReply(offer)
 	ep.sessions.Store(s.token(), s)
 	// The goroutine that ends the endpoint, or finds its inbox refused, stores the reason before it visits the
 	// sessions. So either it sees this session, or barred returns the reason.
@@ -192,19 +188,6 @@ func (s *session) unregister() {
 	if s.reply != "" {
 		s.ep.sessions.Delete(s.token())
 	}
-}
-
-// newSender returns a random sender number. It distinguishes two answers to one request. It comes from a cryptographic
-// source, because a RESET with the receiver's own number ends a stream, so a stranger must not guess it. Numbers of
-// consumers are odd and numbers of producers even, so that such a RESET never looks like one of the peer.
-func newSender(odd bool) uint64 {
-	var b [8]byte
-	rand.Read(b[:])
-	n := binary.BigEndian.Uint64(b[:]) & maxSender &^ 1
-	if odd {
-		n |= 1
-	}
-	return n
 }
 
 // controlToken returns the offer in the token of a producer's control subject: the window for the consumer's records. Their objects
