@@ -62,7 +62,12 @@ const maxIdleLines = 1 << 10
 func (o *outbox) lineOf(s *session) *line {
 	l := s.out.line
 	if l == nil {
-		key := remoteName(s.out.peer)
+		var key string
+		if p := s.remote.Load(); p != nil {
+			key = p.name
+		} else {
+			key = remoteName(s.out.peer)
+		}
 		if l = o.lines.byPeer[key]; l == nil {
 			l = &line{Line: flow.NewLine[*session](), peer: strings.Clone(key), resumed: o.resumed.Load()}
 			o.lines.byPeer[l.peer] = l

@@ -862,7 +862,7 @@ func TestRemoteNameIsTheSubjectWithoutToken(t *testing.T) {
 
 // Streams of one end share the knowledge about it. Ends that cannot be told apart by their subjects are asked each on its own.
 func TestStreamsOfOneEndAreAskedTogether(t *testing.T) {
-	ep := &endpoint{ctx: t.Context(), times: liveness.Intervals{KeepAlive: 1e9, Ack: 1e8, Resume: 1e9, Disconnect: 1e9}}
+	ep := &endpoint{ctx: t.Context(), started: time.Now(), times: liveness.Intervals{KeepAlive: 1e9, Ack: 1e8, Resume: 1e9, Disconnect: 1e9}}
 	ep.outbox.init(ep)
 	ep.initTime()
 	o := &ep.outbox
@@ -902,8 +902,33 @@ func TestStreamsOfOneEndAreAskedTogether(t *testing.T) {
 		o.leaveRemote(s)
 		o.leaveRemote(s)
 	}
-	if n := len(o.remotes) + o.remoteWheel.Len(); n != 0 {
+	shared := o.remotes[remoteName(consumerSubject(5))]
+	o.joinRemote(all[0])
+	if all[2].out.peer = consumerSubject(6); o.remotes[remoteName(all[2].out.peer)] != shared {
+		t.Error("an end was forgotten as soon as its last stream had ended")
+	}
+	shared.questions, shared.suspect, shared.absent, shared.shortest = 3, 1, true, 1
+	if o.joinRemote(all[2]); shared.questions != 0 || shared.suspect != 0 || shared.absent || shared.shortest != 0 {
+		t.Errorf("a new stream has the suspicions of older ones: %+v", shared)
+	}
+	o.leaveRemote(all[0])
+	o.leaveRemote(all[2])
+	if n := o.remoteWheel.Len(); n != len(o.remotes) || n != o.idleRemotes {
+		t.Errorf("%d ends without streams, %d on the wheel, %d counted", len(o.remotes), n, o.idleRemotes)
+	}
+	o.up.Store(true)
+	now := ep.now() + 10e9
+	o.remoteWheel.Advance(now, func(p *remote) { o.checkRemote(p, now) })
+	if n := len(o.remotes) + o.remoteWheel.Len() + o.idleRemotes; n != 0 {
 		t.Errorf("%d ends are left of no stream", n)
+	}
+	for i := range 3 * maxIdleRemotes {
+		all[0].out.peer = fmt.Sprintf("_R_.abc.%d", i)
+		o.joinRemote(all[0])
+		o.leaveRemote(all[0])
+	}
+	if n := len(o.remotes); n > maxIdleRemotes || n != o.remoteWheel.Len() || n != o.idleRemotes {
+		t.Errorf("%d ends without streams, %d on the wheel, %d counted", n, o.remoteWheel.Len(), o.idleRemotes)
 	}
 }
 

@@ -68,6 +68,7 @@ type outbox struct {
 	denials denials
 
 	remotes     map[string]*remote  // other ends, by their names
+	idleRemotes int                 // of them have no streams
 	remoteWheel wheel.Wheel[remote] // other ends by the time at which to look at them
 	streamTimes liveness.Intervals  // those of the endpoint, except KeepAlive, which is that of a single stream
 	repeat      int64               // the time after which a question on a single stream is repeated

@@ -67,21 +67,37 @@ func (o *outbox) joinRemote(s *session) {
 		return
 	}
 	p := o.remotes[name]
-	if p == nil {
-		p = &remote{name: name, heard: o.time(), paid: maxPaid}
+	switch {
+	case p == nil:
+		p = new(remote)
+		*p = newRemote(name, o.time())
 		o.remotes[name] = p
+		o.lookAtRemote(p, o.clock.Until(p.heard+p.keepAlive(o)))
+	case len(p.streams) == 0: // what was known of it is old, and it is on the wheel
+		o.idleRemotes--
+		streams, node := p.streams, p.node
+		*p = newRemote(p.name, o.time())
+		p.streams, p.node = streams, node
 	}
 	s.remote.Store(p)
 	s.out.life.place = int32(len(p.streams))
-	if p.streams = append(p.streams, s); len(p.streams) == 1 {
-		o.lookAtRemote(p, o.clock.Until(o.time()+p.keepAlive(o)))
-	}
+	p.streams = append(p.streams, s)
 	p.hear(s.out.life.heard) // before its address was known
 	o.setPatience(s)
 }
 
-// leaveRemote takes a stream from its peer. Its last packets show that the peer lives, as all do. A peer without streams is
-// forgotten.
+// newRemote returns the record of another end that lives at now, as far as is known.
+func newRemote(name string, now int64) remote { return remote{name: name, heard: now, paid: maxPaid} }
+
+// maxIdleRemotes bounds the remotes without streams, because each request can name another peer. A list of streams with more than
+// maxIdleStreams places is not kept.
+const (
+	maxIdleRemotes = 1 << 10
+	maxIdleStreams = 1 << 6
+)
+
+// leaveRemote takes a stream from its peer. Its last packets show that the peer lives, as all do. A peer without streams stays
+// until it is looked at: a consumer that opens one stream after the other uses its record again.
 func (o *outbox) leaveRemote(s *session) {
 	p := s.remote.Load()
 	if p == nil {
@@ -94,9 +110,20 @@ func (o *outbox) leaveRemote(s *session) {
 	moved.out.life.place = s.out.life.place
 	p.streams[s.out.life.place], p.streams[last] = moved, nil
 	if p.streams = p.streams[:last]; last == 0 {
-		o.remoteWheel.Remove(p)
-		delete(o.remotes, p.name)
+		if cap(p.streams) > maxIdleStreams {
+			p.streams = nil
+		}
+		if o.idleRemotes++; o.idleRemotes > maxIdleRemotes {
+			o.remoteWheel.Remove(p)
+			o.forgetRemote(p)
+		}
 	}
+}
+
+// forgetRemote forgets a peer without streams that is not on the wheel.
+func (o *outbox) forgetRemote(p *remote) {
+	o.idleRemotes--
+	delete(o.remotes, p.name)
 }
 
 // setPeerTimeout is Stream.SetPeerTimeout.
@@ -120,7 +147,7 @@ func (o *outbox) setPatience(s *session) {
 
 // keepAlive returns the silence after which p is asked. It grows with the number of other ends.
 func (p *remote) keepAlive(o *outbox) int64 {
-	d := max(o.ep.times.KeepAlive, int64(o.remoteWheel.Len())*remoteQuestion)
+	d := max(o.ep.times.KeepAlive, int64(o.remoteWheel.Len()-o.idleRemotes)*remoteQuestion)
 	if p.shortest != 0 {
 		d = max(1, min(d, p.shortest/patienceParts))
 	}
@@ -143,6 +170,10 @@ func (o *outbox) lookAtRemote(p *remote, at int64) { o.remoteWheel.Set(p, at) }
 
 // checkRemote decides about an other end that is due. now is the endpoint's time.
 func (o *outbox) checkRemote(p *remote, now int64) {
+	if len(p.streams) == 0 {
+		o.forgetRemote(p)
+		return
+	}
 	if !o.up.Load() {
 		o.lookAtRemote(p, now+o.ep.times.KeepAlive)
 		return
@@ -158,6 +189,7 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 	if d.GiveUp || p.shortest != 0 && p.suspect != 0 {
 		d.Next = min(d.Next, o.giveUpRemote(p, now, d.GiveUp))
 		if len(p.streams) == 0 {
+			o.forgetRemote(p)
 			return
 		}
 	}
