@@ -914,15 +914,31 @@ func TestEndedStreamsAreRememberedInBounds(t *testing.T) {
 	for i := range 4 * maxEnded {
 		table.add(endedStream{token: token(i), until: until}, now)
 	}
-	if n := len(table.places); n != maxEnded {
+	if n := len(table.circle); n != maxEnded {
 		t.Errorf("%d places, want %d", n, maxEnded)
 	}
-	places := len(table.places)
+	for i := 4*maxEnded - 1; i >= 0; i-- {
+		b := token(i)
+		if found := table.find(string(b[:]), now) != nil; found != (i >= 3*maxEnded) {
+			t.Fatalf("stream %d of %d is remembered: %v", i, 4*maxEnded, found)
+		}
+	}
+	places := len(table.circle)
 	for i := range 4 * maxEnded { // all others are over
 		table.add(endedStream{token: token(i), until: 2 * until}, until)
 	}
-	if n := len(table.places); n != places {
+	if n := len(table.circle); n != places {
 		t.Errorf("%d places, want %d", n, places)
+	}
+	table.next = ^uint32(0) - maxEnded/2 // the numbers come round
+	for i := range 2 * maxEnded {
+		table.add(endedStream{token: token(i), until: 3 * until, code: uint16(i)}, 2*until)
+		for n := max(0, i-3); n <= i; n++ {
+			b := token(n)
+			if e := table.find(string(b[:]), 2*until); e == nil || e.code != uint16(n) {
+				t.Fatalf("stream %d is not remembered after stream %d", n, i)
+			}
+		}
 	}
 }
 

@@ -9,13 +9,11 @@ import (
 // This file remembers streams that are over at this end. The peer may still ask about such a stream, because the last packet to
 // it was lost; docs/PROTOCOL.md section 9.4. TCP calls this state TIME-WAIT.
 
-// maxEnded bounds the streams that an endpoint remembers after their end. Each takes 64 bytes.
+// maxEnded bounds the streams that an endpoint remembers after their end. Each takes 68 bytes.
 const maxEnded = 1 << 14
 
-const (
-	minEnded = 1 << 6 // places that an endpoint makes at first
-	endedWay = 4      // places in which a stream may be kept
-)
+// minEnded is how many streams an endpoint has room for at first.
+const minEnded = 1 << 6
 
 // endedStream is the record that an endpoint keeps of a stream after its normal end.
 type endedStream struct {
@@ -24,66 +22,67 @@ type endedStream struct {
 	credit Credit // acknowledges the peer's CLOSE, if code is 0
 	code   uint16 // if not 0, the code of the RESET to repeat
 	failed bool   // the peer's CLOSE had another code than 1000
+	before uint32 // number of an earlier stream whose token has the same hash, 0 if there was none
 	sender uint64 // of this end
 	peer   uint64 // the peer's sender number
 }
 
-// endedStreams is a hash table of places. The hash of a stream's token selects endedWay places that the stream may take. If
-// all of them are taken, the table doubles, up to maxEnded. In a table of that size, the stream replaces the one that expires
-// first. The outbox owns the table.
+// endedStreams remembers streams in a circle, in the order in which they ended, which is the order in which they expire. So an
+// end writes to memory that lies beside that of the end before. The hash of a stream's token selects the newest of a chain of
+// streams. A chain ends with a stream that the circle does not hold any longer. A circle that is full of streams that have not
+// expired doubles, up to maxEnded. In one of that size, a stream replaces the oldest. The outbox owns all of it.
 type endedStreams struct {
 	seed   maphash.Seed
-	places []endedStream
-}
-
-// set returns the places in which the stream with a token of this hash may be kept.
-func (t *endedStreams) set(hash uint64) []endedStream {
-	i := int(hash&uint64(len(t.places)/endedWay-1)) * endedWay
-	return t.places[i : i+endedWay]
-}
-
-// first returns the place in set that expires first.
-func first(set []endedStream) *endedStream {
-	p := &set[0]
-	for i := range set {
-		if set[i].until < p.until {
-			p = &set[i]
-		}
-	}
-	return p
+	circle []endedStream // stream number n is circle[n & (len-1)]
+	newest []uint32      // by the hash of the token, as many as the circle has places
+	next   uint32        // number of the next stream, modulo 2^32, but never 0
 }
 
 // add remembers e until it expires.
 func (t *endedStreams) add(e endedStream, now int64) {
-	if t.places == nil {
+	if t.circle == nil {
 		t.seed = maphash.MakeSeed()
-		t.places = make([]endedStream, minEnded)
+		t.resize(minEnded)
 	}
-	hash := maphash.Bytes(t.seed, e.token[:])
-	p := first(t.set(hash))
-	for p.until > now && len(t.places) < maxEnded {
-		old := t.places
-		t.places = make([]endedStream, 2*len(old))
-		for i := range old {
-			if e := &old[i]; e.until > now {
-				*first(t.set(maphash.Bytes(t.seed, e.token[:]))) = *e
+	if size := len(t.circle); size < maxEnded && t.circle[t.next&uint32(size-1)].until > now {
+		old, from := t.circle, t.next
+		t.resize(2 * size)
+		for i := range uint32(size) {
+			if e := &old[(from+i)&uint32(size-1)]; e.until > now {
+				t.push(e)
 			}
 		}
-		p = first(t.set(hash))
 	}
-	*p = e
+	t.push(&e)
+}
+
+func (t *endedStreams) resize(size int) {
+	t.circle, t.newest, t.next = make([]endedStream, size), make([]uint32, size), 1
+}
+
+// push puts e in the place of the oldest stream.
+func (t *endedStreams) push(e *endedStream) {
+	newest := &t.newest[maphash.Bytes(t.seed, e.token[:])&uint64(len(t.newest)-1)]
+	p := &t.circle[t.next&uint32(len(t.circle)-1)]
+	*p = *e
+	p.before, *newest = *newest, t.next
+	if t.next++; t.next == 0 {
+		t.next = 1
+	}
 }
 
 // find returns the record of the stream with token, nil if there is none.
 func (t *endedStreams) find(token string, now int64) *endedStream {
-	if t.places == nil {
+	if t.circle == nil {
 		return nil
 	}
-	set := t.set(maphash.String(t.seed, token))
-	for i := range set {
-		if p := &set[i]; p.until > now && string(p.token[:]) == token {
+	n := t.newest[maphash.String(t.seed, token)&uint64(len(t.newest)-1)]
+	for n != 0 && t.next-n <= uint32(len(t.circle)) {
+		p := &t.circle[n&uint32(len(t.circle)-1)]
+		if p.until > now && string(p.token[:]) == token {
 			return p
 		}
+		n = p.before
 	}
 	return nil
 }

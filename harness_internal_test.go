@@ -132,7 +132,8 @@ const RaceEnabled = race.Enabled
 // has a stream.
 func GrowEnded(c *Client) {
 	ended := &c.ep.outbox.ended
-	ended.seed, ended.places = maphash.MakeSeed(), make([]endedStream, maxEnded)
+	ended.seed = maphash.MakeSeed()
+	ended.resize(maxEnded)
 }
 
 // testClosed is the ending for an endpoint without a Client.
