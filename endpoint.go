@@ -45,6 +45,7 @@ type endpoint struct {
 	streamEnded func() // set by a server: the outbox is done with a handler's stream
 
 	inbox      inbox
+	onIdle     atomic.Pointer[func()]                       // set by a server: there is no stream any longer
 	onRefused  atomic.Pointer[func(natsconn.Denial, error)] // set by a server: a subscription beside the inbox is refused
 	stopWatch  func()
 	stopErrors func()

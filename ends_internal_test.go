@@ -100,11 +100,10 @@ func TestContextsHaveEndedIfCallsFail(t *testing.T) {
 				ep := fakeClient(t, newRecorder(nil), ClientParams{}).ep
 				defer ep.close(testClosed)
 				offer, _ := ParseToken(lastToken(consumerSubject(8)))
-				ctx, cancel := context.WithCancelCause(ep.ctx)
-				defer cancel(nil)
-				w := ep.newProducer(lifecycle.Handler, ctx, consumerSubject(8), offer, false, minWindow)
+				w := ep.newProducer(lifecycle.Handler, ep.ctx, consumerSubject(8), offer, false, minWindow)
 				s := w.session
-				s.cancel, s.recv.parent = cancel, ep.ctx
+				s.ctx = new(lazyContext)
+				ctx := s.ctx.get(ep.ctx)
 				s.end.Store(&ending{kind: endReset, err: &CloseError{Code: CloseCanceled}})
 				if err := call(w); !errors.Is(err, &CloseError{Code: CloseCanceled}) {
 					t.Errorf("the call returned %v", err)

@@ -11,9 +11,13 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file has Handler and Request, and ends the stream of a handler with its result. The handler's goroutine runs it.
+// This file has Handler and Request, runs handlers, and ends their streams with their results. The goroutines of handlers run it.
+//
+// Such a goroutine begins with a small stack, which a handler that writes a record outgrows. So a goroutine that has run one handler
+// rests until the next one comes, or until the server has no stream. Copying stacks was a twentieth of the cost of a short stream.
 
-// Handler produces one stream: it reads the [Request] and writes to w, in a goroutine of its own. Its result ends the stream:
+// Handler produces one stream: it reads the [Request] and writes to w. It runs in a goroutine that runs no other handler
+// meanwhile, and may run another one afterwards: do not leave it locked to a thread. Its result ends the stream:
 //
 //   - nil, or a bare [*CloseError] with [CloseNormalClosure]: the normal end. The consumer reads [io.EOF].
 //   - an error that is or wraps a *CloseError with another valid code: that code and the text of the *CloseError, without the
@@ -48,7 +52,7 @@ type Request struct {
 	Data    []byte
 
 	session  *session
-	ctx      context.Context
+	ctx      *lazyContext
 	draining <-chan struct{}
 }
 
@@ -56,7 +60,7 @@ type Request struct {
 // passes, it is silent for PeerTimeout, or the server ends the stream. [context.Cause] returns the reason, a [*CloseError] if
 // there is a code. A normal end of both directions does not end the context, so that the handler may finish its work: it may
 // have closed its [Writer] and read [io.EOF], or its consumer may have read everything and written nothing.
-func (r *Request) Context() context.Context { return r.ctx }
+func (r *Request) Context() context.Context { return r.ctx.get(r.session.recv.parent) }
 
 // Draining returns a channel that is closed when the server's end begins, by [Server.Drain] or [Server.Close]. Drain waits for the
 // handler: one that would run until its consumer leaves should return then, for example with [CloseGoingAway]. The context of r
@@ -83,35 +87,108 @@ func (r *Request) Read(p []byte) (int, error) { return r.session.read(p) }
 // WriteTo implements [io.WriterTo]: it writes the consumer's records to w, one Write each, until its CloseSend.
 func (r *Request) WriteTo(w io.Writer) (int64, error) { return r.session.writeTo(w) }
 
-// run runs a handler and closes its stream with the handler's result.
-func (s *Server) run(h Handler, w *Writer, r *Request) {
-	defer s.handlerReturned(w)
-	end := CloseError{CloseInternalServerErr, "handler exited"} // after runtime.Goexit, for example by t.FailNow of a test
-	defer func() {
-		w.session.nobodyReads.Store(true) // before CLOSE is published: the outbox acts on the answer to it
-		w.session.leave()
-		closed, ok := w.closeReturned(end)
-		switch {
-		case ok && closed.Code == CloseNormalClosure && end.Code != CloseNormalClosure:
-			s.ep.counters.unreported.Add(1)
-			s.log.Error("stream: handler failed after its Writer was closed normally: the consumer does not know",
-				"subject", r.Subject, "error", end.Error())
-		case !ok && w.session.recv.parent.Err() != nil: // the context's own callback may come too late
-			w.session.canceled()
-		}
-	}()
-	end = s.call(h, w, r)
+// handling is one request and what runs its handler.
+type handling struct {
+	Request
+	server  *Server
+	handler Handler
+	w       *Writer
+	json    bool            // it is counted among the fallbacks
+	limited context.Context // ends with the consumer's deadline; nil if there is none
+	cancel  context.CancelFunc
 }
 
-// call calls a handler and returns how its stream ends. It recovers panics, also those of the Error method of the result.
-func (s *Server) call(h Handler, w *Writer, r *Request) (end CloseError) {
+// maxResting is how many goroutines without a handler wait for one.
+const maxResting = 64
+
+// start runs h in a goroutine that rests, or in a new one. It does not wait.
+func (s *Server) start(h *handling) {
+	select {
+	case s.next <- h:
+	default:
+		go s.handle(h)
+	}
+}
+
+// handle runs h, and further handlers as long as the server lives. It also ends if a handler ends its goroutine, as t.FailNow of
+// a test does.
+func (s *Server) handle(h *handling) {
+	for h != nil {
+		h.run()
+		h = s.rest()
+	}
+}
+
+// rest waits for the next handler of the calling goroutine. It returns nil if the goroutine is not needed any longer.
+func (s *Server) rest() (h *handling) {
+	if s.resting.Add(1) <= maxResting {
+		unused := *s.unused.Load()
+		// The outbox disarms the ticker before it calls dismiss. So either the ticker is found disarmed here, or dismiss closes
+		// the channel.
+		if s.ep.ticker.Armed() {
+			select {
+			case h = <-s.next:
+			case <-unused:
+			case <-s.ep.ctx.Done():
+			}
+		}
+	}
+	s.resting.Add(-1)
+	return h
+}
+
+// dismiss ends the goroutines that rest. The outbox calls it when the server has no stream.
+func (s *Server) dismiss() {
+	if s.resting.Load() != 0 {
+		unused := make(chan struct{})
+		close(*s.unused.Swap(&unused))
+	}
+}
+
+// run runs the handler of h and closes its stream with the handler's result.
+func (h *handling) run() {
+	s, session := h.server, h.session
+	if h.json {
+		defer s.fallbacks.Add(-1)
+	} else {
+		session.begin()
+	}
+	defer session.ctx.end(nil)
+	defer h.w.cancel(nil)
+	if h.limited != nil {
+		defer h.cancel()
+		defer context.AfterFunc(h.limited, session.canceled)()
+	}
+	defer s.handlerReturned(h.w)
+	end := CloseError{CloseInternalServerErr, "handler exited"} // after runtime.Goexit, for example by t.FailNow of a test
+	defer func() { h.returned(end) }()
+	end = h.call()
+}
+
+// returned closes the stream of a handler that returned with end.
+func (h *handling) returned(end CloseError) {
+	h.session.nobodyReads.Store(true) // before CLOSE is published: the outbox acts on the answer to it
+	h.session.leave()
+	closed, ok := h.w.closeReturned(end)
+	switch {
+	case ok && closed.Code == CloseNormalClosure && end.Code != CloseNormalClosure:
+		h.server.ep.counters.unreported.Add(1)
+		h.server.log.Error("stream: handler failed after its Writer was closed normally: the consumer does not know",
+			"subject", h.Subject, "error", end.Error())
+	case !ok && h.session.recv.parent.Err() != nil: // the context's own callback may come too late
+		h.session.canceled()
+	}
+}
+
+// call calls the handler and returns how its stream ends. It recovers panics, also those of the Error method of the result.
+func (h *handling) call() (end CloseError) {
 	defer func() {
 		if v := recover(); v != nil {
-			s.log.Error("stream: handler panicked", "subject", r.Subject, "panic", v, "stack", string(debug.Stack()))
+			h.server.log.Error("stream: handler panicked", "subject", h.Subject, "panic", v, "stack", string(debug.Stack()))
 			end = CloseError{CloseInternalServerErr, "handler panicked"}
 		}
 	}()
-	return handlerEnd(h(w, r))
+	return handlerEnd(h.handler(h.w, &h.Request))
 }
 
 // handlerReturned discounts a handler. Its session goes on until the consumer has acknowledged everything.

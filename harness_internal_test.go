@@ -56,7 +56,6 @@ func unopenedStream(ep *endpoint) *session {
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, lifecycle.Consumer, initialPackets, initialWindow)
-	st.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.stream, s.recv.parent = st, context.Background()
 	return s
 }

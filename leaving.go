@@ -123,13 +123,12 @@ func (s *session) release(e *ending) {
 
 // endContext ends the stream's context, once.
 func (st *Stream) endContext(cause error) {
-	if !st.contextEnded.CompareAndSwap(false, true) {
+	if !st.ctx.end(cause) {
 		return
 	}
 	if w := st.watch.Load(); w != nil {
 		w.takeBack()
 	}
-	st.session.cancel(cause)
 }
 
 // watch ends a stream when the context given to Open ends, in a goroutine of its own.
@@ -141,7 +140,7 @@ type watch struct {
 
 func (w *watch) run() {
 	w.pending.Unlock() // first: later calls use the context, which may run code of the user
-	if !w.session.stream.contextEnded.Load() {
+	if !w.session.stream.ctx.ended() {
 		w.session.canceled()
 	}
 }

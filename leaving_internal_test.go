@@ -395,11 +395,9 @@ func TestNormalResetByConsumerEndsNormallyIfNothingCanBeLost(t *testing.T) {
 				ep := fakeClient(t, conn, ClientParams{}).ep
 				defer ep.close(testClosed)
 				offer, _ := ParseToken(lastToken(consumerSubject(8)))
-				ctx, cancel := context.WithCancelCause(ep.ctx)
-				defer cancel(nil)
-				w := ep.newProducer(lifecycle.Handler, ctx, consumerSubject(8), offer, false, minWindow)
+				w := ep.newProducer(lifecycle.Handler, ep.ctx, consumerSubject(8), offer, false, minWindow)
 				s := w.session
-				s.cancel, s.recv.parent = cancel, ep.ctx
+				s.ctx = new(lazyContext)
 				if _, err := w.Write([]byte("x")); err != nil {
 					t.Fatal(err)
 				}

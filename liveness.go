@@ -194,6 +194,8 @@ func (o *outbox) tick() {
 		o.ep.ticker.Disarm()
 		if !o.up.Load() { // the watcher arms the ticker after it stores up: the second of the two sees the first
 			o.ep.ticker.Arm()
+		} else if f := o.ep.onIdle.Load(); f != nil {
+			(*f)()
 		}
 	}
 }

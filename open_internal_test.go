@@ -1,11 +1,12 @@
 package stream
 
 import (
+	"context"
 	"errors"
 	"io"
 	"log/slog"
-	"math"
 	"maps"
+	"math"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -729,5 +730,42 @@ func TestRefusedInboxEndsIdleWriters(t *testing.T) {
 		if _, err := m.client.NewWriter(consumerSubject(5)).Write(nil); err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+// The context of a stream is made when it is asked for. Whenever that is, it tells why the stream ended.
+func TestContextTellsTheEndThatCameBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "x", func(*Writer, *Request) error { return nil })
+		for _, early := range []bool{true, false} {
+			ctx, cancel := context.WithCancelCause(context.WithValue(t.Context(), early, "value"))
+			s, err := m.client.Open(ctx, "x", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if early && s.Context().Err() != nil {
+				t.Errorf("the context of an open stream: %v", context.Cause(s.Context()))
+			}
+			if _, err := s.Recv(); err != io.EOF {
+				t.Fatal(err)
+			}
+			cancel(errors.New("too late"))
+			synctest.Wait()
+			if c := s.Context(); c != s.Context() || c.Err() == nil || context.Cause(c) != io.EOF || c.Value(early) != "value" {
+				t.Errorf("asked for early %v: the context ended with %v", early, context.Cause(c))
+			}
+		}
+		s := m.open(t, "x")
+		var wg sync.WaitGroup
+		for range 10 {
+			wg.Go(func() { <-s.Context().Done() })
+		}
+		_ = s.Close()
+		wg.Wait()
+		if cause := context.Cause(s.Context()); cause != ErrClosed {
+			t.Errorf("the context ended with %v", cause)
+		}
+		m.nothingLeft(t)
 	})
 }

@@ -74,6 +74,10 @@ type Server struct {
 
 	draining chan struct{} // closed when Drain or Close is called
 
+	next    chan *handling                // from request to a goroutine that rests
+	resting atomic.Int32                  // goroutines that wait for a handler, or have just begun one
+	unused  atomic.Pointer[chan struct{}] // closed when goroutines that rest are not needed
+
 	mu            sync.Mutex // never held while NATS is asked
 	registrations map[*Registration]struct{}
 	suspended     suspension // all registrations that heed it
@@ -121,7 +125,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	s := &Server{
 		maxFallback: int64(params.MaxFallback), fallbackTimeout: params.FallbackTimeout,
 		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
-		draining: make(chan struct{}), registrations: make(map[*Registration]struct{}),
+		draining: make(chan struct{}), next: make(chan *handling), registrations: make(map[*Registration]struct{}),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -133,6 +137,9 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	refused := s.subscriptionRefused
 	s.ep.onRefused.Store(&refused)
 	s.ep.streamEnded = s.streamEnded // before a request arrives
+	unused, dismiss := make(chan struct{}), s.dismiss
+	s.unused.Store(&unused)
+	s.ep.onIdle.Store(&dismiss)
 	return s, nil
 }
 
@@ -193,20 +200,18 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 		refuse(CloseBadRequest, err.Error())
 		return
 	}
-	leave := func() {}
 	if json {
 		if ce := s.enterFallback(); ce != nil {
 			refuse(ce.Code, ce.Text)
 			return
 		}
-		leave = func() { s.fallbacks.Add(-1) }
 		if timeout == 0 || timeout > s.fallbackTimeout {
 			timeout = s.fallbackTimeout
 		}
 	}
 	admitted := s.admit()
-	if admitted != entered {
-		leave()
+	if admitted != entered && json {
+		s.fallbacks.Add(-1)
 	}
 	switch admitted {
 	case full:
@@ -220,19 +225,19 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 		return
 	}
 
-	ctx, cancel := s.ep.ctx, func() {}
+	h := &handling{server: s, handler: from.handler, json: json}
+	ctx := s.ep.ctx
 	if timeout > 0 {
-		ctx, cancel = context.WithTimeoutCause(ctx, timeout, &CloseError{Code: CloseDeadlineExceeded})
+		ctx, h.cancel = context.WithTimeoutCause(ctx, timeout, &CloseError{Code: CloseDeadlineExceeded})
+		h.limited = ctx
 	}
-	inner, end := context.WithCancelCause(ctx)
 	window := uint64(0)
 	if !json {
 		window = s.ep.reserve(min(handlerWindow, s.ep.window))
 	}
-	w := s.ep.newProducer(lifecycle.Handler, inner, m.Reply, offer, json, window)
-	session := w.session
-	session.cancel, session.recv.parent = end, ctx
-	r := &Request{Subject: m.Subject, Header: userHeader(m.Header), Data: m.Data, session: session, ctx: inner, draining: s.draining}
+	h.w = s.ep.newProducer(lifecycle.Handler, ctx, m.Reply, offer, json, window)
+	session := h.w.session
+	h.Subject, h.Header, h.Data, h.draining, h.Request.session, h.Request.ctx = m.Subject, userHeader(m.Header), m.Data, s.draining, session, session.ctx
 	if req.crossed {
 		session.whereabouts().crossing = &crossing{from: from}
 	}
@@ -241,19 +246,7 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 		session.recv.readDone.Store(true)
 	}
 	session.markLater(workWait)
-	go func() {
-		defer leave()
-		defer end(nil)
-		defer cancel()
-		if !json {
-			session.begin()
-		}
-		if timeout > 0 {
-			stop := context.AfterFunc(ctx, session.canceled)
-			defer stop()
-		}
-		s.run(from.handler, w, r)
-	}()
+	s.start(h)
 }
 
 type admission uint8

@@ -1,7 +1,6 @@
 package stream
 
 import (
-	"context"
 	"io"
 	"math/bits"
 	"sync/atomic"
@@ -23,10 +22,10 @@ type session struct {
 
 	// Set once. These lie apart from the fields that change with each packet.
 	ep     *endpoint
-	reply  string                  // this end's subject: prefix and token. Empty until the session is registered
-	send   atomic.Pointer[sender]  // the send half; a consumer's is made when it first writes
-	stream *Stream                 // at the consumer's end
-	cancel context.CancelCauseFunc // of the context of Stream or Request
+	reply  string                 // this end's subject: prefix and token. Empty until the session is registered
+	send   atomic.Pointer[sender] // the send half; a consumer's is made when it first writes
+	stream *Stream                // at the consumer's end
+	ctx    *lazyContext           // of the Request
 
 	recv        receiver    // the receive half as its user sees it
 	nobodyReads atomic.Bool // the handler returned, or the consumer detached: records that still arrive are not read
@@ -138,8 +137,8 @@ func (s *session) endContexts(e *ending) {
 	if snd := s.send.Load(); snd != nil {
 		snd.packer.cancel(e.cause())
 	}
-	if s.role != lifecycle.Consumer && s.cancel != nil && e.kind != endComplete { // that of a consumer ends with Stream.ended
-		s.cancel(e.cause())
+	if s.ctx != nil && e.kind != endComplete {
+		s.ctx.end(e.cause())
 	}
 }
 

@@ -30,10 +30,9 @@ import (
 //   - Close or CloseWithCode is called.
 //   - The context given to Open ends.
 type Stream struct {
-	session      session
-	ctx          context.Context
-	watch        atomic.Pointer[watch]
-	contextEnded atomic.Bool
+	session session
+	ctx     lazyContext
+	watch   atomic.Pointer[watch]
 }
 
 // open registers a stream and queues its request for the outbox. If answered is not nil, it is closed when the request was
@@ -48,7 +47,6 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	s.out.subject, s.out.request = msg.Subject, newOpening(msg, offer)
 
-	st.ctx, s.cancel = context.WithCancelCause(ctx)
 	if e := ep.register(s, offer); e != nil {
 		s.release(e)
 		return nil, e.err
@@ -59,8 +57,8 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 		w.pending.Lock()
 		w.stop = context.AfterFunc(ctx, w.run)
 		st.watch.Store(w)
-		// endContext sets contextEnded before it loads watch. So either it finds this watch, or the load here finds its flag.
-		if st.contextEnded.Load() {
+		// endContext ends ctx before it loads watch. So either it finds this watch, or the end is found here.
+		if st.ctx.ended() {
 			w.takeBack()
 		}
 	}
@@ -120,7 +118,7 @@ func (st *Stream) send() *Writer {
 	if snd := s.send.Load(); snd != nil {
 		return snd.writer
 	}
-	w := newConsumerWriter(s, st.ctx)
+	w := newConsumerWriter(s, st.ctx.get(st.session.recv.parent))
 	if !s.send.CompareAndSwap(nil, &w.sender) {
 		w.cancel(nil)
 		return s.send.Load().writer
@@ -174,7 +172,7 @@ func (st *Stream) SetPeerTimeout(d time.Duration) { st.session.setPeerTimeout(d)
 
 // Context returns the context of the stream. It ends when the stream's end was read and all records are sent, when the
 // stream was closed, or when the context given to Open ended. [context.Cause] returns the reason.
-func (st *Stream) Context() context.Context { return st.ctx }
+func (st *Stream) Context() context.Context { return st.ctx.get(st.session.recv.parent) }
 
 // Close ends the stream. Waiting and later calls return [ErrClosed]; a read that has returned the end of the stream returns it
 // again. Records that arrived and were not read are dropped. If the producer has not finished, the stream is reset at its end

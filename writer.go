@@ -79,8 +79,10 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	p := new(struct {
 		session session
 		Writer
+		request lazyContext // not in the Request, whose data would stay in memory as long as the session
 	})
 	w, s := &p.Writer, &p.session
+	s.ctx = &p.request
 	s.init(ep, role, initialPackets, max(window, minWindow))
 	s.out.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
 	s.recv.window.Store(int64(window))
