@@ -883,3 +883,32 @@ func TestManyStreamsAtOnceArrive(t *testing.T) {
 	}
 	waitFor(t, "all streams", wg.Wait)
 }
+
+// A stream that is opened, carries one record and ends allocates little beside what NATS takes for its three messages, which is
+// about 32 times.
+func TestShortStreamsAllocateLittle(t *testing.T) {
+	p, _ := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
+		_, err := w.Write(r.Data)
+		return err
+	})
+	record := make([]byte, 128)
+	run := func(n int) {
+		for range n {
+			s, err := p.consumer.Open(context.Background(), "svc", record)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if rec, err := s.Recv(); err != nil || len(rec) != len(record) {
+				t.Fatalf("%d bytes, %v", len(rec), err)
+			}
+			wantEOF(t, s)
+		}
+	}
+	count := scaled(5000)
+	run(count)
+	perStream := float64(mallocs(func() { run(count) })) / float64(count)
+	t.Logf("%.1f mallocs per stream", perStream)
+	if !stream.RaceEnabled && perStream >= 48 {
+		t.Errorf("%.1f mallocs per stream of one record, want less than 48", perStream)
+	}
+}
