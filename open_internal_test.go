@@ -738,8 +738,9 @@ func TestContextTellsTheEndThatCameBefore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
 		m.handle(t, "x", func(*Writer, *Request) error { return nil })
+		type key struct{}
 		for _, early := range []bool{true, false} {
-			ctx, cancel := context.WithCancelCause(context.WithValue(t.Context(), early, "value"))
+			ctx, cancel := context.WithCancelCause(context.WithValue(t.Context(), key{}, "value"))
 			s, err := m.client.Open(ctx, "x", nil)
 			if err != nil {
 				t.Fatal(err)
@@ -752,7 +753,7 @@ func TestContextTellsTheEndThatCameBefore(t *testing.T) {
 			}
 			cancel(errors.New("too late"))
 			synctest.Wait()
-			if c := s.Context(); c != s.Context() || c.Err() == nil || context.Cause(c) != io.EOF || c.Value(early) != "value" {
+			if c := s.Context(); c != s.Context() || c.Err() == nil || context.Cause(c) != io.EOF || c.Value(key{}) != "value" {
 				t.Errorf("asked for early %v: the context ended with %v", early, context.Cause(c))
 			}
 		}
