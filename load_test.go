@@ -500,6 +500,9 @@ func TestSoakSequentialLeavesNothing(t *testing.T) {
 func TestSoakConcurrentLeavesNothing(t *testing.T) {
 	const workers = 64
 	p := newPair(t)
+	for _, c := range p.clients {
+		stream.GrowEnded(c)
+	}
 	serveFew(t, p)
 	serve(t, p, "quiet", func(w *stream.Writer, req *nats.Msg) {
 		if _, err := w.Write(req.Data); err != nil {
