@@ -668,6 +668,7 @@ func TestUploadSurvivesLossOfItsProof(t *testing.T) {
 				if err := drain(s.Recv); err != nil {
 					t.Error(err)
 				}
+				synctest.Wait()
 				if c.n == 0 && challenges != 1 {
 					t.Errorf("%d challenges, want 1", challenges)
 				}
