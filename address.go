@@ -24,7 +24,7 @@ type whereabouts struct {
 	move     *move     // a subject that the peer named and has not proved; nil if there is none
 	crossing *crossing // nil if the stream is within one account
 	proved   bool      // the peer has proved that it receives at its address
-	withheld Credit    // what a producer granted beyond unprovedBytes before that
+	withheld Credit    // a producer granted it beyond unprovedBytes before that
 	missing  bool      // it also asked for packets again
 }
 

@@ -24,7 +24,7 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// The memory of a large record whose pieces still arrive counts against the endpoint's budget. A record that finds no
+// A large record counts against the endpoint's budget while its pieces arrive. A record that finds no
 // room waits, and so does its sender, until another is complete or given up. The bytes are given back in any case.
 func TestReassemblyIsBudgeted(t *testing.T) {
 	const size, budget = 3 << 20, 4 << 20

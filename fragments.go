@@ -125,11 +125,3 @@ func (s *session) unhold(n int64) {
 		s.settleWindow()
 	}
 }
-
-// settleWindow gives bytes back that were reserved while the stream ended: the later of settleWindow and releaseWindow
-// finds them.
-func (s *session) settleWindow() {
-	if s.recv.released.Load() {
-		s.ep.reserved.Add(-s.recv.window.Swap(0))
-	}
-}
