@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 	"unsafe"
+	"weak"
 
 	"github.com/nats-io/nats.go"
 
@@ -1120,9 +1121,11 @@ func TestRequestsThatWereServedKeepNoPackets(t *testing.T) {
 	})
 }
 
-// heap returns the bytes of all objects in use.
+// heap returns the bytes of all objects in use. A pool keeps its objects over one collection.
 func heap() int64 {
-	runtime.GC()
+	for range 3 {
+		runtime.GC()
+	}
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
@@ -1135,7 +1138,18 @@ func TestDataOfARequestIsFreedWithItsHandler(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
 		begin, running := make(chan struct{}), 0
+		var data []weak.Pointer[byte] // the data of each request, in the order of the requests
+		held := func() (n int) {
+			runtime.GC()
+			for _, p := range data {
+				if p.Value() != nil {
+					n++
+				}
+			}
+			return n
+		}
 		m.handle(t, "svc", func(_ *Writer, r *Request) error {
+			data = append(data, weak.Make(&r.Data[0])) // synctest.Wait follows each request
 			<-begin
 			if len(r.Data) != size {
 				t.Errorf("%d bytes of data", len(r.Data))
@@ -1155,14 +1169,15 @@ func TestDataOfARequestIsFreedWithItsHandler(t *testing.T) {
 		m.server.mu.Lock()
 		running = m.server.handlers
 		m.server.mu.Unlock()
-		if n := heap() - before; running != requests || n < requests*size*9/10 || n > requests*size*12/10 {
-			t.Errorf("%d handlers run, %d bytes are in use, want %d", running, n, requests*size)
+		if n := heap() - before; running != requests || held() != requests || n > requests*size*12/10 {
+			t.Errorf("%d handlers run, the data of %d is held, %d bytes are in use, want %d", running, held(), n, requests*size)
 		}
 		m.bus.SetFilter(func(from, _ *fake.Conn, _ *nats.Msg) bool { return from == m.back }) // nobody acknowledges
 		close(begin)
 		synctest.Wait()
-		if n := heap() - before; m.server.Stats().Streams == 0 || n > requests*size/5 {
-			t.Errorf("%d bytes are in use for %d streams whose handlers have returned", n, m.server.Stats().Streams)
+		if n := heap() - before; m.server.Stats().Streams == 0 || held() > 0 || n > requests*size/5 {
+			t.Errorf("the data of %d requests is held, %d bytes are in use for %d streams whose handlers have returned",
+				held(), n, m.server.Stats().Streams)
 		}
 		m.bus.SetFilter(nil)
 		for _, s := range all {
