@@ -23,7 +23,9 @@ type receiver struct {
 	maxRecord uint64
 	window    atomic.Int64 // bytes reserved for this stream out of the endpoint's budget
 	released  atomic.Bool
-	readDone  atomic.Bool // the peer's CLOSE was read, or nobody reads
+	// readDone is true if this direction is over and the stream is not: the reader read a normal CLOSE and the other direction
+	// goes on, or this end takes no records. A CLOSE that ends the whole stream does not set it.
+	readDone atomic.Bool
 
 	// readLock has gateReading while a read is on its slow path, where it may wait. Another read then always gets an
 	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
