@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/natsstream/stream/bench/e2e"
+	"github.com/natsstream/stream/internal/load"
 )
 
 var env *e2e.Env
@@ -80,7 +81,7 @@ func BenchmarkEndToEnd(b *testing.B) {
 // so that no two records can share a message. Compare with impl=nats, which
 // sends all records on one subject.
 func BenchmarkSlowStreams(b *testing.B) {
-	cfg := e2e.Config{Size: 128, Streams: 10_000}
+	cfg := load.Config{Size: 128, Streams: 10_000}
 	if testing.Short() {
 		cfg.Streams = 1000
 	}
@@ -89,28 +90,28 @@ func BenchmarkSlowStreams(b *testing.B) {
 	}
 }
 
-func benchmarkSession(b *testing.B, impl e2e.Impl, cfg e2e.Config) {
+func benchmarkSession(b *testing.B, impl e2e.Impl, cfg load.Config) {
 	// The session outlives the calls with which the framework finds b.N, so
 	// that streams are opened and warmed up once.
-	var s e2e.Session
+	var s load.Session
 	b.Run(fmt.Sprintf("impl=%s/%v", impl.Name, cfg), func(b *testing.B) {
 		if s == nil {
 			var err error
 			if s, err = impl.Open(env, cfg); err != nil {
 				b.Fatal(err)
 			}
-			if _, err := e2e.WarmUp(s, cfg); err != nil {
+			if _, err := load.WarmUp(s, cfg); err != nil {
 				b.Fatal(err)
 			}
 		}
-		mallocs, cpu := e2e.Mallocs(), e2e.CPUTime()
+		mallocs, cpu := load.Mallocs(), load.CPUTime()
 		b.ResetTimer()
 		if err := s.Run(b.N); err != nil {
 			b.Fatal(err)
 		}
 		b.StopTimer()
-		b.ReportMetric(float64(e2e.CPUTime()-cpu)/float64(b.N), "cpu-ns/rec")
-		b.ReportMetric(float64(e2e.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
+		b.ReportMetric(float64(load.CPUTime()-cpu)/float64(b.N), "cpu-ns/rec")
+		b.ReportMetric(float64(load.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
 	})
 	if s != nil {
 		s.Close()
@@ -132,7 +133,7 @@ func BenchmarkEcho(b *testing.B) { benchmarkPings(b, e2e.EchoImpls()) }
 func benchmarkPings(b *testing.B, impls []e2e.Impl) {
 	const size = 128
 	for _, impl := range impls {
-		var p e2e.Pinger
+		var p load.Pinger
 		b.Run(fmt.Sprintf("impl=%s/size=%d", impl.Name, size), func(b *testing.B) {
 			if p == nil {
 				var err error
@@ -146,7 +147,7 @@ func benchmarkPings(b *testing.B, impls []e2e.Impl) {
 				}
 			}
 			took := make([]time.Duration, 0, b.N)
-			mallocs := e2e.Mallocs()
+			mallocs := load.Mallocs()
 			b.ResetTimer()
 			for range b.N {
 				start := time.Now()
@@ -156,10 +157,10 @@ func benchmarkPings(b *testing.B, impls []e2e.Impl) {
 				took = append(took, time.Since(start))
 			}
 			b.StopTimer()
-			b.ReportMetric(float64(e2e.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
+			b.ReportMetric(float64(load.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
 			slices.Sort(took)
-			b.ReportMetric(float64(e2e.Percentile(took, 50)), "p50-ns")
-			b.ReportMetric(float64(e2e.Percentile(took, 99)), "p99-ns")
+			b.ReportMetric(float64(load.Percentile(took, 50)), "p50-ns")
+			b.ReportMetric(float64(load.Percentile(took, 99)), "p99-ns")
 		})
 		if p != nil {
 			p.Close()

@@ -47,24 +47,3 @@ func (e *Env) Err() error {
 	}
 	return nil
 }
-
-// pair is a producer's and a consumer's connection.
-type pair struct{ producer, consumer *nats.Conn }
-
-func (e *Env) dialPair() (pair, error) {
-	p, err := e.Dial()
-	if err != nil {
-		return pair{}, err
-	}
-	c, err := e.Dial()
-	if err != nil {
-		p.Close()
-		return pair{}, err
-	}
-	return pair{producer: p, consumer: c}, nil
-}
-
-func (p pair) Close() {
-	p.producer.Close()
-	p.consumer.Close()
-}

@@ -11,6 +11,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/internal/load"
 )
 
 // IdleCost is the cost at the consumer of one open stream that the producer does
@@ -28,24 +29,24 @@ func (c IdleCost) Bytes() float64 { return c.HeapBytes + c.StackBytes }
 // Idle opens n streams to a producer that takes requests and never answers,
 // measures by how much the process has grown, and closes them.
 func Idle(env *Env, n int) (_ IdleCost, err error) {
-	conns, err := env.dialPair()
+	conns, err := load.DialPair(env)
 	if err != nil {
 		return IdleCost{}, err
 	}
 	defer conns.Close()
 	var requests atomic.Int64
 	subject := nats.NewInbox()
-	sub, err := conns.producer.Subscribe(subject, func(*nats.Msg) { requests.Add(1) })
+	sub, err := conns.Producer.Subscribe(subject, func(*nats.Msg) { requests.Add(1) })
 	if err != nil {
 		return IdleCost{}, err
 	}
 	if err := sub.SetPendingLimits(noPendingLimit, noPendingLimit); err != nil {
 		return IdleCost{}, err
 	}
-	if err := conns.producer.Flush(); err != nil {
+	if err := conns.Producer.Flush(); err != nil {
 		return IdleCost{}, err
 	}
-	client, err := stream.NewClient(stream.ClientParams{Conn: conns.consumer})
+	client, err := stream.NewClient(stream.ClientParams{Conn: conns.Consumer})
 	if err != nil {
 		return IdleCost{}, err
 	}
@@ -107,12 +108,12 @@ func inUse() (heap, stack, goroutines float64) {
 // KeepAlive measures the cost of liveness checks for n idle streams: the processor time of both ends and of the NATS server
 // between them, as a part of the time that passes, which is about d.
 func KeepAlive(env *Env, n int, d time.Duration) (_ float64, err error) {
-	conns, err := env.dialPair()
+	conns, err := load.DialPair(env)
 	if err != nil {
 		return 0, err
 	}
 	defer conns.Close()
-	server, err := stream.NewServer(stream.ServerParams{Conn: conns.producer, MaxStreams: n})
+	server, err := stream.NewServer(stream.ServerParams{Conn: conns.Producer, MaxStreams: n})
 	if err != nil {
 		return 0, err
 	}
@@ -126,10 +127,10 @@ func KeepAlive(env *Env, n int, d time.Duration) (_ float64, err error) {
 	}); err != nil {
 		return 0, err
 	}
-	if err := conns.producer.Flush(); err != nil {
+	if err := conns.Producer.Flush(); err != nil {
 		return 0, err
 	}
-	client, err := stream.NewClient(stream.ClientParams{Conn: conns.consumer})
+	client, err := stream.NewClient(stream.ClientParams{Conn: conns.Consumer})
 	if err != nil {
 		return 0, err
 	}
@@ -146,9 +147,9 @@ func KeepAlive(env *Env, n int, d time.Duration) (_ float64, err error) {
 	}
 	time.Sleep(d / 4) // until all streams have asked their first questions
 	runtime.GC()
-	start, used := time.Now(), CPUTime()
+	start, used := time.Now(), load.CPUTime()
 	time.Sleep(d)
-	cost := float64(CPUTime()-used) / float64(time.Since(start))
+	cost := float64(load.CPUTime()-used) / float64(time.Since(start))
 	if got := client.Stats().Streams; got != n {
 		return 0, fmt.Errorf("keep-alive: %d of %d streams are left", got, n)
 	}

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
+	"github.com/natsstream/stream/internal/load"
 )
 
 // The floor: NATS by itself, publish and subscribe with a subject and a
@@ -23,9 +24,9 @@ const (
 const noPendingLimit = -1
 
 type natsSession struct {
-	pair
-	env     *Env
-	win     *Window
+	load.Pair
+	d       load.Dialer
+	win     *load.Window
 	lanes   []*natsLane
 	results chan error
 	stop    chan struct{}
@@ -39,23 +40,23 @@ type natsLane struct {
 
 	target atomic.Uint64 // number of the run's last record plus one
 	batch  uint64
-	taken  uint64 // the part of check.next that was released to the window
-	check  checker
+	taken  uint64 // the part of check.Next that was released to the window
+	check  load.Checker
 	broken bool
 }
 
-func openNATS(env *Env, cfg Config) (Session, error) {
-	return newNATSSession(env, cfg, min(natsWindowRecords, natsWindowBytes/cfg.Size))
+func openNATS(d load.Dialer, cfg load.Config) (load.Session, error) {
+	return newNATSSession(d, cfg, min(natsWindowRecords, natsWindowBytes/cfg.Size))
 }
 
 // newNATSSession has at most limit records in flight.
-func newNATSSession(env *Env, cfg Config, limit int) (Session, error) {
-	conns, err := env.dialPair()
+func newNATSSession(d load.Dialer, cfg load.Config, limit int) (load.Session, error) {
+	conns, err := load.DialPair(d)
 	if err != nil {
 		return nil, err
 	}
 	s := &natsSession{
-		pair: conns, env: env, win: NewWindow(limit),
+		Pair: conns, d: d, win: load.NewWindow(limit),
 		results: make(chan error, 2*cfg.Streams+1), stop: make(chan struct{}),
 	}
 	// Progress is told once per batch: an eighth of the window at most waits
@@ -63,10 +64,10 @@ func newNATSSession(env *Env, cfg Config, limit int) (Session, error) {
 	batch := uint64(min(64, max(1, limit/8/cfg.Streams)))
 	for i := range cfg.Streams {
 		l := &natsLane{
-			s: s, subject: fmt.Sprintf("%s.%d", nats.NewInbox(), i), rec: newRecord(cfg.Size, i),
-			batch: batch, check: checker{size: cfg.Size, stream: uint64(i)},
+			s: s, subject: fmt.Sprintf("%s.%d", nats.NewInbox(), i), rec: load.NewRecord(cfg.Size, i),
+			batch: batch, check: load.Checker{Size: cfg.Size, Stream: uint64(i)},
 		}
-		sub, err := s.consumer.Subscribe(l.subject, l.onMessage)
+		sub, err := s.Consumer.Subscribe(l.subject, l.onMessage)
 		if err == nil {
 			err = sub.SetPendingLimits(noPendingLimit, noPendingLimit)
 		}
@@ -76,7 +77,7 @@ func newNATSSession(env *Env, cfg Config, limit int) (Session, error) {
 		}
 		s.lanes = append(s.lanes, l)
 	}
-	if err := s.consumer.Flush(); err != nil {
+	if err := s.Consumer.Flush(); err != nil {
 		s.Close()
 		return nil, err
 	}
@@ -84,14 +85,14 @@ func newNATSSession(env *Env, cfg Config, limit int) (Session, error) {
 }
 
 func (l *natsLane) onMessage(m *nats.Msg) {
-	if !l.check.ok(m.Data) {
+	if !l.check.OK(m.Data) {
 		if !l.broken {
 			l.broken = true
-			l.s.results <- l.check.errorFor(m.Data)
+			l.s.results <- l.check.ErrorFor(m.Data)
 		}
 		return
 	}
-	n := l.check.next
+	n := l.check.Next
 	end := n == l.target.Load()
 	if n-l.taken >= l.batch || end {
 		l.s.win.Release(int64(n - l.taken))
@@ -105,16 +106,16 @@ func (l *natsLane) onMessage(m *nats.Msg) {
 func (s *natsSession) Run(n int) error {
 	busy := 0
 	for i, l := range s.lanes {
-		if k := share(n, i, len(s.lanes)); k > 0 {
+		if k := load.Share(n, i, len(s.lanes)); k > 0 {
 			busy++
 			l.target.Store(l.sent + uint64(k))
 		}
 	}
 	go func() { s.results <- s.produce(n) }()
-	if err := await(s.results, busy+1, n); err != nil {
+	if err := load.Await(s.results, busy+1, n); err != nil {
 		return err
 	}
-	return s.env.Err()
+	return s.d.Err()
 }
 
 func (s *natsSession) produce(n int) error {
@@ -122,9 +123,9 @@ func (s *natsSession) produce(n int) error {
 	for range n {
 		l := s.lanes[i]
 		s.win.Acquire(s.stop)
-		stamp(l.rec, l.sent)
+		load.Stamp(l.rec, l.sent)
 		l.sent++
-		if err := s.producer.Publish(l.subject, l.rec); err != nil {
+		if err := s.Producer.Publish(l.subject, l.rec); err != nil {
 			return err
 		}
 		if i++; i == len(s.lanes) {
@@ -136,33 +137,33 @@ func (s *natsSession) produce(n int) error {
 
 func (s *natsSession) Close() {
 	close(s.stop)
-	s.pair.Close()
+	s.Pair.Close()
 }
 
 type natsPinger struct {
-	pair
+	load.Pair
 	subject string
 	rec     []byte
 	seq     uint64
 	pong    chan error
 }
 
-func openNATSPinger(env *Env, size int) (Pinger, error) {
-	conns, err := env.dialPair()
+func openNATSPinger(d load.Dialer, size int) (load.Pinger, error) {
+	conns, err := load.DialPair(d)
 	if err != nil {
 		return nil, err
 	}
-	p := &natsPinger{pair: conns, subject: nats.NewInbox(), rec: newRecord(size, 0), pong: make(chan error, 1)}
-	c := checker{size: size}
-	_, err = p.consumer.Subscribe(p.subject, func(m *nats.Msg) {
-		if !c.ok(m.Data) {
-			p.pong <- c.errorFor(m.Data)
+	p := &natsPinger{Pair: conns, subject: nats.NewInbox(), rec: load.NewRecord(size, 0), pong: make(chan error, 1)}
+	c := load.Checker{Size: size}
+	_, err = p.Consumer.Subscribe(p.subject, func(m *nats.Msg) {
+		if !c.OK(m.Data) {
+			p.pong <- c.ErrorFor(m.Data)
 			return
 		}
 		p.pong <- nil
 	})
 	if err == nil {
-		err = p.consumer.Flush()
+		err = p.Consumer.Flush()
 	}
 	if err != nil {
 		p.Close()
@@ -172,9 +173,9 @@ func openNATSPinger(env *Env, size int) (Pinger, error) {
 }
 
 func (p *natsPinger) Ping() error {
-	stamp(p.rec, p.seq)
+	load.Stamp(p.rec, p.seq)
 	p.seq++
-	if err := p.producer.Publish(p.subject, p.rec); err != nil {
+	if err := p.Producer.Publish(p.subject, p.rec); err != nil {
 		return err
 	}
 	return <-p.pong
@@ -184,29 +185,29 @@ func (p *natsPinger) Ping() error {
 // for the next message. It costs a switch more than a callback.
 type natsSyncPinger struct{ *natsPinger }
 
-func openNATSSyncPinger(env *Env, size int) (Pinger, error) {
-	conns, err := env.dialPair()
+func openNATSSyncPinger(d load.Dialer, size int) (load.Pinger, error) {
+	conns, err := load.DialPair(d)
 	if err != nil {
 		return nil, err
 	}
-	p := &natsPinger{pair: conns, subject: nats.NewInbox(), rec: newRecord(size, 0), pong: make(chan error, 1)}
-	sub, err := p.consumer.SubscribeSync(p.subject)
+	p := &natsPinger{Pair: conns, subject: nats.NewInbox(), rec: load.NewRecord(size, 0), pong: make(chan error, 1)}
+	sub, err := p.Consumer.SubscribeSync(p.subject)
 	if err == nil {
-		err = p.consumer.Flush()
+		err = p.Consumer.Flush()
 	}
 	if err != nil {
 		p.Close()
 		return nil, err
 	}
 	go func() {
-		c := checker{size: size}
+		c := load.Checker{Size: size}
 		for {
 			m, err := sub.NextMsgWithContext(context.Background())
 			if err != nil {
 				return // closed
 			}
-			if !c.ok(m.Data) {
-				err = c.errorFor(m.Data)
+			if !c.OK(m.Data) {
+				err = c.ErrorFor(m.Data)
 			}
 			p.pong <- err
 		}

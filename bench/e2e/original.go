@@ -10,14 +10,15 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/bench/original"
+	"github.com/natsstream/stream/internal/load"
 )
 
 // The baseline: the original design, made to lose nothing. Its window counts
 // encoded bytes, since base64 makes a record a third larger.
 
 type originalSession struct {
-	pair
-	env      *Env
+	load.Pair
+	d        load.Dialer
 	receiver *original.Client
 	sender   *original.Client
 	cancel   context.CancelFunc
@@ -28,33 +29,35 @@ type originalSession struct {
 type originalLane struct {
 	results <-chan *original.Result
 	writer  *original.Writer
-	win     *Window
+	win     *load.Window
 	rec     []byte
 	sent    uint64
-	check   checker
+	check   load.Checker
 }
 
-func openOriginal(env *Env, cfg Config) (Session, error) { return newOriginalSession(env, cfg) }
+func openOriginal(d load.Dialer, cfg load.Config) (load.Session, error) {
+	return newOriginalSession(d, cfg)
+}
 
-func newOriginalSession(env *Env, cfg Config) (_ *originalSession, err error) {
-	conns, err := env.dialPair()
+func newOriginalSession(d load.Dialer, cfg load.Config) (_ *originalSession, err error) {
+	conns, err := load.DialPair(d)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &originalSession{pair: conns, env: env, cancel: cancel, stop: make(chan struct{})}
+	s := &originalSession{Pair: conns, d: d, cancel: cancel, stop: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			s.Close()
 		}
 	}()
-	if s.receiver, err = original.NewClient(s.consumer); err != nil {
+	if s.receiver, err = original.NewClient(s.Consumer); err != nil {
 		return nil, err
 	}
 	if err = s.receiver.SetPendingLimits(noPendingLimit, noPendingLimit); err != nil {
 		return nil, err
 	}
-	if s.sender, err = original.NewClient(s.producer); err != nil {
+	if s.sender, err = original.NewClient(s.Producer); err != nil {
 		return nil, err
 	}
 	type opened struct {
@@ -63,20 +66,20 @@ func newOriginalSession(env *Env, cfg Config) (_ *originalSession, err error) {
 	}
 	writers := make(chan opened, cfg.Streams)
 	subject := nats.NewInbox()
-	if _, err = s.producer.Subscribe(subject, func(m *nats.Msg) {
+	if _, err = s.Producer.Subscribe(subject, func(m *nats.Msg) {
 		i, _ := strconv.Atoi(string(m.Data))
 		writers <- opened{i, original.NewWriter(s.sender, m.Reply)}
 	}); err != nil {
 		return nil, err
 	}
-	if err = s.producer.Flush(); err != nil {
+	if err = s.Producer.Flush(); err != nil {
 		return nil, err
 	}
 	for i := range cfg.Streams {
 		l := &originalLane{
-			rec:   newRecord(cfg.Size, i),
-			check: checker{size: cfg.Size, stream: uint64(i)},
-			win:   NewWindow(max(2, min(natsWindowRecords, natsWindowBytes*3/4/cfg.Size)/cfg.Streams)),
+			rec:   load.NewRecord(cfg.Size, i),
+			check: load.Checker{Size: cfg.Size, Stream: uint64(i)},
+			win:   load.NewWindow(max(2, min(natsWindowRecords, natsWindowBytes*3/4/cfg.Size)/cfg.Streams)),
 		}
 		if l.results, err = s.receiver.OpenStream(ctx, subject, strconv.AppendInt(nil, int64(i), 10)); err != nil {
 			return nil, err
@@ -97,20 +100,20 @@ func newOriginalSession(env *Env, cfg Config) (_ *originalSession, err error) {
 func (s *originalSession) Run(n int) error {
 	results := make(chan error, 2*len(s.lanes))
 	for i, l := range s.lanes {
-		k := share(n, i, len(s.lanes))
+		k := load.Share(n, i, len(s.lanes))
 		go func() { results <- l.produce(k, s.stop) }()
 		go func() { results <- l.consume(k) }()
 	}
-	if err := await(results, 2*len(s.lanes), n); err != nil {
+	if err := load.Await(results, 2*len(s.lanes), n); err != nil {
 		return fmt.Errorf("original: %w", err)
 	}
-	return s.env.Err()
+	return s.d.Err()
 }
 
 func (l *originalLane) produce(n int, stop <-chan struct{}) error {
 	for range n {
 		l.win.Acquire(stop)
-		stamp(l.rec, l.sent)
+		load.Stamp(l.rec, l.sent)
 		l.sent++
 		if _, err := l.writer.Write(l.rec); err != nil {
 			return err
@@ -128,8 +131,8 @@ func (l *originalLane) consume(n int) error {
 		if r.Err != nil {
 			return r.Err
 		}
-		if !l.check.ok(r.Value) {
-			return l.check.errorFor(r.Value)
+		if !l.check.OK(r.Value) {
+			return l.check.ErrorFor(r.Value)
 		}
 		l.win.Release(1)
 	}
@@ -144,9 +147,9 @@ func (s *originalSession) Close() {
 			_ = l.writer.Close() // wakes the reader, which then sees its end
 		}
 	}
-	_ = s.producer.Flush()
-	_ = s.consumer.Flush()
-	s.pair.Close()
+	_ = s.Producer.Flush()
+	_ = s.Consumer.Flush()
+	s.Pair.Close()
 }
 
 type originalPinger struct {
@@ -154,8 +157,8 @@ type originalPinger struct {
 	pong chan error
 }
 
-func openOriginalPinger(env *Env, size int) (Pinger, error) {
-	s, err := newOriginalSession(env, Config{Size: size, Streams: 1})
+func openOriginalPinger(d load.Dialer, size int) (load.Pinger, error) {
+	s, err := newOriginalSession(d, load.Config{Size: size, Streams: 1})
 	if err != nil {
 		return nil, err
 	}
@@ -164,8 +167,8 @@ func openOriginalPinger(env *Env, size int) (Pinger, error) {
 		l := p.lanes[0]
 		for r := range l.results {
 			err := r.Err
-			if err == nil && !l.check.ok(r.Value) {
-				err = l.check.errorFor(r.Value)
+			if err == nil && !l.check.OK(r.Value) {
+				err = l.check.ErrorFor(r.Value)
 			}
 			p.pong <- err
 		}
@@ -175,7 +178,7 @@ func openOriginalPinger(env *Env, size int) (Pinger, error) {
 
 func (p *originalPinger) Ping() error {
 	l := p.lanes[0]
-	stamp(l.rec, l.sent)
+	load.Stamp(l.rec, l.sent)
 	l.sent++
 	if _, err := l.writer.Write(l.rec); err != nil {
 		return err

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+
+	"github.com/natsstream/stream/internal/load"
 )
 
 // The ceiling: no protocol at all. A producer writes length-prefixed records
@@ -101,10 +103,10 @@ type tcpSession struct {
 	*tcpRelay
 	records  [][]byte
 	sent     []uint64
-	checkers []checker
+	checkers []load.Checker
 }
 
-func openTCP(_ *Env, cfg Config) (Session, error) {
+func openTCP(_ load.Dialer, cfg load.Config) (load.Session, error) {
 	if cfg.Size+4 > tcpBuffer {
 		return nil, errors.New("record larger than the relay's buffer")
 	}
@@ -114,8 +116,8 @@ func openTCP(_ *Env, cfg Config) (Session, error) {
 	}
 	s := &tcpSession{tcpRelay: relay, sent: make([]uint64, cfg.Streams)}
 	for i := range cfg.Streams {
-		s.records = append(s.records, newRecord(cfg.Size, i))
-		s.checkers = append(s.checkers, checker{size: cfg.Size, stream: uint64(i)})
+		s.records = append(s.records, load.NewRecord(cfg.Size, i))
+		s.checkers = append(s.checkers, load.Checker{Size: cfg.Size, Stream: uint64(i)})
 	}
 	return s, nil
 }
@@ -124,14 +126,14 @@ func (s *tcpSession) Run(n int) error {
 	results := make(chan error, 2)
 	go func() { results <- s.produce(n) }()
 	go func() { results <- s.consume(n) }()
-	return await(results, 2, n)
+	return load.Await(results, 2, n)
 }
 
 func (s *tcpSession) produce(n int) error {
 	i := 0
 	for range n {
 		rec := s.records[i]
-		stamp(rec, s.sent[i])
+		load.Stamp(rec, s.sent[i])
 		s.sent[i]++
 		if err := s.write(rec); err != nil {
 			return err
@@ -149,12 +151,12 @@ func (s *tcpSession) consume(n int) error {
 		if err != nil {
 			return err
 		}
-		i := streamOf(rec)
+		i := load.StreamOf(rec)
 		if i >= uint64(len(s.checkers)) {
 			return fmt.Errorf("record of stream %d, which does not exist", i)
 		}
-		if c := &s.checkers[i]; !c.ok(rec) {
-			return c.errorFor(rec)
+		if c := &s.checkers[i]; !c.OK(rec) {
+			return c.ErrorFor(rec)
 		}
 	}
 	return nil
@@ -167,18 +169,18 @@ type tcpPinger struct {
 	pong chan error
 }
 
-func openTCPPinger(_ *Env, size int) (Pinger, error) {
+func openTCPPinger(_ load.Dialer, size int) (load.Pinger, error) {
 	relay, err := newTCPRelay()
 	if err != nil {
 		return nil, err
 	}
-	p := &tcpPinger{tcpRelay: relay, rec: newRecord(size, 0), pong: make(chan error, 1)}
+	p := &tcpPinger{tcpRelay: relay, rec: load.NewRecord(size, 0), pong: make(chan error, 1)}
 	go func() {
-		c := checker{size: size}
+		c := load.Checker{Size: size}
 		for {
 			rec, err := p.read()
-			if err == nil && !c.ok(rec) {
-				err = c.errorFor(rec)
+			if err == nil && !c.OK(rec) {
+				err = c.ErrorFor(rec)
 			}
 			p.pong <- err
 			if err != nil {
@@ -190,7 +192,7 @@ func openTCPPinger(_ *Env, size int) (Pinger, error) {
 }
 
 func (p *tcpPinger) Ping() error {
-	stamp(p.rec, p.seq)
+	load.Stamp(p.rec, p.seq)
 	p.seq++
 	if err := p.write(p.rec); err != nil {
 		return err

@@ -49,7 +49,7 @@ func run(o options, docs string, short, draw bool) error {
 	found := new(results)
 	var err error
 	if draw {
-		found, err = load(stored)
+		found, err = readResults(stored)
 	} else {
 		found, err = measure(o)
 	}

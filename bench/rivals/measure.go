@@ -11,8 +11,7 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
-
-	"github.com/natsstream/stream/bench/e2e"
+	"github.com/natsstream/stream/internal/load"
 )
 
 // options say how long and how often everything is measured.
@@ -100,7 +99,7 @@ func measureThroughput(e *env, o options, size, streams int) []throughput {
 			}
 			o.progress(fmt.Sprintf("%d streams of %d B: %s", streams, size, c.Rival))
 			runtime.GC() // no rival pays for the garbage of the one before
-			mallocs, cpu, start := e2e.Mallocs(), e2e.CPUTime(), time.Now()
+			mallocs, cpu, start := load.Mallocs(), load.CPUTime(), time.Now()
 			lost, err := c.session.run(c.n)
 			took := time.Since(start)
 			c.lost += lost
@@ -114,8 +113,8 @@ func measureThroughput(e *env, o options, size, streams int) []throughput {
 				continue
 			}
 			c.ns = append(c.ns, float64(took)/float64(c.n))
-			c.cpu = append(c.cpu, (e2e.CPUTime()-cpu).Seconds()*1e6/float64(c.n))
-			c.mallocs += e2e.Mallocs() - mallocs
+			c.cpu = append(c.cpu, (load.CPUTime()-cpu).Seconds()*1e6/float64(c.n))
+			c.mallocs += load.Mallocs() - mallocs
 		}
 	}
 	found := make([]throughput, len(all))
@@ -271,14 +270,14 @@ func measureOpens(e *env, o options, concurrent int) []opens {
 			}
 			o.progress(fmt.Sprintf("%d at once: %s", concurrent, c.Name))
 			runtime.GC()
-			cpu, start := e2e.CPUTime(), time.Now()
+			cpu, start := load.CPUTime(), time.Now()
 			n, err := askFor(c.ask, concurrent, o.slice)
 			if err != nil {
 				c.Reason = err.Error()
 				continue
 			}
 			c.rates = append(c.rates, float64(n)/time.Since(start).Seconds())
-			c.cpu = append(c.cpu, float64((e2e.CPUTime()-cpu).Microseconds())/float64(n))
+			c.cpu = append(c.cpu, float64((load.CPUTime()-cpu).Microseconds())/float64(n))
 		}
 	}
 	var floor []float64

@@ -27,7 +27,7 @@ func (r *results) save(file string) error {
 	return os.WriteFile(file, append(b, '\n'), 0o644)
 }
 
-func load(file string) (*results, error) {
+func readResults(file string) (*results, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err

@@ -174,7 +174,7 @@ func TestReportShowsEveryFigure(t *testing.T) {
 	if err := found.save(filepath.Join(dir, "results.json")); err != nil {
 		t.Fatal(err)
 	}
-	again, err := load(filepath.Join(dir, "results.json"))
+	again, err := readResults(filepath.Join(dir, "results.json"))
 	if err != nil || !reflect.DeepEqual(again, found) {
 		t.Errorf("stored and loaded: %+v, %v", again, err)
 	}

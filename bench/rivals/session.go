@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/natsstream/stream/bench/e2e"
+	"github.com/natsstream/stream/internal/load"
 )
 
 // A record begins with its number, the number of its stream, and, if it has room for that, the time at which it was due.
@@ -36,7 +36,7 @@ const (
 type session struct {
 	rival  rival
 	lanes  []*endpoints
-	window *e2e.Window
+	window *load.Window
 	slow   bool
 	closer func()
 
@@ -68,9 +68,9 @@ func newSession(e *env, r rival, size, streams int, slow bool) (*session, error)
 	s := &session{rival: r, closer: closer, slow: slow, failed: make(chan error, streams+1), stop: make(chan struct{})}
 	switch {
 	case slow:
-		s.window = e2e.NewWindow(slowWindow)
+		s.window = load.NewWindow(slowWindow)
 	case r.unbounded && !r.lossy:
-		s.window = e2e.NewWindow(min(windowRecords, windowBytes/size))
+		s.window = load.NewWindow(min(windowRecords, windowBytes/size))
 	}
 	start := time.Now()
 	for i, l := range lanes {

@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/natsstream/stream/bench/e2e"
+	"github.com/natsstream/stream/internal/load"
 )
 
 func main() {
@@ -129,7 +130,7 @@ var (
 // contender is one implementation of a line of the table.
 type contender struct {
 	name    string
-	session e2e.Session
+	session load.Session
 	n       int       // records per slice
 	ns      []float64 // per record, of each slice
 	cpu     []float64 // processor time, likewise
@@ -138,7 +139,7 @@ type contender struct {
 }
 
 // race runs the implementations in turn.
-func (t *table) race(impls []e2e.Impl, cfg e2e.Config) (_ map[string]*contender, err error) {
+func (t *table) race(impls []e2e.Impl, cfg load.Config) (_ map[string]*contender, err error) {
 	byName := make(map[string]*contender)
 	var all []*contender
 	defer func() {
@@ -154,7 +155,7 @@ func (t *table) race(impls []e2e.Impl, cfg e2e.Config) (_ map[string]*contender,
 		c := &contender{name: impl.Name, session: s}
 		all = append(all, c)
 		byName[impl.Name] = c
-		per, err := e2e.WarmUp(s, cfg)
+		per, err := load.WarmUp(s, cfg)
 		if err != nil {
 			return nil, fmt.Errorf("impl=%s/%v: %w", impl.Name, cfg, err)
 		}
@@ -163,14 +164,14 @@ func (t *table) race(impls []e2e.Impl, cfg e2e.Config) (_ map[string]*contender,
 	for range t.rounds {
 		for _, c := range all {
 			runtime.GC() // so that no slice pays for the garbage of the one before
-			mallocs, cpu := e2e.Mallocs(), e2e.CPUTime()
+			mallocs, cpu := load.Mallocs(), load.CPUTime()
 			start := time.Now()
 			if err := c.session.Run(c.n); err != nil {
 				return nil, fmt.Errorf("impl=%s/%v: %w", c.name, cfg, err)
 			}
 			c.ns = append(c.ns, float64(time.Since(start))/float64(c.n))
-			c.cpu = append(c.cpu, float64(e2e.CPUTime()-cpu)/float64(c.n))
-			c.mallocs += e2e.Mallocs() - mallocs
+			c.cpu = append(c.cpu, float64(load.CPUTime()-cpu)/float64(c.n))
+			c.mallocs += load.Mallocs() - mallocs
 			c.records += c.n
 		}
 	}
@@ -222,7 +223,7 @@ func (t *table) endToEnd() error {
 }
 
 func (t *table) slowStreams() error {
-	cfg := e2e.Config{Size: 128, Streams: min(10_000, t.idle)}
+	cfg := load.Config{Size: 128, Streams: min(10_000, t.idle)}
 	line := fmt.Sprintf("slow/%v", cfg)
 	if !t.wants(line) {
 		return nil
@@ -244,7 +245,7 @@ func (t *table) slowStreams() error {
 // pinged holds the measurements of one implementation, one operation at a time.
 type pinged struct {
 	name   string
-	pinger e2e.Pinger
+	pinger load.Pinger
 	all    []time.Duration
 	p50    []float64 // of each slice
 	mean   []float64 // likewise
@@ -298,7 +299,7 @@ func (t *table) pings(line string, impls []e2e.Impl) (_ []*pinged, err error) {
 			}
 			r.mean = append(r.mean, float64(sum)/pings)
 			slices.Sort(took)
-			r.p50 = append(r.p50, float64(e2e.Percentile(took, 50)))
+			r.p50 = append(r.p50, float64(load.Percentile(took, 50)))
 		}
 	}
 	for _, r := range all {
@@ -308,7 +309,7 @@ func (t *table) pings(line string, impls []e2e.Impl) (_ []*pinged, err error) {
 }
 
 // us returns a percentile in microseconds.
-func (r *pinged) us(p int) float64 { return float64(e2e.Percentile(r.all, p)) / 1e3 }
+func (r *pinged) us(p int) float64 { return float64(load.Percentile(r.all, p)) / 1e3 }
 
 func named(all []*pinged, name string) *pinged {
 	return all[slices.IndexFunc(all, func(r *pinged) bool { return r.name == name })]

@@ -1,4 +1,4 @@
-package e2e
+package load
 
 import (
 	"context"
@@ -17,8 +17,8 @@ import (
 // library holds the producer back.
 
 type streamSession struct {
-	pair
-	env      *Env
+	Pair
+	d        Dialer
 	receiver *stream.Client
 	sender   *stream.Client
 	cancel   context.CancelFunc
@@ -30,27 +30,27 @@ type streamLane struct {
 	writer *stream.Writer
 	rec    []byte
 	sent   uint64
-	check  checker
+	check  Checker
 }
 
-func openStream(env *Env, cfg Config) (Session, error) { return newStreamSession(env, cfg) }
+func OpenSession(d Dialer, cfg Config) (Session, error) { return newSession(d, cfg) }
 
-func newStreamSession(env *Env, cfg Config) (_ *streamSession, err error) {
-	conns, err := env.dialPair()
+func newSession(d Dialer, cfg Config) (_ *streamSession, err error) {
+	conns, err := DialPair(d)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &streamSession{pair: conns, env: env, cancel: cancel}
+	s := &streamSession{Pair: conns, d: d, cancel: cancel}
 	defer func() {
 		if err != nil {
 			s.Close()
 		}
 	}()
-	if s.receiver, err = stream.NewClient(stream.ClientParams{Conn: conns.consumer}); err != nil {
+	if s.receiver, err = stream.NewClient(stream.ClientParams{Conn: conns.Consumer}); err != nil {
 		return nil, err
 	}
-	if s.sender, err = stream.NewClient(stream.ClientParams{Conn: conns.producer}); err != nil {
+	if s.sender, err = stream.NewClient(stream.ClientParams{Conn: conns.Producer}); err != nil {
 		return nil, err
 	}
 	type opened struct {
@@ -59,19 +59,19 @@ func newStreamSession(env *Env, cfg Config) (_ *streamSession, err error) {
 	}
 	writers := make(chan opened, cfg.Streams)
 	subject := nats.NewInbox()
-	if _, err = conns.producer.Subscribe(subject, func(m *nats.Msg) {
+	if _, err = conns.Producer.Subscribe(subject, func(m *nats.Msg) {
 		i, _ := strconv.Atoi(string(m.Data))
 		writers <- opened{i, s.sender.NewWriter(m.Reply)}
 	}); err != nil {
 		return nil, err
 	}
-	if err = conns.producer.Flush(); err != nil {
+	if err = conns.Producer.Flush(); err != nil {
 		return nil, err
 	}
 	for i := range cfg.Streams {
 		l := &streamLane{
-			rec:   newRecord(cfg.Size, i),
-			check: checker{size: cfg.Size, stream: uint64(i)},
+			rec:   NewRecord(cfg.Size, i),
+			check: Checker{Size: cfg.Size, Stream: uint64(i)},
 		}
 		if l.stream, err = s.receiver.Open(ctx, subject, strconv.AppendInt(nil, int64(i), 10)); err != nil {
 			return nil, err
@@ -92,20 +92,20 @@ func newStreamSession(env *Env, cfg Config) (_ *streamSession, err error) {
 func (s *streamSession) Run(n int) error {
 	results := make(chan error, 2*len(s.lanes))
 	for i, l := range s.lanes {
-		k := share(n, i, len(s.lanes))
+		k := Share(n, i, len(s.lanes))
 		go func() { results <- l.produce(k) }()
 		go func() { results <- l.consume(k) }()
 	}
-	if err := await(results, 2*len(s.lanes), n); err != nil {
+	if err := Await(results, 2*len(s.lanes), n); err != nil {
 		return fmt.Errorf("stream: %w", err)
 	}
-	return s.env.Err()
+	return s.d.Err()
 }
 
 func (l *streamLane) produce(n int) error {
 	w, rec := l.writer, l.rec
 	for range n {
-		stamp(rec, l.sent)
+		Stamp(rec, l.sent)
 		l.sent++
 		if _, err := w.Write(rec); err != nil {
 			return err
@@ -121,8 +121,8 @@ func (l *streamLane) consume(n int) error {
 		if err != nil {
 			return err
 		}
-		if !l.check.ok(rec) {
-			return l.check.errorFor(rec)
+		if !l.check.OK(rec) {
+			return l.check.ErrorFor(rec)
 		}
 	}
 	return nil
@@ -139,7 +139,7 @@ func (s *streamSession) Close() {
 	if s.sender != nil {
 		_ = s.sender.Close()
 	}
-	s.pair.Close()
+	s.Pair.Close()
 }
 
 type streamPinger struct {
@@ -147,8 +147,8 @@ type streamPinger struct {
 	pong chan error
 }
 
-func openStreamPinger(env *Env, size int) (Pinger, error) {
-	s, err := newStreamSession(env, Config{Size: size, Streams: 1})
+func OpenPinger(d Dialer, size int) (Pinger, error) {
+	s, err := newSession(d, Config{Size: size, Streams: 1})
 	if err != nil {
 		return nil, err
 	}
@@ -157,8 +157,8 @@ func openStreamPinger(env *Env, size int) (Pinger, error) {
 		l := p.lanes[0]
 		for {
 			rec, err := l.stream.Recv()
-			if err == nil && !l.check.ok(rec) {
-				err = l.check.errorFor(rec)
+			if err == nil && !l.check.OK(rec) {
+				err = l.check.ErrorFor(rec)
 			}
 			select {
 			case p.pong <- err:
@@ -174,7 +174,7 @@ func openStreamPinger(env *Env, size int) (Pinger, error) {
 
 func (p *streamPinger) Ping() error {
 	l := p.lanes[0]
-	stamp(l.rec, l.sent)
+	Stamp(l.rec, l.sent)
 	l.sent++
 	if _, err := l.writer.Write(l.rec); err != nil {
 		return err

@@ -1,4 +1,4 @@
-package e2e
+package load
 
 import (
 	"sync"
@@ -44,14 +44,14 @@ func TestWindow(t *testing.T) {
 // foreign or cut record.
 func TestChecker(t *testing.T) {
 	record := func(stream int, seq uint64, size int) []byte {
-		rec := newRecord(size, stream)
-		stamp(rec, seq)
+		rec := NewRecord(size, stream)
+		Stamp(rec, seq)
 		return rec
 	}
-	c := checker{size: 32, stream: 7}
+	c := Checker{Size: 32, Stream: 7}
 	for seq := range uint64(3) {
-		if rec := record(7, seq, 32); !c.ok(rec) {
-			t.Fatal(c.errorFor(rec))
+		if rec := record(7, seq, 32); !c.OK(rec) {
+			t.Fatal(c.ErrorFor(rec))
 		}
 	}
 	for name, rec := range map[string][]byte{
@@ -60,9 +60,9 @@ func TestChecker(t *testing.T) {
 		"foreign":  record(8, 3, 32),
 		"cut":      record(7, 3, 31),
 	} {
-		if c.ok(rec) {
+		if c.OK(rec) {
 			t.Errorf("a %s record was not noticed", name)
-		} else if c.errorFor(rec) == nil {
+		} else if c.ErrorFor(rec) == nil {
 			t.Errorf("a %s record has no error", name)
 		}
 	}
@@ -72,7 +72,7 @@ func TestShare(t *testing.T) {
 	for _, n := range []int{0, 1, 99, 100, 101, 12345} {
 		sum := 0
 		for i := range 100 {
-			sum += share(n, i, 100)
+			sum += Share(n, i, 100)
 		}
 		if sum != n {
 			t.Errorf("the shares of %d records sum up to %d", n, sum)
