@@ -3,7 +3,6 @@ package bench
 import (
 	"fmt"
 	"os"
-	"slices"
 	"testing"
 	"time"
 
@@ -72,7 +71,7 @@ func TestPing(t *testing.T) {
 func BenchmarkEndToEnd(b *testing.B) {
 	for _, impl := range e2e.Impls() {
 		for _, cfg := range e2e.Matrix() {
-			benchmarkSession(b, impl, cfg)
+			load.BenchmarkSession(b, fmt.Sprintf("impl=%s/%v", impl.Name, cfg), cfg, func() (load.Session, error) { return impl.Open(env, cfg) })
 		}
 	}
 }
@@ -86,35 +85,7 @@ func BenchmarkSlowStreams(b *testing.B) {
 		cfg.Streams = 1000
 	}
 	for _, impl := range e2e.SlowImpls() {
-		benchmarkSession(b, impl, cfg)
-	}
-}
-
-func benchmarkSession(b *testing.B, impl e2e.Impl, cfg load.Config) {
-	// The session outlives the calls with which the framework finds b.N, so
-	// that streams are opened and warmed up once.
-	var s load.Session
-	b.Run(fmt.Sprintf("impl=%s/%v", impl.Name, cfg), func(b *testing.B) {
-		if s == nil {
-			var err error
-			if s, err = impl.Open(env, cfg); err != nil {
-				b.Fatal(err)
-			}
-			if _, err := load.WarmUp(s, cfg); err != nil {
-				b.Fatal(err)
-			}
-		}
-		mallocs, cpu := load.Mallocs(), load.CPUTime()
-		b.ResetTimer()
-		if err := s.Run(b.N); err != nil {
-			b.Fatal(err)
-		}
-		b.StopTimer()
-		b.ReportMetric(float64(load.CPUTime()-cpu)/float64(b.N), "cpu-ns/rec")
-		b.ReportMetric(float64(load.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
-	})
-	if s != nil {
-		s.Close()
+		load.BenchmarkSession(b, fmt.Sprintf("impl=%s/%v", impl.Name, cfg), cfg, func() (load.Session, error) { return impl.Open(env, cfg) })
 	}
 }
 
@@ -133,38 +104,9 @@ func BenchmarkEcho(b *testing.B) { benchmarkPings(b, e2e.EchoImpls()) }
 func benchmarkPings(b *testing.B, impls []e2e.Impl) {
 	const size = 128
 	for _, impl := range impls {
-		var p load.Pinger
-		b.Run(fmt.Sprintf("impl=%s/size=%d", impl.Name, size), func(b *testing.B) {
-			if p == nil {
-				var err error
-				if p, err = impl.OpenPinger(env, size); err != nil {
-					b.Fatal(err)
-				}
-				for range 200 {
-					if err := p.Ping(); err != nil {
-						b.Fatal(err)
-					}
-				}
-			}
-			took := make([]time.Duration, 0, b.N)
-			mallocs := load.Mallocs()
-			b.ResetTimer()
-			for range b.N {
-				start := time.Now()
-				if err := p.Ping(); err != nil {
-					b.Fatal(err)
-				}
-				took = append(took, time.Since(start))
-			}
-			b.StopTimer()
-			b.ReportMetric(float64(load.Mallocs()-mallocs)/float64(b.N), "mallocs/rec")
-			slices.Sort(took)
-			b.ReportMetric(float64(load.Percentile(took, 50)), "p50-ns")
-			b.ReportMetric(float64(load.Percentile(took, 99)), "p99-ns")
+		load.BenchmarkPinger(b, fmt.Sprintf("impl=%s/size=%d", impl.Name, size), func() (load.Pinger, error) {
+			return impl.OpenPinger(env, size)
 		})
-		if p != nil {
-			p.Close()
-		}
 	}
 }
 

@@ -36,6 +36,9 @@ func (e *Env) Dial() (*nats.Conn, error) {
 	}))
 }
 
+// Subject returns a subject that nobody uses.
+func (e *Env) Subject() string { return nats.NewInbox() }
+
 // Err returns the first asynchronous error of a connection, or an error if the
 // server found a slow consumer.
 func (e *Env) Err() error {

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"io"
 
-	"github.com/nats-io/nats.go"
-
 	"github.com/natsstream/stream"
 )
 
@@ -58,8 +56,9 @@ type oncePinger struct {
 	subject string
 }
 
+// OpenOnce measures whole streams: each Ping opens a stream that carries one record and closes.
 func OpenOnce(d Dialer, size int) (Pinger, error) {
-	subject := nats.NewInbox()
+	subject := d.Subject()
 	e, err := newExchange(d, size, subject, func(w *stream.Writer, r *stream.Request) error {
 		_, err := w.Write(r.Data)
 		return err
@@ -91,8 +90,9 @@ type echoPinger struct {
 	stream *stream.Stream
 }
 
+// OpenEcho opens a stream on which each record is sent back.
 func OpenEcho(d Dialer, size int) (Pinger, error) {
-	subject := nats.NewInbox()
+	subject := d.Subject()
 	e, err := newExchange(d, size, subject, func(w *stream.Writer, r *stream.Request) error {
 		for rec, err := range r.All() {
 			if err != nil {

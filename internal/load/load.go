@@ -29,6 +29,8 @@ func (c Config) String() string { return fmt.Sprintf("size=%d/streams=%d", c.Siz
 type Dialer interface {
 	// Dial makes a connection, which belongs to the caller.
 	Dial() (*nats.Conn, error)
+	// Subject returns a request subject that nobody uses.
+	Subject() string
 	// Err returns the first asynchronous error of one of the connections, which makes a run worthless.
 	Err() error
 }

@@ -15,6 +15,7 @@ type slowStreamSession struct {
 	readers sync.WaitGroup
 }
 
+// OpenSlow opens streams that send one record each, in turn.
 func OpenSlow(d Dialer, cfg Config) (Session, error) {
 	inner, err := newSession(d, cfg)
 	if err != nil {

@@ -12,10 +12,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// The library: a goroutine per stream at each end, as a service would have,
-// Write at one end and Recv at the other. The harness bounds nothing, because the
-// library holds the producer back.
-
+// streamSession has a goroutine for each stream at each end, as a service would have: one calls Write, the other Recv. Nothing
+// but the library holds the producer back.
 type streamSession struct {
 	Pair
 	d        Dialer
@@ -33,6 +31,7 @@ type streamLane struct {
 	check  Checker
 }
 
+// OpenSession opens streams to measure throughput.
 func OpenSession(d Dialer, cfg Config) (Session, error) { return newSession(d, cfg) }
 
 func newSession(d Dialer, cfg Config) (_ *streamSession, err error) {
@@ -58,7 +57,7 @@ func newSession(d Dialer, cfg Config) (_ *streamSession, err error) {
 		w *stream.Writer
 	}
 	writers := make(chan opened, cfg.Streams)
-	subject := nats.NewInbox()
+	subject := d.Subject()
 	if _, err = conns.Producer.Subscribe(subject, func(m *nats.Msg) {
 		i, _ := strconv.Atoi(string(m.Data))
 		writers <- opened{i, s.sender.NewWriter(m.Reply)}
@@ -147,6 +146,7 @@ type streamPinger struct {
 	pong chan error
 }
 
+// OpenPinger opens a stream to measure the time that one record takes.
 func OpenPinger(d Dialer, size int) (Pinger, error) {
 	s, err := newSession(d, Config{Size: size, Streams: 1})
 	if err != nil {
