@@ -6,6 +6,7 @@ import (
 	"flag"
 	"os"
 	"os/exec"
+	"reflect"
 	"regexp"
 	"strings"
 	"testing"
@@ -26,7 +27,7 @@ func BenchmarkStream(b *testing.B) {
 	defer s.Shutdown()
 	p := Params{URL: s.URL()}
 	if testing.Short() {
-		p.SlowStreams = 1001
+		p.Sizes, p.Streams, p.SlowStreams = []int{16, 128}, []int{1, 2}, 1001
 	}
 	Run(b, p)
 }
@@ -34,7 +35,7 @@ func BenchmarkStream(b *testing.B) {
 // People compare figures of today with figures of last year. A benchmark or a unit that is renamed breaks the comparison.
 func TestNamesAndUnitsStay(t *testing.T) {
 	const golden = "testdata/names.txt"
-	cmd := exec.Command(os.Args[0], "-test.run=^$", "-test.bench=.", "-test.benchtime=1x", "-test.benchmem")
+	cmd := exec.Command(os.Args[0], "-test.short", "-test.run=^$", "-test.bench=.", "-test.benchtime=1x", "-test.benchmem")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -65,6 +66,17 @@ func TestNamesAndUnitsStay(t *testing.T) {
 	if got != string(want) {
 		t.Errorf("the benchmarks and their units are\n%s\nand they were\n%s\nA new one is fine: run this test with -update. "+
 			"A changed one needs an entry in CHANGELOG.md.", got, want)
+	}
+}
+
+func TestDefaultsStay(t *testing.T) {
+	var p Params
+	if _, err := p.dialer(); err != nil {
+		t.Fatal(err)
+	}
+	want := Params{URL: "nats://127.0.0.1:4222", Subject: "streambench", Sizes: []int{16, 128, 1024, 16384}, Streams: []int{1, 100}, SlowStreams: 10_000}
+	if !reflect.DeepEqual(p, want) {
+		t.Errorf("%+v, want %+v", p, want)
 	}
 }
 
