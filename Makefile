@@ -1,4 +1,4 @@
-# demo, test, faults, soak and bench need Go and nothing else; race needs a C compiler, fuzz and benchcmp bash, benchcmp git.
+# demo, test, faults, soak and bench need Go and nothing else; race needs a C compiler, fuzz bash, benchcmp and benchgate git.
 # `make help` explains them.
 
 GO        ?= go
@@ -7,6 +7,7 @@ FUZZTIME  ?= 30s
 DEMOFLAGS ?=
 BENCHFLAGS ?=
 RIVALFLAGS ?=
+GATEFLAGS ?=
 WORDLIMIT ?= 1
 
 # The files that `make generate` writes. `make checkgenerate` deletes the first two before it compares. In the documents the
@@ -14,17 +15,17 @@ WORDLIMIT ?= 1
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 
 # Modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
-MODULES := bench/rivals
+MODULES := bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp rivals fuzz
+.PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp benchgate rivals fuzz
 
 help: ## Show this text
 	@echo 'Usage: make TARGET [VARIABLE=value]'
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, RIVALFLAGS, FUZZTIME, WORDLIMIT, BASE.'
+	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, RIVALFLAGS, GATEFLAGS, FUZZTIME, WORDLIMIT, BASE.'
 
 demo: ## Stream real files through an embedded NATS server and compare both ends; DEMOFLAGS='-n 8 -repeat 50'
 	$(GO) run ./examples/demo $(DEMOFLAGS)
@@ -46,8 +47,7 @@ soak: ## Open, use and close a million streams, in turn and 64 at a time (a few 
 lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words of comments
 	@out="$$("$$($(GO) env GOROOT)/bin/gofmt" -l .)"; if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) tool staticcheck ./...
-	@set -e; check="$$($(GO) tool -n staticcheck)"; for m in $(MODULES); do \
+	@set -e; check="$$(cd tools && $(GO) tool -n staticcheck)"; echo staticcheck ./...; "$$check" ./...; for m in $(MODULES); do \
 		echo "go vet and staticcheck of $$m"; (cd $$m && $(GO) mod tidy -diff && $(GO) vet ./... && "$$check" ./...); done
 	$(GO) run ./internal/check complexity
 
@@ -72,9 +72,13 @@ bench: ## Measure against plain NATS, a TCP relay and the original design, and p
 rivals: ## Measure beside RequestMany, psrpc, JetStream, gRPC, connect, yamux and QUIC; rewrites tables and charts in docs (RIVALFLAGS=-short: only see that it works)
 	cd bench/rivals && $(GO) run . $(RIVALFLAGS)
 
-benchcmp: ## Compare this tree's benchmarks with those of another revision: make benchcmp BASE=main
+benchcmp: ## Compare this tree's benchmarks with those of another revision: make benchcmp BASE=main GATEFLAGS='-bench Mux'
 	@test -n "$(BASE)" || { echo 'say what to compare with: make benchcmp BASE=revision'; exit 2; }
-	bench/benchcmp.sh "$(BASE)"
+	cd bench/gate && $(GO) run . -compare $(GATEFLAGS) "$(BASE)"
+
+benchgate: ## Fail if this tree is slower than another revision, or allocates more: make benchgate BASE=main
+	@test -n "$(BASE)" || { echo 'say what to compare with: make benchgate BASE=revision'; exit 2; }
+	cd bench/gate && $(GO) run . $(GATEFLAGS) "$(BASE)"
 
 fuzz: ## Run every fuzz target, one after the other, for FUZZTIME each (default 30s)
 	GO="$(GO)" .ci/fuzz "$(FUZZTIME)"

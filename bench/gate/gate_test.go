@@ -1,0 +1,151 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// values returns n values about center that scatter by the part spread to either side.
+func values(r *rand.Rand, center, spread float64, n int) []float64 {
+	v := make([]float64, n)
+	for i := range v {
+		v[i] = center * (1 + spread*(2*r.Float64()-1))
+	}
+	return v
+}
+
+func TestAlarms(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	at := func(unit string) figure { return figure{"p.B", unit} }
+	same := func(v float64) []float64 { return values(r, v, 0, 10) }
+	for name, c := range map[string]struct {
+		base, head figures
+		alarms     int
+		compared   int
+	}{
+		"same times":             {figures{at(unitTime): same(1e-7)}, figures{at(unitTime): same(1e-7)}, 0, 1},
+		"8 % slower":             {figures{at(unitTime): values(r, 1e-7, 0.02, 10)}, figures{at(unitTime): values(r, 1.08e-7, 0.02, 10)}, 1, 1},
+		"4 % slower":             {figures{at(unitTime): values(r, 1e-7, 0.001, 10)}, figures{at(unitTime): values(r, 1.04e-7, 0.001, 10)}, 0, 1},
+		"8 % slower, few runs":   {figures{at(unitTime): values(r, 1e-7, 0.02, 5)}, figures{at(unitTime): values(r, 1.08e-7, 0.02, 5)}, 0, 1},
+		"8 % slower, much noise": {figures{at(unitTime): values(r, 1e-7, 0.5, 10)}, figures{at(unitTime): values(r, 1.08e-7, 0.5, 10)}, 0, 1},
+		"faster":                 {figures{at(unitTime): same(1e-7)}, figures{at(unitTime): same(5e-8)}, 0, 1},
+		"0.01 allocations more":  {figures{at(unitMallocs): values(r, 0.005, 0.1, 10)}, figures{at(unitMallocs): values(r, 0.015, 0.1, 10)}, 1, 1},
+		"0.0005 more":            {figures{at(unitMallocs): same(0.005)}, figures{at(unitMallocs): same(0.0055)}, 0, 1},
+		"one per operation more": {figures{at(unitAllocs): same(0)}, figures{at(unitAllocs): same(1)}, 1, 1},
+		"rounded allocations":    {figures{at(unitMallocs): same(0.4), at(unitAllocs): same(0)}, figures{at(unitMallocs): same(0.4), at(unitAllocs): same(1)}, 0, 1},
+		"other units":            {figures{at("B/op"): same(1)}, figures{at("B/op"): same(100)}, 0, 0},
+		"new benchmark":          {figures{}, figures{at(unitTime): same(1)}, 0, 0},
+		"removed benchmark":      {figures{at(unitTime): same(1)}, figures{}, 0, 0},
+	} {
+		alarms, compared := judge(c.base, c.head)
+		if len(alarms) != c.alarms || compared != c.compared {
+			t.Errorf("%s: %v, %d compared; want %d alarms, %d compared", name, alarms, compared, c.alarms, c.compared)
+		}
+	}
+}
+
+func TestOnlyRepeatedAlarmsCount(t *testing.T) {
+	a, b, c := alarm{figure: figure{"a", unitTime}}, alarm{figure: figure{"b", unitTime}}, alarm{figure: figure{"b", unitMallocs}}
+	if got := both([]alarm{a, b}, []alarm{b, c}); len(got) != 1 || got[0] != b {
+		t.Errorf("%v", got)
+	}
+}
+
+// repository makes a git repository of a module with one benchmark, and returns its folder. The benchmark reports a time, so that
+// the test depends on no clock.
+func repository(t *testing.T, file string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range map[string]string{"go.mod": "module example.org/m\n\ngo 1.26.0\n", "m_test.go": file} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, args := range [][]string{
+		{"init", "--quiet"},
+		{"add", "."},
+		{"-c", "user.name=gate", "-c", "user.email=gate@example.org", "commit", "--quiet", "-m", "Begin"},
+	} {
+		cmd := exec.Command("git", args...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("git %v: %v\n%s", args, err, out)
+		}
+	}
+	return dir
+}
+
+const benchmark = `package m
+
+import "testing"
+
+func BenchmarkOne(b *testing.B) {
+	for b.Loop() {
+	}
+	b.ReportMetric(TIME, "ns/op")
+	b.ReportMetric(MALLOCS, "mallocs/rec")
+}
+`
+
+func TestGate(t *testing.T) {
+	source := func(time, mallocs string) string {
+		return strings.NewReplacer("TIME", time, "MALLOCS", mallocs).Replace(benchmark)
+	}
+	for name, c := range map[string]struct {
+		head string
+		want error
+		text string
+	}{
+		"nothing changed":                   {source("100", "0.005"), nil, "first: 2 figures compared, 0 alarms"},
+		"slower":                            {source("106", "0.005"), errSlower, "106 ns/op, 100 before"},
+		"more allocations":                  {source("100", "0.015"), errSlower, "0.015 mallocs/rec, 0.005 before"},
+		"faster":                            {source("50", "0"), nil, "0 alarms"},
+		"renamed":                           {strings.ReplaceAll(source("106", "0.005"), "BenchmarkOne", "BenchmarkTwo"), nil, ""},
+		"a benchmark that ends the process": {strings.ReplaceAll(source("100", "0.005"), "for b.Loop", "b.Fatal(`broken`)\n\tfor b.Loop"), nil, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := repository(t, source("100", "0.005"))
+			if err := os.WriteFile(filepath.Join(dir, "m_test.go"), []byte(c.head), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			t.Chdir(dir)
+			kept := filepath.Join(t.TempDir(), "kept")
+			var out bytes.Buffer
+			err := run(&out, []string{"-benchtime", "1us", "-count", "7", "-pkgs", ". ./missing", "-out", kept, "HEAD"})
+			switch name {
+			case "renamed", "a benchmark that ends the process":
+				if err == nil || errors.Is(err, errSlower) {
+					t.Errorf("%v, want an error that says why nothing was compared", err)
+				}
+			default:
+				if !errors.Is(err, c.want) || !strings.Contains(out.String(), c.text) {
+					t.Errorf("%v\n%s", err, &out)
+				}
+				if _, err := readFigures(filepath.Join(kept, "first-head.txt")); err != nil {
+					t.Error(err)
+				}
+			}
+			if left, err := filepath.Glob(filepath.Join(dir, ".git", "worktrees", "*")); err != nil || len(left) > 0 {
+				t.Errorf("worktrees are left: %v %v", left, err)
+			}
+		})
+	}
+}
+
+func TestInvalidArgumentsAreRefused(t *testing.T) {
+	for _, args := range [][]string{{}, {"a", "b"}, {"-count", "6", "HEAD"}, {"-nonsense"}} {
+		if err := run(&bytes.Buffer{}, args); err == nil {
+			t.Errorf("%v: no error", args)
+		}
+	}
+	t.Chdir(repository(t, benchmark))
+	if err := run(&bytes.Buffer{}, []string{"nowhere"}); err == nil || !strings.Contains(err.Error(), "no revision nowhere") {
+		t.Errorf("%v", err)
+	}
+}
