@@ -44,8 +44,8 @@ import (
 // discarded, and the consumer's writes fail.
 type Handler func(w *Writer, r *Request) error
 
-// Request is the request that opened a stream, and the consumer's records on that stream. Its reads (Recv, RecvObject, All, Read
-// and WriteTo) may be used by one goroutine at a time, also while others write to the [Writer].
+// Request is the request that opened a stream, and the consumer's records on that stream. Its reads (Recv, Next, RecvObject, All,
+// Read and WriteTo) may be used by one goroutine at a time, also while others write to the [Writer].
 type Request struct {
 	Subject string      // that it was sent to
 	Header  nats.Header // that the consumer set; nil if none
@@ -73,7 +73,10 @@ func (r *Request) Draining() <-chan struct{} { return r.draining }
 // [CloseNormalClosure]. A consumer that speaks only the JSON fallback sends no records: Recv returns io.EOF.
 //
 // The library never reuses the record's memory. A small record that is kept keeps its packet of up to 32 KiB in memory.
-func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord() }
+func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord(true) }
+
+// Next is [Request.Recv] with a record that is valid only until the next read, or until the handler returns; see [Stream.Next].
+func (r *Request) Next() ([]byte, error) { return r.session.recvRecord(false) }
 
 // RecvObject decodes the consumer's next record into v; see [Stream.RecvObject].
 func (r *Request) RecvObject(v any) error { return r.session.recvObject(v) }

@@ -50,6 +50,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.receiveBack(s, m)
 		return
 	}
+	asked := len(data) >= 2 && data[1]&byte(PacketAck|PacketMark) != 0 // an accepted packet belongs to the reader
 	v, err := s.bucket.accept(data)
 	if v != accepted {
 		ep.refuse(s, m, v, err)
@@ -58,7 +59,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 	if m.Reply != "" {
 		ep.outbox.deliver(control{session: s, reply: m.Reply})
 	}
-	if data[1]&byte(PacketAck|PacketMark) != 0 {
+	if asked {
 		s.mark(workCredit)
 	}
 }

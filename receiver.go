@@ -2,17 +2,14 @@ package stream
 
 import (
 	"bytes"
-	"cmp"
 	"context"
-	"fmt"
 	"io"
-	"iter"
 	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/lifecycle"
-	"github.com/natsstream/stream/internal/race"
+	"github.com/natsstream/stream/internal/poison"
 )
 
 // receiver is the receive half of a session as its user sees it: the position of the user in the stream. The bucket
@@ -39,6 +36,7 @@ type receiver struct {
 	// Owned by the reader.
 	busy      bool
 	ackWanted bool   // the sender of the current packet asked for credit
+	kept      bool   // the current packet may be referred to when it was read; used by builds that overwrite memory
 	data      []byte // the current packet
 	off       int    // offset of its next frame; 0 in a message of the fallback that was not read yet
 	left      []byte // the rest of a record that Read has read in part
@@ -53,126 +51,6 @@ const (
 	gateLeft
 	gateDropping
 )
-
-// recvRecord is Stream.Recv and Request.Recv.
-func (s *session) recvRecord() ([]byte, error) {
-	// This fast path takes a record at hand from the current packet. nextRecord handles all cases.
-	if !s.recv.busy && !race.Enabled && len(s.recv.left) == 0 && s.recv.readLock.Load() == 0 && s.end.Load() == nil && s.recv.parent.Err() == nil {
-		s.recv.busy = true
-		if b := s.recv.data[s.recv.off:]; len(b) >= FrameHeaderSize && s.recv.off != 0 {
-			h := frameHeader(b)
-			n, rest := payloadLen(h), b[FrameHeaderSize:]
-			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.recv.maxRecord {
-				s.recv.off += FrameHeaderSize + int(n)
-				s.recv.busy = false
-				return rest[:n:n], nil
-			}
-		}
-		s.recv.busy = false
-	}
-	rec, _, err := s.nextRecord()
-	return rec, err
-}
-
-func (s *session) recvObject(v any) error {
-	rec, flags, err := s.nextRecord()
-	if err != nil {
-		return err
-	}
-	return decodeObject(rec, flags, s.recv.rawCodec, v)
-}
-
-func (s *session) all() iter.Seq2[[]byte, error] {
-	return func(yield func([]byte, error) bool) {
-		for {
-			rec, err := s.recvRecord()
-			if err == io.EOF {
-				return
-			}
-			if !yield(rec, err) || err != nil {
-				return
-			}
-		}
-	}
-}
-
-func (s *session) read(p []byte) (int, error) {
-	if len(p) == 0 {
-		return 0, nil
-	}
-	if err := s.lockRead(); err != nil {
-		return 0, err
-	}
-	defer s.unlockRead()
-	if err := s.endedNow(); err != nil {
-		return 0, err
-	}
-	for len(s.recv.left) == 0 {
-		rec, _, err := s.nextGated()
-		if err != nil {
-			return 0, err
-		}
-		s.recv.left = rec
-	}
-	n := copy(p, s.recv.left)
-	s.recv.left = s.recv.left[n:]
-	return n, nil
-}
-
-func (s *session) writeTo(w io.Writer) (n int64, err error) {
-	for rec, err := range s.all() {
-		if err != nil {
-			return n, err
-		}
-		m, err := w.Write(rec)
-		if m < 0 || m > len(rec) {
-			return n, cmp.Or(err, fmt.Errorf("stream: invalid write result: %T returned %d for %d bytes: correct that Writer", w, m, len(rec)))
-		}
-		n += int64(m)
-		if err != nil {
-			return n, err
-		}
-		if m < len(rec) {
-			return n, io.ErrShortWrite
-		}
-	}
-	return n, nil
-}
-
-// lockRead begins a read that may wait. unlockRead ends it.
-func (s *session) lockRead() error {
-	for !s.recv.busy {
-		old := s.recv.readLock.Load()
-		if old&gateReading != 0 {
-			break
-		}
-		if s.recv.readLock.CompareAndSwap(old, old|gateReading) {
-			return nil
-		}
-	}
-	return ErrConcurrentRecv
-}
-
-func (s *session) unlockRead() {
-	s.recv.readLock.And(^gateReading)
-	s.dropUnwanted() // if the user left meanwhile
-}
-
-// nextRecord returns the next record and its flags.
-func (s *session) nextRecord() ([]byte, FrameFlags, error) {
-	if err := s.lockRead(); err != nil {
-		return nil, 0, err
-	}
-	defer s.unlockRead()
-	if err := s.endedNow(); err != nil {
-		return nil, 0, err
-	}
-	if rec := s.recv.left; len(rec) != 0 { // the rest of a record that Read began
-		s.recv.left = nil
-		return rec, FlagRaw, nil
-	}
-	return s.nextGated()
-}
 
 func (s *session) nextGated() ([]byte, FrameFlags, error) {
 	f, err := s.nextData(false)
@@ -209,6 +87,7 @@ func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error)
 		if !a.add(f.Payload, len(s.recv.data), s.holdRecord) {
 			return nil, 0, s.endedNow()
 		}
+		s.recv.kept = true // until a.record has copied the piece
 		if f, err = s.nextData(true); err != nil {
 			return nil, 0, err
 		}
@@ -373,7 +252,10 @@ func (s *session) nextPacket() error {
 		if b.consume(len(s.recv.data), s.recv.ackWanted, s.ep.window, s.grow) {
 			s.mark(workCredit)
 		}
-		s.recv.data, s.recv.off = nil, 0
+		if poison.Enabled && !s.recv.kept {
+			poison.Fill(s.recv.data)
+		}
+		s.recv.data, s.recv.off, s.recv.kept = nil, 0, false
 	}
 	for {
 		// end is loaded before Pop. Packets that arrived before the end were pushed before it was set. So if end is set

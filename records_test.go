@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -18,6 +19,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/internal/poison"
 	"github.com/natsstream/stream/streamtest"
 )
 
@@ -246,6 +248,121 @@ func TestRecordsOfRecvStayAsTheyAre(t *testing.T) {
 			t.Fatalf("a change of record %d changes the one behind it", i)
 		}
 	}
+}
+
+// Every read may follow every other one on one stream. The records of Recv and All are never overwritten. The others are checked
+// before the next read.
+func TestReadsOfAllKindsMix(t *testing.T) {
+	sizes := []int{0, 1, 16, 100, 1000, 20 << 10, 40 << 10, 300 << 10}
+	count := scaled(3000)
+	p := newPair(t)
+	type reads interface {
+		Recv() ([]byte, error)
+		Next() ([]byte, error)
+		RecvObject(v any) error
+		All() iter.Seq2[[]byte, error]
+		Read(p []byte) (int, error)
+	}
+	size := func(i int) int { return sizes[(i*7+i/8)%len(sizes)] }
+	send := func(w io.Writer) {
+		for i := range count {
+			if n, err := w.Write(testRecord(i, size(i))); err != nil {
+				t.Errorf("record %d: %d, %v", i, n, err)
+				return
+			}
+		}
+	}
+	check := func(s reads) {
+		r := rand.New(rand.NewPCG(3, 4))
+		kept := make(map[int][]byte)
+		buf := make([]byte, 300<<10)
+		for i := range count {
+			var rec []byte
+			var err error
+			kind := r.IntN(5)
+			switch kind {
+			case 0:
+				rec, err = s.Recv()
+			case 1:
+				for rec, err = range s.All() {
+					break
+				}
+			case 2:
+				rec, err = s.Next()
+			case 3:
+				rec, err = s.Next()
+				if len(rec) > 0 {
+					rec[0]++ // the caller may change it
+					rec[0]--
+				}
+			case 4:
+				if size(i) == 0 { // Read passes over it
+					rec, err = s.Next()
+					break
+				}
+				cut := r.IntN(size(i)) + 1
+				if _, err = io.ReadFull(s, buf[:cut]); err == nil && cut < size(i) {
+					var rest []byte
+					rest, err = s.Next()
+					cut += copy(buf[cut:], rest)
+				}
+				rec = buf[:cut]
+			}
+			if err != nil || !bytes.Equal(rec, testRecord(i, size(i))) {
+				t.Errorf("record %d, read %d: %d bytes, want %d, %v", i, kind, len(rec), size(i), err)
+				return
+			}
+			if kind < 2 {
+				kept[i] = rec
+			}
+		}
+		if rec, err := s.Next(); err != io.EOF {
+			t.Errorf("at the end: %d bytes, %v", len(rec), err)
+		}
+		for i, rec := range kept {
+			if !bytes.Equal(rec, testRecord(i, size(i))) {
+				t.Errorf("record %d was overwritten", i)
+				return
+			}
+		}
+	}
+	svc := newService(t, p, stream.ServerParams{})
+	svc.handle(t, "reads", func(w *stream.Writer, r *stream.Request) error {
+		check(r)
+		send(w)
+		return nil
+	})
+	s := open(t, p.consumer, "reads")
+	send(s)
+	if err := s.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	check(s)
+}
+
+// A record of Next is overwritten after its packet was read, in builds that look for that.
+func TestRecordsOfNextAreOverwritten(t *testing.T) {
+	p := newPair(t)
+	w, s := newWriterStream(t, p)
+	var lent [][]byte
+	for i := range 3 {
+		write(t, w, testRecord(i, 100))
+		if err := w.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		rec, err := s.Next()
+		if err != nil || !bytes.Equal(rec, testRecord(i, 100)) {
+			t.Fatalf("record %d: %d bytes, %v", i, len(rec), err)
+		}
+		lent = append(lent, rec)
+	}
+	for i, rec := range lent[:2] {
+		if overwritten := !bytes.Equal(rec, testRecord(i, 100)); poison.Enabled && !overwritten {
+			t.Errorf("record %d is as it was", i)
+		}
+	}
+	closeWriter(t, w)
+	wantEOF(t, s)
 }
 
 // Write copies: a caller may use its buffer for something else at once, also where a record is cut into pieces. The

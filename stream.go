@@ -17,7 +17,7 @@ import (
 
 // Stream is the consumer's end of a stream.
 //
-// The read side (Recv, RecvObject, All, Read, WriteTo, Header and Trailer) may be used by one goroutine at a time. The write
+// The read side (Recv, Next, RecvObject, All, Read, WriteTo, Header and Trailer) may be used by one goroutine at a time. The write
 // side (Write, WriteObject, ReadFrom, Flush, Sync and CloseSend) may be used by many goroutines at once, also while another
 // reads. Close, CloseWithCode and Context may be called by any goroutine at any time.
 //
@@ -74,7 +74,14 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 //
 // The record is a slice of the packet that it arrived in. The library never reuses the packet, so the caller may keep and
 // change the record. A small record that is kept keeps its packet of up to 32 KiB in memory.
-func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord() }
+func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord(true) }
+
+// Next is [Stream.Recv] with a record that is valid only until the next call of the read side, as with [bufio.Scanner.Bytes]. The
+// library may reuse its memory from then on. Copy a record that is needed for longer. Until then the caller may change the record.
+//
+// Read, WriteTo, RecvObject and [io.Copy] take their records in this way. Race builds overwrite a packet after its last record, unless
+// Recv or All returned one of its records, so that a test finds a record that was used for too long.
+func (st *Stream) Next() ([]byte, error) { return st.session.recvRecord(false) }
 
 // RecvObject decodes the next record into v, a pointer, by the codec that the record was written with. A record written as
 // bytes is decoded by the codec that this stream requested. RecvObject waits and fails as [Stream.Recv] does. If a record
@@ -95,7 +102,7 @@ func (st *Stream) RecvObject(v any) error { return st.session.recvObject(v) }
 func (st *Stream) All() iter.Seq2[[]byte, error] { return st.session.all() }
 
 // Read implements [io.Reader]. It reads the records as one sequence of bytes, without their boundaries. It waits and fails as
-// [Stream.Recv] does. The next Recv returns the rest of a record that Read has read in part.
+// [Stream.Recv] does. The next Recv or Next returns the rest of a record that Read has read in part.
 func (st *Stream) Read(p []byte) (int, error) { return st.session.read(p) }
 
 // WriteTo implements [io.WriterTo]. It writes the records to w, one Write each, until the stream ends. After normal closure
