@@ -15,7 +15,7 @@ WORDLIMIT ?= 1
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 
 # Modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
-MODULES := bench/rivals bench/gate
+MODULES := streamgrpc bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp benchgate rivals fuzz
@@ -36,6 +36,7 @@ test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
 
 race: ## Run all tests under the race detector (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
+	@set -e; for m in $(MODULES); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
 
 faults: ## Run the tests under faults of networks and servers as often as a release needs
 	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) ./faults
@@ -81,4 +82,4 @@ benchgate: ## Fail if this tree is slower than another revision, or allocates mo
 	cd bench/gate && $(GO) run . $(GATEFLAGS) "$(BASE)"
 
 fuzz: ## Run every fuzz target, one after the other, for FUZZTIME each (default 30s)
-	GO="$(GO)" .ci/fuzz "$(FUZZTIME)"
+	GO="$(GO)" .ci/fuzz "$(FUZZTIME)" $(MODULES)

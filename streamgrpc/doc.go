@@ -1,0 +1,38 @@
+// Package streamgrpc carries gRPC calls over streams. Generated stubs and service implementations run unchanged: a client gets a
+// [ClientConn] in place of a grpc.ClientConn, and services register with a [Server] in place of a grpc.Server.
+//
+//	conn := streamgrpc.NewClientConn(client)      // client is a *stream.Client
+//	greeter := pb.NewGreeterClient(conn)
+//
+//	srv := streamgrpc.NewServer(server)           // server is a *stream.Server
+//	pb.RegisterGreeterServer(srv, &greeterService{})
+//
+// NATS takes the place of addresses, name resolution and load balancing. Each service has a subject, and the servers that have
+// registered it share its calls as a queue group. Flush the server's connection after you registered services: the NATS server
+// knows them from then on.
+//
+// # What works as with gRPC
+//
+// All four kinds of calls; metadata, also of keys that end in -bin; headers and trailers; status with details; deadlines and
+// cancellation; interceptors of grpc at both ends; health and reflection, whose packages take the Server; codecs that are
+// registered with package encoding. Trailers and details have no limit but that of a record.
+//
+// # What is different
+//
+//   - A service must be registered for its calls to reach the server, and is reachable from then on. There is no Serve.
+//   - A call has no connection of its own. The peer's address is a subject. Credentials of calls travel as metadata; they are
+//     refused if they demand transport security, unless [WithTransportSecurity] says that the connections to NATS have it.
+//   - There is no compression. A call with [grpc.UseCompressor] fails with codes.Unimplemented.
+//   - stats.Handler and service configs are not supported.
+//
+// # Codes
+//
+// A call ends with the status that the service returned. If the stream under it ends otherwise, the status is:
+//
+//   - codes.Unavailable if no server has the prefix, the server had no room, or the server or the connection was lost.
+//     [stream.Retryable] tells if the service surely did not run: the status wraps the error of the stream.
+//   - codes.Unimplemented if servers have the prefix, but none the service
+//   - codes.Canceled and codes.DeadlineExceeded if the context of the call ended
+//   - codes.ResourceExhausted if a message was too large
+//   - codes.Internal if the service panicked, or the peer broke the rules of README.md
+package streamgrpc
