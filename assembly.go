@@ -1,6 +1,9 @@
 package stream
 
-import "bytes"
+import (
+	"bytes"
+	"cmp"
+)
 
 // assembly gathers the pieces of one record. The reader owns it. A piece that is most of its packet is kept with the
 // packet. Other pieces are copied into chunks, so that the packets around them need not be kept. Each byte is copied at
@@ -12,6 +15,7 @@ type assembly struct {
 	chunk  int      // size of the last chunk
 	open   bool     // free continues the last of pieces
 	size   uint64   // bytes of all pieces that were added
+	rest   []byte   // of the piece that was refused last: it is to be added before any other
 	held   uint64   // bytes that take granted
 }
 
@@ -22,8 +26,8 @@ const (
 	maxChunk  = 64 << 10 // bounds the unused rest of a chunk
 )
 
-// add takes the next piece, which came in a packet of the given size. It reports false if take refuses the memory, and is
-// not to be used further then.
+// add takes the next piece, which came in a packet of the given size. It reports false if take refuses the memory. The
+// caller gives up then, or adds rest later.
 func (a *assembly) add(piece []byte, packet int, take func(uint64) bool) bool {
 	grow := func(n uint64) bool {
 		if !take(n) {
@@ -32,13 +36,18 @@ func (a *assembly) add(piece []byte, packet int, take func(uint64) bool) bool {
 		a.held += n
 		return true
 	}
-	a.size += uint64(len(piece))
+	a.rest = piece
 	if len(piece) >= minKept && len(piece) >= packet/2 {
+		if !grow(uint64(packet) + pieceSize) {
+			return false
+		}
 		a.open = false
 		a.pieces = append(a.pieces, piece)
-		return grow(uint64(packet) + pieceSize)
+		a.size += uint64(len(piece))
+		a.rest = nil
+		return true
 	}
-	for len(piece) > 0 {
+	for len(a.rest) > 0 {
 		if len(a.free) == 0 {
 			n := min(max(2*a.chunk, minChunk), maxChunk)
 			if !grow(uint64(n)) {
@@ -52,15 +61,85 @@ func (a *assembly) add(piece []byte, packet int, take func(uint64) bool) bool {
 			}
 			a.pieces, a.open = append(a.pieces, a.free[:0]), true
 		}
-		n := copy(a.free, piece)
+		n := copy(a.free, a.rest)
 		last := &a.pieces[len(a.pieces)-1]
 		*last = (*last)[:len(*last)+n]
-		a.free, piece = a.free[n:], piece[n:]
+		a.free, a.rest = a.free[n:], a.rest[n:]
+		a.size += uint64(n)
 	}
+	a.rest = nil
 	return true
 }
 
 // record returns the record that last completes.
 func (a *assembly) record(last []byte) []byte {
 	return bytes.Join(append(a.pieces, last), nil)
+}
+
+// partial is a record in pieces of which the last was not read yet.
+type partial struct {
+	assembly
+	flags FrameFlags
+}
+
+// assemble returns the record that begins with p. The pieces count in the endpoint's budget until the last one was read.
+// Without room assemble waits, and the peer gets no credit meanwhile. At the read deadline it keeps the pieces for the next
+// read. The returned record belongs to the user.
+func (s *session) assemble(p partial) (record []byte, flags FrameFlags, err error) {
+	defer func() {
+		if err == errReadDeadline {
+			kept := p // a copy, so that p is not allocated if no read has a deadline
+			s.extra().partial.Store(&kept)
+		} else {
+			s.recordDone()
+		}
+	}()
+	for {
+		if len(p.rest) != 0 && !p.add(p.rest, len(s.recv.data), s.holdRecord) {
+			return nil, 0, cmp.Or(s.endedNow(), errReadDeadline)
+		}
+		s.recv.kept = true // until record has copied the piece
+		f, err := s.nextData(true)
+		switch {
+		case err != nil:
+			return nil, 0, err
+		case f.Flags&FlagCodecMask != p.flags:
+			return nil, 0, s.fail(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
+		case p.size+uint64(len(f.Payload)) > s.recv.maxRecord:
+			return nil, 0, s.tooBig()
+		case f.Flags&FlagMore == 0:
+			return p.record(f.Payload), p.flags, nil
+		}
+		p.rest = f.Payload
+	}
+}
+
+// holdRecord takes n bytes for the record that the reader of s assembles, and waits until there is room. It reports
+// false if the stream ended meanwhile, or if the read deadline passed. The reader calls it.
+func (s *session) holdRecord(n uint64) bool {
+	r := &s.ep.room
+	r.mu.Lock()
+	took := r.records.Take(s, s.remote.Load(), int64(n), s.ep.clock.Load())
+	r.mu.Unlock()
+	for !took {
+		if s.endedNow() != nil {
+			return false
+		}
+		if s.mayNotWait() {
+			return r.withdraw(s)
+		}
+		park := &s.bucket.park
+		park.Announce()
+		if took = !r.waits(s); took || s.userLeft() || s.mayNotWait() {
+			park.Retract()
+		} else {
+			park.Wait()
+		}
+	}
+	return true
+}
+
+// userLeft reports whether arrived records are not read any more.
+func (s *session) userLeft() bool {
+	return s.unwanted() || s.recv.parent.Err() != nil
 }

@@ -123,9 +123,9 @@ func (o *outbox) learned(s *session) {
 
 // tellRetry informs OpenRetry that the request was answered, or that the stream ended without an answer.
 func (s *session) tellRetry() {
-	if s.out.answered != nil {
-		close(s.out.answered)
-		s.out.answered = nil
+	if x := s.extras.Load(); x != nil && x.answered != nil {
+		close(x.answered)
+		x.answered = nil
 	}
 }
 

@@ -55,6 +55,12 @@
 // reader holds back its own stream and no other. A record has at most MaxRecordSize bytes, and a server runs at most
 // MaxStreams handlers.
 //
+// # Deadlines
+//
+// [Stream.SetReadDeadline], [Writer.SetWriteDeadline] and related methods bound how long a read or write waits. The
+// stream goes on after such an error, so a program may look at the stream from time to time. [Stream.Ready] and [Writer.TryWrite]
+// do not wait at all. The context given to [Client.Open] bounds the stream as a whole.
+//
 // # Reconnects
 //
 // Packets are kept until the peer acknowledges them, and retransmitted if they are lost. So a stream survives a reconnect, also

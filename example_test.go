@@ -219,6 +219,116 @@ func ExampleClient_OpenRetry() {
 	// Output: job 20: line 0 <nil>
 }
 
+// A reader that has to do something else from time to time sets a deadline. The stream goes on afterwards.
+func ExampleStream_SetReadDeadline() {
+	client, server, stop := connect()
+	defer stop()
+	asked := make(chan struct{})
+	_, err := server.Handle("slow", func(w *stream.Writer, r *stream.Request) error {
+		<-asked
+		_, err := fmt.Fprint(w, "at last")
+		return err
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	s, err := client.Open(context.Background(), "slow", nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	_ = s.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+	_, err = s.Recv()
+	fmt.Println(errors.Is(err, os.ErrDeadlineExceeded))
+
+	close(asked)
+	_ = s.SetReadDeadline(time.Time{}) // none
+	record, err := s.Recv()
+	fmt.Printf("%s %v\n", record, err)
+	// Output:
+	// true
+	// at last <nil>
+}
+
+// A chat room must not wait for its slowest member: who is behind by a whole window misses a message.
+func ExampleWriter_TryWrite() {
+	client, server, stop := connect()
+	defer stop()
+	behind := make(chan struct{})
+	_, err := server.Handle("room", func(w *stream.Writer, r *stream.Request) error {
+		defer close(behind)
+		sent := 0
+		for {
+			ok, err := w.TryWrite(make([]byte, 1000))
+			if err != nil {
+				return err
+			}
+			if !ok {
+				break
+			}
+			sent++
+		}
+		fmt.Println("some were sent:", sent > 0)
+		return nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	s, err := client.Open(context.Background(), "room", nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	<-behind // this member reads nothing until then
+	for _, err = range s.All() {
+	}
+	fmt.Println(err)
+	// Output:
+	// some were sent: true
+	// <nil>
+}
+
+// Records that are at hand are handled together: what they lead to is written out when no further record is at hand.
+func ExampleRequest_Ready() {
+	client, server, stop := connect()
+	defer stop()
+	_, err := server.Handle("sum", func(w *stream.Writer, r *stream.Request) error {
+		sum := 0
+		for record, err := range r.All() {
+			if err != nil {
+				return err
+			}
+			sum += len(record)
+			if !r.Ready() {
+				if err := w.Flush(); err != nil {
+					return err
+				}
+			}
+		}
+		_, err := fmt.Fprint(w, sum)
+		return err
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	s, err := client.Open(context.Background(), "sum", nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	for range 10 {
+		if _, err := s.Write([]byte("record")); err != nil {
+			log.Fatal(err)
+		}
+	}
+	if err := s.CloseSend(); err != nil {
+		log.Fatal(err)
+	}
+	sum, err := s.Recv()
+	fmt.Printf("%s %v\n", sum, err)
+	// Output: 60 <nil>
+}
+
 // shutdown ends the streams of a program, and then its connection. The program may exit right after.
 func shutdown(ctx context.Context, server *stream.Server, client *stream.Client, nc *nats.Conn) error {
 	err := server.Drain(ctx) // until ctx ends, handlers may finish

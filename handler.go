@@ -5,6 +5,7 @@ import (
 	"io"
 	"iter"
 	"runtime/debug"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -45,7 +46,7 @@ import (
 type Handler func(w *Writer, r *Request) error
 
 // Request is the request that opened a stream, and the consumer's records on that stream. Its reads (Recv, Next, RecvObject, All,
-// Read and WriteTo) may be used by one goroutine at a time, also while others write to the [Writer].
+// Read, WriteTo and Ready) may be used by one goroutine at a time, also while others write to the [Writer].
 type Request struct {
 	Subject string      // that it was sent to
 	Header  nats.Header // that the consumer set; nil if none
@@ -86,6 +87,13 @@ func (r *Request) All() iter.Seq2[[]byte, error] { return r.session.all() }
 
 // Read implements [io.Reader]: the consumer's records as one stream of bytes, without their boundaries.
 func (r *Request) Read(p []byte) (int, error) { return r.session.read(p) }
+
+// Ready reports whether the next read returns at once; see [Stream.Ready].
+func (r *Request) Ready() bool { return r.session.ready() }
+
+// SetReadDeadline sets the time after which reads fail instead of waiting; see [Stream.SetReadDeadline]. The deadline of the
+// consumer, which ends the context of r, is another one.
+func (r *Request) SetReadDeadline(t time.Time) error { return r.session.setDeadlines(t, true, false) }
 
 // WriteTo implements [io.WriterTo]: it writes the consumer's records to w, one Write each, until its CloseSend.
 func (r *Request) WriteTo(w io.Writer) (int64, error) { return r.session.writeTo(w) }

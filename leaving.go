@@ -78,6 +78,9 @@ func (s *session) dropUnwanted() {
 			for ok := true; ok; {
 				_, ok = s.bucket.ring.Pop()
 			}
+			if x := s.extras.Load(); x != nil {
+				s.dropPartial(x)
+			}
 			s.recv.readLock.And(^gateDropping)
 			return
 		}

@@ -106,6 +106,7 @@ func (o *outbox) release(s *session) {
 	s.dropOpening()
 	s.tellRetry()
 	s.endContexts(e)
+	s.endDeadlines()
 	if snd := s.send.Load(); snd != nil {
 		o.leaveLine(s, snd.unacked.onTheWay())
 		snd.releaseAll()

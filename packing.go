@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"context"
 	"sync"
 	"sync/atomic"
@@ -118,6 +119,94 @@ func (pk *packer) freeLocked(n uint64) {
 	}
 }
 
+// spaceLocked returns the next n bytes of the open packet. If n bytes do not fit, it seals the packet and opens another. It
+// returns nil if there is no credit for that.
+func (pk *packer) spaceLocked(n int) []byte {
+	if pk.open != nil {
+		limit := pk.coalesceLimit()
+		if pk.n == PacketHeaderSize {
+			limit = max(limit, pk.n+n) // a record too large to share a packet has one of its own
+		}
+		if pk.n+n > limit {
+			pk.sealLocked()
+			pk.markLocked()
+		}
+	}
+	if pk.open == nil {
+		if !pk.creditLocked() {
+			return nil
+		}
+		pk.openLocked(PacketHeaderSize + n)
+	}
+	end := pk.n + n
+	if end > len(pk.open.buf) {
+		pk.growLocked(end)
+	}
+	b := pk.open.buf[pk.n:end]
+	pk.n = end
+	return b
+}
+
+// singleLimit returns the largest payload that travels in one frame. It follows the server's max_payload. While most of the
+// budget for kept packets is in use, pieces are smaller, because every stream may open one packet.
+func (pk *packer) singleLimit() int {
+	ep, size := pk.session.ep, singleSize
+	if ep.kept.Load() > ep.budget-ep.budget/4 {
+		size = coalesceSize
+	}
+	return max(1, min(size, pk.packetLimit())-PacketHeaderSize-FrameHeaderSize)
+}
+
+// appendSomeLocked appends the pieces of p for which there is credit, and returns the rest of p. The caller has the turn.
+func (pk *packer) appendSomeLocked(p []byte, flags FrameFlags) (rest []byte) {
+	for more := FlagMore; len(p) > 0; {
+		n := min(len(p), pk.singleLimit())
+		b := pk.spaceLocked(FrameHeaderSize + n)
+		if b == nil {
+			break
+		}
+		if n == len(p) {
+			more = 0
+		}
+		putFrameHeader(b, FrameData, flags|more, 0, n)
+		p = p[copy(b[FrameHeaderSize:], p[:n]):]
+		pk.markLocked()
+	}
+	return p
+}
+
+// keepRestLocked keeps a copy of the rest of a record, because its writer does not wait. The turn goes on until sendRestLocked has
+// appended all of it.
+func (pk *packer) keepRestLocked(rest []byte, flags FrameFlags) {
+	x := pk.session.extra()
+	x.rest, x.restFlags = bytes.Clone(rest), flags
+}
+
+// sendRestLocked appends as much of the rest of a record as credit allows. The outbox calls it when credit arrives.
+func (pk *packer) sendRestLocked() {
+	if !pk.turn {
+		return
+	}
+	x := pk.session.extras.Load()
+	if x == nil || x.rest == nil || pk.over() {
+		return
+	}
+	if x.rest = pk.appendSomeLocked(x.rest, x.restFlags); len(x.rest) == 0 {
+		x.rest = nil
+		pk.endTurnLocked()
+	}
+}
+
+// endTurnLocked ends the turn. Other goroutines may write, and the outbox may seal the open packet.
+func (pk *packer) endTurnLocked() {
+	pk.turn = false
+	pk.resetFastLocked()
+	if pk.open != nil && pk.n > PacketHeaderSize {
+		pk.markLocked()
+	}
+	pk.wakeLocked()
+}
+
 // markLocked marks the session for the outbox, unless that was done.
 func (pk *packer) markLocked() {
 	if !pk.queued {
@@ -150,7 +239,8 @@ func (pk *packer) shut() {
 // resetFastLocked lets Write use the open packet, unless a goroutine has the turn.
 func (pk *packer) resetFastLocked() {
 	pk.fast = nil
-	if pk.open != nil && !pk.turn && !pk.closed.Load() && !pk.held.Load() && !pk.over() && pk.session.ep.maxRecord >= coalesceSize { // otherwise Write must check
+	if pk.open != nil && !pk.turn && !pk.closed.Load() && !pk.held.Load() && !pk.over() && !pk.session.late() &&
+		pk.session.ep.maxRecord >= coalesceSize { // otherwise Write must check
 		pk.fast = pk.open.buf[:min(len(pk.open.buf), pk.coalesceLimit())]
 	}
 }
@@ -329,6 +419,7 @@ func (pk *packer) grantLocked(n uint32, memory uint64, granted credited) {
 		pk.granted.packets = granted.packets
 	}
 	pk.granted.bytes = max(pk.granted.bytes, granted.bytes)
+	pk.sendRestLocked()
 	pk.wakeLocked()
 }
 
@@ -364,6 +455,9 @@ func (pk *packer) dropOpen() {
 		pk.sealed++ // dropped records are never acknowledged
 	}
 	pk.open, pk.n, pk.fast = nil, 0, nil
+	if x := pk.session.extras.Load(); x != nil {
+		x.rest = nil
+	}
 	pk.freeLocked(pk.kept)
 	pk.wakeLocked()
 }

@@ -64,7 +64,7 @@ func (s *session) read(p []byte) (int, error) {
 		return 0, err
 	}
 	defer s.unlockRead()
-	if err := s.endedNow(); err != nil {
+	if err := s.refusedNow(); err != nil {
 		return 0, err
 	}
 	for len(s.recv.left) == 0 {
@@ -127,7 +127,7 @@ func (s *session) nextRecord(keep bool) ([]byte, FrameFlags, error) {
 		return nil, 0, err
 	}
 	defer s.unlockRead()
-	if err := s.endedNow(); err != nil {
+	if err := s.refusedNow(); err != nil {
 		return nil, 0, err
 	}
 	rec, flags := s.recv.left, FlagRaw // the rest of a record that Read began

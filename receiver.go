@@ -28,13 +28,15 @@ type receiver struct {
 	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
 	// concurrent writes. Exact detection costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more
 	// than the rest of Recv. Race builds pay for it. When the user leaves, gateLeft is set: reads return ErrClosed
-	// from then on. gateDropping is set while packets that nobody reads are dropped.
+	// from then on. gateDropping is set while packets that nobody reads are dropped. gateLate and gateAhead keep reads off the
+	// fast path: the read deadline has passed, or Ready has read a record ahead.
 	readLock atomic.Uint32
 
 	rawCodec FrameFlags // codec by which RecvObject decodes records that were written as bytes
 
 	// Owned by the reader.
 	busy      bool
+	peeking   bool   // Ready reads, and waits for nothing
 	ackWanted bool   // the sender of the current packet asked for credit
 	kept      bool   // the current packet may be referred to when it was read; used by builds that overwrite memory
 	data      []byte // the current packet
@@ -50,9 +52,14 @@ const (
 	gateReading = uint32(1) << iota
 	gateLeft
 	gateDropping
+	gateLate
+	gateAhead
 )
 
 func (s *session) nextGated() ([]byte, FrameFlags, error) {
+	if x := s.extras.Load(); x != nil && (x.partial.Load() != nil || s.recv.readLock.Load()&gateAhead != 0) {
+		return s.nextKept(x)
+	}
 	f, err := s.nextData(false)
 	switch {
 	case err != nil:
@@ -60,41 +67,13 @@ func (s *session) nextGated() ([]byte, FrameFlags, error) {
 	case uint64(len(f.Payload)) > s.recv.maxRecord:
 		return nil, 0, s.tooBig()
 	case f.Flags&FlagMore != 0:
-		return s.assemble(f)
+		return s.assemble(partial{flags: f.Flags & FlagCodecMask, assembly: assembly{rest: f.Payload}})
 	}
 	return f.Payload, f.Flags & FlagCodecMask, nil
 }
 
 func (s *session) tooBig() error {
 	return s.fail(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.recv.maxRecord))
-}
-
-// assemble returns the record that begins with piece f. The pieces count in the endpoint's budget until the last one
-// was read. Without room assemble waits, and the peer gets no credit meanwhile. The returned record belongs to the
-// user.
-func (s *session) assemble(f Frame) (record []byte, flags FrameFlags, err error) {
-	flags = f.Flags & FlagCodecMask
-	var a assembly
-	defer s.recordDone()
-	for {
-		size := a.size + uint64(len(f.Payload))
-		if size > s.recv.maxRecord {
-			return nil, 0, s.tooBig()
-		}
-		if f.Flags&FlagMore == 0 {
-			return a.record(f.Payload), flags, nil
-		}
-		if !a.add(f.Payload, len(s.recv.data), s.holdRecord) {
-			return nil, 0, s.endedNow()
-		}
-		s.recv.kept = true // until a.record has copied the piece
-		if f, err = s.nextData(true); err != nil {
-			return nil, 0, err
-		}
-		if f.Flags&FlagCodecMask != flags {
-			return nil, 0, s.fail(protocolError(CloseProtocolError, "pieces of one record in two codecs"))
-		}
-	}
 }
 
 // nextData returns the next DATA frame, and acts on the frames before it. within says that the frame continues a
@@ -174,7 +153,7 @@ func (s *session) readHeader() (nats.Header, error) {
 		}
 		return s.recv.header, nil
 	}
-	if err := s.endedNow(); err != nil {
+	if err := s.refusedNow(); err != nil {
 		return nil, err
 	}
 	if s.recv.data == nil {
@@ -220,6 +199,20 @@ func (s *session) refused() bool {
 	}
 	return false
 }
+
+// refusedNow returns the error of a read that begins, because reads have ended or the read deadline has passed.
+func (s *session) refusedNow() error {
+	if err := s.endedNow(); err != nil {
+		return err
+	}
+	if s.recv.readLock.Load()&gateLate != 0 {
+		return errReadDeadline
+	}
+	return nil
+}
+
+// mayNotWait reports whether the read under way returns errReadDeadline if it had to wait.
+func (s *session) mayNotWait() bool { return s.recv.peeking || s.recv.readLock.Load()&gateLate != 0 }
 
 // endedNow returns the error of this and every further read if reads have ended, and nil otherwise.
 func (s *session) endedNow() error {
@@ -282,8 +275,11 @@ func (s *session) nextPacket() error {
 			s.send.Load().packer.publishHeld() // the consumer may wait for the end before it sends more
 		}
 		b.ranDry = true
+		if s.mayNotWait() {
+			return errReadDeadline
+		}
 		b.park.Announce()
-		if b.ring.Empty() && s.end.Load() == nil && s.recv.parent.Err() == nil && s.recv.readLock.Load()&gateLeft == 0 {
+		if b.ring.Empty() && s.end.Load() == nil && s.recv.parent.Err() == nil && s.recv.readLock.Load()&(gateLeft|gateLate) == 0 {
 			b.park.Wait()
 		} else {
 			b.park.Retract()
@@ -346,31 +342,9 @@ func (s *session) endReads(e *ending) error {
 func (s *session) dropUnread(err error) {
 	s.recv.done = err
 	s.recv.data, s.recv.off, s.recv.left = nil, 0, nil
-}
-
-// holdRecord takes n bytes for the record that the reader of s assembles, and waits until there is room. It reports
-// false if the stream ended meanwhile. The reader calls it.
-func (s *session) holdRecord(n uint64) bool {
-	r := &s.ep.room
-	r.mu.Lock()
-	took := r.records.Take(s, s.remote.Load(), int64(n), s.ep.clock.Load())
-	r.mu.Unlock()
-	for !took {
-		if s.endedNow() != nil {
-			return false
-		}
-		park := &s.bucket.park
-		park.Announce()
-		if took = !r.waits(s); took || s.userLeft() {
-			park.Retract()
-		} else {
-			park.Wait()
-		}
+	if x := s.extras.Load(); x != nil {
+		s.dropPartial(x)
+		x.ahead = nil
+		s.recv.readLock.And(^gateAhead)
 	}
-	return true
-}
-
-// userLeft reports whether arrived records are not read any more.
-func (s *session) userLeft() bool {
-	return s.unwanted() || s.recv.parent.Err() != nil
 }

@@ -26,6 +26,13 @@ func (r *recordRoom) waits(s *session) bool {
 	return r.records.Waits(s)
 }
 
+// withdraw ends the wait of the record of s. It reports whether the record got its bytes before.
+func (r *recordRoom) withdraw(s *session) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.records.Withdraw(s)
+}
+
 // recordDone gives the bytes of the record of s back. The reader calls it.
 func (s *session) recordDone() {
 	r := &s.ep.room
@@ -51,6 +58,13 @@ func (o *outbox) checkRecords() {
 	for _, s := range overdue {
 		e := protocolError(CloseTryAgainLater, "a record in pieces did not proceed while others waited for its memory")
 		s.requestEnd(&ending{kind: endLocal, err: e, reset: *e})
+	}
+}
+
+// dropPartial drops the record that a read began and kept at its deadline. Its bytes go back to the budget.
+func (s *session) dropPartial(x *extras) {
+	if x.partial.Swap(nil) != nil {
+		s.recordDone()
 	}
 }
 

@@ -33,10 +33,11 @@ type session struct {
 	// The outbox's queue. pending holds the marked work; a session is queued exactly while it is not zero.
 	pending  atomic.Uint32
 	patience atomic.Uint32 // the stream's own peer timeout in milliseconds; 0 if it has none
+	acted    atomic.Uint32 // control packets ever acted on; the outbox stores it
 	next     *session
 
-	out   outboxState
-	acted atomic.Uint32 // control packets ever acted on; the outbox stores it
+	out    outboxState
+	extras atomic.Pointer[extras] // nil until it is needed: see extra
 
 	remote  atomic.Pointer[remote] // the other end. The outbox stores it; the reader loads it to tell which records share a peer
 	lastPop atomic.Int64           // reading of endpoint.clock when the reader took the last packet: a sign of life of the peer
@@ -44,13 +45,12 @@ type session struct {
 
 // outboxState is the part of a session that only the outbox uses, after the session was marked.
 type outboxState struct {
-	subject           string        // of the request
-	peer              string        // the address of the peer; empty at a consumer before its producer's first packet
-	whereabouts       *whereabouts  // more about the address of a peer in another account; nil within one account
-	request           *opening      // opens the stream; nil once it is published
-	answered          chan struct{} // closed for OpenRetry, and set to nil, when the producer has answered; nil without OpenRetry
-	deferredUntilUp   uint32        // work that waits for the connection; not zero while in outbox.waitingUntilUp
-	deferredUntilPeer uint32        // work for the peer that was due before its subject was known
+	subject           string       // of the request
+	peer              string       // the address of the peer; empty at a consumer before its producer's first packet
+	whereabouts       *whereabouts // more about the address of a peer in another account; nil within one account
+	request           *opening     // opens the stream; nil once it is published
+	deferredUntilUp   uint32       // work that waits for the connection; not zero while in outbox.waitingUntilUp
+	deferredUntilPeer uint32       // work for the peer that was due before its subject was known
 	state             lifecycle.State
 	requested         requestState
 	places            places // in which of the outbox's lists it is

@@ -17,9 +17,9 @@ import (
 
 // Stream is the consumer's end of a stream.
 //
-// The read side (Recv, Next, RecvObject, All, Read, WriteTo, Header and Trailer) may be used by one goroutine at a time. The write
-// side (Write, WriteObject, ReadFrom, Flush, Sync and CloseSend) may be used by many goroutines at once, also while another
-// reads. Close, CloseWithCode and Context may be called by any goroutine at any time.
+// The read side (Recv, Next, RecvObject, All, Read, WriteTo, Ready, Header and Trailer) may be used by one goroutine at a time. The
+// write side (Write, TryWrite, WriteObject, ReadFrom, Flush, Sync and CloseSend) may be used by many goroutines at once, also while
+// another reads. Close, CloseWithCode, Context and the deadlines may be called by any goroutine at any time.
 //
 // If the consumer wrote nothing, the stream is over when the producer's end was read. If the handler half-closed to go on
 // reading, the write side stays open until the handler returns.
@@ -42,7 +42,10 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, lifecycle.Consumer, initialPackets, window)
-	s.stream, s.recv.parent, s.recv.rawCodec, s.out.answered = st, ctx, codecFlag(codec), answered
+	s.stream, s.recv.parent, s.recv.rawCodec = st, ctx, codecFlag(codec)
+	if answered != nil {
+		s.extra().answered = answered
+	}
 	s.recv.window.Store(int64(window))
 	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	s.out.subject, s.out.request = msg.Subject, newOpening(msg, offer)
@@ -68,6 +71,7 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answer
 // Recv returns the next record. It waits until the record arrives or the stream ends. Errors:
 //
 //   - [io.EOF] after [CloseNormalClosure].
+//   - [os.ErrDeadlineExceeded] after the deadline of [Stream.SetReadDeadline]. The stream goes on.
 //   - A [*CloseError] after any other close code.
 //   - The error of the context given to [Client.Open] after it ended. Recv returns it at once, also if records have arrived.
 //   - [nats.ErrNoResponders] if nobody serves the subject.
@@ -114,6 +118,26 @@ func (st *Stream) WriteTo(w io.Writer) (n int64, err error) { return st.session.
 // first packet. It belongs to the read side, but consumes no record. If the stream ended with an error before any header or
 // record, Header returns that error, as [Stream.Recv] does. Do not change the map.
 func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader() }
+
+// Ready reports whether the next read returns at once: a record has arrived as a whole, or the stream has ended. It belongs to
+// the read side. It returns false while another goroutine reads. A read deadline does not change its result.
+func (st *Stream) Ready() bool { return st.session.ready() }
+
+// SetReadDeadline sets the time after which reads fail instead of waiting. It applies to Recv, Next, RecvObject, All, Read,
+// WriteTo and Header, also to a call that waits now. Their error matches [os.ErrDeadlineExceeded] and is a [net.Error] with Timeout. The
+// stream goes on and loses nothing: after a later deadline, or the zero time for none, reads return the next record, also
+// if a part of it had arrived. A time in the past ends a waiting call at once.
+//
+// SetReadDeadline fails with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any time, by any
+// goroutine. A stream that never had a deadline pays nothing for it.
+func (st *Stream) SetReadDeadline(t time.Time) error { return st.session.setDeadlines(t, true, false) }
+
+// SetWriteDeadline sets the time after which writes fail instead of waiting; see [Writer.SetWriteDeadline]. It also ends the
+// wait for the producer's first packet. CloseSend does not heed it.
+func (st *Stream) SetWriteDeadline(t time.Time) error { return st.session.setDeadlines(t, false, true) }
+
+// SetDeadline sets both deadlines: it is [Stream.SetReadDeadline] and [Stream.SetWriteDeadline].
+func (st *Stream) SetDeadline(t time.Time) error { return st.session.setDeadlines(t, true, true) }
 
 // Trailer returns the headers that the producer set with [Writer.SetTrailer], nil if it set none. Before a read has returned
 // [io.EOF] or the producer's [*CloseError], Trailer returns nil. It belongs to the read side.
@@ -166,6 +190,9 @@ func (st *Stream) Flush() error { return st.send().Flush() }
 
 // Sync returns when the producer's end has acknowledged all records written so far; see [Writer.Sync].
 func (st *Stream) Sync(ctx context.Context) error { return st.send().Sync(ctx) }
+
+// TryWrite sends p to the producer as one record if it need not wait, and reports whether it did; see [Writer.TryWrite].
+func (st *Stream) TryWrite(p []byte) (sent bool, err error) { return st.send().TryWrite(p) }
 
 // CloseSend half-closes the stream: this end sends no more records, and the handler's reads return [io.EOF] after the last
 // one. The read side stays open. CloseSend returns when NATS has accepted all records. It fails as [Stream.Write] does. A

@@ -145,6 +145,7 @@ func (w *Writer) Context() context.Context { return w.ctx }
 //
 //   - [ErrClosed] after [Writer.Close], and after the consumer left with [CloseNormalClosure].
 //   - [ErrRecordTooLarge] for a record above MaxRecordSize. A handler that returns it ends the stream with [CloseMessageTooBig].
+//   - [os.ErrDeadlineExceeded] after the deadline of [Writer.SetWriteDeadline]. The stream goes on.
 //   - Otherwise the error that ended the stream, as reads return it. After the end of a context it matches both the cause and
 //     [context.Canceled] or [context.DeadlineExceeded].
 //
@@ -178,7 +179,7 @@ func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 func (w *Writer) writeSlow(p []byte, flags FrameFlags) (int, error) {
 	if err := w.appendRecordLocked(p, flags); err != nil {
 		w.mu.Unlock()
-		return 0, err
+		return lengthSent(len(p), err), err
 	}
 	mark := !w.queued
 	w.queued = true
@@ -189,12 +190,20 @@ func (w *Writer) writeSlow(p []byte, flags FrameFlags) (int, error) {
 	return len(p), nil
 }
 
+// lengthSent returns the first result of a write of n bytes that returns err.
+func lengthSent(n int, err error) int {
+	if err == errRestFollows {
+		return n
+	}
+	return 0
+}
+
 func (w *Writer) appendRecordLocked(p []byte, flags FrameFlags) error {
-	if err := w.awaitTurnLocked(); err != nil {
+	if err := w.awaitTurnLocked(true); err != nil {
 		return err
 	}
-	if max := w.session.ep.maxRecord; len(p) > max {
-		return fmt.Errorf("%w: %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, len(p), max)
+	if err := w.checkSize(len(p)); err != nil {
+		return err
 	}
 	switch {
 	case w.session.peerTakesJSON():
@@ -205,14 +214,12 @@ func (w *Writer) appendRecordLocked(p []byte, flags FrameFlags) error {
 	return w.appendPiecesLocked(p, flags)
 }
 
-// singleLimit returns the largest payload that travels in one frame. It follows the server's max_payload. While most of the
-// budget for kept packets is in use, pieces are smaller, because every stream may open one packet.
-func (w *Writer) singleLimit() int {
-	ep, size := w.session.ep, singleSize
-	if ep.kept.Load() > ep.budget-ep.budget/4 {
-		size = coalesceSize
+// checkSize returns the error for a record of n bytes that is too large.
+func (w *Writer) checkSize(n int) error {
+	if max := w.session.ep.maxRecord; n > max {
+		return fmt.Errorf("%w: %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, n, max)
 	}
-	return max(1, min(size, w.packetLimit())-PacketHeaderSize-FrameHeaderSize)
+	return nil
 }
 
 // appendLocked appends one DATA frame. If the open packet has no room, it opens a new one. It may wait for credit. Meanwhile
@@ -228,19 +235,26 @@ func (w *Writer) appendLocked(p []byte, flags FrameFlags, mine bool) error {
 }
 
 // appendPiecesLocked cuts a record that fits no packet. It holds the turn, so that no other record comes between.
+//
+// Of a record in pieces, all is sent or nothing. If the write deadline passes after the first piece, the outbox appends the
+// rest as credit arrives, and the turn ends with the last piece.
 func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 	w.turn = true
-	defer w.endTurnLocked()
-	for more, first := FlagMore, true; len(p) > 0; first = false {
-		piece := p[:min(len(p), w.singleLimit())]
-		if p = p[len(piece):]; len(p) == 0 {
-			more = 0
+	for rest := p; ; {
+		if rest = w.appendSomeLocked(rest, flags); len(rest) == 0 {
+			w.endTurnLocked()
+			return nil
 		}
-		b, err := w.frameLocked(FrameHeaderSize+len(piece), true)
-		if err != nil && first {
+		err := w.waitCreditLocked(true)
+		switch {
+		case err == nil:
+		case len(rest) == len(p):
+			w.endTurnLocked()
 			return err
-		}
-		if err != nil {
+		case err == errWriteDeadline:
+			w.keepRestLocked(rest, flags)
+			return errRestFollows
+		default:
 			// A part of the record was sent, so no other record can follow. If the context ended, the peer gets its
 			// code, even if the context's own callback has not run yet.
 			w.mu.Unlock() // ending a stream takes the lock
@@ -249,39 +263,18 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 			}
 			w.session.requestEnd(&ending{kind: endFault, err: err, reset: CloseError{Code: CloseInternalServerErr, Text: "record cut off"}})
 			w.mu.Lock()
+			w.endTurnLocked()
 			return err
 		}
-		putFrameHeader(b, FrameData, flags|more, 0, len(piece))
-		copy(b[FrameHeaderSize:], piece)
-		w.markLocked()
 	}
-	return nil
 }
 
-// frameLocked returns the next n bytes of the open packet. If n bytes do not fit, it seals the packet and opens
-// another. If there is no credit, it waits. mine says that the caller has the turn.
+// frameLocked returns the next n bytes of the open packet, or of another one. If there is no credit, it waits. mine says that the
+// caller has the turn.
 func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
 	for {
-		if w.open != nil {
-			end := w.n + n
-			limit := w.coalesceLimit()
-			if w.n == PacketHeaderSize {
-				limit = max(limit, end) // a record too large to share a packet has one of its own
-			}
-			if end <= limit {
-				if end > len(w.open.buf) {
-					w.growLocked(end)
-				}
-				b := w.open.buf[w.n:end]
-				w.n = end
-				return b, nil
-			}
-			w.sealLocked()
-			w.markLocked()
-		}
-		if w.creditLocked() {
-			w.openLocked(PacketHeaderSize + n)
-			continue
+		if b := w.spaceLocked(n); b != nil {
+			return b, nil
 		}
 		if err := w.waitCreditLocked(mine); err != nil {
 			return nil, err
@@ -292,13 +285,19 @@ func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
 // waitCreditLocked waits until credit may have changed and the caller may write again. During the wait, another
 // goroutine may have closed the writer or taken the turn, and the stream may have ended.
 func (w *Writer) waitCreditLocked(mine bool) error {
+	if err := w.lateLocked(); err != nil { // the deadline may have passed while the lock was free
+		return err
+	}
 	if err := w.waitLocked(); err != nil {
 		return err
 	}
-	if mine {
-		return w.failedLocked()
+	if !mine {
+		return w.awaitTurnLocked(true)
 	}
-	return w.awaitTurnLocked()
+	if err := w.failedLocked(); err != nil {
+		return err
+	}
+	return w.lateLocked()
 }
 
 // ReadFrom sends the bytes of r until [io.EOF]: the bytes of each read are one record. It returns the number of bytes sent.
@@ -379,7 +378,7 @@ func (w *Writer) recordLimit() int {
 func (w *Writer) SetHeader(h nats.Header) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if err := w.awaitTurnLocked(); err != nil {
+	if err := w.awaitTurnLocked(true); err != nil {
 		return err
 	}
 	meta, err := w.meta(h)
@@ -405,7 +404,7 @@ func (w *Writer) SetHeader(h nats.Header) error {
 func (w *Writer) SetTrailer(h nats.Header) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if err := w.awaitTurnLocked(); err != nil {
+	if err := w.awaitTurnLocked(true); err != nil {
 		return err
 	}
 	meta, err := w.meta(h)

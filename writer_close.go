@@ -45,7 +45,7 @@ func (w *Writer) closeNow(code int, reason string) (held bool, err error) {
 		return true, nil
 	}
 	if !w.closed.Load() {
-		if err := w.awaitTurnLocked(); err != nil {
+		if err := w.awaitTurnLocked(false); err != nil {
 			return false, err
 		}
 		if w.session.role == lifecycle.Handler && code == CloseNormalClosure {
@@ -58,7 +58,7 @@ func (w *Writer) closeNow(code int, reason string) (held bool, err error) {
 		}
 		w.appendCloseLocked(code, reason)
 	}
-	return false, w.flushLocked()
+	return false, w.flushLocked(false)
 }
 
 // closeReturned closes w for a handler that returned with end. It does not wait until CLOSE is published. It returns
@@ -73,7 +73,7 @@ func (w *Writer) closeReturned(end CloseError) (closed CloseError, ok bool) {
 		}
 	}
 	for !w.closed.Load() {
-		err := w.awaitTurnLocked()
+		err := w.awaitTurnLocked(false)
 		if err == nil {
 			w.appendCloseLocked(end.Code, cutReason(end.Text, MaxReason))
 			w.markLocked()

@@ -11,16 +11,20 @@ func (w *Writer) Flush() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for w.turn {
+		if w.session.late() {
+			return errFlushDeadline
+		}
 		if err := w.waitLocked(); err != nil {
 			return err
 		}
 	}
 	w.publishHeldLocked()
-	return w.flushLocked()
+	return w.flushLocked(true)
 }
 
-// flushLocked seals the open packet and waits until the outbox has published it.
-func (w *Writer) flushLocked() error {
+// flushLocked seals the open packet and waits until the outbox has published it. With timed, it waits no longer than the write
+// deadline.
+func (w *Writer) flushLocked(timed bool) error {
 	if !w.closed.Load() { // after CLOSE the end may be the normal one
 		if err := w.failedLocked(); err != nil {
 			return err // the end of the stream may have dropped records
@@ -39,6 +43,9 @@ func (w *Writer) flushLocked() error {
 			return err
 		}
 		w.markLocked()
+		if timed && w.session.late() {
+			return errFlushDeadline
+		}
 		if err := w.sleepLocked(wake); err != nil && !w.publishedLocked(target) {
 			return err
 		}

@@ -22,10 +22,10 @@ import (
 // These are errors: a value that is nested deeper than 10,000 levels or contains itself, for JSON also by an embedded pointer, a
 // Protocol Buffers message (send the bytes of proto.Marshal with Write), and, for MessagePack, a struct without exported fields
 // that only encodes itself as JSON.
-func (w *Writer) WriteObject(v any) (int, error) {
+func (w *Writer) WriteObject(v any) (n int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if err := w.awaitTurnLocked(); err != nil {
+	if err := w.awaitTurnLocked(true); err != nil {
 		return 0, err
 	}
 	if w.session.peerTakesJSON() {
@@ -35,7 +35,7 @@ func (w *Writer) WriteObject(v any) (int, error) {
 }
 
 // writeObjectLocked encodes straight into the open packet. An object that does not fit is moved to a larger packet.
-func (w *Writer) writeObjectLocked(v any) (int, error) {
+func (w *Writer) writeObjectLocked(v any) (n int, err error) {
 	// The last object's size is the best guess at this one's.
 	guess := FrameHeaderSize + w.object // kept: another object may change it while this one waits for credit
 	if _, err := w.frameLocked(guess, false); err != nil {
@@ -43,7 +43,11 @@ func (w *Writer) writeObjectLocked(v any) (int, error) {
 	}
 	w.n -= guess // room, not written yet
 	w.turn, w.fast = true, nil
-	defer w.endTurnLocked()
+	defer func() {
+		if err != errRestFollows { // otherwise the rest of the record has the turn
+			w.endTurnLocked()
+		}
+	}()
 
 	start, limit := w.n+FrameHeaderSize, min(len(w.open.buf), w.coalesceLimit())
 	packet, p := w.open, w.open.buf
@@ -57,7 +61,7 @@ func (w *Writer) writeObjectLocked(v any) (int, error) {
 	if err := w.failedLocked(); err != nil {
 		return 0, err
 	}
-	n := len(record)
+	n = len(record)
 	w.object = min(n, coalesceSize/8)
 	switch max := w.session.ep.maxRecord; {
 	case n > max:
@@ -71,7 +75,7 @@ func (w *Writer) writeObjectLocked(v any) (int, error) {
 		err = w.appendPiecesLocked(record, w.codec)
 	}
 	if err != nil {
-		return 0, err
+		return lengthSent(n, err), err
 	}
 	return n, nil
 }
@@ -114,20 +118,33 @@ func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
 
 // appendJSONLocked queues the message for one record. A fallback peer grants no credit, so this end sets the window itself.
 func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
-	size := jsonwire.DataSize(len(p))
-	if max := int(w.session.ep.maxPayload.Load()); size > max {
-		return fmt.Errorf("%w: %d bytes make a message of %d, the server takes %d (max_payload) and the consumer knows no pieces",
-			ErrRecordTooLarge, len(p), size, max)
+	if err := w.fitsJSON(len(p)); err != nil {
+		return err
 	}
 	for !w.creditLocked() {
 		if err := w.waitCreditLocked(mine); err != nil {
 			return err
 		}
 	}
-	w.open = getPacket(size)
+	w.putJSONLocked(p)
+	return nil
+}
+
+// fitsJSON returns the error for a record of n bytes that fits no message of the fallback.
+func (w *Writer) fitsJSON(n int) error {
+	size := jsonwire.DataSize(n)
+	if max := int(w.session.ep.maxPayload.Load()); size > max {
+		return fmt.Errorf("%w: %d bytes make a message of %d, the server takes %d (max_payload) and the consumer knows no pieces",
+			ErrRecordTooLarge, n, size, max)
+	}
+	return nil
+}
+
+// putJSONLocked queues the message for one record.
+func (w *Writer) putJSONLocked(p []byte) {
+	w.open = getPacket(jsonwire.DataSize(len(p)))
 	w.keepLocked(w.open)
 	w.n = len(jsonwire.AppendData(w.open.buf[:0], p))
 	w.sealLocked()
 	w.markLocked()
-	return nil
 }

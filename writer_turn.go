@@ -9,14 +9,17 @@ import (
 // with the lock held.
 
 // awaitTurnLocked waits until no other goroutine has the turn. It returns the error if the stream takes no more
-// records.
-func (w *Writer) awaitTurnLocked() error {
+// records. With timed, it also fails if the write deadline has passed.
+func (w *Writer) awaitTurnLocked(timed bool) error {
 	for {
 		if w.closed.Load() || w.held.Load() {
 			return ErrClosed
 		}
 		if err := w.failedLocked(); err != nil {
 			return err
+		}
+		if timed && w.session.late() {
+			return errWriteDeadline
 		}
 		if !w.turn {
 			return nil
@@ -27,13 +30,12 @@ func (w *Writer) awaitTurnLocked() error {
 	}
 }
 
-func (w *Writer) endTurnLocked() {
-	w.turn = false
-	w.resetFastLocked()
-	if w.open != nil && w.n > PacketHeaderSize {
-		w.markLocked()
+// lateLocked returns the error of a write that would have to wait, after its deadline.
+func (w *Writer) lateLocked() error {
+	if w.session.late() {
+		return errWriteDeadline
 	}
-	w.wakeLocked()
+	return nil
 }
 
 // waitLocked waits until something changes. It releases the lock meanwhile.

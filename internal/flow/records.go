@@ -76,6 +76,21 @@ func (r *Records[K, P]) Waits(k K) bool {
 	return b != nil && b.want != 0
 }
 
+// Withdraw ends the wait of the record of stream k, which keeps the bytes that it has. It reports whether the record had got
+// its bytes before. Otherwise the stream asks again with Take.
+func (r *Records[K, P]) Withdraw(k K) bool {
+	b := r.begun[k]
+	if b == nil {
+		return false
+	}
+	if b.want != 0 {
+		r.unqueue(k)
+		b.want = 0
+		return false
+	}
+	return true
+}
+
 // Waiting reports whether any record waits.
 func (r *Records[K, P]) Waiting() bool { return len(r.queue) > 0 }
 

@@ -1,0 +1,35 @@
+package stream
+
+// This file has reads that go on after an earlier one, which ended at its deadline or looked ahead. The reader runs it.
+
+// nextKept returns the record that Ready has read ahead, or goes on with a record in pieces that an earlier read began.
+func (s *session) nextKept(x *extras) ([]byte, FrameFlags, error) {
+	if s.recv.readLock.Load()&gateAhead != 0 {
+		rec := x.ahead
+		x.ahead = nil
+		s.recv.readLock.And(^gateAhead)
+		return rec, x.aheadAs, nil
+	}
+	return s.assemble(*x.partial.Swap(nil))
+}
+
+// ready is Stream.Ready. It reads the next record ahead, because a part of a record may have arrived.
+func (s *session) ready() bool {
+	if s.lockRead() != nil {
+		return false
+	}
+	defer s.unlockRead()
+	if s.endedNow() != nil || len(s.recv.left) != 0 || s.recv.readLock.Load()&gateAhead != 0 {
+		return true
+	}
+	s.recv.peeking = true
+	rec, flags, err := s.nextGated()
+	s.recv.peeking = false
+	if err != nil {
+		return err != errReadDeadline // every other error is that of the next read as well
+	}
+	x := s.extra()
+	x.ahead, x.aheadAs = rec, flags
+	s.recv.readLock.Or(gateAhead)
+	return true
+}

@@ -1,0 +1,77 @@
+package stream
+
+import (
+	"cmp"
+	"time"
+)
+
+// This file has writes that do not wait, or not for ever. Writers run it.
+
+// SetWriteDeadline sets the time after which writes fail instead of waiting. It applies to Write, WriteObject, ReadFrom, Flush,
+// SetHeader and SetTrailer, also to calls that wait now. Their error matches [os.ErrDeadlineExceeded] and is a [net.Error] with
+// Timeout. The stream goes on: after a later deadline, or the zero time for none, writes succeed again. A time in the past ends
+// waiting calls at once. Of each record all is sent, or nothing:
+//
+//   - If nothing of the record is sent, the write returns 0 and the error.
+//   - If the deadline passes when a part of a record larger than a packet was sent, the write returns the length of the
+//     record and the error. Its rest is sent as credit arrives. Meanwhile other writes wait for their turn. Do not repeat
+//     such a write.
+//
+// [Writer.Close], [Writer.CloseWithCode], [Writer.Sync] and [Writer.TryWrite] do not heed the deadline. SetWriteDeadline fails
+// with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any time, by any goroutine. A
+// stream that never had a deadline pays nothing for it.
+func (w *Writer) SetWriteDeadline(t time.Time) error {
+	if w.unusable != nil {
+		return w.unusable
+	}
+	return w.session.setDeadlines(t, false, true)
+}
+
+// TryWrite sends p as one record if it need not wait, and reports whether it did. It returns false and no error if it would wait:
+// without the peer's credit, before the producer's first packet has arrived, and while another goroutine, or the rest of a
+// large record, has the turn. Nothing of p is sent then. Of a record larger than a packet, TryWrite needs credit for the
+// first packet. It copies the rest, which is sent as credit arrives. p may be reused at once. The write deadline does not apply.
+//
+// Errors are those of [Writer.Write].
+func (w *Writer) TryWrite(p []byte) (sent bool, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.failedLocked(); err != nil || w.closed.Load() || w.held.Load() {
+		return false, cmp.Or(err, ErrClosed)
+	}
+	if err := w.checkSize(len(p)); err != nil {
+		return false, err
+	}
+	switch {
+	case w.turn:
+		return false, nil
+	case w.session.peerTakesJSON():
+		if err := w.fitsJSON(len(p)); err != nil || !w.creditLocked() {
+			return false, err
+		}
+		w.putJSONLocked(p)
+		return true, nil
+	case len(p) > w.singleLimit():
+		return w.tryPiecesLocked(p), nil
+	}
+	b := w.spaceLocked(FrameHeaderSize + len(p))
+	if b == nil {
+		return false, nil
+	}
+	putFrameHeader(b, FrameData, FlagRaw, 0, len(p))
+	copy(b[FrameHeaderSize:], p)
+	w.markLocked()
+	return true, nil
+}
+
+// tryPiecesLocked appends a record in pieces as far as there is credit, and keeps the rest. It reports whether it began.
+func (w *Writer) tryPiecesLocked(p []byte) bool {
+	w.turn = true
+	rest := w.appendSomeLocked(p, FlagRaw)
+	if 0 < len(rest) && len(rest) < len(p) {
+		w.keepRestLocked(rest, FlagRaw)
+		return true
+	}
+	w.endTurnLocked()
+	return len(rest) == 0
+}
