@@ -141,16 +141,14 @@ func (r *Registration) listen(d time.Duration) {
 		return
 	}
 	r.listening = true
-	r.server.listeners.Go(r.hearSought)
+	r.server.helpers.Go(r.hearSought)
 }
 
 // hearSought is the goroutine of listen. It ends at the time that listen last set, or with the server.
 func (r *Registration) hearSought() {
 	s := r.server
-	unsubscribe, err := s.ep.conn.Subscribe(r.subject, "", func(m *nats.Msg) { s.sought(m, r) })
-	if err == nil {
-		defer unsubscribe()
-	}
+	unsubscribe := r.hear()
+	defer func() { unsubscribe() }()
 	for {
 		r.mu.Lock()
 		left := time.Until(r.listens)
@@ -164,9 +162,21 @@ func (r *Registration) hearSought() {
 		}
 		select {
 		case <-time.After(left):
+		case <-r.relisten:
+			unsubscribe()
+			unsubscribe = r.hear()
 		case <-s.ep.ctx.Done():
 		}
 	}
+}
+
+// hear makes the subscription of hearSought.
+func (r *Registration) hear() (unsubscribe func()) {
+	unsubscribe, err := r.server.ep.conn.Subscribe(r.subject, "", func(m *nats.Msg) { r.server.sought(m, r) })
+	if err != nil { // the connection is closed or drains
+		return func() {}
+	}
+	return unsubscribe
 }
 
 // deafen records that NATS lets the server subscribe to the subject only in its queue group.

@@ -41,6 +41,7 @@ type endpoint struct {
 	// The last known state of the connection. maxPayload is the server's max_payload in bytes.
 	maxPayload atomic.Int64
 	draining   atomic.Bool
+	connected  atomic.Int64 // when the watcher last saw the connection come up, by now. It tells connections apart.
 
 	streamEnded func() // set by a server: the outbox is done with a handler's stream
 

@@ -19,7 +19,8 @@ import (
 // accepts.
 //
 // The watcher runs look, probe and renew. The mux runs receive, and NATS's error callback runs denied, doubt and muted. User calls
-// run confirm and onChange.
+// run confirm and onChange. The goroutine of an
+// examination runs room and cannotProbe.
 type inbox struct {
 	ep      *endpoint
 	refused atomic.Pointer[ending] // the refusal by the server; nil if messages may arrive
@@ -33,6 +34,7 @@ type inbox struct {
 	answer  chan struct{} // capacity 1: a probe arrived, or was refused
 	mute    atomic.Bool   // the server does not let this end publish to its own inbox
 
+	probing     sync.Mutex // held while the inbox, or free room on the connection, is probed
 	subscribing sync.Mutex // held during calls to NATS
 	unsubscribe func()
 	closed      bool
@@ -170,6 +172,8 @@ func (b *inbox) heard() {
 // look checks whether messages reach the inbox. If they do not and renew is set, it subscribes again. It returns how long to
 // wait before the next look, 0 to wait for news. The watcher calls it while the connection is up.
 func (b *inbox) look(renew bool) time.Duration {
+	b.probing.Lock()
+	defer b.probing.Unlock()
 	if b.refused.Load() == nil && b.doubted.Swap(false) && b.silent() {
 		b.refuse(fmt.Errorf("stream: the NATS server does not deliver to %s*, because the connection has too many subscriptions; "+
 			"raise max_subscriptions: %w", b.ep.prefix, nats.ErrMaxSubscriptionsExceeded))
@@ -189,9 +193,9 @@ func (b *inbox) look(renew bool) time.Duration {
 }
 
 // renewal returns when to subscribe again to a subject that has been refused since then.
-func renewal(since time.Time) time.Duration {
-	return min(max(time.Since(since)/4, minRenewal), maxRenewal)
-}
+func renewal(since time.Time) time.Duration { return backOff(time.Since(since)) }
+
+func backOff(refused time.Duration) time.Duration { return min(max(refused/4, minRenewal), maxRenewal) }
 
 // silent reports whether messages surely do not reach the inbox. It subscribes to the inbox again if the probe does not arrive.
 func (b *inbox) silent() bool {
@@ -221,7 +225,7 @@ func (b *inbox) probe() (n uint64, ok bool) {
 	late := time.NewTimer(probeDelay)
 	defer late.Stop()
 	for b.arrived.Load() < n {
-		if b.mute.Load() || ep.isProbe(ep.conn.LastError()) {
+		if b.cannotProbe() {
 			return n, false
 		}
 		select {
@@ -234,6 +238,39 @@ func (b *inbox) probe() (n uint64, ok bool) {
 	}
 	return n, true
 }
+
+// room returns how many of n more subscriptions the NATS server accepts: it subscribes n times to the subject of the probe, counts the
+// subscriptions to which a probe comes, and unsubscribes. ok is false if the result proves nothing, as that of probe. Any goroutine
+// may call it, except a callback of NATS.
+func (b *inbox) room(n int) (accepted int, ok bool) {
+	b.probing.Lock()
+	defer b.probing.Unlock()
+	came := make([]atomic.Bool, n)
+	unsubscribe := make([]func(), 0, n)
+	for i := range n {
+		end, err := b.ep.conn.Subscribe(b.ep.prefix+probeToken, "", func(*nats.Msg) { came[i].Store(true) })
+		if err != nil { // the connection is closed or drains
+			break
+		}
+		unsubscribe = append(unsubscribe, end)
+	}
+	number, ok := b.probe()
+	var ending sync.WaitGroup
+	for _, end := range unsubscribe {
+		ending.Go(end) // returns when all that arrived was handed over, so the probe is late for none of them
+	}
+	ending.Wait()
+	for i := range came {
+		if came[i].Load() {
+			accepted++
+		}
+	}
+	// The inbox gets the probe, too. If it does not, no subscription would.
+	return accepted, len(unsubscribe) == n && (accepted > 0 || ok && b.arrived.Load() >= number)
+}
+
+// cannotProbe reports whether the last probe failed because this end may not publish to its own inbox.
+func (b *inbox) cannotProbe() bool { return b.mute.Load() || b.ep.isProbe(b.ep.conn.LastError()) }
 
 // isProbe reports whether err says that this end may not publish a probe.
 func (ep *endpoint) isProbe(err error) bool {

@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"maps"
@@ -768,5 +769,226 @@ func TestContextTellsTheEndThatCameBefore(t *testing.T) {
 			t.Errorf("the context ended with %v", cause)
 		}
 		m.nothingLeft(t)
+	})
+}
+
+// limitedConn has a NATS server that accepts limit subscriptions, and refuses others without saying which.
+type limitedConn struct {
+	*fake.Conn
+	limit, now, asked atomic.Int64
+}
+
+func (c *limitedConn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+	c.asked.Add(1)
+	if c.now.Load() >= c.limit.Load() {
+		c.Report(nats.ErrMaxSubscriptionsExceeded)
+		return func() {}, nil
+	}
+	c.now.Add(1)
+	end, err := c.Conn.Subscribe(subject, queue, f)
+	return sync.OnceFunc(func() { end(); c.now.Add(-1) }), err
+}
+
+func limitedServer(t *testing.T, limit int64, subjects int) (*Server, *limitedConn, []*Registration) {
+	t.Helper()
+	conn := &limitedConn{Conn: new(fake.Bus).Connect("server")}
+	conn.limit.Store(limit)
+	s, err := newServer(conn, "", ServerParams{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	var all []*Registration
+	for i := range subjects {
+		r, err := s.HandleQueue(fmt.Sprint("svc.", i), "q", nothing)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, r)
+	}
+	return s, conn, all
+}
+
+// While NATS refuses registrations without naming them, the server tries again ever more rarely, with one subscription. The first
+// registrations get the room.
+func TestCrowdedRegistrationsTryAgain(t *testing.T) {
+	for _, outage := range []time.Duration{10 * time.Millisecond, time.Second, time.Minute, time.Hour} {
+		t.Run(outage.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, conn, all := limitedServer(t, 4, 70)
+				time.Sleep(time.Second)
+				before := conn.asked.Load()
+				time.Sleep(outage)
+				for i, r := range all {
+					if err := r.Err(); (err == nil) != (i < 3) || err != nil && !errors.Is(err, nats.ErrMaxSubscriptionsExceeded) {
+						t.Errorf("registration %d says %v", i, err)
+					}
+				}
+				if n, most := conn.asked.Load()-before, 100+2*int64(outage/maxRenewal); n > most {
+					t.Errorf("%d subscriptions were tried in %v, want at most %d", n, outage, most)
+				}
+				conn.limit.Store(1000)
+				time.Sleep(min(max((outage+time.Second)/4, minRenewal), maxRenewal) + time.Second)
+				for i, r := range all {
+					if err := r.Err(); err != nil {
+						t.Errorf("with room, registration %d says %v", i, err)
+					}
+				}
+				if n := conn.now.Load(); n != 71 {
+					t.Errorf("%d subscriptions, want 71", n)
+				}
+				time.Sleep(maxRenewal + confirmation)
+				s.mu.Lock()
+				if s.doubts.examining {
+					t.Error("the examination goes on when all registrations are heard")
+				}
+				s.mu.Unlock()
+			})
+		})
+	}
+}
+
+// A refusal that names no subject is about another subscription of the connection, if the registrations have had their answers.
+func TestOldRegistrationsAreNotDoubted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, conn, all := limitedServer(t, 100, 3)
+		time.Sleep(2 * suspicion)
+		for range 100 {
+			before := conn.asked.Load()
+			conn.Report(nats.ErrMaxSubscriptionsExceeded)
+			time.Sleep(3 * time.Second)
+			if n := conn.asked.Load() - before; n != 0 {
+				t.Fatalf("the server subscribed %d times", n)
+			}
+			for _, r := range all {
+				if err := r.Err(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	})
+}
+
+// lateConn has a NATS server that answers late. nats.go notes a refusal when the server answers, and reports it later still.
+type lateConn struct {
+	*fake.Conn
+	answers, reports time.Duration
+	last             atomic.Pointer[error]
+	denies           atomic.Bool
+}
+
+func (c *lateConn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
+	if queue != "" && c.denies.Load() {
+		err := fmt.Errorf("%w: Permissions Violation for Subscription to %q using queue %q", nats.ErrPermissionViolation, subject, queue)
+		time.AfterFunc(c.answers, func() { c.last.Store(&err) })
+		time.AfterFunc(c.reports, func() { c.Report(err) })
+	}
+	return c.Conn.Subscribe(subject, queue, f)
+}
+
+func (c *lateConn) LastError() error {
+	if err := c.last.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+func (c *lateConn) Flush(timeout time.Duration) error {
+	time.Sleep(min(timeout, c.answers))
+	if timeout < c.answers {
+		return nats.ErrTimeout
+	}
+	return nil
+}
+
+// A registration does not count as accepted before NATS has answered, however late that is.
+func TestRefusedRegistrationWaitsForTheAnswer(t *testing.T) {
+	for _, late := range []struct{ answers, reports time.Duration }{{0, 0}, {0, 3 * time.Second}, {1500 * time.Millisecond, 1500 * time.Millisecond},
+		{1500 * time.Millisecond, 4 * time.Second}, {5 * time.Second, 5 * time.Second}} {
+		t.Run(fmt.Sprint(late), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				conn := &lateConn{Conn: new(fake.Bus).Connect("server"), answers: late.answers, reports: late.reports}
+				conn.denies.Store(true)
+				s, err := newServer(conn, "", ServerParams{Logger: slog.New(slog.DiscardHandler)})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { s.Close() })
+				r, err := s.HandleQueue("svc", "q", nothing)
+				if err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(late.reports + time.Millisecond)
+				for range 6000 {
+					if r.Err() == nil {
+						t.Fatal("the registration counts as accepted")
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				conn.denies.Store(false)
+				time.Sleep(maxRenewal + late.reports + 10*confirmation)
+				if err := r.Err(); late.answers < probeTimeout && err != nil {
+					t.Errorf("it is accepted, and says %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestSuspectedSubscriptions(t *testing.T) {
+	young := facts{subscribed: true, fresh: true}
+	with := func(change func(*facts)) facts {
+		f := young
+		change(&f)
+		return f
+	}
+	for name, c := range map[string]struct {
+		facts facts
+		want  bool
+	}{
+		"young":                           {young, true},
+		"on a connection seen late":       {with(func(f *facts) { f.fresh = false }), true},
+		"none":                            {with(func(f *facts) { f.subscribed = false }), false},
+		"heard":                           {with(func(f *facts) { f.heard = true }), false},
+		"old":                             {with(func(f *facts) { f.age = suspicion }), false},
+		"made with room, refusal after":   {with(func(f *facts) { f.fitted = true }), true},
+		"made with room, no refusal":      {with(func(f *facts) { f.fitted, f.fresh = true, false }), false},
+		"made with room, refusal later":   {with(func(f *facts) { f.fitted, f.lasted = true, confirmation }), false},
+		"made with room, on old refusals": {with(func(f *facts) { f.fitted, f.age = true, suspicion }), false},
+	} {
+		if got := c.facts.suspected(); got != c.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// The subscription with which a server listens outside its queue group is tried again, too.
+func TestRefusedListeningTriesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, conn, all := limitedServer(t, 4, 3)
+		all[0].listen(time.Minute)
+		time.Sleep(10 * time.Second)
+		if n := conn.now.Load(); n != 4 {
+			t.Fatalf("%d subscriptions, want 4", n)
+		}
+		before := conn.asked.Load()
+		time.Sleep(20 * time.Second)
+		if n := conn.asked.Load() - before; n == 0 || n > 40 {
+			t.Errorf("%d subscriptions were tried", n)
+		}
+		conn.limit.Store(5)
+		time.Sleep(10 * time.Second)
+		if n := conn.now.Load(); n != 5 {
+			t.Errorf("%d subscriptions with room, want 5", n)
+		}
+		time.Sleep(time.Minute)
+		if n := conn.now.Load(); n != 4 {
+			t.Errorf("%d subscriptions afterwards, want 4", n)
+		}
+		for i, r := range all {
+			if err := r.Err(); err != nil {
+				t.Errorf("registration %d says %v", i, err)
+			}
+		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"regexp"
 	"strings"
@@ -846,5 +847,168 @@ func TestRefusedOtherSubscriptionHarmsNobody(t *testing.T) {
 			t.Error(err)
 		}
 		wantEOF(t, s)
+	}
+}
+
+// crowded is a server with registrations on a connection that may have too few subscriptions for them.
+type crowded struct {
+	p     *pair
+	srv   *service
+	alice *stream.Client
+	regs  []*stream.Registration
+}
+
+// crowdedConfig lets each connection have limit subscriptions.
+func crowdedConfig(limit int, publish string) string {
+	return fmt.Sprintf(`accounts { A { limits { max_subscriptions: %d }, users: [
+		{ user: producer, password: secret-of-producer, permissions: { publish: %q } }
+		{ user: alice, password: secret-of-alice } ] } }`, limit, publish)
+}
+
+// newCrowded makes a server, on whose connection the user has subscriptions of their own.
+func newCrowded(t *testing.T, config string, own int) (c *crowded, mine []*nats.Subscription) {
+	t.Helper()
+	c = &crowded{p: newRestricted(t, config)}
+	c.srv = newService(t, c.p, stream.ServerParams{Logger: slog.New(slog.DiscardHandler)},
+		user("producer", nats.ReconnectWait(20*time.Millisecond), nats.ReconnectJitter(0, 0))...)
+	c.alice = c.p.newClient(t, stream.ClientParams{}, user("alice", nats.ReconnectWait(20*time.Millisecond), nats.ReconnectJitter(0, 0))...)
+	for i := range own {
+		sub, err := c.srv.nc.SubscribeSync(fmt.Sprint("mine.", i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		mine = append(mine, sub)
+	}
+	return c, mine
+}
+
+// register handles n subjects in a queue group, in no group if that is empty.
+func (c *crowded) register(t *testing.T, queue string, n int) {
+	t.Helper()
+	for i := range n {
+		c.regs = append(c.regs, c.srv.register(t, fmt.Sprint("svc.", i), queue, echo))
+	}
+}
+
+// serves reports whether a stream on subject number i reaches its handler.
+func (c *crowded) serves(t *testing.T, i int) bool {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(testContext(t), time.Second) // a request may be lost while a connection is made again
+	defer cancel()
+	s, err := c.alice.Open(ctx, fmt.Sprint("svc.", i), nil)
+	if err != nil {
+		return false
+	}
+	defer s.Close()
+	if s.CloseSend() != nil {
+		return false
+	}
+	_, err = readAll(s)
+	return err == io.EOF
+}
+
+// served waits until the server serves n subjects, and returns which.
+func (c *crowded) served(t *testing.T, when string, n int) map[int]bool {
+	t.Helper()
+	var served map[int]bool
+	eventually(t, fmt.Sprintf("%d subjects are served %s", n, when), func() bool {
+		served = make(map[int]bool)
+		for i := range c.regs {
+			if c.serves(t, i) {
+				served[i] = true
+			}
+		}
+		return len(served) == n
+	})
+	wantNotDone(t, c.srv.Done(), c.srv.Err())
+	return served
+}
+
+// expect waits until the server serves n subjects, and the registrations of the others say why they are not served.
+func (c *crowded) expect(t *testing.T, when string, n int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("all but %d registrations say that they are not served %s", n, when), func() bool {
+		healthy := 0
+		for _, r := range c.regs {
+			if r.Err() == nil {
+				healthy++
+			}
+		}
+		return healthy == n
+	})
+	served := c.served(t, when, n)
+	for i, r := range c.regs {
+		switch err := r.Err(); {
+		case served[i] && err != nil:
+			t.Errorf("%s: the subject %d is served and says %v", when, i, err)
+		case !served[i] && (!errors.Is(err, nats.ErrMaxSubscriptionsExceeded) || !strings.Contains(err.Error(), fmt.Sprint("svc.", i))):
+			t.Errorf("%s: the subject %d is not served and says %v", when, i, err)
+		}
+	}
+}
+
+// The NATS server refuses subscriptions of a Server without saying which. Registrations that are not heard say so, and the others serve.
+// All serve soon after there is room.
+func TestRegistrationsRefusedBySubscriptionLimitRecover(t *testing.T) {
+	for _, queue := range []string{"", "q"} {
+		t.Run(fmt.Sprintf("reloads, queue group %q", queue), func(t *testing.T) {
+			c, _ := newCrowded(t, crowdedConfig(4, ">"), 0)
+			c.register(t, queue, 7)
+			c.expect(t, "with room for 3", 3)
+			reload(t, c.p.server, crowdedConfig(100, ">"))
+			c.expect(t, "with room", 7)
+			for range scaled(3) {
+				reload(t, c.p.server, crowdedConfig(3, ">")) // closes the connection. nats.go subscribes again in any order
+				c.expect(t, "with room for 2", 2)
+				reload(t, c.p.server, crowdedConfig(100, ">"))
+				c.expect(t, "with room again", 7)
+			}
+		})
+		t.Run(fmt.Sprintf("other subscriptions, queue group %q", queue), func(t *testing.T) {
+			c, mine := newCrowded(t, crowdedConfig(7, ">"), 3)
+			c.register(t, queue, 6)
+			for n := 3; ; n++ {
+				c.expect(t, "beside other subscriptions", n)
+				if len(mine) == 0 {
+					break
+				}
+				if err := mine[0].Unsubscribe(); err != nil {
+					t.Fatal(err)
+				}
+				mine = mine[1:]
+			}
+		})
+	}
+}
+
+// A server that may not publish to its own inbox cannot find out which of its subscriptions is refused. It tries all again.
+func TestRefusedRegistrationsRecoverWithoutProbes(t *testing.T) {
+	const toConsumers = "_SINBOX.alice.>"
+	c, _ := newCrowded(t, crowdedConfig(4, toConsumers), 0)
+	c.register(t, "q", 6)
+	time.Sleep(100 * time.Millisecond)
+	reload(t, c.p.server, crowdedConfig(100, toConsumers))
+	c.served(t, "with room", 6)
+}
+
+// The server does not disturb registrations that are heard while other subscriptions of its connection are refused.
+func TestRefusedOtherSubscriptionsDisturbNoRegistration(t *testing.T) {
+	c, _ := newCrowded(t, crowdedConfig(4, ">"), 0)
+	c.register(t, "q", 3)
+	for i := range c.regs {
+		verifyEcho(t, c.alice, fmt.Sprint("svc.", i), 1, 10)
+	}
+	for i := range scaled(300) {
+		sub, err := c.srv.nc.SubscribeSync("mine")
+		if err != nil {
+			t.Fatal(err)
+		}
+		verifyEcho(t, c.alice, fmt.Sprint("svc.", i%3), 1, 10)
+		if err := sub.Unsubscribe(); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.regs[i%3].Err(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

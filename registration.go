@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"math"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
 )
 
 // This file subscribes to the subjects of a server and leaves them. Callers of the library run the exported functions.
@@ -20,6 +23,7 @@ type Registration struct {
 	server         *Server
 	subject, queue string
 	handler        Handler
+	number         int // of the registrations of the server, in the order in which they were made
 
 	urgent chan struct{}  // capacity 1: a reason was added that does not wait for minStay
 	ending sync.WaitGroup // of subscriptions that NATS still delivers to
@@ -28,18 +32,26 @@ type Registration struct {
 	reasons     suspension
 	unsubscribe func()        // nil while there is no subscription
 	since       time.Time     // when it was made
+	left        chan struct{} // of the last subscription that was ended; closed when NATS has confirmed
 	changing    chan struct{} // not nil while a goroutine runs settle; closed when it is done
 
 	refused      error // the error with which NATS refused the subscription, nil if no refusal is known
+	lastRefusal  error // as NATS reported it
 	refusals     int
 	refusedSince time.Time
 
-	listening bool      // a goroutine runs hearSought
-	listens   time.Time // until when
-	deaf      bool      // NATS refuses a subscription outside the queue group
+	heard   *atomic.Int64 // endpoint.connected when a message last came on the subscription
+	fitted  int64         // endpoint.connected when an examination found room for the subscription
+	crowded error         // why r waits for room on the connection, nil if it does not
+
+	relisten  chan struct{} // capacity 1: NATS may have refused the subscription of hearSought
+	listening bool          // a goroutine runs hearSought
+	listens   time.Time     // until when
+	deaf      bool          // NATS refuses a subscription outside the queue group
 }
 
-// confirmation is how long a subscription must last after a refusal to count as accepted. NATS refuses within a round trip.
+// confirmation is how long a subscription must last after a refusal to count as accepted. NATS refuses within a round trip, and nats.go
+// reports that a moment later.
 const confirmation = time.Second
 
 // minStay is the shortest time for which a server stays in a queue group before it leaves because it is full. Without it,
@@ -53,6 +65,7 @@ const (
 	suspendedFull    suspension = 1 << iota // the server has no room for another stream
 	suspendedRefused                        // NATS refuses the subject; the server subscribes again later
 	suspendedUnheard                        // NATS refuses the inbox, so no stream could go on
+	suspendedCrowded                        // the connection has too many subscriptions, or that is being examined
 	suspendedStopped                        // for good: by Stop, Drain or Close, or because NATS accepts no more subscriptions
 )
 
@@ -77,12 +90,14 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, e
 	}
 	r := &Registration{
 		server: s, subject: subject, queue: queue, handler: h,
-		urgent: make(chan struct{}, 1), changing: make(chan struct{}),
+		urgent: make(chan struct{}, 1), relisten: make(chan struct{}, 1), changing: make(chan struct{}),
 	}
 	s.mu.Lock()
 	ending := s.idle != nil
 	if !ending { // the goroutine that ends a server does not look for later registrations
 		r.reasons = s.suspended & r.heeds()
+		s.registered++
+		r.number = s.registered
 		s.registrations[r] = struct{}{}
 	}
 	s.mu.Unlock()
@@ -124,22 +139,27 @@ func (r *Registration) Stop() {
 // Err returns the error with which NATS refuses the subscription to the subject, nil if NATS has reported no refusal. NATS
 // reports a refusal some time after [Server.Handle] has returned, and also later if permissions change. During a refusal no
 // requests reach the handler, and the server subscribes again at least every 5 s. The refusal is also logged to
-// [ServerParams].Logger. A refusal because of max_subscriptions names no subject, so it is only logged.
+// [ServerParams].Logger. A refusal because of max_subscriptions names no subject. The server finds out which of its subjects are not
+// served, and their errors match [nats.ErrMaxSubscriptionsExceeded]. It cannot find that out if it may not publish to its own
+// inbox: then the refusal is only logged, and the server subscribes again to every subject that may be meant.
 func (r *Registration) Err() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.refused
+	if r.refused != nil {
+		return r.refused
+	}
+	return r.crowded
 }
 
 // refuse records that NATS refused the subscription, and schedules the next attempt. Callbacks of NATS call it.
-func (r *Registration) refuse(err error) {
-	err = fmt.Errorf("stream: may not subscribe to %s; allow it (docs/PROTOCOL.md section 15): %w", r.subject, err)
+func (r *Registration) refuse(denied error) {
+	err := fmt.Errorf("stream: may not subscribe to %s; allow it (docs/PROTOCOL.md section 15): %w", r.subject, denied)
 	r.mu.Lock()
 	first := r.refused == nil
 	if first {
 		r.refusedSince = time.Now()
 	}
-	r.refused = err
+	r.refused, r.lastRefusal = err, denied
 	r.refusals++
 	n, again := r.refusals, renewal(r.refusedSince)
 	r.mu.Unlock()
@@ -150,26 +170,43 @@ func (r *Registration) refuse(err error) {
 	time.AfterFunc(again, func() { r.retry(n) })
 }
 
-// retry subscribes again after refusal number n, and checks after confirmation whether NATS accepted.
+// retry subscribes again after refusal number n.
 func (r *Registration) retry(n int) {
 	r.mu.Lock()
 	stale := r.refusals != n || r.reasons&suspendedStopped != 0
 	r.mu.Unlock()
-	if stale {
+	if !stale {
+		r.change(0, suspendedRefused)
+	}
+}
+
+// confirm forgets refusal number n if NATS accepted the subscription that was made after it, at since. The answer to the flush comes
+// behind a refusal, and nats.go notes a refusal before it takes that answer. It may report the refusal later.
+func (r *Registration) confirm(n int, since time.Time) {
+	s := r.server
+	stale := func() bool {
+		return r.refusals != n || r.unsubscribe == nil || !r.since.Equal(since) || s.ep.ctx.Err() != nil
+	}
+	r.mu.Lock()
+	old := stale()
+	r.mu.Unlock()
+	if old {
 		return
 	}
-	r.change(0, suspendedRefused)
-	time.AfterFunc(confirmation, func() {
-		r.mu.Lock()
-		accepted := r.refusals == n && r.unsubscribe != nil
-		if accepted {
-			r.refused = nil
-		}
-		r.mu.Unlock()
-		if accepted {
-			r.server.log.Info("stream: a subject is served again", "subject", r.subject, "queue", r.queue)
-		}
-	})
+	answered := s.ep.conn.Flush(probeTimeout) == nil
+	last := s.ep.conn.LastError()
+	d, denied := natsconn.Denied(last)
+	denied = denied && d == natsconn.Denial{Subject: r.subject, Queue: r.queue, Subscribe: true}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case stale():
+	case !answered || denied && last != r.lastRefusal:
+		time.AfterFunc(confirmation, func() { r.confirm(n, since) })
+	default:
+		r.refused = nil
+		s.log.Info("stream: a subject is served again", "subject", r.subject, "queue", r.queue)
+	}
 }
 
 // heeds returns the reasons that apply to r. A full server outside any queue group keeps its subscription: it refuses requests
@@ -231,8 +268,12 @@ func (r *Registration) settle() {
 			}
 			r.mu.Lock()
 		} else {
-			r.ending.Go(r.unsubscribe) // it may take long, and there may be room again before
-			r.unsubscribe = nil
+			unsubscribe, left := r.unsubscribe, make(chan struct{})
+			r.unsubscribe, r.left = nil, left
+			r.ending.Go(func() { // it may take long, and there may be room again before
+				defer close(left)
+				unsubscribe()
+			})
 		}
 	}
 	close(r.changing)
@@ -240,13 +281,22 @@ func (r *Registration) settle() {
 }
 
 func (r *Registration) subscribe() error {
-	s := r.server
-	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) { s.request(m, r) })
+	s, heard := r.server, new(atomic.Int64)
+	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) {
+		if connected := s.ep.connected.Load(); heard.Load() != connected {
+			heard.Store(connected)
+		}
+		s.request(m, r)
+	})
 	if err != nil {
 		return fmt.Errorf("stream: handle %s: %w", r.subject, err)
 	}
 	r.mu.Lock()
-	r.unsubscribe, r.since = unsubscribe, time.Now()
+	now := time.Now()
+	r.unsubscribe, r.since, r.heard = unsubscribe, now, heard
+	if n := r.refusals; r.refused != nil {
+		time.AfterFunc(confirmation, func() { r.confirm(n, now) })
+	}
 	r.mu.Unlock()
 	return nil
 }

@@ -80,6 +80,7 @@ type Server struct {
 
 	mu            sync.Mutex // never held while NATS is asked
 	registrations map[*Registration]struct{}
+	registered    int        // registrations that were made, also those that ended
 	suspended     suspension // all registrations that heed it
 	handlers      int
 	sessions      int // of handlers that run, and of those whose streams have something left to send
@@ -87,7 +88,9 @@ type Server struct {
 	idle          chan struct{} // not nil once Drain or Close was called; closed when there are none of both
 	quiet         chan struct{} // made with idle; closed when no more requests come
 
-	listeners sync.WaitGroup // goroutines of registrations that listen for consumers across accounts
+	doubts doubts
+
+	helpers sync.WaitGroup // the goroutine of an examination, and those of registrations that listen for consumers across accounts
 }
 
 // NewServer returns a server on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection; the
@@ -125,7 +128,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	s := &Server{
 		maxFallback: int64(params.MaxFallback), fallbackTimeout: params.FallbackTimeout,
 		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
-		draining: make(chan struct{}), next: make(chan *handling), registrations: make(map[*Registration]struct{}),
+		draining: make(chan struct{}), doubts: newDoubts(), next: make(chan *handling), registrations: make(map[*Registration]struct{}),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -146,9 +149,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 // subscriptionRefused handles NATS's refusal of a subscription of the connection, which may be one of the server's.
 func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 	if d.Subject == "" { // the error names no subject
-		if s.ep.inbox.refused.Load() == nil {
-			s.log.Error("stream: NATS refused a subscription of the server's connection; if it is one of the server's, its subject is not served", "error", err)
-		}
+		s.doubt()
 		return
 	}
 	s.mu.Lock()
@@ -390,6 +391,6 @@ func (s *Server) Close() error {
 	quiet, _ := s.retire()
 	<-quiet // requests that still come are refused, and the outbox sends the refusals
 	s.ep.close(e)
-	s.listeners.Wait() // the outbox starts them, and it has ended
+	s.helpers.Wait() // none starts any more: the outbox has ended, and doubt starts none after retire
 	return nil
 }

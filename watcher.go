@@ -58,6 +58,7 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 func (ep *endpoint) follow(status nats.Status, again bool) {
 	switch status {
 	case nats.CONNECTED:
+		ep.connected.Store(ep.now())
 		ep.lookAtMaxPayload()
 		if again {
 			ep.outbox.resume() // before the outbox publishes and its clock runs
