@@ -85,7 +85,7 @@ type trial struct {
 	calm           bool                // no calls whose contexts end meanwhile
 
 	// ends, if set, says that the fault ends all streams: at this time after it began at the latest, with an error for
-	// which named is true. Otherwise all must come to their normal end.
+	// which named is true. Otherwise all must come to their normal end. If only named is set, a stream may do either.
 	ends  time.Duration
 	named func(error) bool
 
@@ -406,7 +406,7 @@ func (f *flow) run(ctx context.Context) {
 		took = time.Since(*began)
 	}
 	switch n := f.got.Load(); {
-	case r.ends == 0 && err != io.EOF:
+	case r.ends == 0 && err != io.EOF && (r.named == nil || !r.named(err)):
 		r.t.Errorf("%s after record %d: %v", f.kind, n, err)
 	case err == io.EOF && n != f.sent.Load():
 		r.t.Errorf("%s ended after %d of %d records without an error", f.kind, n, f.sent.Load())
