@@ -447,6 +447,18 @@ func ExampleStream_RecvObject() {
 }
 
 // The channel of the original API. Its objects are JSON.
+// A service that "nats service ls" shows.
+func ExampleServer_AddService() {
+	_ = func(server *stream.Server, quotes stream.Handler) error {
+		service, err := server.AddService("prices", "1.0.0", "tells prices", nil)
+		if err != nil {
+			return err
+		}
+		_, err = service.Handle("quotes", "prices.quotes", quotes)
+		return err
+	}
+}
+
 func ExampleClient_OpenStream() {
 	client, server, stop := connect()
 	defer stop()

@@ -667,7 +667,7 @@ func waitStuck(t testing.TB, bytes *atomic.Int64) int64 {
 // newRestricted is a pair on a server with the given configuration, without clients.
 func newRestricted(t testing.TB, config string) *pair {
 	t.Helper()
-	for _, user := range []string{"producer", "alice", "bob"} {
+	for _, user := range []string{"producer", "alice", "bob", "monitor"} {
 		t.Setenv(strings.ToUpper(user)+"_PASSWORD", "secret-of-"+user)
 	}
 	checkLeaks(t)

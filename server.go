@@ -7,12 +7,14 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/discovery"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 )
@@ -81,6 +83,7 @@ type Server struct {
 	mu            sync.Mutex // never held while NATS is asked
 	registrations map[*Registration]struct{}
 	registered    int        // registrations that were made, also those that ended
+	services      map[*Service]struct{}
 	suspended     suspension // all registrations that heed it
 	handlers      int
 	sessions      int // of handlers that run, and of those whose streams have something left to send
@@ -128,7 +131,8 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	s := &Server{
 		maxFallback: int64(params.MaxFallback), fallbackTimeout: params.FallbackTimeout,
 		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
-		draining: make(chan struct{}), doubts: newDoubts(), next: make(chan *handling), registrations: make(map[*Registration]struct{}),
+		draining: make(chan struct{}), doubts: newDoubts(), next: make(chan *handling),
+		registrations: make(map[*Registration]struct{}), services: make(map[*Service]struct{}),
 	}
 	if s.log == nil {
 		s.log = slog.Default()
@@ -154,6 +158,10 @@ func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if len(s.services) > 0 && strings.HasPrefix(d.Subject, discovery.Subjects) {
+		s.log.Error("stream: tools do not find the services of the server; allow it to subscribe to "+discovery.Subjects+"> (docs/PROTOCOL.md section 15.6)",
+			"subject", d.Subject, "error", err)
+	}
 	for r := range s.registrations {
 		switch {
 		case r.subject != d.Subject:
@@ -367,8 +375,12 @@ func (s *Server) unsubscribe() {
 	defer close(s.quiet)
 	s.mu.Lock()
 	all := slices.Collect(maps.Keys(s.registrations))
+	services := slices.Collect(maps.Keys(s.services))
 	s.mu.Unlock()
 	var wg sync.WaitGroup
+	for _, v := range services {
+		wg.Go(v.stopListening)
+	}
 	for _, r := range all {
 		wg.Go(r.Stop)
 	}

@@ -13,7 +13,7 @@ import (
 // Conn is one NATS connection, as an endpoint uses it. All methods may be called concurrently.
 type Conn interface {
 	// Publish sends data to subject, with a reply subject unless reply is empty. It may block for as long as the
-	// connection does. Only the outbox calls it.
+	// connection does. Only the outbox calls it, and the callback that answers questions about services.
 	Publish(subject, reply string, data []byte) error
 	// PublishMsg sends a message with headers. It blocks as Publish does.
 	PublishMsg(m *nats.Msg) error

@@ -1,15 +1,17 @@
 // Command smoke shows that streams work through given versions of nats-server:
 //
-//	go run ./internal/smoke /path/to/nats-server ...
+//	go run ./internal/smoke [-nats /path/to/nats] /path/to/nats-server ...
 //
-// It starts each program in turn, opens streams through it, and kills and starts it again in the middle of two of them. It prints
-// one line for each version, and exits with status 1 at the first that fails.
+// It starts each program in turn, opens streams through it, and kills and starts it again in the middle of two of them. With -nats
+// it also looks for a service by the command nats of github.com/nats-io/natscli. It prints one line for each version, and exits
+// with status 1 at the first that fails.
 package main
 
 import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -26,12 +28,14 @@ import (
 const patience = 30 * time.Second
 
 func main() {
-	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: smoke nats-server...")
+	tool := flag.String("nats", "", "`path` of the command nats")
+	flag.Parse()
+	if flag.NArg() == 0 {
+		fmt.Fprintln(os.Stderr, "usage: smoke [-nats nats] nats-server...")
 		os.Exit(2)
 	}
-	for _, program := range os.Args[1:] {
-		version, err := smoke(program)
+	for _, program := range flag.Args() {
+		version, err := smoke(program, *tool)
 		if err != nil {
 			fmt.Fprintf(os.Stderr, "smoke: %s: %v\n", program, err)
 			os.Exit(1)
@@ -41,12 +45,17 @@ func main() {
 }
 
 // smoke checks one program and returns the version of the server.
-func smoke(program string) (version string, err error) {
+func smoke(program, tool string) (version string, err error) {
 	s, err := newServer(program)
 	if err != nil {
 		return "", err
 	}
 	defer s.kill()
+	if tool != "" {
+		if err := find(tool, s.url); err != nil {
+			return "", err
+		}
+	}
 	return check(s.url, s.restart)
 }
 
