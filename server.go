@@ -82,7 +82,7 @@ type Server struct {
 
 	mu            sync.Mutex // never held while NATS is asked
 	registrations map[*Registration]struct{}
-	registered    int        // registrations that were made, also those that ended
+	registered    int // registrations that were made, also those that ended
 	services      map[*Service]struct{}
 	suspended     suspension // all registrations that heed it
 	handlers      int
