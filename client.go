@@ -59,8 +59,8 @@ type ClientParams struct {
 	// PeerTimeout is how long a peer may be silent on all its streams before these end with [CloseAbnormalClosure]. The
 	// default is the sum of KeepAlive and 3.3 s, or ResumeTimeout if that is less: 3.8 s if KeepAlive has its default, too. If
 	// KeepAlive is not less than PeerTimeout, a quarter of PeerTimeout is used for KeepAlive. Both times are up to 100 ms
-	// longer, and longer still if data that was sent before a PING is still on its way. [Stream.SetPeerTimeout] and
-	// [Writer.SetPeerTimeout] set the timeout of one stream.
+	// longer, and longer still if data that was sent before a PING is still on its way. [WithKeepAlive],
+	// [Stream.SetPeerTimeout] and [Writer.SetPeerTimeout] set the timeout of one stream.
 	PeerTimeout time.Duration
 	// AckTimeout is how long this end waits for an acknowledgement or an answer before it asks the peer for it, repeatedly if
 	// necessary: 250 ms by default. Set it longer than a round trip between the peers.
@@ -195,7 +195,8 @@ func (c *Client) Close() error {
 // The stream lives until its end was received, ctx ends, or it is closed. Make sure that one of these happens: NATS does not
 // report a request that is lost between servers. Until the first packet arrives, only ctx, [Stream.Close] or [Client.Close]
 // ends the wait for a producer that did not receive the request. A request that is lost with this end's own connection ends
-// the stream with [CloseAbnormalClosure] after ResumeTimeout. A request is never sent twice.
+// the stream with [CloseAbnormalClosure] after ResumeTimeout. [WithOpenTimeout] bounds that wait. A request is never sent twice,
+// except with [WithRetry]. opts are for this stream only.
 //
 // With an error, nothing was sent and nothing is kept. Errors:
 //
@@ -203,23 +204,35 @@ func (c *Client) Close() error {
 //   - [nats.ErrBadSubject], also for a subject of about 4,000 bytes, for which a NATS server would close the connection
 //   - [nats.ErrMaxPayload] if the request is larger than the server accepts
 //   - [nats.ErrConnectionClosed], [nats.ErrConnectionDraining] and [ErrClientClosed]
-func (c *Client) Open(ctx context.Context, subj string, data []byte) (*Stream, error) {
-	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, c.codec, nil)
+//   - an error that names an option with an invalid value
+func (c *Client) Open(ctx context.Context, subj string, data []byte, opts ...OpenOption) (*Stream, error) {
+	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, opts)
 }
 
 // OpenMsg is [Client.Open] with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not
 // changed. Do not set headers that begin with Stream-: these names are reserved for the library.
-func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg) (*Stream, error) {
+func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg, opts ...OpenOption) (*Stream, error) {
 	if msg == nil {
 		return nil, nats.ErrInvalidMsg
 	}
-	return c.open(ctx, msg, c.codec, nil)
+	return c.open(ctx, msg, opts)
 }
 
-func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered chan struct{}) (*Stream, error) {
-	if ctx == nil {
+func (c *Client) open(ctx context.Context, msg *nats.Msg, opts []OpenOption) (*Stream, error) {
+	o := c.collect(opts)
+	switch {
+	case ctx == nil:
 		return nil, noContext("Open")
+	case o.err != nil:
+		return nil, o.err
+	case o.retry != nil:
+		return c.openRetrying(ctx, msg, o)
 	}
+	return c.openOnce(ctx, msg, o)
+}
+
+// openOnce opens a stream and sends its request once.
+func (c *Client) openOnce(ctx context.Context, msg *nats.Msg, o openOptions) (*Stream, error) {
 	if ctx.Err() != nil {
 		return nil, contextError(ctx)
 	}
@@ -238,7 +251,7 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, codec Codec, answered 
 			return nil, fmt.Errorf("stream: %w", tooLarge("request", size, max))
 		}
 	}
-	return ep.open(ctx, msg, codec, answered)
+	return ep.open(ctx, msg, o)
 }
 
 // freshMaxPayload returns the present max_payload of the connection, for a call that would fail otherwise. The outbox
@@ -266,7 +279,7 @@ func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
 // last result holds the error. If ctx ends, the last result holds the error of ctx, and records that the caller has not
 // received may be dropped. A caller that stops reading must end ctx. Errors are those of [Client.Open].
 func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
-	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, JSON, nil)
+	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, []OpenOption{withCodec(JSON)})
 	if err != nil {
 		return nil, err
 	}

@@ -110,7 +110,7 @@ func (o *outbox) learned(s *session) {
 	if s.out.state.Phase == lifecycle.Gone {
 		o.settleRequest(s) // the table resets the producer
 	}
-	s.tellRetry()
+	s.answered()
 	o.step(s, lifecycle.PeerKnown)
 	if s.out.state.Phase == lifecycle.Live && o.ep.draining.Load() {
 		o.sendEnd(s, drained)
@@ -121,18 +121,26 @@ func (o *outbox) learned(s *session) {
 	}
 }
 
-// tellRetry informs OpenRetry that the request was answered, or that the stream ended without an answer.
-func (s *session) tellRetry() {
-	if x := s.extras.Load(); x != nil && x.answered != nil {
+// answered informs the options of Open that the request was answered, or that the stream ended without an answer.
+func (s *session) answered() {
+	x := s.extras.Load()
+	if x == nil {
+		return
+	}
+	if x.answered != nil {
 		close(x.answered)
 		x.answered = nil
+	}
+	if x.opening != nil {
+		x.answer.CompareAndSwap(notAnswered, answerInTime)
+		x.opening.Stop()
 	}
 }
 
 // bind raises the events of a consumer's new send half, and of a producer that speaks the fallback.
 func (o *outbox) bind(s *session) {
 	if s.peerTakesNone() {
-		s.tellRetry()
+		s.answered()
 	}
 	if s.send.Load() != nil && s.out.state.Send == lifecycle.NoSender {
 		o.step(s, lifecycle.Written)

@@ -66,7 +66,7 @@
 // Packets are kept until the peer acknowledges them, and retransmitted if they are lost. So a stream survives a reconnect, also
 // to another server of a cluster. A stream ends with [CloseAbnormalClosure] if its peer stays away for PeerTimeout or
 // its own connection for DisconnectTimeout. A request is sent only once, because a handler may have run. [Retryable] marks the
-// errors after which no handler ran, and [Client.OpenRetry] repeats those requests.
+// errors after which no handler ran, and [WithRetry] repeats those requests.
 //
 // # The original API
 //

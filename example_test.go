@@ -199,7 +199,7 @@ func ExampleClient_Open_noResponders() {
 }
 
 // A request that surely reached no handler, because nobody serves its subject or all servers are full, can be sent again.
-func ExampleClient_OpenRetry() {
+func ExampleWithRetry() {
 	client, server, stop := connect()
 	defer stop()
 	go func() { // a server that starts late
@@ -208,8 +208,7 @@ func ExampleClient_OpenRetry() {
 			log.Fatal(err)
 		}
 	}()
-	request := &nats.Msg{Subject: "logs", Data: []byte("job 20")}
-	s, err := client.OpenRetry(context.Background(), request, stream.Retry{Attempts: 100})
+	s, err := client.Open(context.Background(), "logs", []byte("job 20"), stream.WithRetry(stream.Retry{Attempts: 100}))
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -1,6 +1,9 @@
 package stream
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+	"time"
+)
 
 // This file has the state that few streams need. Any goroutine may make it; its fields name their owners.
 
@@ -8,7 +11,11 @@ import "sync/atomic"
 type extras struct {
 	read, write deadline
 
-	answered chan struct{} // closed for OpenRetry, and set to nil, when the producer has answered; nil without OpenRetry. The outbox's
+	// Of the options of Open.
+	window   uint64        // the most bytes of the window; 0 for that of the endpoint
+	answered chan struct{} // closed for WithRetry, and set to nil, when the producer has answered; nil without WithRetry. The outbox's
+	opening  *time.Timer   // fires at the end of WithOpenTimeout; nil without
+	answer   atomic.Uint32 // the outbox and the timer set it, and the first counts
 
 	// The reader's.
 	partial atomic.Pointer[partial] // the pieces of a record, if the read deadline passed before the last one. dropUnwanted drops it, too
@@ -19,6 +26,13 @@ type extras struct {
 	rest      []byte // the rest of a record in pieces, after its write returned. Its turn goes on
 	restFlags FrameFlags
 }
+
+// Values of extras.answer.
+const (
+	notAnswered uint32 = iota
+	answerInTime
+	answerLate
+)
 
 // extra returns the extras of s, made on first use.
 func (s *session) extra() *extras {

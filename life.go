@@ -104,7 +104,7 @@ func (o *outbox) release(s *session) {
 	s.unregister()
 	s.dropUnwanted()
 	s.dropOpening()
-	s.tellRetry()
+	s.answered()
 	s.endContexts(e)
 	s.endDeadlines()
 	if snd := s.send.Load(); snd != nil {

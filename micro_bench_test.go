@@ -112,7 +112,7 @@ func BenchmarkMux(b *testing.B) {
 			ep := benchEndpoint(b, benchConn(false))
 			opened := make([]*Stream, streams)
 			for i := range opened {
-				s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack, nil)
+				s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, openOptions{codec: MsgPack})
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -179,7 +179,7 @@ func BenchmarkRecv(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
 			ep := benchEndpoint(b, benchConn(false))
-			s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, MsgPack, nil)
+			s, err := ep.open(b.Context(), &nats.Msg{Subject: "bench"}, openOptions{codec: MsgPack})
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -442,7 +442,7 @@ func BenchmarkOpen(b *testing.B) {
 	defer cancel()
 	benchRecords(b, func(n int) {
 		for range n {
-			s, err := ep.open(ctx, &nats.Msg{Subject: "bench"}, MsgPack, nil)
+			s, err := ep.open(ctx, &nats.Msg{Subject: "bench"}, openOptions{codec: MsgPack})
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -669,7 +669,7 @@ func TestOnlyRefusalsBeforeAHandlerAreRetryable(t *testing.T) {
 
 // As many streams as there is room for, opened at once, all find a member of the group that takes them, and no handler
 // runs twice.
-func TestOpenRetryFindsRoom(t *testing.T) {
+func TestOpenWithRetryFindsRoom(t *testing.T) {
 	const members, size = 3, 10
 	p := newPair(t)
 	h := newHeld()
@@ -679,7 +679,7 @@ func TestOpenRetryFindsRoom(t *testing.T) {
 	var wg sync.WaitGroup
 	for range members * size {
 		wg.Go(func() {
-			s, err := p.consumer.OpenRetry(testContext(t), &nats.Msg{Subject: "svc"}, stream.Retry{Attempts: 1000, Wait: time.Millisecond, MaxWait: 50 * time.Millisecond})
+			s, err := p.consumer.Open(testContext(t), "svc", nil, stream.WithRetry(stream.Retry{Attempts: 1000, Wait: time.Millisecond, MaxWait: 50 * time.Millisecond}))
 			if err != nil {
 				t.Error(err)
 				return
@@ -702,7 +702,7 @@ func TestOpenRetryFindsRoom(t *testing.T) {
 
 func openRetry(t testing.TB, p *pair, subject string, retry stream.Retry) (s *stream.Stream, err error) {
 	t.Helper()
-	waitFor(t, "OpenRetry", func() { s, err = p.consumer.OpenRetry(testContext(t), &nats.Msg{Subject: subject}, retry) })
+	waitFor(t, "Open", func() { s, err = p.consumer.Open(testContext(t), subject, nil, stream.WithRetry(retry)) })
 	if err == nil {
 		t.Cleanup(func() { s.Close() })
 	}
@@ -710,7 +710,7 @@ func openRetry(t testing.TB, p *pair, subject string, retry stream.Retry) (s *st
 }
 
 // A producer that answers, in whatever way, is not asked again.
-func TestOpenRetryAsksOnceIfAnswered(t *testing.T) {
+func TestOpenWithRetryAsksOnceIfAnswered(t *testing.T) {
 	var calls atomic.Int32
 	count := func(h stream.Handler) stream.Handler {
 		return func(w *stream.Writer, r *stream.Request) error { calls.Add(1); return h(w, r) }
@@ -779,7 +779,7 @@ func TestOpenRetryAsksOnceIfAnswered(t *testing.T) {
 	}
 }
 
-func TestOpenRetryGivesUp(t *testing.T) {
+func TestOpenWithRetryGivesUp(t *testing.T) {
 	full := newHeld()
 	p := newPair(t)
 	s := newService(t, p, stream.ServerParams{MaxStreams: 1})
@@ -800,7 +800,7 @@ func TestOpenRetryGivesUp(t *testing.T) {
 	ctx, cancel := context.WithCancel(testContext(t))
 	result := make(chan error, 1)
 	go func() {
-		_, err := p.consumer.OpenRetry(ctx, &nats.Msg{Subject: "nobody"}, stream.Retry{Wait: time.Hour, MaxWait: time.Hour})
+		_, err := p.consumer.Open(ctx, "nobody", nil, stream.WithRetry(stream.Retry{Wait: time.Hour, MaxWait: time.Hour}))
 		result <- err
 	}()
 	cancel()
@@ -814,7 +814,7 @@ func TestOpenRetryGivesUp(t *testing.T) {
 			t.Errorf("%+v: %v", bad, err)
 		}
 	}
-	if _, err := p.consumer.OpenRetry(testContext(t), nil, stream.Retry{}); !errors.Is(err, nats.ErrInvalidMsg) {
+	if _, err := p.consumer.OpenMsg(testContext(t), nil, stream.WithRetry(stream.Retry{})); !errors.Is(err, nats.ErrInvalidMsg) {
 		t.Errorf("no message: %v", err)
 	}
 	if _, err := openRetry(t, p, "a b", stream.Retry{}); !errors.Is(err, nats.ErrBadSubject) {

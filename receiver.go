@@ -242,7 +242,7 @@ func (s *session) endedNow() error {
 func (s *session) nextPacket() error {
 	b := &s.bucket
 	if len(s.recv.data) > 0 {
-		if b.consume(len(s.recv.data), s.recv.ackWanted, s.ep.window, s.grow) {
+		if b.consume(len(s.recv.data), s.recv.ackWanted, s.maxWindow(), s.grow) {
 			s.mark(workCredit)
 		}
 		if poison.Enabled && !s.recv.kept {

@@ -324,7 +324,7 @@ func TestNothingWrittenNeedsNoAcknowledgement(t *testing.T) {
 		conn := newRecorder(nil)
 		ep := fakeClient(t, conn, ClientParams{}).ep
 		defer ep.close(testClosed)
-		s, err := ep.open(t.Context(), &nats.Msg{Subject: "x"}, MsgPack, nil)
+		s, err := ep.open(t.Context(), &nats.Msg{Subject: "x"}, openOptions{codec: MsgPack})
 		if err != nil {
 			t.Fatal(err)
 		}

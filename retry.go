@@ -1,7 +1,6 @@
 package stream
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -10,7 +9,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file repeats requests that reached no handler. The goroutine of the caller of OpenRetry runs it.
+// This file tells which requests reached no handler, and when to repeat them. Any goroutine may run it.
 
 // refusal is the end of a stream that a server without room refused. It arrived before any other packet, so no handler ran.
 type refusal struct{ *CloseError }
@@ -32,7 +31,7 @@ func Retryable(err error) bool {
 	return errors.Is(err, nats.ErrNoResponders) && !closed
 }
 
-// Retry sets how often and how soon [Client.OpenRetry] repeats a request. The zero value of a field selects the default.
+// Retry sets how often and how soon [WithRetry] repeats a request. The zero value of a field selects the default.
 type Retry struct {
 	Attempts int           // requests in all: 5 by default
 	Wait     time.Duration // before the second request, doubled for each further one: 50 ms by default
@@ -64,47 +63,4 @@ func (r Retry) wait(n int) time.Duration {
 		d = r.Wait << n
 	}
 	return d - rand.N(d/2+1)
-}
-
-// OpenRetry opens a stream as [Client.OpenMsg] does and waits for the producer's answer. If the stream ends and its error is
-// [Retryable], OpenRetry sends the request again. It never does so if a handler may have run. The answer is the producer's first
-// packet, or its notice that the handler runs, a few milliseconds after the request. OpenRetry returns the stream after an
-// answer. It also returns a stream that ended with another error; reads of the stream return that error.
-//
-// Errors: the last refusal, after retry.Attempts; those of [Client.OpenMsg]; the context's error; an error for negative
-// fields of retry.
-func (c *Client) OpenRetry(ctx context.Context, msg *nats.Msg, retry Retry) (*Stream, error) {
-	retry, err := retry.withDefaults()
-	if err != nil {
-		return nil, err
-	}
-	if msg == nil {
-		return nil, nats.ErrInvalidMsg
-	}
-	for n := 0; ; n++ {
-		answered := make(chan struct{})
-		s, err := c.open(ctx, msg, c.codec, answered)
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case <-answered:
-		case <-ctx.Done():
-			_ = s.Close()
-			return nil, contextError(ctx)
-		}
-		end := s.session.end.Load()
-		if end == nil || !Retryable(end.err) {
-			return s, nil
-		}
-		_ = s.Close()
-		if n+1 == retry.Attempts {
-			return nil, end.err
-		}
-		select {
-		case <-time.After(retry.wait(n)):
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w, after: %w", contextError(ctx), end.err)
-		}
-	}
 }

@@ -4,6 +4,7 @@ import (
 	"io"
 	"math/bits"
 	"sync/atomic"
+	"time"
 
 	"github.com/natsstream/stream/internal/lifecycle"
 )
@@ -62,6 +63,27 @@ func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes 
 	s.ep, s.role, s.senderNumber = ep, role, newSender(role == lifecycle.Consumer)
 	s.recv.maxRecord = uint64(ep.maxRecord)
 	s.bucket.init(packets, bytes)
+}
+
+// prepare keeps those options of a stream that matter after it was opened. most is the largest window. The session is not registered yet.
+func (s *session) prepare(o openOptions, most uint64) {
+	x := s.extra()
+	x.answered, x.window = o.answered, most
+	if o.timeout != 0 {
+		x.opening = time.AfterFunc(time.Until(o.until), func() {
+			if x.answer.CompareAndSwap(notAnswered, answerLate) {
+				s.endLocally(&ending{kind: endLocal, err: ErrOpenTimeout, reset: CloseError{Code: CloseCanceled}})
+			}
+		})
+	}
+}
+
+// maxWindow returns the most bytes of the window of s.
+func (s *session) maxWindow() uint64 {
+	if x := s.extras.Load(); x != nil && x.window != 0 {
+		return x.window
+	}
+	return s.ep.window
 }
 
 // endKind is the meaning of an end for arrived records, for a running handler, and for the peer.

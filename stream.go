@@ -35,26 +35,33 @@ type Stream struct {
 	watch   atomic.Pointer[watch]
 }
 
-// open registers a stream and queues its request for the outbox. If answered is not nil, it is closed when the request was
-// answered or can no longer be answered.
-func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, codec Codec, answered chan struct{}) (*Stream, error) {
-	window := ep.reserve(min(initialWindow, ep.window))
+// open registers a stream and queues its request for the outbox.
+func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*Stream, error) {
+	most := ep.window
+	if o.window != 0 {
+		most = floorPow2(uint64(o.window))
+	}
+	window := ep.reserve(min(initialWindow, most))
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, lifecycle.Consumer, initialPackets, window)
-	s.stream, s.recv.parent, s.recv.rawCodec = st, ctx, codecFlag(codec)
-	if answered != nil {
-		s.extra().answered = answered
-	}
+	s.stream, s.recv.parent, s.recv.rawCodec = st, ctx, codecFlag(o.codec)
 	s.recv.window.Store(int64(window))
-	offer := Token{Codec: codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
+	offer := Token{Codec: o.codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	s.out.subject, s.out.request = msg.Subject, newOpening(msg, offer)
+	if o.answered != nil || o.window != 0 || o.timeout != 0 {
+		s.prepare(o, most)
+	}
 
 	if e := ep.register(s, offer); e != nil {
+		s.answered()
 		s.release(e)
 		return nil, e.err
 	}
 	s.mark(workRequest)
+	if o.patience != 0 {
+		s.setPeerTimeout(o.patience)
+	}
 	if ctx.Done() != nil {
 		w := &watch{session: s}
 		w.pending.Lock()

@@ -147,7 +147,7 @@ func (s *clientStream) start(message []byte) error {
 	data := s.header.append(nil)
 	var err error
 	if s.waitForReady {
-		s.stream, err = s.conn.streams.OpenRetry(s.ctx, &nats.Msg{Subject: s.subject, Data: data}, readyRetry)
+		s.stream, err = s.conn.streams.Open(s.ctx, s.subject, data, stream.WithRetry(readyRetry))
 	} else {
 		s.stream, err = s.conn.streams.Open(s.ctx, s.subject, data)
 	}
