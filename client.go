@@ -51,6 +51,12 @@ type ClientParams struct {
 	// always fit.
 	FallbackBuffer int
 
+	// Interceptors are put around Open, OpenMsg and OpenStream, the first one outermost. Each gets the next [OpenFunc] and returns one
+	// that calls it, usually once. They are called in NewClient. The message is a copy, so an interceptor may
+	// change its Subject, Data and Header, which is not nil. An interceptor that calls the next OpenFunc twice opens two streams, and
+	// closes the one that it does not return. One that returns an error instead opens none. Panics pass through to the caller of Open.
+	Interceptors []func(OpenFunc) OpenFunc
+
 	// The times are at least a millisecond.
 
 	// KeepAlive is how long a peer may be silent on all its streams before this end sends it a PING: 500 ms by default. One
@@ -102,6 +108,9 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 			return p, fmt.Errorf("stream: parameter %s is %d bytes: it must be at least %d, or 0 for %d", f.name, *f.field, f.min, f.value)
 		}
 	}
+	if err := checkInterceptors(p.Interceptors); err != nil {
+		return p, err
+	}
 	if p.MaxRecordSize > max(p.MaxBuffered, onePacket) {
 		return p, fmt.Errorf("stream: parameter MaxRecordSize is %d bytes and MaxBuffered %d: no such record would arrive; raise "+
 			"MaxBuffered, best to more than twice MaxRecordSize, or lower MaxRecordSize", p.MaxRecordSize, p.MaxBuffered)
@@ -150,8 +159,9 @@ const never time.Duration = 1 << 56
 type Client struct {
 	Conn *nats.Conn // as given to NewClient; do not change
 
-	ep    *endpoint
-	codec Codec
+	ep          *endpoint
+	codec       Codec
+	intercepted OpenFunc // open with the interceptors around it; nil without interceptors
 }
 
 // NewClient returns a client on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection;
@@ -164,14 +174,17 @@ func NewClient(params ClientParams) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	ep, err := newEndpoint(natsconn.New(params.Conn), params.Conn.Opts.InboxPrefix, params)
-	if err != nil {
-		return nil, err
-	}
 	if params.Codec == CodecDefault {
 		params.Codec = MsgPack
 	}
-	return &Client{Conn: params.Conn, ep: ep, codec: params.Codec}, nil
+	c := &Client{Conn: params.Conn, codec: params.Codec}
+	if err := c.intercept(params.Interceptors); err != nil { // before anything is started: they may panic
+		return nil, err
+	}
+	if c.ep, err = newEndpoint(natsconn.New(params.Conn), params.Conn.Opts.InboxPrefix, params); err != nil {
+		return nil, err
+	}
+	return c, nil
 }
 
 // Close ends all streams of the client with [ErrClientClosed] and resets them at their producers. It returns when the NATS
@@ -206,7 +219,7 @@ func (c *Client) Close() error {
 //   - [nats.ErrConnectionClosed], [nats.ErrConnectionDraining] and [ErrClientClosed]
 //   - an error that names an option with an invalid value
 func (c *Client) Open(ctx context.Context, subj string, data []byte, opts ...OpenOption) (*Stream, error) {
-	return c.open(ctx, &nats.Msg{Subject: subj, Data: data}, opts)
+	return c.openMsg(ctx, &nats.Msg{Subject: subj, Data: data}, opts)
 }
 
 // OpenMsg is [Client.Open] with a message: its Subject, Data and Header are sent. Its Reply is not used, and msg is not
@@ -215,14 +228,27 @@ func (c *Client) OpenMsg(ctx context.Context, msg *nats.Msg, opts ...OpenOption)
 	if msg == nil {
 		return nil, nats.ErrInvalidMsg
 	}
-	return c.open(ctx, msg, opts)
+	return c.openMsg(ctx, msg, opts)
 }
 
-func (c *Client) open(ctx context.Context, msg *nats.Msg, opts []OpenOption) (*Stream, error) {
+func (c *Client) openMsg(ctx context.Context, msg *nats.Msg, opts []OpenOption) (*Stream, error) {
+	if ctx == nil {
+		return nil, noContext("Open")
+	}
+	if c.intercepted != nil {
+		return c.openIntercepted(ctx, msg, opts)
+	}
+	return c.open(ctx, msg, opts...)
+}
+
+// open is the innermost OpenFunc.
+func (c *Client) open(ctx context.Context, msg *nats.Msg, opts ...OpenOption) (*Stream, error) {
 	o := c.collect(opts)
 	switch {
 	case ctx == nil:
 		return nil, noContext("Open")
+	case msg == nil:
+		return nil, nats.ErrInvalidMsg
 	case o.err != nil:
 		return nil, o.err
 	case o.retry != nil:
@@ -279,7 +305,7 @@ func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
 // last result holds the error. If ctx ends, the last result holds the error of ctx, and records that the caller has not
 // received may be dropped. A caller that stops reading must end ctx. Errors are those of [Client.Open].
 func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
-	s, err := c.open(ctx, &nats.Msg{Subject: subj, Data: data}, []OpenOption{withCodec(JSON)})
+	s, err := c.openMsg(ctx, &nats.Msg{Subject: subj, Data: data}, []OpenOption{withCodec(JSON)})
 	if err != nil {
 		return nil, err
 	}

@@ -218,6 +218,54 @@ func ExampleWithRetry() {
 	// Output: job 20: line 0 <nil>
 }
 
+// Interceptors run code around every handler and around every Open: here they carry the name of a user.
+func Example_interceptors() {
+	type userKey struct{}
+	identify := func(next stream.Handler) stream.Handler {
+		return func(w *stream.Writer, r *stream.Request) error {
+			user := r.Header.Get("User")
+			if user == "" {
+				return &stream.CloseError{Code: stream.CloseBadRequest, Text: "say who you are"}
+			}
+			return next(w, r.WithContext(context.WithValue(r.Context(), userKey{}, user)))
+		}
+	}
+	introduce := func(next stream.OpenFunc) stream.OpenFunc {
+		return func(ctx context.Context, msg *nats.Msg, opts ...stream.OpenOption) (*stream.Stream, error) {
+			msg.Header.Set("User", "gopher")
+			return next(ctx, msg, opts...)
+		}
+	}
+	other, _, stop := connect()
+	defer stop()
+	nc := other.Conn
+	server, err := stream.NewServer(stream.ServerParams{Conn: nc, Interceptors: []func(stream.Handler) stream.Handler{identify}})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer server.Close()
+	client, err := stream.NewClient(stream.ClientParams{Conn: nc, Interceptors: []func(stream.OpenFunc) stream.OpenFunc{introduce}})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+	_, err = server.Handle("greeting", func(w *stream.Writer, r *stream.Request) error {
+		_, err := fmt.Fprintf(w, "hello, %s", r.Context().Value(userKey{}))
+		return err
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	s, err := client.Open(context.Background(), "greeting", nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for record, err := range s.All() {
+		fmt.Printf("%s %v\n", record, err)
+	}
+	// Output: hello, gopher <nil>
+}
+
 // A reader that has to do something else from time to time sets a deadline. The stream goes on afterwards.
 func ExampleStream_SetReadDeadline() {
 	client, server, stop := connect()

@@ -54,6 +54,7 @@ type Request struct {
 
 	session  *session
 	ctx      *lazyContext
+	with     context.Context // of WithContext; nil without
 	draining <-chan struct{}
 }
 
@@ -61,7 +62,24 @@ type Request struct {
 // passes, it is silent for PeerTimeout, or the server ends the stream. [context.Cause] returns the reason, a [*CloseError] if
 // there is a code. A normal end of both directions does not end the context, so that the handler may finish its work: it may
 // have closed its [Writer] and read [io.EOF], or its consumer may have read everything and written nothing.
-func (r *Request) Context() context.Context { return r.ctx.get(r.session.recv.parent) }
+func (r *Request) Context() context.Context {
+	if r.with != nil {
+		return r.with
+	}
+	return r.ctx.get(r.session.recv.parent)
+}
+
+// WithContext returns a copy of r with another context, for interceptors that add values to it; see Interceptors of [ServerParams].
+// Derive ctx from that of r: the end of ctx ends no read and no stream, and the end of the stream does not end ctx itself. The copy
+// reads the same records as r. WithContext panics if ctx is nil.
+func (r *Request) WithContext(ctx context.Context) *Request {
+	if ctx == nil {
+		panic("stream: Request.WithContext got a nil context: pass one that is derived from that of the request")
+	}
+	c := *r
+	c.with = ctx
+	return &c
+}
 
 // Draining returns a channel that is closed when the server's end begins, by [Server.Drain] or [Server.Close]. Drain waits for the
 // handler: one that would run until its consumer leaves should return then, for example with [CloseGoingAway]. The context of r

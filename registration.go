@@ -77,7 +77,8 @@ const (
 // answers. [Server.HandleQueue] distributes the requests instead. A request that is sent before the NATS server knows the
 // subscription fails with [nats.ErrNoResponders]: call [nats.Conn.Flush] to wait for the NATS server.
 //
-// Errors: those of [nats.Conn.Subscribe]; [ErrServerClosed] after the server's end; an error if h is nil.
+// Errors: those of [nats.Conn.Subscribe]; [ErrServerClosed] after the server's end; an error if h is nil, or if an
+// interceptor of [ServerParams] returns nil for it.
 func (s *Server) Handle(subject string, h Handler) (*Registration, error) {
 	return s.HandleQueue(subject, "", h)
 }
@@ -87,6 +88,9 @@ func (s *Server) Handle(subject string, h Handler) (*Registration, error) {
 func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, error) {
 	if h == nil {
 		return nil, errors.New("stream: Handle needs a handler, it got nil")
+	}
+	if h = chain(h, s.interceptors); h == nil {
+		return nil, errors.New("stream: an interceptor of ServerParams returned a nil Handler: return the next one, or one that calls it")
 	}
 	r := &Registration{
 		server: s, subject: subject, queue: queue, handler: h,

@@ -48,6 +48,13 @@ type ServerParams struct {
 	// slog.Default() by default.
 	Logger *slog.Logger
 
+	// Interceptors are put around each handler, the first one outermost. Each gets the next [Handler] and returns one that calls it,
+	// usually once. They are called in Handle and HandleQueue, once for each registration. An interceptor may replace the request by
+	// [Request.WithContext], and the result of the handler, which ends the stream. If it calls the next handler not at all, its
+	// own result ends the stream. If it calls it twice, the second call gets the same Writer and Request, with the records that
+	// the first one has left. Panics of handlers pass through the interceptors, which may recover them.
+	Interceptors []func(Handler) Handler
+
 	// These are as in ClientParams, for records that consumers send. Streams start with windows of at most 64 KiB here.
 	Window, MaxBuffered, MaxRecordSize                                   int
 	KeepAlive, PeerTimeout, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
@@ -69,6 +76,8 @@ type Server struct {
 	maxFallback     int64
 	fallbackTimeout time.Duration
 	fallbacks       atomic.Int64 // handlers that serve fallback consumers
+
+	interceptors []func(Handler) Handler
 
 	room  room
 	stays bool // in its queue groups when it is full
@@ -114,6 +123,9 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	if err != nil {
 		return nil, err
 	}
+	if err := checkInterceptors(params.Interceptors); err != nil {
+		return nil, err
+	}
 	if params.MaxStreams < 0 {
 		return nil, fmt.Errorf("stream: parameter MaxStreams is %d: it must be at least 1, or 0 for %d", params.MaxStreams, defaultMaxStreams)
 	}
@@ -129,7 +141,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 		return nil, fmt.Errorf("stream: parameter FallbackTimeout is %v: it must be at least 1ms, or 0 for %v", params.FallbackTimeout, defaultFallbackTimeout)
 	}
 	s := &Server{
-		maxFallback: int64(params.MaxFallback), fallbackTimeout: params.FallbackTimeout,
+		maxFallback: int64(params.MaxFallback), fallbackTimeout: params.FallbackTimeout, interceptors: slices.Clone(params.Interceptors),
 		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
 		draining: make(chan struct{}), doubts: newDoubts(), next: make(chan *handling),
 		registrations: make(map[*Registration]struct{}), services: make(map[*Service]struct{}),
