@@ -90,7 +90,13 @@ func TestMaxPayloadChangesUnderStreams(t *testing.T) {
 								}
 							}
 						}
-						return w.Sync(r.Context())
+						if err := w.Sync(r.Context()); err != nil {
+							return err
+						}
+						if got, n := w.Totals(), uint64(n); got.RecordsAcked != n || got.BytesAcked != n*uint64(size) || got.BytesOut != got.BytesAcked {
+							t.Errorf("after Sync of %d records of %d bytes: %+v", n, size, got)
+						}
+						return nil
 					})
 					st := m.open(t, "x")
 					rng := rand.New(rand.NewPCG(uint64(window), uint64(size)))

@@ -266,6 +266,37 @@ func Example_interceptors() {
 	// Output: hello, gopher <nil>
 }
 
+// The progress of an upload is what the other end has acknowledged.
+func ExampleStream_Totals() {
+	client, server, stop := connect()
+	defer stop()
+	_, err := server.Handle("upload", func(w *stream.Writer, r *stream.Request) error {
+		_, err := io.Copy(io.Discard, r)
+		return err
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	s, err := client.Open(context.Background(), "upload", nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	for range 10 {
+		if _, err := s.Write(make([]byte, 100)); err != nil {
+			log.Fatal(err)
+		}
+	}
+	fmt.Println(s.Totals().BytesOut, "bytes written")
+	if err := s.Sync(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(s.Totals().BytesAcked, "bytes arrived")
+	// Output:
+	// 1000 bytes written
+	// 1000 bytes arrived
+}
+
 // A reader that has to do something else from time to time sets a deadline. The stream goes on afterwards.
 func ExampleStream_SetReadDeadline() {
 	client, server, stop := connect()

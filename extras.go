@@ -3,6 +3,8 @@ package stream
 import (
 	"sync/atomic"
 	"time"
+
+	"github.com/nats-io/nats.go"
 )
 
 // This file has the state that few streams need. Any goroutine may make it; its fields name their owners.
@@ -18,9 +20,10 @@ type extras struct {
 	answer   atomic.Uint32 // the outbox and the timer set it, and the first counts
 
 	// The reader's.
-	partial atomic.Pointer[partial] // the pieces of a record, if the read deadline passed before the last one. dropUnwanted drops it, too
-	ahead   []byte                  // a record that Ready has read, while readLock has gateAhead
-	aheadAs FrameFlags
+	header, trailer nats.Header
+	partial         atomic.Pointer[partial] // the pieces of a record, if the read deadline passed before the last one. dropUnwanted drops it, too
+	ahead           []byte                  // a record that Ready has read, while readLock has gateAhead
+	aheadAs         FrameFlags
 
 	// The writers', with the lock of the packer.
 	rest      []byte // the rest of a record in pieces, after its write returned. Its turn goes on

@@ -103,6 +103,7 @@ func (o *outbox) release(s *session) {
 	}
 	s.unregister()
 	s.dropUnwanted()
+	s.publishCount()
 	s.dropOpening()
 	s.answered()
 	s.endContexts(e)

@@ -56,6 +56,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		ep.refuse(s, m, v, err)
 		return
 	}
+	ep.counters.received(len(data))
 	if m.Reply != "" {
 		ep.outbox.deliver(control{session: s, reply: m.Reply})
 	}
@@ -152,7 +153,10 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	v, err := s.bucket.acceptJSON(m.Data, ep.fallback)
 	if v != accepted {
 		ep.refuse(s, m, v, err)
-	} else if first {
+		return
+	}
+	ep.counters.received(len(m.Data))
+	if first {
 		s.mark(workBind | workSettle) // the reader may have read the end before this
 	}
 }

@@ -24,6 +24,8 @@ type packer struct {
 	waiting atomic.Bool // wake is not nil; stored with the lock held
 
 	mu sync.Mutex // guards the fields down to closing
+
+	records uint32 // in the open packet, those that end in it
 	// The open packet and how much of it is written. fast is the part of its buffer that Write may fill, and empty
 	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
 	n        int
@@ -35,13 +37,16 @@ type packer struct {
 	half     bool // CLOSE says that the handler goes on reading
 	soon     bool // CLOSE asks to be acknowledged at once
 
+	size         int32   // of the packet sealed last
+	written      counted // without the open packet
+	acknowledged counted // of written
+
 	sealed      uint32   // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64   // of all packets before it
 	shifted     uint32   // how much sealed grew because packets were cut; the outbox stores it with the lock, and reads it without
 	acked       uint32   // number of packets that the peer acknowledged
 	granted     credited // by the peer
 	kept        uint64   // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
-	size        int      // of the packet sealed last
 
 	wake         chan struct{} // closed when anything under the lock, or the credit, changes; nil while nobody waits
 	publishError error         // the last publish failed; its packet is kept and published again by the next call
@@ -81,7 +86,7 @@ func (pk *packer) packetLimit() int {
 // openLocked opens the packet with number sealed. Its size follows that of the one before: a busy stream soon has
 // large packets, an idle one small ones.
 func (pk *packer) openLocked(n int) {
-	pk.open = getPacket(max(n, min(pk.size, coalesceSize)))
+	pk.open = getPacket(max(n, min(int(pk.size), coalesceSize)))
 	pk.keepLocked(pk.open)
 	pk.n = PacketHeaderSize
 	pk.resetFastLocked()
@@ -167,6 +172,9 @@ func (pk *packer) appendSomeLocked(p []byte, flags FrameFlags) (rest []byte) {
 		}
 		if n == len(p) {
 			more = 0
+			pk.records++
+		} else {
+			pk.besideLocked(FrameHeaderSize)
 		}
 		putFrameHeader(b, FrameData, flags|more, 0, n)
 		p = p[copy(b[FrameHeaderSize:], p[:n]):]
@@ -257,7 +265,9 @@ func (pk *packer) sealLocked() {
 	seq := pk.sealed
 	pk.sealed++
 	pk.sealedBytes += uint64(pk.n)
-	pk.size = pk.n
+	pk.size = int32(pk.n)
+	pk.countLocked()
+	p.through = pk.written
 	pk.open, pk.n, pk.fast = nil, 0, nil
 	if !pk.session.peerTakesJSON() {
 		flags := PacketSeq
@@ -351,6 +361,7 @@ func (pk *packer) appendCloseLocked(code int, reason string) {
 	putFrameHeader(b, FrameClose, flags, uint16(code), len(reason))
 	copy(b[FrameHeaderSize:], reason)
 	pk.n += n
+	pk.besideLocked(n)
 	pk.closed.Store(true)
 	pk.closing = CloseError{code, reason}
 	pk.fast = nil
@@ -361,6 +372,7 @@ func (pk *packer) appendCloseJSONLocked(code int, reason string) {
 	pk.open = getPacket(len(m))
 	pk.keepLocked(pk.open)
 	pk.n = copy(pk.open.buf, m)
+	pk.besideLocked(pk.n - PacketHeaderSize)
 	pk.closed.Store(true)
 	pk.closing = CloseError{code, reason}
 	pk.sealLocked()
@@ -453,6 +465,7 @@ func (pk *packer) dropOpen() {
 	}
 	if pk.open != nil && pk.n > PacketHeaderSize {
 		pk.sealed++ // dropped records are never acknowledged
+		pk.countLocked()
 	}
 	pk.open, pk.n, pk.fast = nil, 0, nil
 	if x := pk.session.extras.Load(); x != nil {

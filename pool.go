@@ -36,8 +36,9 @@ type packet struct {
 	last  bool   // sealed with CLOSE in it: no packet follows
 	free  bool   // set while in the pool, so that a double return is caught where it happens
 
-	fragments  bool   // published in fragments, which shows nothing of its size
-	connection uint32 // which of this end's connections in turn took the whole packet last
+	fragments  bool    // published in fragments, which shows nothing of its size
+	connection uint32  // which of this end's connections in turn took the whole packet last
+	through    counted // what was written down to its last record; 0 if it was cut and another packet follows
 }
 
 var packetPools [len(packetClasses)]sync.Pool

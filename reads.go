@@ -24,6 +24,7 @@ func (s *session) recvRecord(keep bool) ([]byte, error) {
 			n, rest := payloadLen(h), b[FrameHeaderSize:]
 			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.recv.maxRecord {
 				s.recv.off += FrameHeaderSize + int(n)
+				s.count(int(n))
 				s.recv.busy = false
 				return rest[:n:n], nil
 			}
@@ -72,6 +73,7 @@ func (s *session) read(p []byte) (int, error) {
 		if err != nil {
 			return 0, err
 		}
+		s.count(len(rec))
 		s.recv.left = rec
 	}
 	n := copy(p, s.recv.left)
@@ -137,6 +139,7 @@ func (s *session) nextRecord(keep bool) ([]byte, FrameFlags, error) {
 		if rec, flags, err = s.nextGated(); err != nil {
 			return nil, 0, err
 		}
+		s.count(len(rec))
 	}
 	if poison.Enabled && keep {
 		s.recv.kept = true

@@ -32,6 +32,8 @@ type receiver struct {
 	// fast path: the read deadline has passed, or Ready has read a record ahead.
 	readLock atomic.Uint32
 
+	published atomic.Uint32 // of records, modulo 2^32: see publishCount
+
 	rawCodec FrameFlags // codec by which RecvObject decodes records that were written as bytes
 
 	// Owned by the reader.
@@ -43,8 +45,8 @@ type receiver struct {
 	off       int    // offset of its next frame; 0 in a message of the fallback that was not read yet
 	left      []byte // the rest of a record that Read has read in part
 	done      error  // the result of every further read
-	header    nats.Header
-	trailer   nats.Header
+	records   tally  // that reads returned
+	bytes     tally  // of these records
 }
 
 // Bits of receiver.readLock.
@@ -102,7 +104,7 @@ func (s *session) nextData(within bool) (Frame, error) {
 		first := s.recv.off == PacketHeaderSize && s.bucket.consumed.packets == 0
 		s.recv.off = len(s.recv.data) - len(rest)
 		switch {
-		case s.recv.trailer != nil && f.Type != FrameClose && !f.Type.Skippable():
+		case s.hasTrailer() && f.Type != FrameClose && !f.Type.Skippable():
 			return Frame{}, s.fail(protocolError(CloseProtocolError, "%v between the trailers and CLOSE", f.Type))
 		case f.Type == FrameData:
 			return f, nil
@@ -134,11 +136,25 @@ func (s *session) takeMeta(f Frame, first bool) error {
 		return s.fail(protocolError(CloseUnsupportedData, "META: %v", err))
 	}
 	if trailer {
-		s.recv.trailer = h
+		s.extra().trailer = h
 	} else {
-		s.recv.header = h
+		s.extra().header = h
 	}
 	return nil
+}
+
+// header returns the headers that were read, nil if there are none.
+func (s *session) header() nats.Header {
+	if x := s.extras.Load(); x != nil {
+		return x.header
+	}
+	return nil
+}
+
+// hasTrailer reports whether trailers were read.
+func (s *session) hasTrailer() bool {
+	x := s.extras.Load()
+	return x != nil && x.trailer != nil
 }
 
 // readHeader waits for the first packet and returns the headers it begins with.
@@ -147,11 +163,12 @@ func (s *session) readHeader() (nats.Header, error) {
 		return nil, err
 	}
 	defer s.unlockRead()
-	if s.recv.header != nil || s.recv.done != nil || s.bucket.consumed.packets > 0 {
-		if s.recv.done != nil && s.recv.done != io.EOF && s.recv.header == nil {
+	header := s.header()
+	if header != nil || s.recv.done != nil || s.bucket.consumed.packets > 0 {
+		if s.recv.done != nil && s.recv.done != io.EOF && header == nil {
 			return nil, s.recv.done
 		}
-		return s.recv.header, nil
+		return header, nil
 	}
 	if err := s.refusedNow(); err != nil {
 		return nil, err
@@ -175,7 +192,7 @@ func (s *session) readHeader() (nats.Header, error) {
 			if err := s.takeMeta(f, true); err != nil {
 				return nil, err
 			}
-			return s.recv.header, nil
+			return s.header(), nil
 		}
 	}
 	if s.refused() {
@@ -243,6 +260,7 @@ func (s *session) nextPacket() error {
 	b := &s.bucket
 	if len(s.recv.data) > 0 {
 		if b.consume(len(s.recv.data), s.recv.ackWanted, s.maxWindow(), s.grow) {
+			s.publishCount()
 			s.mark(workCredit)
 		}
 		if poison.Enabled && !s.recv.kept {
@@ -275,6 +293,7 @@ func (s *session) nextPacket() error {
 			s.send.Load().packer.publishHeld() // the consumer may wait for the end before it sends more
 		}
 		b.ranDry = true
+		s.publishCount()
 		if s.mayNotWait() {
 			return errReadDeadline
 		}
@@ -342,6 +361,7 @@ func (s *session) endReads(e *ending) error {
 func (s *session) dropUnread(err error) {
 	s.recv.done = err
 	s.recv.data, s.recv.off, s.recv.left = nil, 0, nil
+	s.publishCount()
 	if x := s.extras.Load(); x != nil {
 		s.dropPartial(x)
 		x.ahead = nil

@@ -20,6 +20,9 @@ func (snd *sender) recut(p *packet, limit int) bool {
 	for i, piece := range pieces {
 		pk.sealedBytes += uint64(len(piece))
 		all = append(all, &packet{buf: piece, class: unpooled, last: p.last && i == len(pieces)-1})
+		if i == len(pieces)-1 {
+			all[i].through = p.through
+		}
 		pk.keepLocked(all[i])
 	}
 	pk.freeLocked(p.memory())

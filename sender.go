@@ -329,18 +329,20 @@ func (snd *sender) grant(c Credit) (bytes uint64, err error) {
 	if next := snd.unacked.Next(); int32(c.Ack-next) > 0 {
 		return 0, fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, next)
 	}
-	n, bytes, memory := snd.unacked.release(c.Ack)
+	n, bytes, memory, through := snd.unacked.release(c.Ack)
 	snd.packer.mu.Lock()
 	defer snd.packer.mu.Unlock()
+	snd.packer.acknowledgeLocked(through)
 	snd.packer.grantLocked(n, memory, credited{c.Packets, c.Bytes})
 	return bytes, nil
 }
 
 // releaseSent gives all published packets back.
 func (snd *sender) releaseSent() {
-	_, _, memory := snd.unacked.release(snd.unacked.Next())
+	_, _, memory, through := snd.unacked.release(snd.unacked.Next())
 	snd.packer.mu.Lock()
 	defer snd.packer.mu.Unlock()
+	snd.packer.acknowledgeLocked(through)
 	snd.packer.freeLocked(memory)
 }
 
@@ -379,16 +381,19 @@ func (q *unackedPackets) again(seq uint32, now, patience int64) (again bool, byt
 	return again, bytes
 }
 
-// release returns the packets before seq to the pool. It returns their number, their bytes and the bytes of their
-// buffers.
-func (q *unackedPackets) release(seq uint32) (n uint32, bytes, memory uint64) {
+// release returns the packets before seq to the pool. It returns their number, their bytes, the bytes of their
+// buffers, and what was written down to the last of them.
+func (q *unackedPackets) release(seq uint32) (n uint32, bytes, memory uint64, through counted) {
 	n = q.Release(seq, func(p *packet) {
 		memory += p.memory()
+		if p.through != (counted{}) {
+			through = p.through
+		}
 		bytes += uint64(len(p.buf))
 		if !p.fragments {
 			q.whole = max(q.whole, int32(len(p.buf)))
 		}
 		putPacket(p)
 	})
-	return n, bytes, memory
+	return n, bytes, memory, through
 }

@@ -5,28 +5,33 @@ import "sync/atomic"
 // This file has the counters of an endpoint. They are atomics, and any goroutine may use them.
 
 // Stats are counters of one Client or Server since it was made, and gauges of its present use. Dropped messages are counted
-// by reason. No drop loses a record of a stream without an error on that stream.
+// by reason. No drop loses a record of a stream without an error on that stream. In JSON the names are in snake case, such as
+// packets_sent.
 type Stats struct {
-	Streams  int   // streams and writers that the peer can reach now
-	Reserved int64 // bytes of all windows granted now, the most that peers may send unread, and of records being assembled from pieces
-	Kept     int64 // bytes of the buffers of packets that are written and that peers have not acknowledged
+	Streams  int   `json:"streams"`  // streams and writers that the peer can reach now
+	Reserved int64 `json:"reserved"` // bytes of all windows granted now, the most that peers may send unread, and of records being assembled from pieces
+	Kept     int64 `json:"kept"`     // bytes of the buffers of packets that are written and that peers have not acknowledged
 
-	PacketsSent uint64 // packets of records and fallback messages published, each once: requests and control packets are not counted
-	BytesSent   uint64 // their bytes
+	PacketsSent uint64 `json:"packets_sent"` // packets of records and fallback messages published, each once: requests and control packets are not counted
+	BytesSent   uint64 `json:"bytes_sent"`   // their bytes
 
-	PacketsResent    uint64 // packets retransmitted because the peer missed them
-	DroppedEarly     uint64 // packets that arrived while an earlier one was missing; they are retransmitted
-	UnreportedErrors uint64 // failures of handlers that came after the normal end was published; each is logged
-	DroppedRequest   uint64 // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
-	DroppedStray     uint64 // messages at a Server's handlers that are no requests, such as packets of streams at a wildcard
+	PacketsReceived uint64 `json:"packets_received"` // packets of records and fallback messages accepted, each once
+	BytesReceived   uint64 `json:"bytes_received"`   // their bytes
+	RecordsReceived uint64 `json:"records_received"` // records that reads returned; those that a stream read since it last waited or granted credit may be missing
 
-	DroppedUnknown   uint64 // messages for a token that is not, or no longer, in use
-	DroppedDuplicate uint64 // packets that arrived before
-	DroppedForeign   uint64 // packets of a sender that the stream is not bound to
-	DroppedMalformed uint64 // packets with an unreadable header
-	DroppedPubAck    uint64 // acknowledgements of a JetStream stream that stores the requests; the library does not use them
-	DroppedControl   uint64 // control packets that arrived faster than the outbox could process them
-	UnsentControl    uint64 // control packets that NATS did not accept
+	PacketsResent    uint64 `json:"packets_resent"`    // packets retransmitted because the peer missed them
+	DroppedEarly     uint64 `json:"dropped_early"`     // packets that arrived while an earlier one was missing; they are retransmitted
+	UnreportedErrors uint64 `json:"unreported_errors"` // failures of handlers that came after the normal end was published; each is logged
+	DroppedRequest   uint64 `json:"dropped_request"`   // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
+	DroppedStray     uint64 `json:"dropped_stray"`     // messages at a Server's handlers that are no requests, such as packets of streams at a wildcard
+
+	DroppedUnknown   uint64 `json:"dropped_unknown"`   // messages for a token that is not, or no longer, in use
+	DroppedDuplicate uint64 `json:"dropped_duplicate"` // packets that arrived before
+	DroppedForeign   uint64 `json:"dropped_foreign"`   // packets of a sender that the stream is not bound to
+	DroppedMalformed uint64 `json:"dropped_malformed"` // packets with an unreadable header
+	DroppedPubAck    uint64 `json:"dropped_pub_ack"`   // acknowledgements of a JetStream stream that stores the requests; the library does not use them
+	DroppedControl   uint64 `json:"dropped_control"`   // control packets that arrived faster than the outbox could process them
+	UnsentControl    uint64 `json:"unsent_control"`    // control packets that NATS did not accept
 }
 
 type counters struct {
@@ -34,6 +39,17 @@ type counters struct {
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
 	unsent, resent, early, requests, strays         atomic.Uint64
 	unreported, pubAcks                             atomic.Uint64
+	records                                         atomic.Uint64
+
+	_                              [64]byte // the mux counts each packet: its counts have a cache line of their own
+	packetsReceived, bytesReceived tally
+	_                              [64]byte
+}
+
+// received counts a packet of n bytes that was accepted. Called by the mux.
+func (c *counters) received(n int) {
+	c.packetsReceived.add(1)
+	c.bytesReceived.add(uint64(n))
 }
 
 func (c *counters) sent(n int) {
@@ -55,6 +71,9 @@ func (ep *endpoint) stats() Stats {
 		Kept:             ep.kept.Load(),
 		PacketsSent:      n.packets.Load(),
 		BytesSent:        n.bytes.Load(),
+		PacketsReceived:  n.packetsReceived.load(),
+		BytesReceived:    n.bytesReceived.load(),
+		RecordsReceived:  n.records.Load(),
 		PacketsResent:    n.resent.Load(),
 		DroppedEarly:     n.early.Load(),
 		UnreportedErrors: n.unreported.Load(),

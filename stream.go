@@ -148,7 +148,12 @@ func (st *Stream) SetDeadline(t time.Time) error { return st.session.setDeadline
 
 // Trailer returns the headers that the producer set with [Writer.SetTrailer], nil if it set none. Before a read has returned
 // [io.EOF] or the producer's [*CloseError], Trailer returns nil. It belongs to the read side.
-func (st *Stream) Trailer() nats.Header { return st.session.recv.trailer }
+func (st *Stream) Trailer() nats.Header {
+	if x := st.session.extras.Load(); x != nil {
+		return x.trailer
+	}
+	return nil
+}
 
 // send returns the send half, made on first use.
 func (st *Stream) send() *Writer {

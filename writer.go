@@ -32,9 +32,9 @@ type Writer struct {
 	// Set once.
 	unusable error // the error of NewWriter, which cannot return it: this writer can never write
 	codec    FrameFlags
+	object   int32 // size of the object encoded last, at most an eighth of a packet; guarded by the lock
 
-	packer     // with the lock
-	object int // size of the object encoded last, at most an eighth of a packet; guarded by the lock
+	packer // with the lock
 }
 
 // NewWriter returns the producer's end of the stream for a request with the reply subject subject. It neither blocks nor
@@ -165,6 +165,7 @@ func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 	putFrameHeader(b, FrameData, flags, 0, len(p))
 	copy(b[FrameHeaderSize:], p)
 	w.n = end
+	w.records++
 	if w.queued {
 		w.mu.Unlock()
 		return len(p), nil
@@ -229,6 +230,7 @@ func (w *Writer) appendLocked(p []byte, flags FrameFlags, mine bool) error {
 	if err != nil {
 		return err
 	}
+	w.records++
 	putFrameHeader(b, FrameData, flags, 0, len(p))
 	copy(b[FrameHeaderSize:], p)
 	return nil
@@ -392,6 +394,7 @@ func (w *Writer) SetHeader(h nats.Header) error {
 	if err != nil {
 		return err
 	}
+	w.besideLocked(len(b))
 	putFrameHeader(b, FrameMeta, 0, 0, len(meta))
 	copy(b[FrameHeaderSize:], meta)
 	return nil

@@ -37,7 +37,7 @@ func (w *Writer) WriteObject(v any) (n int, err error) {
 // writeObjectLocked encodes straight into the open packet. An object that does not fit is moved to a larger packet.
 func (w *Writer) writeObjectLocked(v any) (n int, err error) {
 	// The last object's size is the best guess at this one's.
-	guess := FrameHeaderSize + w.object // kept: another object may change it while this one waits for credit
+	guess := FrameHeaderSize + int(w.object) // kept: another object may change it while this one waits for credit
 	if _, err := w.frameLocked(guess, false); err != nil {
 		return 0, err
 	}
@@ -62,13 +62,14 @@ func (w *Writer) writeObjectLocked(v any) (n int, err error) {
 		return 0, err
 	}
 	n = len(record)
-	w.object = min(n, coalesceSize/8)
+	w.object = int32(min(n, coalesceSize/8))
 	switch max := w.session.ep.maxRecord; {
 	case n > max:
 		return 0, fmt.Errorf("%w: %T of %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, v, n, max)
 	case !e.Spilled() && w.open == packet:
 		putFrameHeader(p[w.n:], FrameData, w.codec, 0, n)
 		w.n = start + n
+		w.records++
 	case n <= w.singleLimit():
 		err = w.appendLocked(record, w.codec, true)
 	default:
@@ -145,6 +146,8 @@ func (w *Writer) putJSONLocked(p []byte) {
 	w.open = getPacket(jsonwire.DataSize(len(p)))
 	w.keepLocked(w.open)
 	w.n = len(jsonwire.AppendData(w.open.buf[:0], p))
+	w.records++
+	w.besideLocked(w.n - PacketHeaderSize - FrameHeaderSize - len(p))
 	w.sealLocked()
 	w.markLocked()
 }

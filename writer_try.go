@@ -58,6 +58,7 @@ func (w *Writer) TryWrite(p []byte) (sent bool, err error) {
 	if b == nil {
 		return false, nil
 	}
+	w.records++
 	putFrameHeader(b, FrameData, FlagRaw, 0, len(p))
 	copy(b[FrameHeaderSize:], p)
 	w.markLocked()
