@@ -34,9 +34,10 @@ type line struct {
 type places uint8
 
 const (
-	listed places = 1 << iota // in outbox.peers
-	onLine                    // waits on its line for a turn
-	steady                    // has waited on its line, and its backlog was not empty since
+	listed   places = 1 << iota // in outbox.peers
+	onLine                      // waits on its line for a turn
+	steady                      // has waited on its line, and its backlog was not empty since
+	toResume                    // in remote.resuming
 )
 
 func (p places) has(q places) bool { return p&q != 0 }

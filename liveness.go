@@ -123,8 +123,8 @@ func (o *outbox) noteAlive(s *session) {
 	l.heard = o.time()
 	if p := s.remote.Load(); p != nil {
 		p.hear(l.heard)
-		if l.pings > 0 {
-			p.paid = min(p.paid+1, maxPaid)
+		if l.pings == 1 { // otherwise it may be the answer to any of them
+			p.trip = l.heard - l.pinged
 		}
 	}
 	o.answered(s)
@@ -135,6 +135,10 @@ func (o *outbox) answered(s *session) {
 	l := &s.out.life
 	if l.pings > 0 {
 		o.asking--
+		if p := s.remote.Load(); p != nil {
+			p.paid = min(p.paid+1, maxPaid)
+			resumeNext(p, 1)
+		}
 	}
 	l.pings, l.suspect = 0, 0
 }
@@ -188,6 +192,7 @@ func (o *outbox) tick() {
 		})
 	}
 	o.tickLines(now)
+	o.tickResuming()
 	o.wheel.Advance(now, func(s *session) { o.check(s, now) })
 	o.remoteWheel.Advance(now, func(p *remote) { o.checkRemote(p, now) })
 	if o.wheel.Len() == 0 && o.up.Load() {
@@ -334,6 +339,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	}
 	if p := s.remote.Load(); p != nil {
 		f.Others = p.records
+		f.Repeat = p.repeatAfter(o.repeat, o.ep.times.Resume)
 		f.Unpaid = !p.mayRepeat(now, o.ep.times.Ack)
 	}
 	if snd != nil {

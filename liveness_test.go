@@ -699,6 +699,53 @@ func TestFewOfManyUnansweredQuestionsAreRepeated(t *testing.T) {
 	})
 }
 
+// After a reconnect, idle streams ask as the peer answers. They do not fill a slow line with questions. Each asks in the end.
+func TestIdleStreamsAskInTurnAfterAReconnect(t *testing.T) {
+	for name, delay := range map[string]time.Duration{"fast": time.Millisecond, "slow": 500 * time.Millisecond} {
+		for _, reconnects := range []int{1, 3} {
+			t.Run(fmt.Sprintf("%s, %d times", name, reconnects), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					m := memoryTest(t, ClientParams{})
+					m.bus.Delay = delay
+					streams := scaledDown(2000)
+					all := openIdle(t, m, streams)
+					var questions atomic.Int64
+					asked := make(map[string]bool) // guarded by the bus
+					m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
+						if from == m.conn && isFrame(msg.Data, FramePing) {
+							questions.Add(1)
+							asked[msg.Subject] = true
+						}
+						return true
+					})
+					for range reconnects {
+						questions.Store(0)
+						m.conn.Set(nats.RECONNECTING)
+						time.Sleep(100 * time.Millisecond)
+						m.conn.Set(nats.CONNECTED)
+						time.Sleep(2*delay - 1)
+						repeated := int64(2*delay/(defaultAckTimeout/unpaidPart)) + 2
+						if n := questions.Load(); n > maxPaid+repeated {
+							t.Errorf("%d questions before the first answer", n)
+						}
+					}
+					time.Sleep(time.Duration(streams/maxPaid+10) * 2 * delay)
+					m.bus.SetFilter(nil)
+					if len(asked) != streams {
+						t.Errorf("%d of %d streams have asked", len(asked), streams)
+					}
+					finish(t, all)
+					time.Sleep(10 * time.Second)
+					m.nothingLeft(t)
+					if n := len(m.client.ep.outbox.resuming); n != 0 {
+						t.Errorf("%d lists of streams are left", n)
+					}
+				})
+			})
+		}
+	}
+}
+
 // A consumer's RESET that was lost is noticed although its end lives.
 func TestLostResetIsNoticedAtALivingPeer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

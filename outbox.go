@@ -69,6 +69,7 @@ type outbox struct {
 
 	remotes     map[string]*remote  // other ends, by their names
 	idleRemotes int                 // of them have no streams
+	resuming    []*remote           // have streams that wait to ask after a reconnect
 	remoteWheel wheel.Wheel[remote] // other ends by the time at which to look at them
 	streamTimes liveness.Intervals  // those of the endpoint, except KeepAlive, which is that of a single stream
 	repeat      int64               // the time after which a question on a single stream is repeated
@@ -388,6 +389,7 @@ func (o *outbox) serveControl(s *session, work uint32) {
 		if !resume && s.out.peer == "" && l.took != 0 && l.took <= o.connection.Load() {
 			l.took, l.pinged = tookLost, o.time() // the request or its answer may be lost
 		}
+		resume = resume && o.mayResume(s)
 	}
 	if work&workGap != 0 || resume {
 		o.sendCredit(s, FlagGap)

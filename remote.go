@@ -2,6 +2,7 @@ package stream
 
 import (
 	"math"
+	"slices"
 	"time"
 
 	"github.com/natsstream/stream/internal/lifecycle"
@@ -24,9 +25,13 @@ type remote struct {
 	records   int64 // when arrived records were last seen on any of the streams
 	paid      int32 // repeated questions that answers paid for
 	unpaid    int64 // when the last other question was repeated
+	trip      int64 // time from the last question on a single stream to its answer
 	lookedAt  int64 // when all streams were looked at, by the endpoint's time
 	absent    bool  // NATS reported that nobody received a question
 	shortest  int64 // shortest timeout that any stream had of its own, 0 if none had
+
+	resuming []*session // wait to ask after a reconnect
+	resumed  int64      // value of outbox.resumed when paid was last reset
 
 	streams []*session // session.life.place is the place of each
 	next    int        // place of the stream of the last question
@@ -199,23 +204,87 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 	o.lookAtRemote(p, o.clock.Until(d.Next))
 }
 
-// Each question that p answers pays for a repeated one. So many streams that wait behind data on a slow line do not fill the
-// line with repetitions. maxPaid may be repeated ahead of answers, and one in each unpaidPart of AckTimeout is free.
+// Each question that p answers pays for another one that repeats a question, or asks after a reconnect. So many streams do not fill a
+// slow line with questions, behind which each would wait for its answer for too long. maxPaid may be sent ahead of answers. One in
+// each AckTimeout is free, and one in each unpaidPart of it while p is silent.
 const (
 	maxPaid    = 32
 	unpaidPart = 4
 )
 
-// mayRepeat reports whether a stream may repeat a question to p.
-func (p *remote) mayRepeat(now, ack int64) bool { return p.paid > 0 || now-p.unpaid >= ack/unpaidPart }
+// mayRepeat reports whether a stream may repeat a question to p, or ask after a reconnect.
+func (p *remote) mayRepeat(now, ack int64) bool {
+	wait := ack
+	if now-p.heard >= ack {
+		wait /= unpaidPart
+	}
+	return p.paid > 0 || now-p.unpaid >= wait
+}
 
-// repeats records that a stream repeats a question to p.
+// repeatAfter returns the time after which a question on a single stream is repeated: twice the time that an answer took last,
+// because questions may queue on a slow line. A lost stream must still be noticed, so it is half of ResumeTimeout at most.
+func (p *remote) repeatAfter(repeat, resume int64) int64 { return max(repeat, min(2*p.trip, resume/2)) }
+
+// repeats records that a stream does so.
 func (p *remote) repeats(now int64) {
 	if p.paid > 0 {
 		p.paid--
 	} else {
 		p.unpaid = now
 	}
+}
+
+// mayResume reports whether s may ask its peer now, after a reconnect. If too many others have asked and were not answered, s waits.
+// A stream that needs an answer, because it has unacknowledged packets or no credit, asks when that is overdue.
+func (o *outbox) mayResume(s *session) bool {
+	p, now := s.remote.Load(), o.time()
+	if p == nil || s.crossing() != nil { // a stream across accounts may have lost its mapping, and others say nothing of it
+		return true
+	}
+	if r := o.resumed.Load(); p.resumed != r { // the questions of before were lost, or are answered anyway
+		p.resumed, p.paid = r, maxPaid
+	}
+	if p.mayRepeat(now, o.ep.times.Ack) {
+		p.repeats(now)
+		s.out.places.clear(toResume)
+		return true
+	}
+	if !s.out.places.has(toResume) {
+		s.out.places.set(toResume)
+		if p.resuming = append(p.resuming, s); len(p.resuming) == 1 {
+			o.resuming = append(o.resuming, p)
+		}
+	}
+	return false
+}
+
+// resumeNext lets the next n streams ask that wait to ask p after a reconnect.
+func resumeNext(p *remote, n int32) {
+	for n > 0 && len(p.resuming) > 0 {
+		s := p.resuming[0]
+		p.resuming[0], p.resuming = nil, p.resuming[1:]
+		if s.out.places.has(toResume) && s.out.state.Phase != lifecycle.Gone { // it has not asked meanwhile, after another reconnect
+			s.out.places.clear(toResume)
+			s.mark(workResume)
+			n--
+		}
+	}
+}
+
+// tickResuming lets the next streams ask if answers were lost, and forgets lists that are empty.
+func (o *outbox) tickResuming() {
+	o.resuming = slices.DeleteFunc(o.resuming, func(p *remote) bool {
+		n := p.paid
+		if n == 0 && p.mayRepeat(o.time(), o.ep.times.Ack) {
+			n = 1
+		}
+		resumeNext(p, n)
+		empty := len(p.resuming) == 0
+		if empty {
+			p.resuming = nil
+		}
+		return empty
+	})
 }
 
 // speaker returns a stream on which p can be sent a PING, another one each time, or nil if none is found. It records the arrivals
