@@ -15,7 +15,7 @@ WORDLIMIT ?= 1
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 
 # Modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
-MODULES := streamgrpc bench/rivals bench/gate
+MODULES := streamgrpc typed/protocodec typed/cborcodec bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp benchgate rivals fuzz

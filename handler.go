@@ -97,6 +97,9 @@ func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord(true) }
 // Next is [Request.Recv] with a record that is valid only until the next read, or until the handler returns; see [Stream.Next].
 func (r *Request) Next() ([]byte, error) { return r.session.recvRecord(false) }
 
+// RecvRecord is [Request.Recv] with the codec of the record; see [Stream.RecvRecord].
+func (r *Request) RecvRecord() ([]byte, Codec, error) { return r.session.recvWithCodec() }
+
 // RecvObject decodes the consumer's next record into v; see [Stream.RecvObject].
 func (r *Request) RecvObject(v any) error { return r.session.recvObject(v) }
 

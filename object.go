@@ -22,6 +22,17 @@ func codecFlag(c Codec) FrameFlags {
 	return FlagMsgPack
 }
 
+// codecOf returns the codec of a record with these DATA flags.
+func codecOf(flags FrameFlags) Codec {
+	switch flags & FlagCodecMask {
+	case FlagJSON:
+		return JSON
+	case FlagMsgPack:
+		return MsgPack
+	}
+	return CodecDefault
+}
+
 // objectCodec returns the codec that a DATA flag names.
 func objectCodec(flag FrameFlags) object.Codec {
 	if flag == FlagJSON {

@@ -11,6 +11,7 @@ import (
 	"reflect"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -495,5 +496,93 @@ func TestConcurrentObjectsAndRecordsKeepTheirOrder(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// WriteAppend sends exactly what encode appended, whether it fits into the packet or not, and beside other writers.
+func TestWriteAppendSendsWhatWasAppended(t *testing.T) {
+	p := newPair(t)
+	sizes := []int{0, 1, 100, 4000, 16 << 10, 32<<10 - 30, 32 << 10, 100_000, 256 << 10, 1 << 20}
+	broken := errors.New("broken encoder")
+	s := newService(t, p, stream.ServerParams{})
+	s.handle(t, "svc", func(w *stream.Writer, _ *stream.Request) error {
+		var others sync.WaitGroup
+		others.Go(func() {
+			for range 100 {
+				_, _ = w.Write([]byte("other"))
+			}
+		})
+		defer others.Wait()
+		for i, size := range sizes {
+			want := bytes.Repeat([]byte{byte('a' + i)}, size)
+			n, err := w.WriteAppend(func(dst []byte) ([]byte, error) { return append(dst, want...), nil })
+			if err != nil || n != size {
+				return fmt.Errorf("%d bytes: %d, %v", size, n, err)
+			}
+			if n, err := w.WriteAppend(func(dst []byte) ([]byte, error) { return append(dst, "lost"...), broken }); n != 0 || err != broken {
+				return fmt.Errorf("an error of the encoder: %d, %v", n, err)
+			}
+		}
+		if _, err := w.WriteAppend(func(dst []byte) ([]byte, error) { return append(dst, make([]byte, 17<<20)...), nil }); !errors.Is(err, stream.ErrRecordTooLarge) {
+			return fmt.Errorf("too large: %v", err)
+		}
+		return nil
+	})
+	in := open(t, p.consumer, "svc")
+	i := 0
+	for {
+		rec, codec, err := in.RecvRecord()
+		if err == io.EOF {
+			break
+		}
+		if err != nil || codec != stream.CodecDefault {
+			t.Fatalf("%v, %v", codec, err)
+		}
+		if string(rec) == "other" {
+			continue
+		}
+		if want := bytes.Repeat([]byte{byte('a' + i)}, sizes[i]); !bytes.Equal(rec, want) {
+			t.Fatalf("record %d has %d bytes, want %d", i, len(rec), len(want))
+		}
+		i++
+	}
+	if i != len(sizes) {
+		t.Errorf("%d records, want %d", i, len(sizes))
+	}
+}
+
+// A consumer's WriteAppend reaches the handler, and RecvRecord tells which codec a record has.
+func TestRecvRecordTellsTheCodec(t *testing.T) {
+	p := newPair(t)
+	s := newService(t, p, stream.ServerParams{})
+	s.handle(t, "svc", func(w *stream.Writer, r *stream.Request) error {
+		rec, codec, err := r.RecvRecord()
+		if err != nil || string(rec) != "up" || codec != stream.CodecDefault {
+			return fmt.Errorf("%q, %v, %w", rec, codec, err)
+		}
+		if _, err := w.WriteObject(1); err != nil {
+			return err
+		}
+		_, err = w.Write([]byte("bytes"))
+		return err
+	})
+	for _, codec := range []stream.Codec{stream.JSON, stream.MsgPack} {
+		c := p.newClient(t, stream.ClientParams{Codec: codec})
+		in := open(t, c, "svc")
+		if _, err := in.WriteAppend(func(dst []byte) ([]byte, error) { return append(dst, "up"...), nil }); err != nil {
+			t.Fatal(err)
+		}
+		if rec, got, err := in.RecvRecord(); err != nil || got != codec || len(rec) != 1 {
+			t.Errorf("%q, %v, %v; want %v", rec, got, err, codec)
+		}
+		if rec, got, err := in.RecvRecord(); err != nil || got != stream.CodecDefault || string(rec) != "bytes" {
+			t.Errorf("%q, %v, %v", rec, got, err)
+		}
+		if _, err := in.Recv(); err != io.EOF {
+			t.Errorf("%v, want io.EOF", err)
+		}
+		if err := in.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -35,6 +35,11 @@ func (s *session) recvRecord(keep bool) ([]byte, error) {
 	return rec, err
 }
 
+func (s *session) recvWithCodec() ([]byte, Codec, error) {
+	rec, flags, err := s.nextRecord(true)
+	return rec, codecOf(flags), err
+}
+
 func (s *session) recvObject(v any) error {
 	rec, flags, err := s.nextRecord(false)
 	if err != nil {

@@ -94,6 +94,9 @@ func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord(true) }
 // Recv or All returned one of its records, so that a test finds a record that was used for too long.
 func (st *Stream) Next() ([]byte, error) { return st.session.recvRecord(false) }
 
+// RecvRecord is [Stream.Recv] with the codec of the record: [JSON] or [MsgPack] of an object, and [CodecDefault] of bytes.
+func (st *Stream) RecvRecord() ([]byte, Codec, error) { return st.session.recvWithCodec() }
+
 // RecvObject decodes the next record into v, a pointer, by the codec that the record was written with. A record written as
 // bytes is decoded by the codec that this stream requested. RecvObject waits and fails as [Stream.Recv] does. If a record
 // does not decode, only this call fails, with an error that matches neither [io.EOF] nor a [*CloseError]. The next call
@@ -193,6 +196,11 @@ func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
 // WriteObject sends v to the producer as one record, in the codec that this stream requested. It returns the length of the
 // encoding. It waits and fails as [Stream.Write] does, and it returns the encoder's error if v cannot be encoded.
 func (st *Stream) WriteObject(v any) (int, error) { return st.send().WriteObject(v) }
+
+// WriteAppend sends one record that encode appends to a packet; see [Writer.WriteAppend]. It waits and fails as [Stream.Write] does.
+func (st *Stream) WriteAppend(encode func(dst []byte) ([]byte, error)) (int, error) {
+	return st.send().WriteAppend(encode)
+}
 
 // ReadFrom sends all bytes of r to the producer until r ends; see [Writer.ReadFrom].
 func (st *Stream) ReadFrom(r io.Reader) (int64, error) { return st.send().ReadFrom(r) }

@@ -28,14 +28,44 @@ func (w *Writer) WriteObject(v any) (n int, err error) {
 	if err := w.awaitTurnLocked(true); err != nil {
 		return 0, err
 	}
-	if w.session.peerTakesJSON() {
-		return w.writeObjectJSONLocked(v)
-	}
-	return w.writeObjectLocked(v)
+	e := object.NewEncoder()
+	defer e.Free()
+	return w.encodeLocked(v, w.codec, func(dst []byte) (record []byte, spilled bool, err error) {
+		if record, err = e.Encode(v, objectCodec(w.codec), dst); err != nil {
+			err = &objectError{fmt.Sprintf("stream: encode %T: ", v), err}
+		}
+		return record, e.Spilled(), err
+	})
 }
 
-// writeObjectLocked encodes straight into the open packet. An object that does not fit is moved to a larger packet.
-func (w *Writer) writeObjectLocked(v any) (n int, err error) {
+// WriteAppend sends one record that encode appends to dst, without a copy: dst is the rest of a packet. encode returns dst with
+// the record behind it, as the Append functions of the standard library do. If the record does not fit, encode returns a longer
+// slice, as append does, which is copied. WriteAppend returns the length of the record. It blocks and fails as [Writer.Write]
+// does. An error of encode does not change the stream, and WriteAppend returns it as it is. encode must not write to the same
+// Writer, and must not keep dst.
+func (w *Writer) WriteAppend(encode func(dst []byte) ([]byte, error)) (n int, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.awaitTurnLocked(true); err != nil {
+		return 0, err
+	}
+	return w.encodeLocked(nil, FlagRaw, func(dst []byte) (record []byte, spilled bool, err error) {
+		record, err = encode(dst)
+		return record, len(record) > 0 && (cap(dst) == 0 || &record[0] != &dst[:1][0]), err
+	})
+}
+
+// encodeLocked writes the record that encode makes of v. encode gets room for a record, and reports whether the record is elsewhere
+// because it did not fit.
+func (w *Writer) encodeLocked(v any, codec FrameFlags, encode func(dst []byte) (record []byte, spilled bool, err error)) (n int, err error) {
+	if w.session.peerTakesJSON() {
+		return w.encodeJSONLocked(v, encode)
+	}
+	return w.encodePacketLocked(v, codec, encode)
+}
+
+// encodePacketLocked encodes straight into the open packet. A record that does not fit is moved to a larger packet.
+func (w *Writer) encodePacketLocked(v any, codec FrameFlags, encode func(dst []byte) (record []byte, spilled bool, err error)) (n int, err error) {
 	// The last object's size is the best guess at this one's.
 	guess := FrameHeaderSize + int(w.object) // kept: another object may change it while this one waits for credit
 	if _, err := w.frameLocked(guess, false); err != nil {
@@ -52,9 +82,7 @@ func (w *Writer) writeObjectLocked(v any) (n int, err error) {
 	start, limit := w.n+FrameHeaderSize, min(len(w.open.buf), w.coalesceLimit())
 	packet, p := w.open, w.open.buf
 	w.encoding = true
-	e := object.NewEncoder()
-	defer e.Free()
-	record, err := w.encodeUnlocked(e, v, p[start:start:max(start, limit)])
+	record, spilled, err := w.encodeUnlocked(encode, p[start:start:max(start, limit)])
 	if err != nil {
 		return 0, err
 	}
@@ -63,17 +91,17 @@ func (w *Writer) writeObjectLocked(v any) (n int, err error) {
 	}
 	n = len(record)
 	w.object = int32(min(n, coalesceSize/8))
-	switch max := w.session.ep.maxRecord; {
-	case n > max:
-		return 0, fmt.Errorf("%w: %T of %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, v, n, max)
-	case !e.Spilled() && w.open == packet:
-		putFrameHeader(p[w.n:], FrameData, w.codec, 0, n)
+	switch {
+	case n > w.session.ep.maxRecord:
+		return 0, w.tooLarge(v, n)
+	case !spilled && w.open == packet:
+		putFrameHeader(p[w.n:], FrameData, codec, 0, n)
 		w.n = start + n
 		w.records++
 	case n <= w.singleLimit():
-		err = w.appendLocked(record, w.codec, true)
+		err = w.appendLocked(record, codec, true)
 	default:
-		err = w.appendPiecesLocked(record, w.codec)
+		err = w.appendPiecesLocked(record, codec)
 	}
 	if err != nil {
 		return lengthSent(n, err), err
@@ -81,35 +109,38 @@ func (w *Writer) writeObjectLocked(v any) (n int, err error) {
 	return n, nil
 }
 
-// encodeUnlocked encodes v without the lock: methods of v may take long, and the outbox, which serves all streams, must never
-// wait for them. The caller has the turn.
-func (w *Writer) encodeUnlocked(e *object.Encoder, v any, dst []byte) ([]byte, error) {
+// tooLarge returns the error for a record of n bytes that was made of v, or by a function of the user if v is nil.
+func (w *Writer) tooLarge(v any, n int) error {
+	name := "a record"
+	if v != nil {
+		name = fmt.Sprintf("%T", v)
+	}
+	return fmt.Errorf("%w: %s of %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, name, n, w.session.ep.maxRecord)
+}
+
+// encodeUnlocked runs encode without the lock: methods of the user may take long, and the outbox, which serves all streams, must
+// never wait for them. The caller has the turn.
+func (w *Writer) encodeUnlocked(encode func(dst []byte) (record []byte, spilled bool, err error), dst []byte) ([]byte, bool, error) {
 	w.mu.Unlock()
 	defer func() { // also if the encoder panics
 		w.mu.Lock()
 		w.encoding = false
 	}()
-	b, err := e.Encode(v, objectCodec(w.codec), dst)
-	if err != nil {
-		err = &objectError{fmt.Sprintf("stream: encode %T: ", v), err}
-	}
-	return b, err
+	return encode(dst)
 }
 
-func (w *Writer) writeObjectJSONLocked(v any) (int, error) {
-	e := object.NewEncoder()
-	defer e.Free()
+func (w *Writer) encodeJSONLocked(v any, encode func(dst []byte) (record []byte, spilled bool, err error)) (int, error) {
 	w.turn = true
 	defer w.endTurnLocked()
-	record, err := w.encodeUnlocked(e, v, nil)
+	record, _, err := w.encodeUnlocked(encode, nil)
 	if err != nil {
 		return 0, err
 	}
 	if err := w.failedLocked(); err != nil {
 		return 0, err
 	}
-	if max := w.session.ep.maxRecord; len(record) > max {
-		return 0, fmt.Errorf("%w: %T of %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, v, len(record), max)
+	if len(record) > w.session.ep.maxRecord {
+		return 0, w.tooLarge(v, len(record))
 	}
 	if err := w.appendJSONLocked(record, true); err != nil {
 		return 0, err
