@@ -14,8 +14,11 @@ WORDLIMIT ?= 1
 # generator replaces the text between its markers.
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 
-# Modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
-MODULES := streamgrpc typed/protocodec typed/cborcodec bench/rivals bench/gate
+# Adapters for users, each a module of its own.
+ADAPTERS := streamgrpc typed/protocodec typed/cborcodec
+
+# All modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
+MODULES := $(ADAPTERS) bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp benchgate rivals fuzz
@@ -36,7 +39,7 @@ test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
 
 race: ## Run all tests under the race detector (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
-	@set -e; for m in $(MODULES); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
+	@set -e; for m in $(ADAPTERS); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
 
 faults: ## Run the tests under faults of networks and servers as often as a release needs
 	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) ./faults
