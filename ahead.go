@@ -22,9 +22,9 @@ func (s *session) ready() bool {
 	if s.endedNow() != nil || len(s.recv.left) != 0 || s.recv.readLock.Load()&gateAhead != 0 {
 		return true
 	}
-	s.recv.peeking = true
-	rec, flags, err := s.nextGated()
-	s.recv.peeking = false
+	s.recv.readLock.Or(gatePeeking)
+	rec, flags, err := s.nextGated(false)
+	s.recv.readLock.And(^gatePeeking)
 	if err != nil {
 		return err != errReadDeadline // every other error is that of the next read as well
 	}

@@ -3,6 +3,8 @@ package stream
 import (
 	"bytes"
 	"cmp"
+
+	"github.com/natsstream/stream/internal/slab"
 )
 
 // assembly gathers the pieces of one record. The reader owns it. A piece that is most of its packet is kept with the
@@ -17,6 +19,8 @@ type assembly struct {
 	size   uint64   // bytes of all pieces that were added
 	rest   []byte   // of the piece that was refused last: it is to be added before any other
 	held   uint64   // bytes that take granted
+
+	lent []*slab.Slab // of pieces that are kept with their packets
 }
 
 const (
@@ -25,6 +29,17 @@ const (
 	minChunk  = 1 << 10  // of the first chunk; each is twice as large as the one before
 	maxChunk  = 64 << 10 // bounds the unused rest of a chunk
 )
+
+// keeps reports whether a piece is kept with its packet of the given size.
+func keeps(piece []byte, packet int) bool { return len(piece) >= minKept && len(piece) >= packet/2 }
+
+// hold keeps lent memory until the record is complete. If it never is, the memory is left to the garbage collector.
+func (a *assembly) hold(lent *slab.Slab) {
+	if lent != nil {
+		lent.Share()
+		a.lent = append(a.lent, lent)
+	}
+}
 
 // add takes the next piece, which came in a packet of the given size. It reports false if take refuses the memory. The
 // caller gives up then, or adds rest later.
@@ -37,7 +52,7 @@ func (a *assembly) add(piece []byte, packet int, take func(uint64) bool) bool {
 		return true
 	}
 	a.rest = piece
-	if len(piece) >= minKept && len(piece) >= packet/2 {
+	if keeps(piece, packet) {
 		if !grow(uint64(packet) + pieceSize) {
 			return false
 		}
@@ -73,7 +88,11 @@ func (a *assembly) add(piece []byte, packet int, take func(uint64) bool) bool {
 
 // record returns the record that last completes.
 func (a *assembly) record(last []byte) []byte {
-	return bytes.Join(append(a.pieces, last), nil)
+	record := bytes.Join(append(a.pieces, last), nil)
+	for _, s := range a.lent {
+		s.Release()
+	}
+	return record
 }
 
 // partial is a record in pieces of which the last was not read yet.
@@ -95,10 +114,16 @@ func (s *session) assemble(p partial) (record []byte, flags FrameFlags, err erro
 		}
 	}()
 	for {
-		if len(p.rest) != 0 && !p.add(p.rest, len(s.recv.data), s.holdRecord) {
-			return nil, 0, cmp.Or(s.endedNow(), errReadDeadline)
+		if len(p.rest) != 0 {
+			keeps := keeps(p.rest, len(s.recv.data))
+			if !p.add(p.rest, len(s.recv.data), s.holdRecord) {
+				return nil, 0, cmp.Or(s.endedNow(), errReadDeadline)
+			}
+			if keeps { // until record has copied the piece
+				s.recv.kept = true
+				p.hold(s.recv.lent)
+			}
 		}
-		s.recv.kept = true // until record has copied the piece
 		f, err := s.nextData(true)
 		switch {
 		case err != nil:

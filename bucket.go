@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"github.com/natsstream/stream/internal/ring"
+	"github.com/natsstream/stream/internal/slab"
 )
 
 // bucket is the receive half of a stream. It holds the packets that arrived and were not read yet, and the state that
@@ -35,8 +36,8 @@ type bucket struct {
 
 	gapAskedSeq uint32 // the mux's: see gapAsked
 
-	park ring.Parker       // the reader waits here; the mux, and the goroutine that ends the stream, wake it
-	ring ring.Ring[[]byte] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
+	park ring.Parker        // the reader waits here; the mux, and the goroutine that ends the stream, wake it
+	ring ring.Ring[arrival] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
 
 	// Owned by the reader.
 	consumed      credited // of the packets read to their end
@@ -50,6 +51,12 @@ type bucket struct {
 	origin        string                    // the mux's: the token in the control subject of the producer that the bucket is bound to
 	fragments     atomic.Pointer[fragments] // the mux stores it; nil until a packet comes in fragments
 	consumedBytes atomic.Uint64             // fallback only: stored by the reader so that the mux can bound the queued bytes
+}
+
+// arrival is a packet that arrived. The reader gives lent back after it has read the packet.
+type arrival struct {
+	data []byte
+	lent *slab.Slab // that data lies in; nil if the packet has memory of its own
 }
 
 // credited is a position in the stream in both units of credit.
@@ -101,26 +108,26 @@ const (
 )
 
 // accept checks a sequenced packet and pushes it. Only the mux calls it. It allocates only if it fails.
-func (b *bucket) accept(data []byte) (verdict, *CloseError) {
+func (b *bucket) accept(data []byte, lent *slab.Slab) (verdict, *CloseError) {
 	if len(data) >= PacketHeaderSize {
 		if binary.BigEndian.Uint64(data) == b.acceptWord && binary.BigEndian.Uint64(data[8:]) == packetTail(b.expect, uint32(len(data))) &&
 			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received < b.grantedBytes.Load() {
-			b.push(data)
+			b.push(data, lent)
 			return accepted, nil
 		}
 	}
-	return b.acceptSlow(data)
+	return b.acceptSlow(data, lent)
 }
 
-func (b *bucket) push(data []byte) {
+func (b *bucket) push(data []byte, lent *slab.Slab) {
 	b.expect++
 	b.received += uint64(len(data))
-	b.ring.Push(data) // never full: the granted packets are fewer than its limit
+	b.ring.Push(arrival{data, lent}) // never full: the granted packets are fewer than its limit
 	b.park.Wake()
 }
 
 // acceptSlow checks the first packet, packets with rare flags, and all invalid ones.
-func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
+func (b *bucket) acceptSlow(data []byte, lent *slab.Slab) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	if err != nil {
 		if b.unbound() {
@@ -150,7 +157,7 @@ func (b *bucket) acceptSlow(data []byte) (verdict, *CloseError) {
 	if b.unbound() {
 		b.bind(h.Sender)
 	}
-	b.push(data)
+	b.push(data, lent)
 	return accepted, nil
 }
 
@@ -244,7 +251,7 @@ func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 	if queued+uint64(len(data)) > limit || uint64(n) >= max(limit/fallbackOverhead, fallbackMessages) {
 		return violation, &CloseError{Code: CloseTooSlow, Text: fmt.Sprintf("reader is %d messages, %d bytes behind a peer that knows no credit", n, queued)}
 	}
-	b.push(data)
+	b.push(data, nil)
 	return accepted, nil
 }
 

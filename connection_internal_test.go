@@ -730,7 +730,7 @@ func TestReconnectRepeatsCredit(t *testing.T) {
 	}
 	defer s.Close()
 	const producer = "producer"
-	c.ep.receive(&nats.Msg{Subject: s.session.reply, Reply: producer, Data: testPacketFlags(PacketSeq|PacketAck, 9, 0, testData(strings.Repeat("x", initialWindow)))})
+	c.ep.receive(&nats.Msg{Subject: s.session.reply, Reply: producer, Data: testPacketFlags(PacketSeq|PacketAck, 9, 0, testData(strings.Repeat("x", initialWindow)))}, nil)
 	if _, err := s.Recv(); err != nil {
 		t.Fatal(err)
 	}

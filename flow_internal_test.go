@@ -65,13 +65,13 @@ func TestBucketAcceptsPacketsInOrder(t *testing.T) {
 		{"the last of all numbers", testPacket(7, 1<<32-1, testData("x")), duplicate},
 		{"the packet after all that", testPacket(7, 3, testData("d")), accepted},
 	} {
-		v, err := b.accept(step.data)
+		v, err := b.accept(step.data, nil)
 		wantVerdict(t, fmt.Sprintf("step %d, %s", i, step.what), v, err, step.want, 0)
 	}
 	for i, want := range []string{"a", "b", "c", "d"} {
-		data, ok := b.ring.Pop()
-		if !ok || string(data[PacketHeaderSize+FrameHeaderSize:]) != want {
-			t.Errorf("packet %d: %q, %v; want %q", i, data, ok, want)
+		packet, ok := b.ring.Pop()
+		if !ok || string(packet.data[PacketHeaderSize+FrameHeaderSize:]) != want {
+			t.Errorf("packet %d: %q, %v; want %q", i, packet.data, ok, want)
 		}
 	}
 	if c := b.credit(); c.Ack != 4 {
@@ -92,7 +92,7 @@ func TestBucketEndsByAStrangersFirstMessage(t *testing.T) {
 		"all bits of a byte": append([]byte{0xF5}, bytes.Repeat([]byte{0xFF}, PacketHeaderSize)...),
 	} {
 		b := testBucket(32, 1<<20)
-		v, err := b.accept(data)
+		v, err := b.accept(data, nil)
 		wantVerdict(t, name, v, err, violation, CloseUnsupportedData)
 		b = testBucket(32, 1<<20)
 		v, err = b.acceptControl(data, 0)
@@ -105,10 +105,10 @@ func TestBucketEndsByAStrangersFirstMessage(t *testing.T) {
 
 func TestBucketNoticesGaps(t *testing.T) {
 	b := testBucket(32, 1<<20)
-	v, err := b.accept(testPacket(7, 0, testData("a")))
+	v, err := b.accept(testPacket(7, 0, testData("a")), nil)
 	wantVerdict(t, "packet 0", v, err, accepted, 0)
 	for _, seq := range []uint32{2, 3, 1<<31 - 1} {
-		v, err = b.accept(testPacket(7, seq, testData("c")))
+		v, err = b.accept(testPacket(7, seq, testData("c")), nil)
 		wantVerdict(t, fmt.Sprint("packet ", seq), v, err, gap, 0)
 	}
 	if b.ring.Len() != 1 {
@@ -116,11 +116,11 @@ func TestBucketNoticesGaps(t *testing.T) {
 	}
 
 	b = testBucket(32, 1<<20)
-	v, err = b.accept(testPacket(7, 1, testData("b")))
+	v, err = b.accept(testPacket(7, 1, testData("b")), nil)
 	wantVerdict(t, "packet 1 first", v, err, gap, 0)
-	v, err = b.accept(testPacket(8, 0, testData("a")))
+	v, err = b.accept(testPacket(8, 0, testData("a")), nil)
 	wantVerdict(t, "another sender's", v, err, foreign, 0)
-	v, err = b.accept(testPacket(7, 0, testData("a")))
+	v, err = b.accept(testPacket(7, 0, testData("a")), nil)
 	wantVerdict(t, "the missing one", v, err, accepted, 0)
 }
 
@@ -152,25 +152,25 @@ func TestBucketSequenceWraps(t *testing.T) {
 		for i := range uint32(100) {
 			seq := start + i
 			p := testPacket(7, seq, testData("x"))
-			v, err := b.accept(p)
+			v, err := b.accept(p, nil)
 			wantVerdict(t, fmt.Sprintf("packet %d", seq), v, err, accepted, 0)
-			v, err = b.accept(testPacket(7, seq, testData("x")))
+			v, err = b.accept(testPacket(7, seq, testData("x")), nil)
 			wantVerdict(t, fmt.Sprintf("packet %d again", seq), v, err, duplicate, 0)
 			if i > 0 {
-				v, err = b.accept(testPacket(7, start, testData("x")))
+				v, err = b.accept(testPacket(7, start, testData("x")), nil)
 				wantVerdict(t, fmt.Sprintf("packet %d after %d", start, seq), v, err, duplicate, 0)
-				v, err = b.accept(testPacket(7, seq+2, testData("x")))
+				v, err = b.accept(testPacket(7, seq+2, testData("x")), nil)
 				wantVerdict(t, fmt.Sprintf("packet %d after %d", seq+2, seq), v, err, gap, 0)
 			}
 			if i%32 < 20 { // the reader is behind by up to 20 packets, then catches up
 				continue
 			}
 			for {
-				data, ok := b.ring.Pop()
+				packet, ok := b.ring.Pop()
 				if !ok {
 					break
 				}
-				b.consume(len(data), false, defaultWindow, grow)
+				b.consume(len(packet.data), false, defaultWindow, grow)
 			}
 		}
 		if left := int32(b.grantedPackets.Load() - b.consumed.packets); left <= 24 || left > 32 {
@@ -183,10 +183,10 @@ func TestBucketRefusesOverrun(t *testing.T) {
 	t.Run("packets", func(t *testing.T) {
 		b := testBucket(4, 1<<20)
 		for seq := range uint32(4) {
-			v, err := b.accept(testPacket(7, seq, testData("x")))
+			v, err := b.accept(testPacket(7, seq, testData("x")), nil)
 			wantVerdict(t, "within the credit", v, err, accepted, 0)
 		}
-		v, err := b.accept(testPacket(7, 4, testData("x")))
+		v, err := b.accept(testPacket(7, 4, testData("x")), nil)
 		wantVerdict(t, "beyond", v, err, violation, CloseProtocolError)
 		if b.ring.Len() != 4 {
 			t.Errorf("%d packets queued, 4 were granted", b.ring.Len())
@@ -195,17 +195,17 @@ func TestBucketRefusesOverrun(t *testing.T) {
 	t.Run("bytes", func(t *testing.T) {
 		// The byte limit says when the last packet may be opened, not where it ends.
 		b := testBucket(32, 100)
-		v, err := b.accept(testPacket(7, 0, testData(strings.Repeat("x", 75)))) // 99 bytes
+		v, err := b.accept(testPacket(7, 0, testData(strings.Repeat("x", 75))), nil) // 99 bytes
 		wantVerdict(t, "99 of 100 bytes", v, err, accepted, 0)
-		v, err = b.accept(testPacket(7, 1, testData(strings.Repeat("x", 1000))))
+		v, err = b.accept(testPacket(7, 1, testData(strings.Repeat("x", 1000))), nil)
 		wantVerdict(t, "the packet that passes the limit", v, err, accepted, 0)
-		v, err = b.accept(testPacket(7, 2, testData("")))
+		v, err = b.accept(testPacket(7, 2, testData("")), nil)
 		wantVerdict(t, "beyond", v, err, violation, CloseProtocolError)
 
 		b = testBucket(32, 100)
-		v, err = b.accept(testPacket(7, 0, testData(strings.Repeat("x", 76))))
+		v, err = b.accept(testPacket(7, 0, testData(strings.Repeat("x", 76))), nil)
 		wantVerdict(t, "100 of 100 bytes", v, err, accepted, 0)
-		v, err = b.accept(testPacket(7, 1, testData("")))
+		v, err = b.accept(testPacket(7, 1, testData("")), nil)
 		wantVerdict(t, "at the limit", v, err, violation, CloseProtocolError)
 	})
 }
@@ -217,7 +217,7 @@ func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 	fill := func(packets uint32, bytes uint64) *bucket {
 		b := testBucket(packets, bytes)
 		for seq := range min(packets, 2) {
-			if v, err := b.accept(testPacket(7, seq, testData(strings.Repeat("x", 100)))); v != accepted {
+			if v, err := b.accept(testPacket(7, seq, testData(strings.Repeat("x", 100))), nil); v != accepted {
 				t.Fatal(v, err)
 			}
 		}
@@ -230,29 +230,29 @@ func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 	}{{"packets", 2, 1 << 20}, {"bytes", 32, 150}, {"both", 2, 200}} {
 		t.Run(limit.name, func(t *testing.T) {
 			b := fill(limit.packets, limit.bytes)
-			v, err := b.accept(testPacket(7, 2, testData("x"), closing))
+			v, err := b.accept(testPacket(7, 2, testData("x"), closing), nil)
 			wantVerdict(t, "a record and CLOSE", v, err, violation, CloseProtocolError)
 
 			b = fill(limit.packets, limit.bytes)
-			v, err = b.accept(testPacket(7, 2, closing, testData("x")))
+			v, err = b.accept(testPacket(7, 2, closing, testData("x")), nil)
 			wantVerdict(t, "CLOSE and a record behind it", v, err, violation, CloseProtocolError)
 
 			b = fill(limit.packets, limit.bytes)
 			bad := closing
 			bad.Code = 999
-			v, err = b.accept(testPacket(7, 2, bad))
+			v, err = b.accept(testPacket(7, 2, bad), nil)
 			wantVerdict(t, "a CLOSE that is none", v, err, violation, CloseProtocolError)
 
 			b = fill(limit.packets, limit.bytes)
-			v, err = b.accept(testPacket(7, 2, closing)[:PacketHeaderSize+FrameHeaderSize+1])
+			v, err = b.accept(testPacket(7, 2, closing)[:PacketHeaderSize+FrameHeaderSize+1], nil)
 			wantVerdict(t, "a packet cut short", v, err, malformed, 0)
 
 			b = fill(limit.packets, limit.bytes)
-			v, err = b.accept(testPacket(7, 2, closing))
+			v, err = b.accept(testPacket(7, 2, closing), nil)
 			wantVerdict(t, "CLOSE", v, err, accepted, 0)
-			v, err = b.accept(testPacket(7, 2, closing))
+			v, err = b.accept(testPacket(7, 2, closing), nil)
 			wantVerdict(t, "the same CLOSE again", v, err, duplicate, 0)
-			v, err = b.accept(testPacket(7, 3, closing))
+			v, err = b.accept(testPacket(7, 3, closing), nil)
 			wantVerdict(t, "a second CLOSE", v, err, violation, CloseProtocolError)
 			if b.ring.Len() != 3 {
 				t.Errorf("%d packets queued, want 3", b.ring.Len())
@@ -261,7 +261,7 @@ func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 	}
 	t.Run("alone", func(t *testing.T) { // no credit at all was granted
 		b := testBucket(0, 0)
-		v, err := b.accept(testPacket(7, 0, closing))
+		v, err := b.accept(testPacket(7, 0, closing), nil)
 		wantVerdict(t, "CLOSE", v, err, accepted, 0)
 	})
 }
@@ -270,11 +270,11 @@ func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 func TestBucketRingHoldsWindow(t *testing.T) {
 	b := testBucket(maxPackets, 1<<30)
 	for seq := range uint32(maxPackets) {
-		if v, err := b.accept(testPacket(7, seq, testData("x"))); v != accepted {
+		if v, err := b.accept(testPacket(7, seq, testData("x")), nil); v != accepted {
 			t.Fatal(seq, v, err)
 		}
 	}
-	if v, err := b.accept(testPacket(7, maxPackets, Frame{Type: FrameClose, Code: 1000})); v != accepted {
+	if v, err := b.accept(testPacket(7, maxPackets, Frame{Type: FrameClose, Code: 1000}), nil); v != accepted {
 		t.Fatal(v, err)
 	}
 	if b.ring.Len() != maxPackets+1 {
@@ -289,7 +289,7 @@ func TestBucketPassesControlPackets(t *testing.T) {
 	wantVerdict(t, "the first packet", v, err, accepted, 0)
 	v, err = b.acceptControl(testPacketFlags(0, 8, 0, ping), 0)
 	wantVerdict(t, "another sender", v, err, foreign, 0)
-	v, err = b.accept(testPacket(8, 0, testData("x")))
+	v, err = b.accept(testPacket(8, 0, testData("x")), nil)
 	wantVerdict(t, "another sender's data", v, err, foreign, 0)
 	v, err = b.acceptControl(testPacketFlags(0, 7, 0, ping)[:5], 0)
 	wantVerdict(t, "half a header", v, err, malformed, 0)
@@ -302,7 +302,7 @@ func TestBucketPassesControlPackets(t *testing.T) {
 	wantVerdict(t, "the largest control packet", v, err, accepted, 0)
 	v, err = b.acceptControl(large(maxControlPacket+1), 0)
 	wantVerdict(t, "a larger one", v, err, malformed, 0)
-	v, err = b.accept(testPacket(7, 0, testData("a")))
+	v, err = b.accept(testPacket(7, 0, testData("a")), nil)
 	wantVerdict(t, "data after control", v, err, accepted, 0)
 	v, err = b.acceptJSON([]byte(`{"type":1}`), 1000)
 	wantVerdict(t, "JSON after control", v, err, foreign, 0)
@@ -319,16 +319,16 @@ func TestBucketTakesFallbackMessages(t *testing.T) {
 		v, err := b.acceptJSON(ten, limit)
 		wantVerdict(t, fmt.Sprint("message ", i), v, err, accepted, 0)
 	}
-	v, err := b.accept(testPacket(7, 0, testData("x")))
+	v, err := b.accept(testPacket(7, 0, testData("x")), nil)
 	wantVerdict(t, "a packet", v, err, foreign, 0)
 	v, err = b.acceptControl(testPacketFlags(0, 7, 0, Frame{Type: FrameReset, Code: 4000}), 0)
 	wantVerdict(t, "a control packet", v, err, foreign, 0)
-	v, err = b.accept([]byte{PacketMagic, 0x11})
+	v, err = b.accept([]byte{PacketMagic, 0x11}, nil)
 	wantVerdict(t, "half a packet header", v, err, malformed, 0)
 
 	for range 3 {
-		data, _ := b.ring.Pop()
-		if b.consume(len(data), false, defaultWindow, nil) {
+		packet, _ := b.ring.Pop()
+		if b.consume(len(packet.data), false, defaultWindow, nil) {
 			t.Error("a fallback peer is to be granted credit")
 		}
 	}
@@ -475,7 +475,7 @@ func TestBucketCreditNeverStarvesNorOverruns(t *testing.T) {
 						p[1] |= byte(PacketAck)
 					}
 					sent += uint64(len(p))
-					if v, err := b.accept(p); v != accepted {
+					if v, err := b.accept(p, nil); v != accepted {
 						t.Fatalf("seed %d: packet %d within %+v: verdict %d, %v", seed, seq-1, known, v, err)
 					}
 					if b.ring.Pushed() != seq {
@@ -484,14 +484,14 @@ func TestBucketCreditNeverStarvesNorOverruns(t *testing.T) {
 				}
 			case 2:
 				for range r.IntN(100) {
-					data, ok := b.ring.Pop()
+					packet, ok := b.ring.Pop()
 					if !ok {
 						b.ranDry = true
 						break
 					}
 					read++
 					before := b.granted
-					b.consume(len(data), data[1]&byte(PacketAck) != 0, 1<<20, grow)
+					b.consume(len(packet.data), packet.data[1]&byte(PacketAck) != 0, 1<<20, grow)
 					if int32(b.granted.packets-before.packets) < 0 || b.granted.bytes < before.bytes {
 						t.Fatalf("seed %d: the grant went back from %v to %v", seed, before, b.granted)
 					}
@@ -758,7 +758,7 @@ func TestControlFloodTakesItsShare(t *testing.T) {
 		before := m.server.Stats().DroppedControl
 		ping := hostile.controlPacket(Frame{Type: FramePing})
 		for range flood {
-			m.server.ep.receive(&nats.Msg{Subject: subject(hostile), Data: ping})
+			m.server.ep.receive(&nats.Msg{Subject: subject(hostile), Data: ping}, nil)
 		}
 		if n := m.server.ep.outbox.inbound.Len(); n > maxControls {
 			t.Errorf("%d control words of one stream wait, want at most %d", n, maxControls)
@@ -766,7 +766,7 @@ func TestControlFloodTakesItsShare(t *testing.T) {
 		if n := m.server.Stats().DroppedControl - before; n != flood-maxControls {
 			t.Errorf("%d control packets were counted as dropped of %d", n, flood)
 		}
-		m.server.ep.receive(&nats.Msg{Subject: subject(honest), Reply: honest.session.reply, Data: honest.controlPacket(Frame{Type: FramePing})})
+		m.server.ep.receive(&nats.Msg{Subject: subject(honest), Reply: honest.session.reply, Data: honest.controlPacket(Frame{Type: FramePing})}, nil)
 		if n := m.server.Stats().DroppedControl - before; n != flood-maxControls {
 			t.Errorf("a control packet of another stream was dropped")
 		}
@@ -787,7 +787,7 @@ func TestControlFloodTakesItsShare(t *testing.T) {
 		}
 		// There is room again.
 		dropped := m.server.Stats().DroppedControl
-		m.server.ep.receive(&nats.Msg{Subject: subject(hostile), Data: ping})
+		m.server.ep.receive(&nats.Msg{Subject: subject(hostile), Data: ping}, nil)
 		synctest.Wait()
 		if m.server.Stats().DroppedControl != dropped {
 			t.Error("there is no room again")
@@ -878,7 +878,7 @@ func TestFloodsAreAnsweredOnce(t *testing.T) {
 				subject := s.session.out.peer
 				m.sentBack.take()
 				for i := range c.n {
-					m.server.ep.receive(&nats.Msg{Subject: subject, Data: s.controlPacket(c.frame(i))})
+					m.server.ep.receive(&nats.Msg{Subject: subject, Data: s.controlPacket(c.frame(i))}, nil)
 					synctest.Wait()
 				}
 				if all, _ := m.sentBack.take(); all < c.least || all > c.most {
@@ -918,7 +918,7 @@ func TestControlTakesTurnsWithStreams(t *testing.T) {
 		gap := Frame{Type: FrameCredit, Flags: FlagGap, Payload: AppendCredit(nil, Credit{Packets: 32, Bytes: initialWindow})}
 		for range maxControls {
 			for _, s := range floods {
-				m.server.ep.receive(&nats.Msg{Subject: s.session.out.peer, Data: s.controlPacket(gap, Frame{Type: FramePing})})
+				m.server.ep.receive(&nats.Msg{Subject: s.session.out.peer, Data: s.controlPacket(gap, Frame{Type: FramePing})}, nil)
 			}
 		}
 		waiting := o.inbound.Len()

@@ -85,7 +85,7 @@ func (ep *endpoint) receiveReassembled(s *session, m *nats.Msg, whole []byte) {
 		ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "what came in fragments is not packet %d", s.bucket.expect))
 		return
 	}
-	ep.receive(&nats.Msg{Subject: m.Subject, Data: whole})
+	ep.receive(&nats.Msg{Subject: m.Subject, Data: whole}, nil)
 	s.mark(workCredit) // the sender waits for that
 }
 

@@ -360,7 +360,7 @@ func (m *memoryPair) silent(t *testing.T, subject string, n int) (streams []*Str
 	synctest.Wait()
 	m.bus.SetFilter(func(from, _ *fake.Conn, _ *nats.Msg) bool { return from == m.back })
 	return streams, func(s *Stream, f Frame) {
-		m.server.ep.receive(&nats.Msg{Subject: s.session.out.peer, Data: s.controlPacket(f)})
+		m.server.ep.receive(&nats.Msg{Subject: s.session.out.peer, Data: s.controlPacket(f)}, nil)
 		synctest.Wait()
 	}
 }

@@ -36,7 +36,7 @@ type inbox struct {
 
 	probing     sync.Mutex // held while the inbox, or free room on the connection, is probed
 	subscribing sync.Mutex // held during calls to NATS
-	unsubscribe func()
+	subscribed  atomic.Pointer[natsconn.Inbox]
 	closed      bool
 
 	mu      sync.Mutex // guards changes of refused, and the fields below
@@ -68,15 +68,14 @@ func (b *inbox) subscribe() error {
 	if b.closed {
 		return ErrClosed
 	}
-	if b.unsubscribe != nil {
-		b.unsubscribe()
-		b.unsubscribe = nil
+	if old := b.subscribed.Swap(nil); old != nil {
+		old.Unsubscribe()
 	}
-	unsubscribe, err := b.ep.conn.Subscribe(b.ep.prefix+"*", "", b.ep.receive)
+	subscribed, err := b.ep.conn.SubscribeInbox(b.ep.prefix+"*", b.ep.receive)
 	if err != nil {
 		return fmt.Errorf("stream: subscribe to %s*: %w", b.ep.prefix, err)
 	}
-	b.unsubscribe = unsubscribe
+	b.subscribed.Store(&subscribed)
 	return nil
 }
 
@@ -84,8 +83,8 @@ func (b *inbox) close() {
 	b.subscribing.Lock()
 	defer b.subscribing.Unlock()
 	b.closed = true
-	if b.unsubscribe != nil {
-		b.unsubscribe()
+	if last := b.subscribed.Load(); last != nil {
+		last.Unsubscribe()
 	}
 }
 

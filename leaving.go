@@ -76,7 +76,9 @@ func (s *session) dropUnwanted() {
 		}
 		if s.recv.readLock.CompareAndSwap(old, old|gateDropping) {
 			for ok := true; ok; {
-				_, ok = s.bucket.ring.Pop()
+				var unread arrival
+				unread, ok = s.bucket.ring.Pop()
+				unread.lent.Release()
 			}
 			if x := s.extras.Load(); x != nil {
 				s.dropPartial(x)

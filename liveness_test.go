@@ -328,7 +328,7 @@ func TestEndIsKeptWhileItArrives(t *testing.T) {
 				t.Fatalf("given up after packet %d was acknowledged: %v", ack, s.end.Load().err)
 			}
 			credit := Credit{Ack: ack, Packets: 32, Bytes: 1 << 30}
-			ep.receive(&nats.Msg{Subject: s.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FrameCredit, Payload: AppendCredit(nil, credit)})})
+			ep.receive(&nats.Msg{Subject: s.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FrameCredit, Payload: AppendCredit(nil, credit)})}, nil)
 			time.Sleep(defaultResumeTimeout * 4 / 5)
 			synctest.Wait()
 		}

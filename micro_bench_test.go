@@ -137,7 +137,7 @@ func BenchmarkMux(b *testing.B) {
 					}
 					start := time.Now()
 					for i := range msgs {
-						ep.receive(&msgs[i])
+						ep.receive(&msgs[i], nil)
 					}
 					took += time.Since(start)
 					for i := range msgs {
@@ -191,7 +191,7 @@ func BenchmarkRecv(b *testing.B) {
 				for n > 0 {
 					setPacketSeq(packet, seq)
 					seq++
-					ep.receive(m)
+					ep.receive(m, nil)
 					k := min(n, records)
 					for range k {
 						rec, err := s.Recv()

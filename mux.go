@@ -2,26 +2,39 @@ package stream
 
 import (
 	"bytes"
+	"strings"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/slab"
 )
 
-// This file is the mux, the callback of the wildcard subscription. It runs in the subscription's goroutine. It touches atomics,
-// the fields of session.bucket that it owns, and the inbound ring of the outbox.
+// This file is the mux, the callback of the wildcard subscription. It runs in the subscription's goroutine, or in that which reads a
+// fast connection. It touches atomics, the fields of session.bucket that it owns, and the inbound ring of the outbox.
 
 // receive is the mux: NATS calls it for one message after the other. It finds the session and passes the packet to it.
 // For a packet in order it decodes no frame and allocates nothing. It never takes a lock, blocks or publishes, because
 // a message of one stream must not delay the others.
-func (ep *endpoint) receive(m *nats.Msg) {
+//
+// The data may be lent. Then it is either in the bucket when receive returns, or given back. The subject is valid until then.
+func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
+	var end *ending
+	if ok {
+		end = s.end.Load()
+	}
+	if lent != nil && (!ok || end != nil || !s.mayTake(m)) {
+		m.Data = bytes.Clone(m.Data)
+		lent.Release()
+		lent = nil
+	}
 	if !ok {
 		ep.receiveUnknown(nil, m)
 		return
 	}
-	if end := s.end.Load(); end != nil { // the outbox is about to remove the session from the map
+	if end != nil { // the outbox is about to remove the session from the map
 		if m.Reply != "" && s.closeRead(end) {
 			s.mark(workCredit) // repeats the acknowledgement of CLOSE, or the RESET
 			return
@@ -40,6 +53,7 @@ func (ep *endpoint) receive(m *nats.Msg) {
 	if m.Reply != "" && s.role == lifecycle.Consumer && s.bucket.impostor(data, m.Reply) {
 		ep.answerUnknown(nil, m)
 		ep.refuse(s, m, violation, protocolError(CloseProtocolError, "two producers answer with one sender number; open the stream again"))
+		lent.Release()
 		return
 	}
 	if len(data) >= 2 && data[1]&byte(PacketSeq) == 0 {
@@ -51,9 +65,10 @@ func (ep *endpoint) receive(m *nats.Msg) {
 		return
 	}
 	asked := len(data) >= 2 && data[1]&byte(PacketAck|PacketMark) != 0 // an accepted packet belongs to the reader
-	v, err := s.bucket.accept(data)
+	v, err := s.bucket.accept(data, lent)
 	if v != accepted {
 		ep.refuse(s, m, v, err)
+		lent.Release()
 		return
 	}
 	ep.counters.received(len(data))
@@ -65,6 +80,12 @@ func (ep *endpoint) receive(m *nats.Msg) {
 	}
 }
 
+// mayTake reports whether the bucket of s takes m if it is the next packet. All other data is copied out of lent memory: control
+// packets wait for the outbox, and messages of the fallback are decoded in place.
+func (s *session) mayTake(m *nats.Msg) bool {
+	return s.role != lifecycle.Writer && len(m.Data) >= PacketHeaderSize && m.Data[0] == PacketMagic && m.Data[1]&byte(PacketSeq) != 0 && len(m.Header) == 0
+}
+
 // receiveUnknown handles a message for an unknown token, or for session s, which has ended. If the message has a reply subject,
 // the sender gets a RESET: a consumer that left before the first packet came could not send one. docs/PROTOCOL.md section 9.3.
 func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
@@ -74,7 +95,7 @@ func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
 	}
 	ep.counters.unknown.Add(1)
 	if len(m.Data) == 0 && m.Header.Get("Status") == "503" { // nobody received the request of a stream that has ended
-		ep.outbox.deliver(control{session: s, token: m.Subject[len(ep.prefix):], absent: true})
+		ep.outbox.deliver(control{session: s, token: strings.Clone(m.Subject[len(ep.prefix):]), absent: true})
 		return
 	}
 	ep.answerUnknown(s, m)
@@ -87,7 +108,7 @@ func (ep *endpoint) answerUnknown(s *session, m *nats.Msg) {
 		return
 	}
 	if h, _, err := ParsePacketHeader(m.Data); err == nil {
-		ep.outbox.deliver(control{session: s, reply: m.Reply, token: m.Subject[len(ep.prefix):], sender: h.Sender})
+		ep.outbox.deliver(control{session: s, reply: m.Reply, token: strings.Clone(m.Subject[len(ep.prefix):]), sender: h.Sender})
 	}
 }
 
@@ -95,7 +116,7 @@ func (ep *endpoint) answerUnknown(s *session, m *nats.Msg) {
 // Records end the stream, because nobody would read them.
 func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
 	if _, body, err := ParsePacketHeader(m.Data); err == nil && onlyClose(body) {
-		if v, err := s.bucket.accept(m.Data); v != accepted {
+		if v, err := s.bucket.accept(m.Data, nil); v != accepted {
 			ep.refuse(s, m, v, err)
 		} else {
 			s.mark(workCredit)

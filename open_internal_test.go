@@ -16,7 +16,9 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
+	"github.com/natsstream/stream/internal/slab"
 )
 
 // The decision about a message at a handler, by everything that it depends on.
@@ -787,6 +789,11 @@ func (c *limitedConn) Subscribe(subject, queue string, f nats.MsgHandler) (func(
 	c.now.Add(1)
 	end, err := c.Conn.Subscribe(subject, queue, f)
 	return sync.OnceFunc(func() { end(); c.now.Add(-1) }), err
+}
+
+func (c *limitedConn) SubscribeInbox(subject string, f func(*nats.Msg, *slab.Slab)) (natsconn.Inbox, error) {
+	end, err := c.Subscribe(subject, "", func(m *nats.Msg) { f(m, nil) })
+	return natsconn.Inbox{Unsubscribe: end, Fast: func() bool { return false }}, err
 }
 
 func limitedServer(t *testing.T, limit int64, subjects int) (*Server, *limitedConn, []*Registration) {

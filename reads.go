@@ -12,18 +12,18 @@ import (
 // This file has the reads of Stream and Request. The reader runs them.
 //
 // A read either lends its record until the next read, or gives it to the user for ever. Next, Read, WriteTo and RecvObject lend it,
-// and Recv and All give it. What was only lent may be used again.
+// and Recv and All give it. Memory that was only lent may be used again.
 
 // recvRecord is Recv of Stream and Request if keep is set, and Next otherwise.
 func (s *session) recvRecord(keep bool) ([]byte, error) {
 	// This fast path takes a record at hand from the current packet. nextRecord handles all cases.
-	if !s.recv.busy && !poison.Enabled && len(s.recv.left) == 0 && s.recv.readLock.Load() == 0 && s.end.Load() == nil && s.recv.parent.Err() == nil {
+	if !s.recv.busy && !poison.Enabled && (s.recv.lent == nil || !keep) && len(s.recv.left) == 0 && s.recv.readLock.Load() == 0 && s.end.Load() == nil && s.recv.parent.Err() == nil {
 		s.recv.busy = true
 		if b := s.recv.data[s.recv.off:]; len(b) >= FrameHeaderSize && s.recv.off != 0 {
 			h := frameHeader(b)
 			n, rest := payloadLen(h), b[FrameHeaderSize:]
 			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.recv.maxRecord {
-				s.recv.off += FrameHeaderSize + int(n)
+				s.recv.off += FrameHeaderSize + uint32(n)
 				s.count(int(n))
 				s.recv.busy = false
 				return rest[:n:n], nil
@@ -74,7 +74,7 @@ func (s *session) read(p []byte) (int, error) {
 		return 0, err
 	}
 	for len(s.recv.left) == 0 {
-		rec, _, err := s.nextGated()
+		rec, _, err := s.nextGated(false)
 		if err != nil {
 			return 0, err
 		}
@@ -137,17 +137,14 @@ func (s *session) nextRecord(keep bool) ([]byte, FrameFlags, error) {
 	if err := s.refusedNow(); err != nil {
 		return nil, 0, err
 	}
-	rec, flags := s.recv.left, FlagRaw // the rest of a record that Read began
-	s.recv.left = nil
-	if len(rec) == 0 {
-		var err error
-		if rec, flags, err = s.nextGated(); err != nil {
-			return nil, 0, err
-		}
-		s.count(len(rec))
+	if rest := s.recv.left; len(rest) != 0 { // of a record that Read began, and counted
+		s.recv.left = nil
+		return s.ownPart(rest, keep), FlagRaw, nil
 	}
-	if poison.Enabled && keep {
-		s.recv.kept = true
+	rec, flags, err := s.nextGated(keep)
+	if err != nil {
+		return nil, 0, err
 	}
+	s.count(len(rec))
 	return rec, flags, nil
 }

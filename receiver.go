@@ -10,6 +10,7 @@ import (
 
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/poison"
+	"github.com/natsstream/stream/internal/slab"
 )
 
 // receiver is the receive half of a session as its user sees it: the position of the user in the stream. The bucket
@@ -29,7 +30,8 @@ type receiver struct {
 	// concurrent writes. Exact detection costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more
 	// than the rest of Recv. Race builds pay for it. When the user leaves, gateLeft is set: reads return ErrClosed
 	// from then on. gateDropping is set while packets that nobody reads are dropped. gateLate and gateAhead keep reads off the
-	// fast path: the read deadline has passed, or Ready has read a record ahead.
+	// fast path: the read deadline has passed, or Ready has read a record ahead. gatePeeking is set while Ready reads, and waits for
+	// nothing.
 	readLock atomic.Uint32
 
 	published atomic.Uint32 // of records, modulo 2^32: see publishCount
@@ -38,15 +40,15 @@ type receiver struct {
 
 	// Owned by the reader.
 	busy      bool
-	peeking   bool   // Ready reads, and waits for nothing
-	ackWanted bool   // the sender of the current packet asked for credit
-	kept      bool   // the current packet may be referred to when it was read; used by builds that overwrite memory
-	data      []byte // the current packet
-	off       int    // offset of its next frame; 0 in a message of the fallback that was not read yet
-	left      []byte // the rest of a record that Read has read in part
-	done      error  // the result of every further read
-	records   tally  // that reads returned
-	bytes     tally  // of these records
+	ackWanted bool       // the sender of the current packet asked for credit
+	kept      bool       // the current packet may be referred to when it was read; used by builds that overwrite memory
+	off       uint32     // offset of the next frame in data; 0 in a message of the fallback that was not read yet
+	data      []byte     // the current packet
+	lent      *slab.Slab // that data lies in, or nil
+	left      []byte     // the rest of a record that Read has read in part
+	done      error      // the result of every further read
+	records   tally      // that reads returned
+	bytes     tally      // of these records
 }
 
 // Bits of receiver.readLock.
@@ -56,11 +58,14 @@ const (
 	gateDropping
 	gateLate
 	gateAhead
+	gatePeeking
 )
 
-func (s *session) nextGated() ([]byte, FrameFlags, error) {
+// nextGated returns the next record for a read that has the lock. keep says that the user may keep the record.
+func (s *session) nextGated(keep bool) ([]byte, FrameFlags, error) {
 	if x := s.extras.Load(); x != nil && (x.partial.Load() != nil || s.recv.readLock.Load()&gateAhead != 0) {
-		return s.nextKept(x)
+		rec, flags, err := s.nextKept(x)
+		return s.ownPart(rec, keep), flags, err
 	}
 	f, err := s.nextData(false)
 	switch {
@@ -71,7 +76,33 @@ func (s *session) nextGated() ([]byte, FrameFlags, error) {
 	case f.Flags&FlagMore != 0:
 		return s.assemble(partial{flags: f.Flags & FlagCodecMask, assembly: assembly{rest: f.Payload}})
 	}
+	if keep {
+		return s.own(f.Payload), f.Flags & FlagCodecMask, nil
+	}
 	return f.Payload, f.Flags & FlagCodecMask, nil
+}
+
+// own returns a record that was just taken from the current packet, in memory that the user may keep. If the packet is lent, all of it
+// gets such memory at once, because it probably has more records.
+func (s *session) own(record []byte) []byte {
+	r := &s.recv
+	if r.lent == nil {
+		r.kept = true
+		return record
+	}
+	r.data = bytes.Clone(r.data)
+	r.lent.Release()
+	r.lent, r.kept = nil, true
+	return r.data[int(r.off)-len(record) : r.off : r.off]
+}
+
+// ownPart does the same for a record that an earlier read left, which may be in the current packet or not.
+func (s *session) ownPart(record []byte, keep bool) []byte {
+	if keep && s.recv.lent != nil {
+		return bytes.Clone(record)
+	}
+	s.recv.kept = s.recv.kept || keep
+	return record
 }
 
 func (s *session) tooBig() error {
@@ -85,11 +116,11 @@ func (s *session) nextData(within bool) (Frame, error) {
 		if err := s.endedNow(); err != nil {
 			return Frame{}, err
 		}
-		if s.recv.off == len(s.recv.data) {
+		if int(s.recv.off) == len(s.recv.data) {
 			if err := s.nextPacket(); err != nil {
 				return Frame{}, err
 			}
-			if s.recv.off == len(s.recv.data) { // a packet without a frame
+			if int(s.recv.off) == len(s.recv.data) { // a packet without a frame
 				return Frame{}, s.fail(protocolError(CloseProtocolError, "sequenced packet without a frame"))
 			}
 			continue
@@ -102,7 +133,7 @@ func (s *session) nextData(within bool) (Frame, error) {
 			return Frame{}, s.fail(protocolError(CloseUnsupportedData, "%v", err))
 		}
 		first := s.recv.off == PacketHeaderSize && s.bucket.consumed.packets == 0
-		s.recv.off = len(s.recv.data) - len(rest)
+		s.recv.off = uint32(len(s.recv.data) - len(rest))
 		switch {
 		case s.hasTrailer() && f.Type != FrameClose && !f.Type.Skippable():
 			return Frame{}, s.fail(protocolError(CloseProtocolError, "%v between the trailers and CLOSE", f.Type))
@@ -188,7 +219,7 @@ func (s *session) readHeader() (nats.Header, error) {
 	if s.recv.off == PacketHeaderSize {
 		f, rest, err := ParseFrame(s.recv.data[s.recv.off:])
 		if err == nil && f.Type == FrameMeta && f.Flags&FlagTrailer == 0 { // reads check all other frames
-			s.recv.off = len(s.recv.data) - len(rest)
+			s.recv.off = uint32(len(s.recv.data) - len(rest))
 			if err := s.takeMeta(f, true); err != nil {
 				return nil, err
 			}
@@ -229,7 +260,7 @@ func (s *session) refusedNow() error {
 }
 
 // mayNotWait reports whether the read under way returns errReadDeadline if it had to wait.
-func (s *session) mayNotWait() bool { return s.recv.peeking || s.recv.readLock.Load()&gateLate != 0 }
+func (s *session) mayNotWait() bool { return s.recv.readLock.Load()&(gateLate|gatePeeking) != 0 }
 
 // endedNow returns the error of this and every further read if reads have ended, and nil otherwise.
 func (s *session) endedNow() error {
@@ -263,23 +294,20 @@ func (s *session) nextPacket() error {
 			s.publishCount()
 			s.mark(workCredit)
 		}
-		if poison.Enabled && !s.recv.kept {
-			poison.Fill(s.recv.data)
-		}
-		s.recv.data, s.recv.off, s.recv.kept = nil, 0, false
+		s.dropPacket()
 	}
 	for {
 		// end is loaded before Pop. Packets that arrived before the end were pushed before it was set. So if end is set
 		// and the ring is empty, all of them were read.
 		end := s.end.Load()
-		if data, ok := b.ring.Pop(); ok {
+		if a, ok := b.ring.Pop(); ok {
 			if now := s.ep.clock.Load(); s.lastPop.Load() != now {
 				s.lastPop.Store(now)
 			}
-			s.recv.data = data
+			s.recv.data, s.recv.lent = a.data, a.lent
 			if b.form.Load() == formPackets {
 				s.recv.off = PacketHeaderSize
-				s.recv.ackWanted = data[1]&byte(PacketAck) != 0
+				s.recv.ackWanted = a.data[1]&byte(PacketAck) != 0
 			}
 			return nil
 		}
@@ -309,10 +337,20 @@ func (s *session) nextPacket() error {
 	}
 }
 
+// dropPacket gives the current packet back. Nobody refers to it, except the user to records of Recv, which are in memory of their own
+// then, and an assembly, which holds it.
+func (s *session) dropPacket() {
+	if poison.Enabled && !s.recv.kept {
+		poison.Fill(s.recv.data)
+	}
+	s.recv.lent.Release()
+	s.recv.data, s.recv.lent, s.recv.off, s.recv.kept = nil, nil, 0, false
+}
+
 // nextMessage takes the current message of a peer that speaks the original protocol.
 func (s *session) nextMessage() (Frame, error) {
 	data := s.recv.data
-	s.recv.off = len(data)
+	s.recv.off = uint32(len(data))
 	rec, end, broken := parseJSON(data)
 	switch {
 	case broken != nil:
@@ -359,8 +397,8 @@ func (s *session) endReads(e *ending) error {
 }
 
 func (s *session) dropUnread(err error) {
-	s.recv.done = err
-	s.recv.data, s.recv.off, s.recv.left = nil, 0, nil
+	s.recv.done, s.recv.left = err, nil
+	s.dropPacket()
 	s.publishCount()
 	if x := s.extras.Load(); x != nil {
 		s.dropPartial(x)

@@ -328,7 +328,7 @@ func TestNothingWrittenNeedsNoAcknowledgement(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ep.receive(&nats.Msg{Subject: s.session.reply, Reply: "peer", Data: creditFrom(8, 9, 0)})
+		ep.receive(&nats.Msg{Subject: s.session.reply, Reply: "peer", Data: creditFrom(8, 9, 0)}, nil)
 		_, err = s.Recv()
 		if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != CloseProtocolError {
 			t.Errorf("got %v, want %d", err, CloseProtocolError)
@@ -351,7 +351,7 @@ func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		ep.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, 0, FlagGap)})
+		ep.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, 0, FlagGap)}, nil)
 		synctest.Wait()
 		if limit, again := w.sender.unacked.loss.Limit(), w.sender.unacked.Cursor(); limit != 50 || again != 50 {
 			t.Errorf("limit %d, %d sent again after a loss of 100 packets, want 50 of each", limit, again)

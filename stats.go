@@ -11,6 +11,7 @@ type Stats struct {
 	Streams  int   `json:"streams"`  // streams and writers that the peer can reach now
 	Reserved int64 `json:"reserved"` // bytes of all windows granted now, the most that peers may send unread, and of records being assembled from pieces
 	Kept     int64 `json:"kept"`     // bytes of the buffers of packets that are written and that peers have not acknowledged
+	Fast     bool  `json:"fast"`     // packets arrive past nats.go; see package fastconn. False while the connection is down
 
 	PacketsSent uint64 `json:"packets_sent"` // packets of records and fallback messages published, each once: requests and control packets are not counted
 	BytesSent   uint64 `json:"bytes_sent"`   // their bytes
@@ -65,10 +66,12 @@ func (s *Server) Stats() Stats { return s.ep.stats() }
 
 func (ep *endpoint) stats() Stats {
 	n := &ep.counters
+	in := ep.inbox.subscribed.Load()
 	return Stats{
 		Streams:          ep.sessions.Size(),
 		Reserved:         ep.reserved.Load(),
 		Kept:             ep.kept.Load(),
+		Fast:             in != nil && in.Fast(),
 		PacketsSent:      n.packets.Load(),
 		BytesSent:        n.bytes.Load(),
 		PacketsReceived:  n.packetsReceived.load(),

@@ -211,7 +211,7 @@ func TestStatsHaveNamesInJSON(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var fields map[string]json.Number
+		var fields map[string]json.RawMessage
 		if err := json.Unmarshal(b, &fields); err != nil {
 			t.Fatal(err)
 		}

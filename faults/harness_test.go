@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/fastconn"
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
@@ -65,9 +66,16 @@ func connect(t *testing.T, url string) *nats.Conn {
 	return nc
 }
 
+// fast reports whether the suite runs over fast connections.
+func fast() bool { return os.Getenv("STREAMTEST_CONNECTIONS") == "fast" }
+
 func dial(url string, opts ...nats.Option) (*nats.Conn, error) {
-	return nats.Connect(url, append([]nats.Option{nats.DontRandomize(), nats.IgnoreDiscoveredServers(), nats.MaxReconnects(-1),
-		nats.ReconnectWait(50 * time.Millisecond), nats.ReconnectJitter(0, 0)}, opts...)...)
+	opts = append([]nats.Option{nats.DontRandomize(), nats.IgnoreDiscoveredServers(), nats.MaxReconnects(-1),
+		nats.ReconnectWait(50 * time.Millisecond), nats.ReconnectJitter(0, 0)}, opts...)
+	if fast() {
+		opts = append(opts, fastconn.Enable())
+	}
+	return nats.Connect(url, opts...)
 }
 
 // A trial is one run of a fault: a server and a client of the library, each on a connection of its own, and streams
@@ -200,6 +208,9 @@ func (x trial) one(t *testing.T) {
 		streams.Go(func() { f.run(ctx) })
 	}
 	within(patience, func() bool { return r.all(func(f *flow) bool { return f.done.Load() || f.got.Load() > 0 }) })
+	if a, b := r.cl.Stats().Fast, r.srv.Stats().Fast; a != fast() || b != fast() {
+		t.Errorf("fast connections: client %v, server %v, want %v", a, b, fast())
+	}
 	if !x.calm {
 		for range 2 {
 			calls.Go(func() { r.impatient(ctx) })

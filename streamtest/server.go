@@ -2,11 +2,14 @@ package streamtest
 
 import (
 	"fmt"
+	"os"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/fastconn"
 )
 
 // readyTimeout is how long Start waits for the server to accept connections. A start takes milliseconds; the limit is for an
@@ -74,9 +77,17 @@ func (s *Server) Dial(opts ...nats.Option) (*nats.Conn, error) {
 	return dial(s.URL(), opts)
 }
 
+// connections is the environment variable that selects the kind of connections. If it is fast, all have the option of package fastconn,
+// so that tests can run over both kinds.
+const connections = "STREAMTEST_CONNECTIONS"
+
 func dial(urls string, opts []nats.Option) (*nats.Conn, error) {
 	defaults := []nats.Option{nats.MaxReconnects(-1), nats.ReconnectWait(50 * time.Millisecond)}
-	nc, err := nats.Connect(urls, append(defaults, opts...)...)
+	opts = append(defaults, opts...)
+	if os.Getenv(connections) == "fast" {
+		opts = append(opts, fastconn.Enable())
+	}
+	nc, err := nats.Connect(urls, opts...)
 	if err != nil {
 		return nil, fmt.Errorf("streamtest: %w", err)
 	}

@@ -8,6 +8,9 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/slab"
+	"github.com/natsstream/stream/internal/tap"
 )
 
 // Conn is one NATS connection, as an endpoint uses it. All methods may be called concurrently.
@@ -20,6 +23,10 @@ type Conn interface {
 	// Subscribe calls f for one message after the other until unsubscribe has returned. unsubscribe first waits until f has
 	// all messages that the server sent, for at most UnsubscribeTimeout. queue is a queue group, or empty.
 	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
+	// SubscribeInbox is Subscribe for packets of streams. On a fast connection f gets messages out of buffers that are used again:
+	// the message and its subject are valid until f returns, and its data until lent.Release, which must be called once. If lent is
+	// nil, all of it is valid for ever. f runs in the goroutine that reads the connection, so it must not block.
+	SubscribeInbox(subject string, f func(m *nats.Msg, lent *slab.Slab)) (inbox Inbox, err error)
 	// Flush returns when the server has received all messages that were sent before, and has sent all errors about them, or
 	// after the timeout.
 	Flush(timeout time.Duration) error
@@ -34,6 +41,13 @@ type Conn interface {
 	// endpoint's own goroutines call them; calls of the user read the values that the endpoint remembers.
 	Status() nats.Status
 	MaxPayload() int64
+}
+
+// Inbox is a subscription that SubscribeInbox made. Unsubscribe is that of Subscribe. Fast reports whether its messages take the
+// fast way now.
+type Inbox struct {
+	Unsubscribe func()
+	Fast        func() bool
 }
 
 // conn is the real implementation.
@@ -95,6 +109,21 @@ func (c conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error
 		}
 		_ = sub.Unsubscribe() // fails if the connection has dropped the subscription already
 	}, nil
+}
+
+func (c conn) SubscribeInbox(subject string, f func(*nats.Msg, *slab.Slab)) (Inbox, error) {
+	d := tap.Of(c.nc)
+	if d == nil {
+		unsubscribe, err := c.Subscribe(subject, "", func(m *nats.Msg) { f(m, nil) })
+		return Inbox{unsubscribe, func() bool { return false }}, err
+	}
+	sub := d.Register(c.nc, subject, f)
+	unsubscribe, err := c.Subscribe(subject, "", sub.Deliver)
+	if err != nil {
+		sub.Close()
+		return Inbox{}, err
+	}
+	return Inbox{func() { unsubscribe(); sub.Close() }, sub.Taken}, nil
 }
 
 func (c conn) LastError() error { return c.nc.LastError() }

@@ -7,9 +7,10 @@ const Byte = 0xDB
 
 // Fill overwrites b if Enabled.
 func Fill(b []byte) {
-	if Enabled {
-		for i := range b {
-			b[i] = Byte
+	if Enabled && len(b) > 0 {
+		b[0] = Byte
+		for n := 1; n < len(b); n *= 2 {
+			copy(b[n:], b[:n])
 		}
 	}
 }

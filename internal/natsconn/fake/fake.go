@@ -15,6 +15,9 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/natsconn"
+	"github.com/natsstream/stream/internal/slab"
 )
 
 // MaxPayload is the largest payload, in bytes, that connections report for their server, unless SetMaxPayload changes it.
@@ -198,6 +201,12 @@ func (b *Bus) deliverLocked(from *Conn, sub *subscription, m *nats.Msg) {
 	sub.pending = append(sub.pending, &nats.Msg{Subject: m.Subject, Reply: m.Reply, Header: header, Data: bytes.Clone(m.Data)})
 	sub.at = append(sub.at, time.Now().Add(b.Delay))
 	sub.filled.Signal()
+}
+
+// SubscribeInbox implements natsconn.Conn as Subscribe does: there is no fast way.
+func (c *Conn) SubscribeInbox(subject string, f func(*nats.Msg, *slab.Slab)) (natsconn.Inbox, error) {
+	unsubscribe, err := c.Subscribe(subject, "", func(m *nats.Msg) { f(m, nil) })
+	return natsconn.Inbox{Unsubscribe: unsubscribe, Fast: func() bool { return false }}, err
 }
 
 // Subscribe implements natsconn.Conn. Without a bus, messages come from Deliver alone.

@@ -1,0 +1,520 @@
+package fastconn_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	mathrand "math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"go.uber.org/goleak"
+
+	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/fastconn"
+	"github.com/natsstream/stream/internal/slab"
+	"github.com/natsstream/stream/streamtest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// patience bounds each wait of a test.
+const patience = 20 * time.Second
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain until %s", what)
+		}
+	}
+}
+
+func connect(t *testing.T, url string, opts ...nats.Option) *nats.Conn {
+	t.Helper()
+	nc, err := nats.Connect(url, append([]nats.Option{nats.MaxReconnects(-1), nats.ReconnectWait(20 * time.Millisecond)}, opts...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	return nc
+}
+
+func newClient(t *testing.T, nc *nats.Conn) *stream.Client {
+	t.Helper()
+	c, err := stream.NewClient(stream.ClientParams{Conn: nc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// newServer serves subject with an echo of all records.
+func newServer(t *testing.T, nc *nats.Conn, subject string) *stream.Server {
+	t.Helper()
+	s, err := stream.NewServer(stream.ServerParams{Conn: nc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	_, err = s.Handle(subject, func(w *stream.Writer, r *stream.Request) error {
+		_, err := io.Copy(w, onlyReader{r}) // records become others
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// onlyReader hides WriteTo.
+type onlyReader struct{ io.Reader }
+
+// transfer sends size bytes through an echo and compares.
+func transfer(t *testing.T, c *stream.Client, subject string, size int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	s, err := c.Open(ctx, subject, nil)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer s.Close()
+	data := make([]byte, size)
+	r := mathrand.New(mathrand.NewPCG(uint64(size), 2))
+	for i := range data {
+		data[i] = byte(r.Uint32())
+	}
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	sending.Go(func() {
+		for rest := data; len(rest) > 0; {
+			n := min(len(rest), 1+r.IntN(50_000))
+			if _, err := s.Write(rest[:n]); err != nil {
+				t.Errorf("Write: %v", err)
+				return
+			}
+			rest = rest[n:]
+		}
+		if err := s.CloseSend(); err != nil {
+			t.Errorf("CloseSend: %v", err)
+		}
+	})
+	var got bytes.Buffer
+	if _, err := s.WriteTo(&got); err != nil || !bytes.Equal(got.Bytes(), data) {
+		t.Errorf("%s: %d bytes of %d, equal %v, %v", subject, got.Len(), size, bytes.Equal(got.Bytes(), data), err)
+	}
+}
+
+// certificate returns a certificate for 127.0.0.1 and localhost, and the pool that trusts it.
+func certificate(t *testing.T) (tls.Certificate, *x509.CertPool) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(cert)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool
+}
+
+// countingDialer is a user's dialer. It may make TLS itself.
+type countingDialer struct {
+	dials atomic.Int32
+	tls   *tls.Config
+	wrap  func(net.Conn) net.Conn
+}
+
+func (d *countingDialer) Dial(network, address string) (net.Conn, error) {
+	d.dials.Add(1)
+	conn, err := net.Dial(network, address)
+	if err != nil {
+		return nil, err
+	}
+	if d.wrap != nil {
+		conn = d.wrap(conn)
+	}
+	if d.tls != nil {
+		conn = tls.Client(conn, d.tls)
+	}
+	return conn, nil
+}
+
+func (d *countingDialer) SkipTLSHandshake() bool { return d.tls != nil }
+
+// Every kind of connection carries streams, before and after a reconnect. Stats says whether packets take the fast way.
+func TestEveryKindOfConnectionCarriesStreams(t *testing.T) {
+	cert, pool := certificate(t)
+	secure := func(o *server.Options) {
+		o.TLSConfig = &tls.Config{Certificates: []tls.Certificate{cert}}
+		o.TLSTimeout = 5
+	}
+	trust := nats.Secure(&tls.Config{RootCAs: pool})
+	for _, c := range []struct {
+		name    string
+		server  func(*server.Options)
+		opts    []nats.Option
+		late    []nats.Option // after Enable
+		url     func(s *streamtest.Server) string
+		own     *countingDialer
+		slow    bool
+		wantTLS bool
+	}{
+		{name: "plain"},
+		{name: "localhost", url: func(s *streamtest.Server) string { return strings.Replace(s.URL(), "127.0.0.1", "localhost", 1) }},
+		{name: "TLS that the user wants", server: secure, opts: []nats.Option{trust}, wantTLS: true},
+		{name: "TLS that is set later", server: secure, late: []nats.Option{trust}, wantTLS: true},
+		{name: "TLS by URL", server: secure, wantTLS: true, opts: []nats.Option{nats.RootCAs(), func(o *nats.Options) error {
+			o.RootCAsCB = func() (*x509.CertPool, error) { return pool, nil }
+			return nil
+		}}, url: func(s *streamtest.Server) string {
+			return "tls://localhost:" + s.URL()[strings.LastIndexByte(s.URL(), ':')+1:]
+		}},
+		{name: "TLS that the server wants", server: secure, wantTLS: true, opts: []nats.Option{func(o *nats.Options) error {
+			o.TLSConfig = &tls.Config{RootCAs: pool}
+			return nil
+		}}},
+		{name: "TLS first", wantTLS: true, server: func(o *server.Options) {
+			secure(o)
+			o.TLSHandshakeFirst = true
+		}, opts: []nats.Option{trust, nats.TLSHandshakeFirst()}},
+		{name: "a dialer of the user", own: new(countingDialer)},
+		{name: "a dialer of the user and TLS", own: new(countingDialer), server: secure, opts: []nats.Option{trust}, wantTLS: true},
+		{name: "a dialer of the user that makes TLS", wantTLS: true, own: &countingDialer{tls: &tls.Config{RootCAs: pool, ServerName: "localhost"}}, server: func(o *server.Options) {
+			secure(o)
+			o.TLSHandshakeFirst = true
+		}},
+		{name: "WebSocket", slow: true, server: func(o *server.Options) {
+			o.Websocket = server.WebsocketOpts{Host: "127.0.0.1", Port: -1, NoTLS: true}
+		}, url: webSocket("ws")},
+		{name: "WebSocket over TLS", slow: true, server: func(o *server.Options) {
+			o.Websocket = server.WebsocketOpts{Host: "127.0.0.1", Port: -1, TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}}}
+		}, url: webSocket("wss"), opts: []nats.Option{trust}},
+		{name: "a dialer that comes later", slow: true, late: []nats.Option{nats.SetCustomDialer(&net.Dialer{})}},
+		{name: "in the process", slow: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var opts []streamtest.Option
+			if c.server != nil {
+				opts = append(opts, streamtest.WithOptions(c.server))
+			}
+			srv := streamtest.Run(t, opts...)
+			url := srv.URL()
+			if c.url != nil {
+				url = c.url(srv)
+			}
+			all := c.opts
+			if c.own != nil {
+				all = append(all, nats.SetCustomDialer(c.own))
+			}
+			if c.name == "in the process" {
+				all = append(all, nats.InProcessServer(srv.Raw()))
+			}
+			all = append(append(all, fastconn.Enable()), c.late...)
+			a, b := connect(t, url, all...), connect(t, url, all...)
+			svc, client := newServer(t, a, "echo"), newClient(t, b)
+			transfer(t, client, "echo", 1_000_000)
+			verifyFast(t, client, svc, !c.slow)
+			dials := int32(0)
+			if c.own != nil {
+				if dials = c.own.dials.Load(); dials == 0 {
+					t.Error("the user's dialer was not called")
+				}
+			}
+			for _, nc := range []*nats.Conn{a, b} {
+				before := nc.Stats().Reconnects
+				if err := nc.ForceReconnect(); err != nil {
+					t.Fatal(err)
+				}
+				eventually(t, "the connection is back", func() bool { return nc.Stats().Reconnects > before && nc.IsConnected() })
+				if err := nc.Flush(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if c.own != nil && c.own.dials.Load() <= dials {
+				t.Error("the user's dialer was not called again")
+			}
+			transfer(t, client, "echo", 1_000_000)
+			verifyFast(t, client, svc, !c.slow)
+			if in := b.Stats().InBytes; in < 2_000_000 {
+				t.Errorf("nats.go counts %d bytes", in)
+			}
+			if c.wantTLS {
+				if n := srv.Raw().NumClients(); n < 2 {
+					t.Errorf("%d clients", n)
+				}
+				connz, err := srv.Raw().Connz(nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, info := range connz.Conns {
+					if info.TLSVersion == "" {
+						t.Error("a connection without TLS")
+					}
+				}
+			}
+		})
+	}
+}
+
+func verifyFast(t *testing.T, c *stream.Client, s *stream.Server, want bool) {
+	t.Helper()
+	if c.Stats().Fast != want || s.Stats().Fast != want {
+		t.Errorf("fast: client %v, server %v, want %v", c.Stats().Fast, s.Stats().Fast, want)
+	}
+}
+
+func webSocket(scheme string) func(*streamtest.Server) string {
+	return func(s *streamtest.Server) string {
+		u := s.Raw().WebsocketURL()
+		return scheme + u[strings.Index(u, "://"):]
+	}
+}
+
+// Errors of TLS and of the first line are those of nats.go.
+func TestErrorsOfConnectingAreThoseOfNATS(t *testing.T) {
+	cert, _ := certificate(t)
+	secure := streamtest.Run(t, streamtest.WithOptions(func(o *server.Options) {
+		o.TLSConfig = &tls.Config{Certificates: []tls.Certificate{cert}}
+	}))
+	plain := streamtest.Run(t)
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	other, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var answering sync.WaitGroup
+	defer answering.Wait()
+	defer other.Close()
+	answering.Go(func() {
+		for {
+			c, err := other.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "220 mail.example.org ready\r\n")
+			_ = c.Close()
+		}
+	})
+	for name, c := range map[string]struct {
+		url  string
+		opts []nats.Option
+		want func(error) bool
+	}{
+		"certificate not trusted": {secure.URL(), nil, func(err error) bool { return errors.Is(err, nats.ErrTLS) }},
+		"no TLS":                  {plain.URL(), []nats.Option{nats.Secure(&tls.Config{})}, func(err error) bool { return errors.Is(err, nats.ErrSecureConnWanted) }},
+		"no answer": {"nats://" + silent.Addr().String(), []nats.Option{nats.Timeout(100 * time.Millisecond)}, func(err error) bool {
+			var timeout net.Error
+			return errors.As(err, &timeout) && timeout.Timeout()
+		}},
+		"not NATS": {"nats://" + other.Addr().String(), nil, func(err error) bool { return errors.Is(err, nats.ErrNoInfoReceived) }},
+	} {
+		for _, fast := range []bool{false, true} {
+			opts := c.opts
+			if fast {
+				opts = append(opts, fastconn.Enable())
+			}
+			nc, err := nats.Connect(c.url, opts...)
+			if err == nil {
+				nc.Close()
+			}
+			if err == nil || !c.want(err) {
+				t.Errorf("%s, fast %v: %v", name, fast, err)
+			}
+		}
+	}
+}
+
+// cutting reads small pieces.
+type cutting struct {
+	net.Conn
+	r *mathrand.Rand
+}
+
+func (c *cutting) Read(p []byte) (int, error) {
+	n := 1
+	if c.r.IntN(4) == 0 {
+		n += c.r.IntN(100)
+	}
+	return c.Conn.Read(p[:min(n, len(p))])
+}
+
+// Several clients and servers share a connection with subscriptions of the program. Their messages have headers or none. Reads end
+// anywhere.
+func TestStreamsAndSubscriptionsShareAConnection(t *testing.T) {
+	srv := streamtest.Run(t)
+	for _, cut := range []bool{false, true} {
+		t.Run(fmt.Sprintf("cut %v", cut), func(t *testing.T) {
+			size, messages := 2_000_000, 2000
+			own := new(countingDialer)
+			if cut {
+				size, messages = 60_000, 300
+				own.wrap = func(c net.Conn) net.Conn { return &cutting{c, mathrand.New(mathrand.NewPCG(1, 2))} }
+			}
+			nc := connect(t, srv.URL(), nats.SetCustomDialer(own), fastconn.Enable())
+			got := make(chan *nats.Msg, 2*messages)
+			if _, err := nc.ChanSubscribe("plain.*", got); err != nil {
+				t.Fatal(err)
+			}
+			var all sync.WaitGroup
+			for i := range 2 {
+				subject := fmt.Sprint("echo", i)
+				newServer(t, nc, subject)
+				client := newClient(t, nc)
+				all.Go(func() { transfer(t, client, subject, size) })
+				all.Go(func() { transfer(t, client, subject, size/2) })
+			}
+			for i := range messages {
+				m := &nats.Msg{Subject: fmt.Sprint("plain.", i), Data: bytes.Repeat([]byte{byte(i)}, i*7)}
+				if i%3 == 0 {
+					m.Header = nats.Header{"Number": {fmt.Sprint(i)}}
+				}
+				if err := nc.PublishMsg(m); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i := range messages {
+				select {
+				case m := <-got:
+					number := ""
+					if i%3 == 0 {
+						number = fmt.Sprint(i)
+					}
+					if m.Subject != fmt.Sprint("plain.", i) || len(m.Data) != i*7 || bytes.Count(m.Data, []byte{byte(i)}) != i*7 || m.Header.Get("Number") != number {
+						t.Fatalf("message %d: %s, %d bytes, %v", i, m.Subject, len(m.Data), m.Header)
+					}
+				case <-time.After(patience):
+					t.Fatalf("message %d did not arrive", i)
+				}
+			}
+			all.Wait()
+			if _, err := nc.Request("nobody", nil, patience); !errors.Is(err, nats.ErrNoResponders) {
+				t.Errorf("a request: %v", err)
+			}
+			client := newClient(t, nc)
+			s, err := client.Open(context.Background(), "nobody", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Recv(); !errors.Is(err, nats.ErrNoResponders) {
+				t.Errorf("a stream: %v", err)
+			}
+		})
+	}
+}
+
+// A client that is closed and a connection that drains lose nothing of others.
+func TestClientsComeAndGo(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := connect(t, srv.URL(), fastconn.Enable())
+	newServer(t, nc, "echo")
+	stays := newClient(t, nc)
+	var all sync.WaitGroup
+	all.Go(func() { transfer(t, stays, "echo", 10_000_000) })
+	for range 10 {
+		c := newClient(t, nc)
+		transfer(t, c, "echo", 200_000)
+		if !c.Stats().Fast {
+			t.Error("not fast")
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+		if c.Stats().Fast {
+			t.Error("fast after Close")
+		}
+	}
+	all.Wait()
+	if err := nc.Drain(); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "the connection has drained", nc.IsClosed)
+}
+
+// Readers that stand still hold receive buffers up to the bound. Other streams go on.
+func TestReadersThatStandStillHoldBoundedMemory(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc, other := connect(t, srv.URL(), fastconn.Enable()), connect(t, srv.URL(), fastconn.Enable())
+	newServer(t, other, "echo")
+	svc, err := stream.NewServer(stream.ServerParams{Conn: other})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { svc.Close() })
+	if _, err := svc.Handle("stuck", func(w *stream.Writer, r *stream.Request) error {
+		_, err := w.Write(bytes.Repeat([]byte("stuck"), 500))
+		if err == nil {
+			err = w.Flush()
+		}
+		<-r.Context().Done()
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	client := newClient(t, nc)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var stuck []*stream.Stream
+	n := 400
+	if testing.Short() {
+		n = 100
+	}
+	for range n { // each between others, so that it has a buffer of its own
+		s, err := client.Open(ctx, "stuck", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stuck = append(stuck, s)
+		transfer(t, client, "echo", 150_000)
+	}
+	if n := slab.Live(); n > 32<<20 {
+		t.Errorf("%d bytes of receive buffers", n)
+	}
+	transfer(t, client, "echo", 20_000_000)
+	for i, s := range stuck {
+		if rec, err := s.Next(); err != nil || !bytes.Equal(rec, bytes.Repeat([]byte("stuck"), 500)) {
+			t.Fatalf("stream %d: %d bytes, %v", i, len(rec), err)
+		}
+		s.Close()
+	}
+}

@@ -1,0 +1,76 @@
+package tap
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/slab"
+)
+
+// Handler receives a message of a subscription. It runs in the goroutine that reads the connection, so it must not block. The
+// message and its Subject are valid until Handler returns. m.Data is valid until lent.Release if lent is not nil, and for ever
+// otherwise. Data of a message that is lent has the capacity of its length.
+type Handler func(m *nats.Msg, lent *slab.Slab)
+
+// Sub is a subscription with messages that a connection takes out of its stream. It also takes the messages that nats.go delivers, for
+// a connection that is not tapped.
+type Sub struct {
+	dialer  *Dialer
+	nc      *nats.Conn
+	subject string
+
+	mu      sync.Mutex // held while the handler runs: a new connection may begin before nats.go has delivered all of the old one
+	handler Handler
+	closed  atomic.Bool
+
+	conn atomic.Pointer[Conn] // that last sent the subscription to the server
+}
+
+// Register makes connections of nc, which d dials, take the messages of the subscription to subject from when nats.go sends it to the
+// server. A subject has one Sub at a time: a second one replaces the first when nats.go subscribes again.
+func (d *Dialer) Register(nc *nats.Conn, subject string, h Handler) *Sub {
+	s := &Sub{dialer: d, nc: nc, subject: subject, handler: h}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.subs == nil {
+		d.subs = make(map[string]*Sub)
+	}
+	d.subs[subject] = s
+	return s
+}
+
+func (d *Dialer) sub(subject []byte) *Sub {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.subs[string(subject)]
+}
+
+// Close returns when the handler has returned, and no message is handed to it from then on.
+func (s *Sub) Close() {
+	d := s.dialer
+	d.mu.Lock()
+	if d.subs[s.subject] == s {
+		delete(d.subs, s.subject)
+	}
+	d.mu.Unlock()
+	s.mu.Lock()
+	s.closed.Store(true)
+	s.mu.Unlock()
+}
+
+// Deliver is the callback for nats.go, for messages that no connection took.
+func (s *Sub) Deliver(m *nats.Msg) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed.Load() {
+		s.handler(m, nil)
+	}
+}
+
+// Taken reports whether the present connection takes the messages of s past nats.go.
+func (s *Sub) Taken() bool {
+	c := s.conn.Load()
+	return c != nil && !s.closed.Load() && !c.in.opaque.Load() && !c.closed.Load()
+}
