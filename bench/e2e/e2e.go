@@ -8,7 +8,12 @@
 // a record is an error, not a fast run.
 package e2e
 
-import "github.com/natsstream/stream/internal/load"
+import (
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/fastconn"
+	"github.com/natsstream/stream/internal/load"
+)
 
 // Matrix returns every cell that is measured end to end.
 func Matrix() []load.Config {
@@ -33,11 +38,21 @@ type Impl struct {
 func Impls() []Impl {
 	return []Impl{
 		{Name: "stream", Open: load.OpenSession, OpenPinger: load.OpenPinger},
+		{Name: "fast", Open: overFast(load.OpenSession), OpenPinger: overFast(load.OpenPinger)},
 		{Name: "nats", Open: openNATS, OpenPinger: openNATSPinger},
 		{Name: "tcp", Open: openTCP, OpenPinger: openTCPPinger},
 		{Name: "original", Open: openOriginal, OpenPinger: openOriginalPinger},
 	}
 }
+
+// overFast opens streams over fast connections.
+func overFast[P, T any](open func(load.Dialer, P) (T, error)) func(load.Dialer, P) (T, error) {
+	return func(d load.Dialer, p P) (T, error) { return open(fastDialer{d.(*Env)}, p) }
+}
+
+type fastDialer struct{ *Env }
+
+func (d fastDialer) Dial() (*nats.Conn, error) { return d.dial(fastconn.Enable()) }
 
 // PingImpls are the implementations that are compared one record at a time: in
 // addition plain NATS with a receiver in the shape of Stream.Recv.

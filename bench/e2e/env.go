@@ -29,11 +29,13 @@ func (e *Env) Close() { e.server.Shutdown() }
 
 // Dial connects to the server. An asynchronous error, such as a slow consumer,
 // makes [Env.Err] fail.
-func (e *Env) Dial() (*nats.Conn, error) {
-	return e.server.Dial(nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+func (e *Env) Dial() (*nats.Conn, error) { return e.dial() }
+
+func (e *Env) dial(opts ...nats.Option) (*nats.Conn, error) {
+	return e.server.Dial(append(opts, nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
 		err = fmt.Errorf("asynchronous error of a connection: %w", err)
 		e.failed.CompareAndSwap(nil, &err)
-	}))
+	}))...)
 }
 
 // Subject returns a subject that nobody uses.

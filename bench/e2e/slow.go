@@ -12,6 +12,7 @@ import "github.com/natsstream/stream/internal/load"
 func SlowImpls() []Impl {
 	return []Impl{
 		{Name: "stream", Open: load.OpenSlow},
+		{Name: "fast", Open: overFast(load.OpenSlow)},
 		{Name: "nats", Open: func(d load.Dialer, cfg load.Config) (load.Session, error) {
 			cfg.Streams = 1
 			return newNATSSession(d, cfg, load.SlowWindow)

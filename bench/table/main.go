@@ -203,21 +203,22 @@ func (t *table) endToEnd() error {
 		if !header {
 			header = true
 			fmt.Fprint(w, "\nEnd to end, ns per record; × = how many times as fast as that one, CPU × = the same in processor time\n\n")
-			fmt.Fprintln(w, "\tplain NATS\tstream\toriginal\tTCP relay\t× plain NATS\tCPU ×\t× original\t× TCP relay\tmallocs/rec\t(plain NATS)")
+			fmt.Fprintln(w, "\tplain NATS\tstream\toriginal\tTCP relay\t× plain NATS\tCPU ×\t× original\t× TCP relay\tmallocs/rec\t(plain NATS)\tfast connection\t× stream\t× plain NATS\tCPU ×\t× TCP relay\tmallocs/rec")
 		}
 		c, err := t.race(e2e.Impls(), cfg)
 		if err != nil {
 			return err
 		}
-		ours, floor, baseline, ceiling := c["stream"], c["nats"], c["original"], c["tcp"]
-		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.1f\t%.1f\t%s\t%.2f\t%s\t%.2f\t%s\t%.1f\n", line,
+		ours, floor, baseline, ceiling, fast := c["stream"], c["nats"], c["original"], c["tcp"], c["fast"]
+		fmt.Fprintf(w, "%s\t%.1f\t%.1f\t%.1f\t%.1f\t%s\t%.2f\t%s\t%.2f\t%s\t%.1f\t%.1f\t%.2f\t%.2f\t%.2f\t%.2f\t%.4f\n", line,
 			median(floor.ns), median(ours.ns), median(baseline.ns), median(ceiling.ns),
 			t.atLeast(times(ours, floor), floorTarget[line], "%.2f"),
 			ratio(floor.cpu, ours.cpu),
 			t.atLeast(times(ours, baseline), baselineTarget[line], "%.1f"),
 			times(ours, ceiling),
 			t.atMost(ours.mallocsPerRecord(), mallocsTarget[line], "%.4f"),
-			floor.mallocsPerRecord())
+			floor.mallocsPerRecord(),
+			median(fast.ns), times(fast, ours), times(fast, floor), ratio(floor.cpu, fast.cpu), times(fast, ceiling), fast.mallocsPerRecord())
 	}
 	return w.Flush()
 }

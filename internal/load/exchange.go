@@ -71,12 +71,12 @@ func (p oncePinger) Ping() error {
 	if err != nil {
 		return err
 	}
-	rec, err := s.Recv()
+	rec, err := s.Next()
 	if err == nil && !bytes.Equal(rec, p.record) {
 		err = ErrAnswer
 	}
 	if err == nil {
-		_, err = s.Recv()
+		_, err = s.Next()
 	}
 	if err != io.EOF {
 		_ = s.Close()
@@ -119,7 +119,7 @@ func (p echoPinger) Ping() error {
 	if _, err := p.stream.Write(p.record); err != nil {
 		return err
 	}
-	rec, err := p.stream.Recv()
+	rec, err := p.stream.Next()
 	if err == nil && !bytes.Equal(rec, p.record) {
 		err = ErrAnswer
 	}

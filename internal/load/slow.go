@@ -28,7 +28,7 @@ func OpenSlow(d Dialer, cfg Config) (Session, error) {
 	for _, l := range s.lanes {
 		s.readers.Go(func() {
 			for {
-				rec, err := l.stream.Recv()
+				rec, err := l.stream.Next()
 				if err == nil && !l.check.OK(rec) {
 					err = l.check.ErrorFor(rec)
 				}

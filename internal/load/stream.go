@@ -116,7 +116,7 @@ func (l *streamLane) produce(n int) error {
 func (l *streamLane) consume(n int) error {
 	s := l.stream
 	for range n {
-		rec, err := s.Recv()
+		rec, err := s.Next()
 		if err != nil {
 			return err
 		}
@@ -156,7 +156,7 @@ func OpenPinger(d Dialer, size int) (Pinger, error) {
 	go func() {
 		l := p.lanes[0]
 		for {
-			rec, err := l.stream.Recv()
+			rec, err := l.stream.Next()
 			if err == nil && !l.check.OK(rec) {
 				err = l.check.ErrorFor(rec)
 			}
