@@ -57,6 +57,10 @@ type ClientParams struct {
 	// closes the one that it does not return. One that returns an error instead opens none. Panics pass through to the caller of Open.
 	Interceptors []func(OpenFunc) OpenFunc
 
+	// Hooks are called for each stream that the client opens, and for each Writer that it makes; see [Hooks]. Their panics are logged
+	// to slog.Default().
+	Hooks Hooks
+
 	// The times are at least a millisecond.
 
 	// KeepAlive is how long a peer may be silent on all its streams before this end sends it a PING: 500 ms by default. One

@@ -55,6 +55,11 @@
 // reader holds back its own stream and no other. A record has at most MaxRecordSize bytes, and a server runs at most
 // MaxStreams handlers.
 //
+// # Around all streams
+//
+// Interceptors of [ClientParams] and [ServerParams] run code around every [Client.Open] and every [Handler], for authorization
+// or tracing. [Hooks] report what happens to each stream, and [Stats] and [Totals] count it.
+//
 // # Deadlines
 //
 // [Stream.SetReadDeadline], [Writer.SetWriteDeadline] and related methods bound how long a read or write waits. The

@@ -37,6 +37,7 @@ type endpoint struct {
 	outbox   outbox
 	kept     atomic.Int64 // bytes of all buffers that writers keep; it changes with each packet
 	counters counters
+	observer *observer // nil without hooks
 
 	// The last known state of the connection. maxPayload is the server's max_payload in bytes.
 	maxPayload atomic.Int64

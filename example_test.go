@@ -266,6 +266,32 @@ func Example_interceptors() {
 	// Output: hello, gopher <nil>
 }
 
+// Hooks see every stream of a client or server, here for an access log.
+func ExampleHooks() {
+	other, _, stop := connect()
+	defer stop()
+	server, err := stream.NewServer(stream.ServerParams{Conn: other.Conn, Hooks: stream.Hooks{
+		Closed: func(info stream.StreamInfo, totals stream.Totals, err error) {
+			fmt.Println(info.Subject, "records:", totals.RecordsOut, "error:", err)
+		},
+	}})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := serveLogs(server); err != nil {
+		log.Fatal(err)
+	}
+	if err := printLog(context.Background(), other, "job 21"); err != nil {
+		log.Fatal(err)
+	}
+	server.Drain(context.Background())
+	// Output:
+	// job 21: line 0
+	// job 21: line 1
+	// job 21: line 2
+	// logs records: 3 error: <nil>
+}
+
 // The progress of an upload is what the other end has acknowledged.
 func ExampleStream_Totals() {
 	client, server, stop := connect()

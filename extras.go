@@ -19,6 +19,8 @@ type extras struct {
 	opening  *time.Timer   // fires at the end of WithOpenTimeout; nil without
 	answer   atomic.Uint32 // the outbox and the timer set it, and the first counts
 
+	observed *observed // for hooks; nil without
+
 	// The reader's.
 	header, trailer nats.Header
 	partial         atomic.Pointer[partial] // the pieces of a record, if the read deadline passed before the last one. dropUnwanted drops it, too

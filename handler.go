@@ -225,6 +225,7 @@ func (h *handling) call() (end CloseError) {
 
 // handlerReturned discounts a handler. Its session goes on until the consumer has acknowledged everything.
 func (s *Server) handlerReturned(w *Writer) {
+	w.session.finished()
 	w.session.markLater(workSettle)
 	s.count(-1, 0)
 	if o := &s.ep.outbox; o.stopping.Load() { // otherwise the outbox sees the session, which is on its queue

@@ -53,9 +53,12 @@ func (l *lazyContext) end(cause error) (first bool) {
 	return first
 }
 
-// ended reports whether the context has ended by end.
-func (l *lazyContext) ended() bool {
+// endCause returns the cause of the end, nil before it.
+func (l *lazyContext) endCause() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.cause != nil
+	return l.cause
 }
+
+// ended reports whether the context has ended by end.
+func (l *lazyContext) ended() bool { return l.endCause() != nil }

@@ -131,6 +131,7 @@ func (st *Stream) endContext(cause error) {
 	if !st.ctx.end(cause) {
 		return
 	}
+	st.session.finished()
 	if w := st.watch.Load(); w != nil {
 		w.takeBack()
 	}

@@ -42,6 +42,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 		o.answered(s)
 		o.leaveRemote(s)
 		o.remember(s)
+		s.finished()
 		if f := o.ep.streamEnded; f != nil && s.role == lifecycle.Handler {
 			f()
 		}

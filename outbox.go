@@ -385,6 +385,7 @@ func (o *outbox) takeNews(s *session, work uint32) {
 func (o *outbox) serveControl(s *session, work uint32) {
 	resume := work&workResume != 0 && s.out.peer != ""
 	if l := &s.out.life; work&workResume != 0 {
+		s.observe(eventReconnected)
 		o.schedule(s, o.time()) // checks that were due while the connection was down are due now
 		if !resume && s.out.peer == "" && l.took != 0 && l.took <= o.connection.Load() {
 			l.took, l.pinged = tookLost, o.time() // the request or its answer may be lost

@@ -78,7 +78,7 @@ func (s *session) read(p []byte) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		s.count(len(rec))
+		s.took(len(rec))
 		s.recv.left = rec
 	}
 	n := copy(p, s.recv.left)
@@ -106,6 +106,15 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 		if m < len(rec) {
 			return n, io.ErrShortWrite
 		}
+	}
+}
+
+// took counts a record of n bytes that a read on the slow path returns. The first one is an event.
+func (s *session) took(n int) {
+	s.count(n)
+	if s.recv.readLock.Load()&gateFirst != 0 {
+		s.recv.readLock.And(^gateFirst)
+		s.observe(eventFirstRecord)
 	}
 }
 
@@ -145,6 +154,6 @@ func (s *session) nextRecord(keep bool) ([]byte, FrameFlags, error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	s.count(len(rec))
+	s.took(len(rec))
 	return rec, flags, nil
 }

@@ -29,9 +29,9 @@ type receiver struct {
 	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
 	// concurrent writes. Exact detection costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more
 	// than the rest of Recv. Race builds pay for it. When the user leaves, gateLeft is set: reads return ErrClosed
-	// from then on. gateDropping is set while packets that nobody reads are dropped. gateLate and gateAhead keep reads off the
-	// fast path: the read deadline has passed, or Ready has read a record ahead. gatePeeking is set while Ready reads, and waits for
-	// nothing.
+	// from then on. gateDropping is set while packets that nobody reads are dropped. gateLate, gateAhead and gateFirst keep reads off
+	// the fast path: the read deadline has passed, Ready has read a record ahead, or a hook waits for the first record. gatePeeking is
+	// set while Ready reads, and waits for nothing.
 	readLock atomic.Uint32
 
 	published atomic.Uint32 // of records, modulo 2^32: see publishCount
@@ -59,6 +59,7 @@ const (
 	gateLate
 	gateAhead
 	gatePeeking
+	gateFirst
 )
 
 // nextGated returns the next record for a read that has the lock. keep says that the user may keep the record.

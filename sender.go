@@ -96,6 +96,9 @@ func (snd *sender) publishNext() progress {
 		return snd.publishFailed(p, err)
 	}
 	s.ep.counters.sent(len(p.buf))
+	if s.ep.observer != nil && p.through.records != 0 {
+		s.observeFirst()
+	}
 	s.out.life.sent, s.out.life.asks = s.ep.clock.Load(), 0
 	if json {
 		snd.sentJSON(p)
@@ -167,6 +170,7 @@ func (snd *sender) publishAgain(p *packet) progress {
 		return tryAgain // records may have been written meanwhile
 	}
 	s.ep.counters.resent.Add(1)
+	s.observe(eventRetransmitted)
 	s.out.life.sent, s.out.life.asks = s.ep.clock.Load(), 0 // its acknowledgement is overdue as soon as that of a new packet
 	q.Resent()
 	snd.onLine(q.Cursor()-1, p)

@@ -55,6 +55,9 @@ type ServerParams struct {
 	// the first one has left. Panics of handlers pass through the interceptors, which may recover them.
 	Interceptors []func(Handler) Handler
 
+	// Hooks are called for each stream that a handler serves; see [Hooks]. Their panics are logged to Logger.
+	Hooks Hooks
+
 	// These are as in ClientParams, for records that consumers send. Streams start with windows of at most 64 KiB here.
 	Window, MaxBuffered, MaxRecordSize                                   int
 	KeepAlive, PeerTimeout, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
@@ -118,7 +121,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	common, err := ClientParams{
 		Window: params.Window, MaxBuffered: params.MaxBuffered, MaxRecordSize: params.MaxRecordSize,
 		KeepAlive: params.KeepAlive, PeerTimeout: params.PeerTimeout, AckTimeout: params.AckTimeout,
-		ResumeTimeout: params.ResumeTimeout, DisconnectTimeout: params.DisconnectTimeout,
+		ResumeTimeout: params.ResumeTimeout, DisconnectTimeout: params.DisconnectTimeout, Hooks: params.Hooks,
 	}.withDefaults()
 	if err != nil {
 		return nil, err
@@ -151,6 +154,9 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	}
 	if s.ep, err = newEndpoint(conn, inbox, common); err != nil {
 		return nil, err
+	}
+	if ob := s.ep.observer; ob != nil {
+		ob.log = s.log // before there is a stream
 	}
 	s.ep.inbox.onChange(s.inboxChanged)
 	refused := s.subscriptionRefused
@@ -265,6 +271,9 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 	if json {
 		session.recv.done = io.EOF
 		session.recv.readDone.Store(true)
+	}
+	if ob := s.ep.observer; ob != nil {
+		ob.opened(session, m.Subject, 2)
 	}
 	session.markLater(workWait)
 	s.start(h)

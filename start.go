@@ -33,6 +33,7 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 		times:     p.intervals(),
 		started:   time.Now(),
 	}
+	ep.observer = newObserver(p.Hooks, &ep.counters.events)
 	ep.room.records = flow.NewRecords[*session, *remote](ep.budget, &ep.reserved)
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
@@ -42,6 +43,9 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 	ep.stopErrors = sync.OnceFunc(conn.OnError(ep.reported)) // before the subscription, which may be refused at once
 	if err := ep.inbox.subscribe(); err != nil {
 		ep.stopErrors()
+		if ep.observer != nil {
+			ep.observer.close()
+		}
 		return nil, err
 	}
 	changes, stop := conn.StatusChanges()
@@ -82,5 +86,9 @@ func (ep *endpoint) close(e *ending) {
 	ep.stopErrors()
 	ep.stopWatch()
 	<-ep.watched
+	if ep.observer != nil {
+		ep.observer.close()
+		ep.observer.wait()
+	}
 	close(ep.closed)
 }

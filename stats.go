@@ -33,6 +33,7 @@ type Stats struct {
 	DroppedPubAck    uint64 `json:"dropped_pub_ack"`   // acknowledgements of a JetStream stream that stores the requests; the library does not use them
 	DroppedControl   uint64 `json:"dropped_control"`   // control packets that arrived faster than the outbox could process them
 	UnsentControl    uint64 `json:"unsent_control"`    // control packets that NATS did not accept
+	DroppedEvents    uint64 `json:"dropped_events"`    // events that found no room, because hooks did not return in time
 }
 
 type counters struct {
@@ -40,7 +41,7 @@ type counters struct {
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
 	unsent, resent, early, requests, strays         atomic.Uint64
 	unreported, pubAcks                             atomic.Uint64
-	records                                         atomic.Uint64
+	records, events                                 atomic.Uint64
 
 	_                              [64]byte // the mux counts each packet: its counts have a cache line of their own
 	packetsReceived, bytesReceived tally
@@ -89,5 +90,6 @@ func (ep *endpoint) stats() Stats {
 		DroppedPubAck:    n.pubAcks.Load(),
 		DroppedControl:   n.overrun.Load(),
 		UnsentControl:    n.unsent.Load(),
+		DroppedEvents:    n.events.Load(),
 	}
 }

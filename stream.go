@@ -58,6 +58,9 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 		s.release(e)
 		return nil, e.err
 	}
+	if ob := ep.observer; ob != nil {
+		ob.opened(s, msg.Subject, 2)
+	}
 	s.mark(workRequest)
 	if o.patience != 0 {
 		s.setPeerTimeout(o.patience)

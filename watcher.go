@@ -95,6 +95,9 @@ func (ep *endpoint) lost() {
 	ep.outbox.finish()
 	ep.stopTicker()
 	ep.stopErrors()
+	if ep.observer != nil {
+		ep.observer.close()
+	}
 }
 
 // reported handles an error that NATS reported. If this end may not publish to a subject, the streams of that subject end. If it

@@ -64,6 +64,9 @@ func (c *Client) NewWriter(subject string) *Writer {
 	default:
 		w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, err != nil, 0)
 		w.session.recv.readDone.Store(true)
+		if ob := c.ep.observer; ob != nil {
+			ob.opened(w.session, "", 1)
+		}
 		w.session.markLater(workWait)
 		return w
 	}
