@@ -15,7 +15,7 @@ WORDLIMIT ?= 1
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 
 # Adapters for users, each a module of its own.
-ADAPTERS := streamgrpc streamnet streamotel typed/protocodec typed/cborcodec
+ADAPTERS := streamgrpc streamnet streamotel streamprom typed/protocodec typed/cborcodec
 
 # All modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
 MODULES := $(ADAPTERS) bench/rivals bench/gate

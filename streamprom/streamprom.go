@@ -1,0 +1,247 @@
+// Package streamprom exports metrics of streams to Prometheus.
+//
+//	metrics := streamprom.New()
+//	prometheus.MustRegister(metrics)
+//
+//	client, err := stream.NewClient(stream.ClientParams{Conn: nc, Hooks: metrics.Hooks()})
+//	server, err := stream.NewServer(stream.ServerParams{Conn: nc, Hooks: metrics.Hooks()})
+//	metrics.Watch("orders", server.Stats)
+//
+// # Metrics of streams
+//
+// They have the labels subject, of the request, and side, which is consumer or producer. Writers of stream.NewWriter do not know
+// their subject: it is empty.
+//
+//   - stream_opened_total: streams that were opened
+//   - stream_open: streams that are open
+//   - stream_closed_total, with the label code: streams that have ended, 1000 for the normal end, and the close code otherwise. Other
+//     values are no_responders, deadline_exceeded, canceled, closed (the consumer left before the end), and error.
+//   - stream_duration_seconds: histogram of the lives of streams
+//   - stream_first_record_seconds: histogram of the time until the first record
+//   - stream_received_bytes_total, stream_sent_bytes_total, stream_received_records_total, stream_sent_records_total: of streams that
+//     have ended
+//   - stream_retransmitted_packets_total
+//   - stream_reconnects_total: streams that went on after a reconnect of this end
+//
+// # Metrics of clients and servers
+//
+// Watch adds them, with the label endpoint: stream_endpoint_streams, stream_endpoint_reserved_bytes, stream_endpoint_kept_bytes,
+// stream_endpoint_sent_packets_total, stream_endpoint_received_packets_total, and stream_endpoint_dropped_total with the label reason.
+//
+// # Cardinality
+//
+// Each subject makes series of its own. If a part of the subjects changes, shorten them by [WithSubject]. After 1,000 subjects, further
+// ones are counted as "other", so that a stranger cannot fill your Prometheus. No label holds a token.
+package streamprom
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"sync"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/natsstream/stream"
+)
+
+// maxSubjects is how many subjects have series of their own.
+const maxSubjects = 1000
+
+// other is the subject of all further streams.
+const other = "other"
+
+// Option configures [New].
+type Option func(*Metrics)
+
+// WithSubject sets a function that returns the subject to report. Let it replace parts that change, such as the number of an order.
+func WithSubject(f func(subject string) string) Option { return func(m *Metrics) { m.subject = f } }
+
+// WithDurationBuckets sets the bounds of the histograms, in seconds: from 1 ms to 1,000 s, three for each power of ten, by default.
+func WithDurationBuckets(seconds []float64) Option { return func(m *Metrics) { m.buckets = seconds } }
+
+// Metrics is a prometheus.Collector of streams. It is safe for use by many goroutines at once.
+type Metrics struct {
+	subject func(string) string
+	buckets []float64
+
+	opened, closed, receivedBytes, sentBytes, receivedRecords, sentRecords, resent, reconnects *prometheus.CounterVec
+	open                                                                                       *prometheus.GaugeVec
+	duration, first                                                                            *prometheus.HistogramVec
+
+	mu        sync.Mutex
+	subjects  map[string]bool
+	endpoints map[string]func() stream.Stats
+}
+
+var _ prometheus.Collector = (*Metrics)(nil)
+
+// New returns metrics without streams. Register them with Prometheus.
+func New(opts ...Option) *Metrics {
+	m := &Metrics{
+		subject:  func(s string) string { return s },
+		subjects: map[string]bool{}, endpoints: map[string]func() stream.Stats{},
+	}
+	for low := 1e-3; low < 1e3; low *= 10 {
+		m.buckets = append(m.buckets, low, 2.5*low, 5*low)
+	}
+	m.buckets = append(m.buckets, 1e3)
+	for _, set := range opts {
+		set(m)
+	}
+	counter := func(name, help string, more ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "stream", Name: name, Help: help}, append([]string{"subject", "side"}, more...))
+	}
+	histogram := func(name, help string) *prometheus.HistogramVec {
+		return prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: "stream", Name: name, Help: help, Buckets: m.buckets}, []string{"subject", "side"})
+	}
+	m.opened = counter("opened_total", "Streams that were opened.")
+	m.closed = counter("closed_total", "Streams that have ended, by close code.", "code")
+	m.receivedBytes = counter("received_bytes_total", "Bytes of records that streams which have ended received.")
+	m.sentBytes = counter("sent_bytes_total", "Bytes of records that streams which have ended sent.")
+	m.receivedRecords = counter("received_records_total", "Records that streams which have ended received.")
+	m.sentRecords = counter("sent_records_total", "Records that streams which have ended sent.")
+	m.resent = counter("retransmitted_packets_total", "Packets that were retransmitted, because the peer missed them.")
+	m.reconnects = counter("reconnects_total", "Streams that went on after a reconnect of this end.")
+	m.open = prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "stream", Name: "open", Help: "Streams that are open."}, []string{"subject", "side"})
+	m.duration = histogram("duration_seconds", "Lives of streams in seconds.")
+	m.first = histogram("first_record_seconds", "Time until the first record in seconds.")
+	return m
+}
+
+func (m *Metrics) vectors() []prometheus.Collector {
+	return []prometheus.Collector{
+		m.opened, m.closed, m.receivedBytes, m.sentBytes, m.receivedRecords, m.sentRecords, m.resent, m.reconnects, m.open, m.duration, m.first,
+	}
+}
+
+// Hooks returns hooks for the parameters of clients and servers. Any number of them may share the metrics.
+func (m *Metrics) Hooks() stream.Hooks {
+	return stream.Hooks{
+		Opened: func(i stream.StreamInfo) {
+			l := m.labels(i)
+			m.opened.WithLabelValues(l...).Inc()
+			m.open.WithLabelValues(l...).Inc()
+		},
+		FirstRecord: func(i stream.StreamInfo) {
+			m.first.WithLabelValues(m.labels(i)...).Observe(i.Elapsed.Seconds())
+		},
+		Closed: func(i stream.StreamInfo, t stream.Totals, err error) {
+			l := m.labels(i)
+			m.open.WithLabelValues(l...).Dec()
+			m.closed.WithLabelValues(append(l, codeOf(err))...).Inc()
+			m.duration.WithLabelValues(l...).Observe(i.Elapsed.Seconds())
+			m.receivedBytes.WithLabelValues(l...).Add(float64(t.BytesIn))
+			m.sentBytes.WithLabelValues(l...).Add(float64(t.BytesOut))
+			m.receivedRecords.WithLabelValues(l...).Add(float64(t.RecordsIn))
+			m.sentRecords.WithLabelValues(l...).Add(float64(t.RecordsOut))
+		},
+		Retransmitted: func(i stream.StreamInfo, packets int) {
+			m.resent.WithLabelValues(m.labels(i)...).Add(float64(packets))
+		},
+		Reconnected: func(i stream.StreamInfo) { m.reconnects.WithLabelValues(m.labels(i)...).Inc() },
+	}
+}
+
+// labels returns the subject and the side of a stream. The slice has no spare capacity.
+func (m *Metrics) labels(i stream.StreamInfo) []string {
+	side := "consumer"
+	if i.Producer {
+		side = "producer"
+	}
+	subject := m.subject(i.Subject)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.subjects[subject] {
+		if len(m.subjects) >= maxSubjects {
+			subject = other
+		} else {
+			m.subjects[subject] = true
+		}
+	}
+	return []string{subject, side}
+}
+
+// codeOf returns the label for the end of a stream.
+func codeOf(err error) string {
+	if err == nil {
+		return strconv.Itoa(stream.CloseNormalClosure)
+	}
+	for target, label := range map[error]string{
+		nats.ErrNoResponders: "no_responders", context.DeadlineExceeded: "deadline_exceeded", context.Canceled: "canceled", stream.ErrClosed: "closed",
+	} {
+		if errors.Is(err, target) {
+			return label
+		}
+	}
+	if ce, ok := errors.AsType[*stream.CloseError](err); ok {
+		return strconv.Itoa(ce.Code)
+	}
+	return "error"
+}
+
+// Watch adds the counters of a client or server, whose Stats method is stats, below a name. A second Watch of the name replaces
+// the first; with a nil function, it removes the name. Remove a client or server that was closed.
+func (m *Metrics) Watch(name string, stats func() stream.Stats) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if stats == nil {
+		delete(m.endpoints, name)
+		return
+	}
+	m.endpoints[name] = stats
+}
+
+// Descriptions of what Watch adds.
+var (
+	endpointStreams  = describe("streams", "Streams and writers that peers can reach now.")
+	endpointReserved = describe("reserved_bytes", "Bytes that peers may send unread.")
+	endpointKept     = describe("kept_bytes", "Bytes of packets that peers have not acknowledged.")
+	endpointSent     = describe("sent_packets_total", "Packets of records that were published, each once.")
+	endpointReceived = describe("received_packets_total", "Packets of records that were accepted, each once.")
+	endpointDropped  = describe("dropped_total", "Messages that were dropped, by reason.", "reason")
+)
+
+func describe(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("stream_endpoint_"+name, help, append([]string{"endpoint"}, labels...), nil)
+}
+
+// Describe implements prometheus.Collector.
+func (m *Metrics) Describe(descs chan<- *prometheus.Desc) {
+	for _, v := range m.vectors() {
+		v.Describe(descs)
+	}
+	for _, d := range []*prometheus.Desc{endpointStreams, endpointReserved, endpointKept, endpointSent, endpointReceived, endpointDropped} {
+		descs <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m *Metrics) Collect(metrics chan<- prometheus.Metric) {
+	for _, v := range m.vectors() {
+		v.Collect(metrics)
+	}
+	m.mu.Lock()
+	stats := make(map[string]stream.Stats, len(m.endpoints))
+	for name, f := range m.endpoints {
+		stats[name] = f()
+	}
+	m.mu.Unlock()
+	for name, s := range stats {
+		gauge := func(d *prometheus.Desc, v float64) {
+			metrics <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, name)
+		}
+		gauge(endpointStreams, float64(s.Streams))
+		gauge(endpointReserved, float64(s.Reserved))
+		gauge(endpointKept, float64(s.Kept))
+		metrics <- prometheus.MustNewConstMetric(endpointSent, prometheus.CounterValue, float64(s.PacketsSent), name)
+		metrics <- prometheus.MustNewConstMetric(endpointReceived, prometheus.CounterValue, float64(s.PacketsReceived), name)
+		for reason, n := range map[string]uint64{
+			"early": s.DroppedEarly, "request": s.DroppedRequest, "stray": s.DroppedStray, "unknown": s.DroppedUnknown, "duplicate": s.DroppedDuplicate,
+			"foreign": s.DroppedForeign, "malformed": s.DroppedMalformed, "pub_ack": s.DroppedPubAck, "control": s.DroppedControl, "events": s.DroppedEvents,
+		} {
+			metrics <- prometheus.MustNewConstMetric(endpointDropped, prometheus.CounterValue, float64(n), name, reason)
+		}
+	}
+}
