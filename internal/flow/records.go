@@ -11,7 +11,8 @@ import (
 //   - A peer's records may hold as much as is free beside them (Choudhury and Hahne, "Dynamic queue length thresholds for
 //     shared-memory packet switches", 1998). So one peer leaves half of the memory to others, two leave a third.
 //   - One record has the ticket. It may hold memory beyond the budget, up to the bound of one record, so it can always be
-//     completed. Then the ticket passes to a record that waits, of another peer if there is one.
+//     completed. Then the ticket passes to a record of another peer if there is one: one that waits, or otherwise one that proceeds,
+//     which may have to wait next. A peer without a record that waits at this moment would otherwise miss its turn.
 //   - A record that does not proceed, while others wait, is overdue. See [Records.Overdue].
 //
 // K identifies a stream and P its peer. Times are nanoseconds of one monotonic clock. A Records needs a lock around it.
@@ -45,6 +46,7 @@ const (
 	recordPatienceAfterWait = recordPatience / 4
 	recordRate              = 64 << 10 // bytes a second
 	ownRecordPatience       = 60 * second
+	justNow                 = second // longer than a round trip
 )
 
 // NewRecords returns a Records for a budget of which used counts the part that is in use.
@@ -181,18 +183,36 @@ func (r *Records[K, P]) grant(b *begun[P], now int64) {
 	b.want = 0
 }
 
-// passTicket gives a free ticket to a waiting record.
-func (r *Records[K, P]) passTicket(now int64) (K, bool) {
+// passTicket gives a free ticket to a record if any waits. It reports whether that record need not wait any longer.
+func (r *Records[K, P]) passTicket(now int64) (k K, woken bool) {
 	var none K
 	if r.ticket != none || len(r.queue) == 0 {
 		return none, false
 	}
-	i := max(0, slices.IndexFunc(r.queue, func(k K) bool { return r.begun[k].peer != r.last }))
-	k := r.queue[i]
+	i := slices.IndexFunc(r.queue, func(k K) bool { return r.begun[k].peer != r.last })
+	if i < 0 {
+		if r.ticket = r.proceeding(now); r.ticket != none {
+			return none, false
+		}
+		i = 0
+	}
+	k = r.queue[i]
 	r.queue = slices.Delete(r.queue, i, i+1)
 	r.ticket = k
 	r.grant(r.begun[k], now)
 	return k, true
+}
+
+// proceeding returns the largest record that took bytes just now, of another peer than the last with the ticket. It returns zero if
+// there is none.
+func (r *Records[K, P]) proceeding(now int64) (largest K) {
+	held := int64(0)
+	for k, b := range r.begun {
+		if b.peer != r.last && b.held > held && now-b.took <= justNow {
+			largest, held = k, b.held
+		}
+	}
+	return largest
 }
 
 func (r *Records[K, P]) unqueue(k K) {

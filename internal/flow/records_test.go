@@ -110,6 +110,31 @@ func TestRecordsAfterTheirWait(t *testing.T) {
 	}
 }
 
+// TestTicketGoesRound: the ticket passes to a record of another peer also if that one does not wait at the moment, but not to one that
+// brings nothing.
+func TestTicketGoesRound(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		later int64 // when the first record with the ticket ends
+		want  int
+	}{
+		{"proceeds", justNow, 3},
+		{"stands still", justNow + 1, 2},
+	} {
+		r, _ := newRecords(100)
+		r.Take(1, "a", 90, 0) // the ticket
+		r.Take(2, "a", 90, 0) // waits
+		r.Take(3, "b", 1, 0)
+		woken := r.Done(1, c.later, nil)
+		if r.ticket != c.want || len(woken) != 3-c.want {
+			t.Errorf("another peer's record %s: record %d has the ticket, want %d; %v go on", c.name, r.ticket, c.want, woken)
+		}
+		if took := r.Take(3, "b", 500, c.later); took != (c.want == 3) {
+			t.Errorf("another peer's record %s: it may exceed the budget: %v", c.name, took)
+		}
+	}
+}
+
 // TestRecordsOfOneSlowPeer: records of one peer that take little at a time, on a slow line, are not overdue for each other.
 func TestRecordsOfOneSlowPeer(t *testing.T) {
 	r, _ := newRecords(1)
