@@ -28,17 +28,12 @@ type whereabouts struct {
 	missing  bool      // it also asked for packets again
 }
 
-func (s *session) whereabouts() *whereabouts {
-	if s.out.whereabouts == nil {
-		s.out.whereabouts = new(whereabouts)
-	}
-	return s.out.whereabouts
-}
+func (s *session) whereabouts() *whereabouts { return &s.extra().whereabouts }
 
 // move returns the unproved subject of the peer of s, nil if there is none.
 func (s *session) move() *move {
-	if w := s.out.whereabouts; w != nil {
-		return w.move
+	if x := s.extras.Load(); x != nil {
+		return x.whereabouts.move
 	}
 	return nil
 }
@@ -46,8 +41,8 @@ func (s *session) move() *move {
 // crossing returns the state that s has only as a stream across accounts. It returns nil if s is no such stream, or if a consumer
 // does not know that yet.
 func (s *session) crossing() *crossing {
-	if w := s.out.whereabouts; w != nil {
-		return w.crossing
+	if x := s.extras.Load(); x != nil {
+		return x.whereabouts.crossing
 	}
 	return nil
 }
@@ -102,12 +97,12 @@ func (o *outbox) proved(s *session, nonce []byte) error {
 	if m == nil || string(nonce) != string(m.nonce[:]) || s.out.state.Phase == lifecycle.Gone {
 		return nil
 	}
-	s.out.whereabouts.move = nil
+	s.whereabouts().move = nil
 	if m.subject != s.out.peer {
 		o.peers.move(s, m.subject)
 		o.joinRemote(s)
 		if snd := s.send.Load(); snd != nil {
-			snd.unacked.moved()
+			snd.unacked.pardon()
 		}
 		o.step(s, lifecycle.PeerKnown)
 		if m.lost {
@@ -131,8 +126,8 @@ const (
 // isProved reports whether the credit that the peer of s grants may be used. A producer needs no proof: the credit of its consumer
 // has to come to a subject that is told only to the consumer's address.
 func (s *session) isProved() bool {
-	w := s.out.whereabouts
-	return s.role != lifecycle.Consumer || w != nil && w.proved
+	x := s.extras.Load()
+	return s.role != lifecycle.Consumer || x != nil && x.whereabouts.proved
 }
 
 // firstCredit returns the credit that a consumer has at the first address of its producer.
@@ -174,7 +169,7 @@ func (o *outbox) withhold(s *session, c Credit, missing bool) (Credit, bool) {
 
 // grantWithheld notes that the peer of s has proved its address, and takes the credit that was withheld.
 func (o *outbox) grantWithheld(s *session) error {
-	w := s.out.whereabouts
+	w := s.whereabouts()
 	c, missing := w.withheld, w.missing
 	w.proved, w.withheld, w.missing = true, Credit{}, false
 	if snd := s.send.Load(); snd != nil && c != (Credit{}) {

@@ -6,6 +6,7 @@ import (
 	"math"
 	"sync/atomic"
 
+	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/ring"
 	"github.com/natsstream/stream/internal/slab"
 )
@@ -24,28 +25,32 @@ type bucket struct {
 	form atomic.Uint32
 
 	// Owned by the mux.
-	last       bool   // the packet that closes came beyond the credit: none may follow
-	gapAsked   bool   // a CREDIT with GAP asked for packet gapAskedSeq, at gapAskedAt by the endpoint's clock
-	expect     uint32 // sequence number of the next packet
-	acceptWord uint64 // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender; 0 before bind
-	received   uint64 // bytes of all packets pushed
+	last       bool        // the packet that closes came beyond the credit: none may follow
+	gapAsked   bool        // a CREDIT with GAP asked for packet gapAskedSeq, at gapAskedAt by the endpoint's clock
+	expect     uint32      // sequence number of the next packet
+	dropped    atomic.Bool // a packet was dropped because it found no room: set by the mux, cleared by the reader, who asks for it
+	acceptWord uint64      // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender; 0 before bind
+	received   uint64      // bytes of all packets pushed
 
-	// The credit granted to the peer: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
-	grantedBytes   atomic.Uint64
-	grantedPackets atomic.Uint32
+	open           atomic.Uint64 // how far received may go at once: the mux moves it on, the reader moves it back and on
+	grantedPackets atomic.Uint32 // of the credit granted to the peer: see grantedBytes
 
 	gapAskedSeq uint32 // the mux's: see gapAsked
 
 	park ring.Parker        // the reader waits here; the mux, and the goroutine that ends the stream, wake it
 	ring ring.Ring[arrival] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
 
+	// The credit granted to the peer: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
+	grantedBytes atomic.Uint64
+
 	// Owned by the reader.
-	consumed      credited // of the packets read to their end
-	granted       credited // as of the last grant
-	windowBytes   uint64
-	windowPackets uint32
-	limited       bool // the sender asked for credit since the last grant
-	ranDry        bool // the reader ran out of packets since the last grant
+	consumed      consumption
+	free          uint64 // how far open may go without memory of the budget
+	window        flow.Window
+	windowPackets uint16
+	limited       bool        // the sender asked for credit since the last grant, or with the packet before it
+	ranDry        bool        // the reader ran out of packets since the last grant
+	released      atomic.Bool // packets may have no memory of the budget any more. Any goroutine stores it
 
 	gapAskedAt    int64                     // the mux's, and seldom looked at
 	origin        string                    // the mux's: the token in the control subject of the producer that the bucket is bound to
@@ -57,6 +62,13 @@ type bucket struct {
 type arrival struct {
 	data []byte
 	lent *slab.Slab // that data lies in; nil if the packet has memory of its own
+}
+
+// consumption is what the reader has read to the end.
+type consumption struct {
+	packets uint32 // modulo 2^32
+	limit   uint32 // as grantedPackets, which lies on a cache line of the mux. It is here because there is room
+	bytes   uint64
 }
 
 // credited is a position in the stream in both units of credit.
@@ -89,8 +101,10 @@ const (
 // init prepares the bucket for a peer that was offered the given window.
 func (b *bucket) init(packets uint32, bytes uint64) {
 	b.ring.Init(maxPackets + 1) // one more for the packet that only closes
-	b.windowPackets, b.windowBytes = packets, bytes
-	b.granted = credited{packets, bytes}
+	b.windowPackets, b.window.Bytes = uint16(packets), bytes
+	b.free = min(bytes, minWindow)
+	b.open.Store(b.free)
+	b.consumed.limit = packets
 	b.grantedPackets.Store(packets)
 	b.grantedBytes.Store(bytes)
 }
@@ -102,6 +116,7 @@ const (
 	accepted  verdict = iota
 	duplicate         // an older sequence number: dropped
 	gap               // packets before it are missing: dropped, and asked for with them
+	noRoom            // within the credit, and there may be no memory for it
 	foreign           // another sender, or another kind of peer: dropped
 	malformed         // header unreadable while bound: dropped
 	violation         // the stream cannot go on; the error has the reason
@@ -111,12 +126,12 @@ const (
 func (b *bucket) accept(data []byte, lent *slab.Slab) (verdict, *CloseError) {
 	if len(data) >= PacketHeaderSize {
 		if binary.BigEndian.Uint64(data) == b.acceptWord && binary.BigEndian.Uint64(data[8:]) == packetTail(b.expect, uint32(len(data))) &&
-			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received < b.grantedBytes.Load() {
+			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received+uint64(len(data)) <= b.open.Load() {
 			b.push(data, lent)
 			return accepted, nil
 		}
 	}
-	return b.acceptSlow(data, lent)
+	return b.acceptSlow(data, lent, false)
 }
 
 func (b *bucket) push(data []byte, lent *slab.Slab) {
@@ -126,8 +141,9 @@ func (b *bucket) push(data []byte, lent *slab.Slab) {
 	b.park.Wake()
 }
 
-// acceptSlow checks the first packet, packets with rare flags, and all invalid ones.
-func (b *bucket) acceptSlow(data []byte, lent *slab.Slab) (verdict, *CloseError) {
+// acceptSlow checks the first packet, packets with rare flags, those for which memory has to be taken, and all invalid ones.
+// With room it accepts a packet for which there is memory.
+func (b *bucket) acceptSlow(data []byte, lent *slab.Slab, room bool) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	if err != nil {
 		if b.unbound() {
@@ -147,13 +163,15 @@ func (b *bucket) acceptSlow(data []byte, lent *slab.Slab) (verdict, *CloseError)
 		}
 		return gap, nil
 	}
-	if int32(h.Seq-b.grantedPackets.Load()) >= 0 || b.received >= b.grantedBytes.Load() {
-		if b.last || !onlyClose(body) {
-			return violation, protocolError(CloseProtocolError, "peer sent packet %d beyond its credit of %d packets, %d bytes",
-				h.Seq, b.grantedPackets.Load(), b.grantedBytes.Load())
-		}
-		b.last = true
+	beyond := int32(h.Seq-b.grantedPackets.Load()) >= 0 || b.received >= b.grantedBytes.Load()
+	switch {
+	case beyond && (b.last || !onlyClose(body)):
+		return violation, protocolError(CloseProtocolError, "peer sent packet %d beyond its credit of %d packets, %d bytes",
+			h.Seq, b.grantedPackets.Load(), b.grantedBytes.Load())
+	case !room && !beyond && b.received+uint64(len(data)) > b.open.Load(): // the place for CLOSE beyond the credit needs no room
+		return noRoom, nil
 	}
+	b.last = b.last || beyond
 	if b.unbound() {
 		b.bind(h.Sender)
 	}
@@ -186,6 +204,9 @@ func (b *bucket) acceptControl(data []byte, own uint64) (verdict, *CloseError) {
 // shouldAskForGap reports whether to ask for the missing packets now. Packets keep coming for a round trip after one is found
 // missing. So there is one request for each missing packet, and a further one only if the first was not answered in time.
 func (b *bucket) shouldAskForGap(now, patience int64) bool {
+	if b.dropped.Load() { // the reader asks, when there is room
+		return false
+	}
 	if b.gapAsked && b.gapAskedSeq == b.expect && now-b.gapAskedAt < patience {
 		return false
 	}
@@ -256,9 +277,7 @@ func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 }
 
 // consume accounts for a packet read to its end and reports whether the peer should be granted more. Reader only.
-// The window doubles only if it limits the sender: the sender asked for credit and the reader ran dry. A window that grew
-// because of a slow reader would only cost memory. grow reserves the bytes, or refuses.
-func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bool) bool {
+func (b *bucket) consume(n int, ack bool) bool {
 	b.consumed.packets++
 	b.consumed.bytes += uint64(n)
 	if b.form.Load() == formJSON {
@@ -266,29 +285,78 @@ func (b *bucket) consume(n int, ack bool, maxWindow uint64, grow func(uint64) bo
 		return false
 	}
 	b.limited = b.limited || ack
+	b.window.Packet = max(b.window.Packet, uint32(n))
 	// The rest of the grant, as the reader sees it. If a quarter is consumed, three quarters are left.
-	leftPackets := int32(b.granted.packets - b.consumed.packets)
-	leftBytes := int64(b.granted.bytes - b.consumed.bytes)
-	if leftPackets > int32(b.windowPackets-b.windowPackets/4) && leftBytes > int64(b.windowBytes-b.windowBytes/4) {
-		return false
-	}
-	if b.limited && b.ranDry {
-		if b.windowPackets < maxPackets {
-			b.windowPackets *= 2
-		}
-		if b.windowBytes < maxWindow && grow(b.windowBytes) {
-			b.windowBytes *= 2
-		}
-	}
-	b.limited, b.ranDry = false, false
-	b.granted.packets = b.consumed.packets + b.windowPackets
-	b.granted.bytes = b.consumed.bytes + b.windowBytes
-	b.grantedBytes.Store(b.granted.bytes)
-	b.grantedPackets.Store(b.granted.packets)
-	return true
+	leftPackets := int32(b.consumed.limit - b.consumed.packets)
+	leftBytes := int64(b.grantedBytes.Load() - b.consumed.bytes)
+	return leftPackets <= int32(b.windowPackets-b.windowPackets/4) || leftBytes <= int64(b.window.Bytes-b.window.Bytes/4)
 }
 
-// credit is the CREDIT to send now. Called by the outbox.
-func (b *bucket) credit() Credit {
-	return Credit{Ack: b.ring.Pushed(), Packets: b.grantedPackets.Load(), Bytes: b.grantedBytes.Load()}
+// grant grants the peer a window beyond the consumed packets. ack says that the packet consumed last used up the credit. largest
+// is the most bytes of the window, and free the memory left for packets. A limit never goes back, so a window that shrank
+// takes effect when the peer has used its credit. Reader only.
+//
+// The windows grow only if they limit the sender: the sender asked for credit and the reader ran dry. A window that grew because
+// of a slow reader would only cost memory. If the last packet of the credit arrives with all the others, the reader consumes it,
+// which is a grant, and runs dry afterwards. So limited outlives the grant.
+func (b *bucket) grant(ack bool, windows *flow.Windows, largest uint64, free int64) {
+	if b.limited {
+		windows.Resize(&b.window, b.ranDry, largest, free)
+	}
+	if b.limited && b.ranDry && b.windowPackets < maxPackets {
+		b.windowPackets *= 2
+	}
+	b.limited, b.ranDry, b.window.Packet = ack, false, 0
+	if next := b.consumed.packets + uint32(b.windowPackets); int32(next-b.consumed.limit) > 0 {
+		b.consumed.limit = next
+	}
+	b.grantedBytes.Store(max(b.grantedBytes.Load(), b.consumed.bytes+b.window.Bytes))
+	b.grantedPackets.Store(b.consumed.limit)
 }
+
+// nextFree is how far the peer may go without memory of the budget: minWindow beyond the consumed packets, within its credit.
+func (b *bucket) nextFree() uint64 { return min(b.consumed.bytes+minWindow, b.grantedBytes.Load()) }
+
+// unsettled returns by how much free lags behind. Reader only.
+func (b *bucket) unsettled() uint64 { return b.nextFree() - b.free }
+
+// settle moves free on. It returns how much of the budget the stream does not use any longer. The stream keeps as much as it had, if
+// that was little: then open moves on with free, and the mux need not take memory for the packets that come next. If the reader is dry,
+// open moves back to free, because nothing that arrived needs memory. If the mux accepts a packet at the same time, that packet
+// has no memory in the budget until the mux next takes some. Reader only.
+func (b *bucket) settle(dry bool) (unused uint64) {
+	free := b.nextFree()
+	for {
+		open := b.open.Load()
+		next := max(open, free)
+		switch held := open - b.free; {
+		case dry:
+			next = free
+		case held <= roomStep:
+			next = max(open, min(free+held, b.grantedBytes.Load()))
+		}
+		if next == open || b.open.CompareAndSwap(open, next) {
+			unused = (open - b.free) - (next - free)
+			b.free = free
+			return unused
+		}
+	}
+}
+
+// credit is the CREDIT to send now. Called by the outbox. It refuses packets while there is no room for the next one.
+func (b *bucket) credit() Credit {
+	c := Credit{Ack: b.ring.Pushed(), Packets: b.grantedPackets.Load(), Bytes: b.grantedBytes.Load()}
+	if b.dropped.Load() {
+		return c.refusing()
+	}
+	return c
+}
+
+// refusing returns c with the packet limit that says that its sender has no room for the next packet.
+func (c Credit) refusing() Credit {
+	c.Packets = c.Ack - 1
+	return c
+}
+
+// refuses reports whether c is refusing. A packet limit is before the acknowledgement only there, and if CLOSE was acknowledged.
+func (c Credit) refuses() bool { return c.Packets == c.Ack-1 }

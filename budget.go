@@ -1,62 +1,150 @@
 package stream
 
-// This file shares MaxBuffered out to the windows of an endpoint's streams. Any goroutine calls it; all of it is atomic.
-
-// The more streams there are, the smaller their windows. The bytes in flight of all streams then fit the processor's caches.
-// 100 streams with windows of 256 KiB ran at little more than half the speed of 100 streams with the windows that reserve
-// returns.
-const (
-	smallerFrom = 64 // with this part of the budget in use first windows begin to shrink, by half for each doubling
-	growthPart  = 8  // windows grow within this part of the budget; the rest is for new streams
+import (
+	"github.com/natsstream/stream/internal/flow"
+	"github.com/natsstream/stream/internal/slab"
 )
 
-// reserve takes a first window for a stream out of the budget: want bytes, or half, a quarter, … of it. Below minWindow
-// a stream would crawl, so that much is given in any case.
-func (ep *endpoint) reserve(want uint64) uint64 {
-	for used := ep.reserved.Load(); want > minWindow && used > ep.budget/smallerFrom; used /= 2 {
-		want /= 2
-	}
-	for ; want > minWindow; want /= 2 {
-		if ep.take(want, ep.budget) {
-			return want
+// This file bounds the memory of packets that have arrived and were not read. A peer may use all its credit, and the
+// windows of all streams may add up to more than MaxBuffered. So the mux takes memory out of the budget when packets arrive,
+// and the reader gives it back. A packet that finds no room is dropped, and repaired like one that was lost.
+//
+// A stream takes memory in steps, and the first minWindow bytes of each are free, so that most packets cost the mux one
+// comparison. bucket.open is how far the mux may accept, and bucket.free how far that costs nothing. The bytes between them are the
+// stream's part of endpoint.arrived, and session.recv.held counts them. A stream has no part while its reader waits for packets.
+//
+// The mux calls makeRoom, admit and take, the reader consumed and ranDry, and any goroutine the rest.
+
+const (
+	growthPart  = 8        // busy windows share this part of the budget, and records in pieces leave it to packets
+	recordPart  = 4        // packets leave this part of the budget to records in pieces
+	roomStep    = 64 << 10 // a stream takes at most so much more than it needs, and keeps so much for the next packets
+	settleAfter = 16 << 10 // the reader gives memory back in such steps, unless it runs dry
+)
+
+// memory returns the bytes of the budget that are in use.
+func (ep *endpoint) memory() int64 { return ep.arrived.Load() + ep.assembled.Load() }
+
+// roomForPackets returns how many bytes of the budget arrived packets may have together.
+func (ep *endpoint) roomForPackets() int64 {
+	return max(ep.budget-max(ep.assembled.Load(), ep.budget/recordPart), ep.budget/growthPart)
+}
+
+// admit lets the mux accept n more bytes than it may now, and a few more if there is room. It reports whether there is room
+// for the n. A stream may have as much as it leaves free: few streams get all they need, and one stream, or one peer with
+// some, does not take everything from others (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet
+// switches", 1998). Called by the mux alone.
+func (s *session) admit(n uint64) bool {
+	b := &s.bucket
+	for {
+		open, end := b.open.Load(), b.received+n
+		if end <= open { // the reader moved it meanwhile
+			return true
+		}
+		need := end - open
+		more := max(b.grantedBytes.Load(), end) - open
+		more = min(more, need+min(roomStep, uint64(s.recv.held.Load())))
+		if !s.take(int64(more)) {
+			if more = need; !s.take(int64(more)) {
+				return false
+			}
+		}
+		for !b.open.CompareAndSwap(open, open+more) {
+			open = b.open.Load()
 		}
 	}
-	ep.reserved.Add(int64(want))
-	return want
 }
 
-// grow takes n more bytes for a window that is too small.
-func (ep *endpoint) grow(n uint64) bool { return ep.take(n, ep.budget/growthPart) }
-
-// take takes n bytes out of the budget, if no more than limit are in use then.
-func (ep *endpoint) take(n uint64, limit int64) bool {
-	if ep.reserved.Add(int64(n)) > limit {
-		ep.reserved.Add(-int64(n))
+// take takes n bytes out of the budget for packets of s.
+func (s *session) take(n int64) bool {
+	ep := s.ep
+	if all := ep.arrived.Add(n); s.recv.held.Load()+n > ep.roomForPackets()-all {
+		ep.arrived.Add(-n)
+		return false
+	}
+	s.recv.held.Add(n)
+	if s.bucket.released.Load() { // at the same time: the second of the two finds the bytes
+		s.giveBackAll()
 		return false
 	}
 	return true
 }
 
-// grow reserves n more bytes for the stream's window.
-func (s *session) grow(n uint64) bool {
-	if !s.ep.grow(n) {
-		return false
+// giveBack gives n bytes back to the budget, or all that s has if that is less.
+func (s *session) giveBack(n uint64) {
+	for n > 0 {
+		held := s.recv.held.Load()
+		less := min(int64(n), held)
+		if less == 0 {
+			return
+		}
+		if s.recv.held.CompareAndSwap(held, held-less) {
+			s.ep.arrived.Add(-less)
+			return
+		}
 	}
-	s.recv.window.Add(int64(n))
-	s.settleWindow()
-	return true
 }
 
-// releaseWindow gives the window back to the budget, once.
+func (s *session) giveBackAll() { s.ep.arrived.Add(-s.recv.held.Swap(0)) }
+
+// releaseWindow gives back all that s has in the budget, once. From then on it takes nothing more.
 func (s *session) releaseWindow() {
-	s.recv.released.Store(true)
-	s.ep.reserved.Add(-s.recv.window.Swap(0))
+	if !s.bucket.released.Swap(true) {
+		s.ep.windows.Gone()
+	}
+	s.giveBackAll()
 }
 
-// settleWindow gives bytes back that were reserved while the stream ended: the later of settleWindow and releaseWindow
-// finds them.
-func (s *session) settleWindow() {
-	if s.recv.released.Load() {
-		s.ep.reserved.Add(-s.recv.window.Swap(0))
+// consumed accounts for the current packet, which was read to its end, and grants the peer more if that is due. It reports whether
+// it was.
+func (s *session) consumed() (granted bool) {
+	b := &s.bucket
+	if granted = b.consume(len(s.recv.data), s.recv.ackWanted); granted {
+		b.grant(s.recv.ackWanted, s.ep.windows, s.maxWindow(), s.ep.budget-s.ep.memory())
+		s.mark(workCredit)
 	}
+	if b.unsettled() >= settleAfter {
+		s.giveBack(b.settle(false))
+	}
+	return granted
+}
+
+// ranDry notes that the reader found no packet. The stream needs no memory then, and there is room for a packet that was dropped.
+func (s *session) ranDry() {
+	b := &s.bucket
+	b.ranDry = true
+	if !b.ring.Empty() { // packets arrived just now
+		return
+	}
+	if b.open.Load() != b.free || b.unsettled() >= minWindow/2 {
+		s.giveBack(b.settle(true))
+	}
+	if b.dropped.Load() {
+		b.dropped.Store(false)
+		b.window.Bytes = max(b.window.Bytes/2, minWindow)
+		s.mark(workGap)
+	}
+}
+
+// maxWindow returns the most bytes of the window of s.
+func (s *session) maxWindow() uint64 {
+	if x := s.extras.Load(); x != nil && x.window != 0 {
+		return x.window
+	}
+	return s.ep.window
+}
+
+// newWindows returns the Windows of an endpoint with the given budget.
+func newWindows(budget int64) *flow.Windows {
+	return flow.NewWindows(minWindow, uint64(budget/growthPart))
+}
+
+// makeRoom accepts a packet that is within the credit of s, if there is memory for it. A stream that has less than minWindow
+// may have one packet in any case, so that none stands still. Called by the mux alone.
+func (s *session) makeRoom(data []byte, lent *slab.Slab) (verdict, *CloseError) {
+	b := &s.bucket
+	if !s.admit(uint64(len(data))) && b.received >= b.open.Load() {
+		return noRoom, nil
+	}
+	return b.acceptSlow(data, lent, true)
 }

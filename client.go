@@ -29,8 +29,10 @@ type ClientParams struct {
 	// of two. It is 4 MiB by default, and at least 4 KiB. A stream starts with a window of at most 256 KiB, which grows when
 	// it is used up. One packet may exceed the window.
 	Window int
-	// MaxBuffered is the budget in bytes for the windows of all streams together: 64 MiB by default. Windows grow within an
-	// eighth of it. New streams start with smaller windows as usage grows, down to 4 KiB.
+	// MaxBuffered is the budget in bytes for the packets of all streams that arrived and were not read: 64 MiB by default. The
+	// first 4 KiB of each stream are not counted. A packet that finds no room is dropped, and sent again when there is room. The
+	// windows of busy streams share an eighth of the budget, and idle streams use nothing of it. The more streams are open, the
+	// smaller the windows that new streams begin with, down to 4 KiB.
 	//
 	// The budget also covers the received pieces of records that are being assembled. A record that finds no room waits, in
 	// the read that assembles it, and its sender stops. One record at a time may exceed MaxBuffered. A record that does not
@@ -43,7 +45,7 @@ type ClientParams struct {
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received. The default is 16 MiB, or MaxBuffered if
 	// that is less, but at least 256 KiB. A value above 256 KiB may not exceed MaxBuffered: a record in pieces has to
-	// fit into MaxBuffered together with the window of its stream. Leave a quarter of MaxBuffered for the window.
+	// fit into MaxBuffered together with its stream's packets. Leave a quarter of MaxBuffered for these.
 	MaxRecordSize int
 	// FallbackBuffer is the most bytes by which a producer that speaks only the JSON fallback may be ahead of its reader:
 	// 64 MiB by default. Such a producer knows no flow control. If it exceeds the limit, its stream ends with CloseTooSlow.

@@ -314,6 +314,9 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 			s.mark(workPackets)
 		}
 	}
+	if o.takeRefusal(snd, c) {
+		return nil
+	}
 	if q.waits {
 		s.mark(workPackets)
 	}
@@ -331,6 +334,34 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 	return nil
 }
 
+// takeRefusal reports whether the peer has no room for the packets that it was sent, although it granted them. They are not on their
+// way, and were not too large. Nothing is published before it has room. A stream that has closed goes on waiting and asking;
+// docs/PROTOCOL.md section 8.
+func (o *outbox) takeRefusal(snd *sender, c Credit) bool {
+	s, q := snd.session, &snd.unacked
+	before := q.refused
+	q.refused = c.refuses() && c.Ack == q.Acked() && !q.Empty()
+	if !q.refused {
+		if before {
+			s.mark(workPackets)
+		}
+		return false
+	}
+	now := o.time()
+	if again, lost := q.again(c.Ack, now, 0); again {
+		o.lostOnLine(s, lost)
+	}
+	if !before {
+		q.pardon()
+		q.passing.Refused()
+	}
+	if q.closed != 0 && o.lingers(q, now) {
+		q.closed = now
+		s.out.life.asks = min(s.out.life.asks, 1) // ResumeTimeout must not end before it is asked again
+	}
+	return true
+}
+
 // sendCredit acknowledges the packets that arrived and grants credit.
 func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 	switch {
@@ -346,9 +377,21 @@ func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 			o.schedule(s, l.suspect+o.ep.times.Resume)
 		}
 	default:
-		var payload [creditSize]byte
-		o.sendControl(s, "", Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], s.bucket.credit())})
+		o.publishCredit(s, flags, s.bucket.credit())
 	}
+}
+
+// sendRefusal informs the peer that a packet found no room, if there is room again and sendCredit says nothing of that. The peer would
+// take the packet for lost on its way, and might suspect its size.
+func (o *outbox) sendRefusal(s *session) {
+	if s.out.peer != "" && !s.json() && !s.bucket.dropped.Load() {
+		o.publishCredit(s, 0, s.bucket.credit().refusing())
+	}
+}
+
+func (o *outbox) publishCredit(s *session, flags FrameFlags, c Credit) {
+	var payload [creditSize]byte
+	o.sendControl(s, "", Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], c)})
 }
 
 // sendEnd sends the peer of s the early end of the stream: RESET, or a close message of the fallback.

@@ -54,7 +54,7 @@ func (o *outbox) seekNow(s *session) {
 		c.from.listen(time.Duration(o.ep.times.Resume))
 	case c.asked == 0 || now-c.asked >= o.ep.times.Ack/2:
 		c.asked = now
-		s.out.whereabouts.move = nil // an earlier unproved subject may be lost, too
+		s.whereabouts().move = nil // an earlier unproved subject may be lost, too
 		o.denials.publishes(s.out.subject, now, denialWindow*o.ep.times.Ack)
 		// The packet does not have the sender's number, because other subscribers receive it, too.
 		p := AppendPacket(o.scratch[:0], PacketHeader{}, Frame{Type: FrameResume, Payload: []byte(c.token)})

@@ -254,7 +254,7 @@ func TestReadDeadlineKeepsPiecesOfARecord(t *testing.T) {
 				}
 				<-sent
 				until := time.Now().Add(time.Minute)
-				for m.client.ep.reserved.Load() != 0 && time.Now().Before(until) {
+				for m.client.ep.memory() != 0 && time.Now().Before(until) {
 					time.Sleep(time.Second)
 				}
 				if last == "reset" {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/puzpuzpuz/xsync/v3"
 
+	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/liveness"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/wheel"
@@ -23,8 +24,10 @@ type endpoint struct {
 	window    uint64 // upper bound of one stream's window, bytes, a power of two
 	maxRecord int
 	fallback  uint64 // bytes a fallback peer may pile up
-	budget    int64  // for all windows together, and once more for all that is kept
-	reserved  atomic.Int64
+	budget    int64  // for arrived packets and records in pieces together, and once more for all that is kept
+	windows   *flow.Windows
+	arrived   atomic.Int64 // bytes of the budget that arrived packets have
+	assembled atomic.Int64 // the same of records in pieces
 	room      recordRoom
 	times     liveness.Intervals
 

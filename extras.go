@@ -13,6 +13,8 @@ import (
 type extras struct {
 	read, write deadline
 
+	whereabouts whereabouts // more about the address of a peer in another account, or of one that has to be proved. The outbox's
+
 	// Of the options of Open.
 	window   uint64        // the most bytes of the window; 0 for that of the endpoint
 	answered chan struct{} // closed for WithRetry, and set to nil, when the producer has answered; nil without WithRetry. The outbox's

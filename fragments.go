@@ -15,7 +15,7 @@ import (
 type fragments struct {
 	packet uint32
 	whole  []byte // the bytes that arrived; the capacity is the length of the packet
-	held   int64  // bytes of the budget that the packet takes beyond the window
+	held   uint64 // bytes of the budget that the packet takes
 
 	// Number of the packet, and how many bytes of it have arrived; 0 if none have. Stored by the mux and read by the outbox.
 	progress atomic.Uint64
@@ -62,7 +62,11 @@ func (ep *endpoint) receiveFragment(s *session, m *nats.Msg, f Frame) {
 	}
 	if !began {
 		p.drop(s)
-		if at.Offset != 0 || !p.begin(s, at) {
+		if at.Offset != 0 {
+			return
+		}
+		if !p.begin(s, at) {
+			ep.refuse(s, m, noRoom, nil)
 			return
 		}
 	}
@@ -89,39 +93,21 @@ func (ep *endpoint) receiveReassembled(s *session, m *nats.Msg, whole []byte) {
 	s.mark(workCredit) // the sender waits for that
 }
 
-// begin makes room for the packet with the first fragment at. Bytes beyond the credit take room in MaxBuffered; begin
-// reports false if there is none.
+// begin takes memory for the packet with the first fragment at. It reports false if there is none.
 func (p *fragments) begin(s *session, at Fragment) bool {
-	left := int64(s.bucket.grantedBytes.Load() - s.bucket.received)
-	if p.held = max(0, int64(at.Length)-max(0, left)); p.held != 0 && !s.hold(p.held) {
-		p.held = 0
+	switch b := &s.bucket; {
+	case s.take(int64(at.Length)):
+		p.held = uint64(at.Length)
+	case b.received >= b.open.Load(): // as for a packet that arrives whole
 		return false
 	}
 	p.packet, p.whole = at.Packet, make([]byte, 0, at.Length)
 	return true
 }
 
-// drop frees the bytes that arrived.
+// drop discards the fragments that arrived.
 func (p *fragments) drop(s *session) {
-	s.unhold(p.held)
+	s.giveBack(p.held)
 	p.whole, p.held = nil, 0
 	p.progress.Store(0)
-}
-
-// hold reserves n bytes of MaxBuffered beyond the window, until unhold or the end of the stream.
-func (s *session) hold(n int64) bool {
-	if !s.ep.take(uint64(n), s.ep.budget) {
-		return false
-	}
-	s.recv.window.Add(n)
-	s.settleWindow()
-	return true
-}
-
-func (s *session) unhold(n int64) {
-	if n != 0 {
-		s.recv.window.Add(-n)
-		s.ep.reserved.Add(-n)
-		s.settleWindow()
-	}
 }

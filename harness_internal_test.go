@@ -214,7 +214,7 @@ func (m *memoryPair) left() error {
 		if n := ep.sessions.Size(); n != 0 {
 			all = append(all, fmt.Errorf("%s: %d sessions are left", name, n))
 		}
-		if n := ep.reserved.Load(); n != 0 {
+		if n := ep.memory(); n != 0 {
 			all = append(all, fmt.Errorf("%s: %d bytes are reserved", name, n))
 		}
 		if n := ep.kept.Load(); n != 0 {

@@ -173,6 +173,7 @@ func (o *outbox) tick() {
 	o.ep.clock.Store(o.clock.Now(now))
 	o.spread()
 	o.checkRecords()
+	o.ep.windows.Turn(now)
 	if up {
 		o.ep.lookAtMaxPayload()
 		o.decideDenials(now)

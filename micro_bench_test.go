@@ -117,6 +117,7 @@ func BenchmarkMux(b *testing.B) {
 					b.Fatal(err)
 				}
 				s.session.bucket.grantedBytes.Store(math.MaxUint64)
+				s.session.bucket.open.Store(math.MaxUint64)
 				opened[i] = s
 			}
 			packet, _ := benchPacket(128, 1)

@@ -66,6 +66,9 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	}
 	asked := len(data) >= 2 && data[1]&byte(PacketAck|PacketMark) != 0 // an accepted packet belongs to the reader
 	v, err := s.bucket.accept(data, lent)
+	if v == noRoom {
+		v, err = s.makeRoom(data, lent)
+	}
 	if v != accepted {
 		ep.refuse(s, m, v, err)
 		lent.Release()
@@ -116,7 +119,11 @@ func (ep *endpoint) answerUnknown(s *session, m *nats.Msg) {
 // Records end the stream, because nobody would read them.
 func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
 	if _, body, err := ParsePacketHeader(m.Data); err == nil && onlyClose(body) {
-		if v, err := s.bucket.accept(m.Data, nil); v != accepted {
+		v, err := s.bucket.accept(m.Data, nil)
+		if v == noRoom {
+			v, err = s.makeRoom(m.Data, nil)
+		}
+		if v != accepted {
 			ep.refuse(s, m, v, err)
 		} else {
 			s.mark(workCredit)
@@ -196,6 +203,12 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 	case foreign:
 		ep.counters.foreign.Add(1)
 		ep.answerUnknown(nil, m)
+	case noRoom:
+		ep.counters.noRoom.Add(1)
+		if !s.bucket.dropped.Swap(true) {
+			s.mark(workCredit | workRefusal) // the peer is to stop, and not to count what it sent as on its way
+			s.bucket.park.Wake()             // the reader may be about to wait for this packet
+		}
 	case malformed:
 		ep.counters.malformed.Add(1)
 	case violation:

@@ -381,7 +381,7 @@ func (o *outbox) takeNews(s *session, work uint32) {
 	}
 }
 
-// serveControl sends the control packets for s that are due: at most a CREDIT and a PING.
+// serveControl sends the control packets for s that are due: at most two CREDITs and a PING.
 func (o *outbox) serveControl(s *session, work uint32) {
 	resume := work&workResume != 0 && s.out.peer != ""
 	if l := &s.out.life; work&workResume != 0 {
@@ -391,6 +391,9 @@ func (o *outbox) serveControl(s *session, work uint32) {
 			l.took, l.pinged = tookLost, o.time() // the request or its answer may be lost
 		}
 		resume = resume && o.mayResume(s)
+	}
+	if work&workRefusal != 0 {
+		o.sendRefusal(s)
 	}
 	if work&workGap != 0 || resume {
 		o.sendCredit(s, FlagGap)

@@ -80,8 +80,8 @@ func (q *unackedPackets) passingOf() *flow.Passing {
 	return q.passing
 }
 
-// moved records that the peer receives at another subject. Earlier losses then show nothing about sizes.
-func (q *unackedPackets) moved() {
+// pardon records that the losses so far show nothing about sizes: the peer has moved, or it has dropped what had arrived.
+func (q *unackedPackets) pardon() {
 	for p := range q.All() {
 		p.connection--
 	}

@@ -13,6 +13,7 @@ const (
 	workPackets              // the writer has packets
 	workCredit               // grant the peer new credit
 	workGap                  // acknowledge the packets that arrived, and report missing ones
+	workRefusal              // a packet that was granted found no room
 	workProbe                // ask the peer for its acknowledgement and its credit
 	workResume               // workGap and workProbe, if the peer is known: the connection was interrupted
 	workWait                 // none: put the session on the wheel
@@ -26,7 +27,7 @@ const (
 	workPatience             // the user has set a peer timeout for the stream
 
 	workNews    = workClose | workBind | workPatience
-	workControl = workResume | workGap | workCredit | workHello | workProbe
+	workControl = workResume | workGap | workCredit | workRefusal | workHello | workProbe
 
 	workLater = workWait | workBegin | workClose | workEndLater | workSettle // work that does not wake the outbox
 )

@@ -45,7 +45,7 @@ func (s *session) recvObject(v any) error {
 	if err != nil {
 		return err
 	}
-	return decodeObject(rec, flags, s.recv.rawCodec, v)
+	return decodeObject(rec, flags, s.rawCodec, v)
 }
 
 func (s *session) all() iter.Seq2[[]byte, error] {

@@ -19,8 +19,7 @@ import (
 type receiver struct {
 	parent    context.Context // ends the stream when it ends, also for records that arrived before
 	maxRecord uint64
-	window    atomic.Int64 // bytes reserved for this stream out of the endpoint's budget
-	released  atomic.Bool
+	held      atomic.Int64 // bytes of the endpoint's budget that packets of this stream have
 	// readDone is true if this direction is over and the stream is not: the reader read a normal CLOSE and the other direction
 	// goes on, or this end takes no records. A CLOSE that ends the whole stream does not set it.
 	readDone atomic.Bool
@@ -35,8 +34,6 @@ type receiver struct {
 	readLock atomic.Uint32
 
 	published atomic.Uint32 // of records, modulo 2^32: see publishCount
-
-	rawCodec FrameFlags // codec by which RecvObject decodes records that were written as bytes
 
 	// Owned by the reader.
 	busy      bool
@@ -291,9 +288,8 @@ func (s *session) endedNow() error {
 func (s *session) nextPacket() error {
 	b := &s.bucket
 	if len(s.recv.data) > 0 {
-		if b.consume(len(s.recv.data), s.recv.ackWanted, s.maxWindow(), s.grow) {
+		if s.consumed() {
 			s.publishCount()
-			s.mark(workCredit)
 		}
 		s.dropPacket()
 	}
@@ -321,13 +317,13 @@ func (s *session) nextPacket() error {
 		if s.role == lifecycle.Handler {
 			s.send.Load().packer.publishHeld() // the consumer may wait for the end before it sends more
 		}
-		b.ranDry = true
+		s.ranDry()
 		s.publishCount()
 		if s.mayNotWait() {
 			return errReadDeadline
 		}
 		b.park.Announce()
-		if b.ring.Empty() && s.end.Load() == nil && s.recv.parent.Err() == nil && s.recv.readLock.Load()&(gateLeft|gateLate) == 0 {
+		if b.ring.Empty() && !b.dropped.Load() && s.end.Load() == nil && s.recv.parent.Err() == nil && s.recv.readLock.Load()&(gateLeft|gateLate) == 0 {
 			b.park.Wait()
 		} else {
 			b.park.Retract()

@@ -36,6 +36,8 @@ type unackedPackets struct {
 	waits   bool          // failed waits for credit, or for a packet that may not pass
 	whole   int32         // bytes of the largest packet that was just acknowledged and had been published as a whole
 
+	refused bool // the peer has no room: nothing is published before it says that it has
+
 	// By the outbox's clock, 0 before CLOSE was published.
 	closeSent int64 // when CLOSE was published
 	closed    int64 // when CLOSE was published, or a packet was last acknowledged after that
@@ -58,6 +60,9 @@ const (
 func (snd *sender) publishNext() progress {
 	s, pk, q := snd.session, snd.packer, &snd.unacked
 	json := s.peerTakesJSON()
+	if q.refused {
+		return heldBack
+	}
 	if q.loss.Full(q.OnTheWay()) {
 		if q.loss.Ask() { // the answer lets the next ones go
 			return heldByLoss

@@ -260,7 +260,7 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 	}
 	window := uint64(0)
 	if !json {
-		window = s.ep.reserve(min(handlerWindow, s.ep.window))
+		window = s.ep.windows.First(min(handlerWindow, s.ep.window))
 	}
 	h.w = s.ep.newProducer(lifecycle.Handler, ctx, m.Reply, offer, json, window)
 	session := h.w.session

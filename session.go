@@ -17,9 +17,10 @@ type session struct {
 	// caches.
 	end          atomic.Pointer[ending] // set once: the first end counts
 	role         lifecycle.Role
-	controls     uint32 // control packets ever passed to the outbox; the mux's
-	senderNumber uint64 // this end's, in the header of each packet
-	bucket       bucket // the receive half as the mux sees it
+	rawCodec     FrameFlags // the reader decodes objects by it that were written as bytes. Set once, and here because there is room
+	controls     uint32     // control packets ever passed to the outbox; the mux's
+	senderNumber uint64     // this end's, in the header of each packet
+	bucket       bucket     // the receive half as the mux sees it
 
 	// Set once. These lie apart from the fields that change with each packet.
 	ep     *endpoint
@@ -46,12 +47,11 @@ type session struct {
 
 // outboxState is the part of a session that only the outbox uses, after the session was marked.
 type outboxState struct {
-	subject           string       // of the request
-	peer              string       // the address of the peer; empty at a consumer before its producer's first packet
-	whereabouts       *whereabouts // more about the address of a peer in another account; nil within one account
-	request           *opening     // opens the stream; nil once it is published
-	deferredUntilUp   uint32       // work that waits for the connection; not zero while in outbox.waitingUntilUp
-	deferredUntilPeer uint32       // work for the peer that was due before its subject was known
+	subject           string   // of the request
+	peer              string   // the address of the peer; empty at a consumer before its producer's first packet
+	request           *opening // opens the stream; nil once it is published
+	deferredUntilUp   uint32   // work that waits for the connection; not zero while in outbox.waitingUntilUp
+	deferredUntilPeer uint32   // work for the peer that was due before its subject was known
 	state             lifecycle.State
 	requested         requestState
 	places            places // in which of the outbox's lists it is
@@ -76,14 +76,6 @@ func (s *session) prepare(o openOptions, most uint64) {
 			}
 		})
 	}
-}
-
-// maxWindow returns the most bytes of the window of s.
-func (s *session) maxWindow() uint64 {
-	if x := s.extras.Load(); x != nil && x.window != 0 {
-		return x.window
-	}
-	return s.ep.window
 }
 
 // endKind is the meaning of an end for arrived records, for a running handler, and for the peer.

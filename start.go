@@ -34,7 +34,8 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 		started:   time.Now(),
 	}
 	ep.observer = newObserver(p.Hooks, &ep.counters.events)
-	ep.room.records = flow.NewRecords[*session, *remote](ep.budget, &ep.reserved)
+	ep.room.records = flow.NewRecords[*session, *remote](ep.budget-ep.budget/growthPart, &ep.assembled, &ep.arrived)
+	ep.windows = newWindows(ep.budget)
 	ep.ctx, ep.cancel = context.WithCancelCause(context.Background())
 	ep.outbox.init(ep)
 	ep.initTime()

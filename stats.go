@@ -9,7 +9,7 @@ import "sync/atomic"
 // packets_sent.
 type Stats struct {
 	Streams  int   `json:"streams"`  // streams and writers that the peer can reach now
-	Reserved int64 `json:"reserved"` // bytes of all windows granted now, the most that peers may send unread, and of records being assembled from pieces
+	Reserved int64 `json:"reserved"` // bytes of packets that arrived and were not read, beyond 4 KiB for each stream, and of records being assembled from pieces
 	Kept     int64 `json:"kept"`     // bytes of the buffers of packets that are written and that peers have not acknowledged
 	Fast     bool  `json:"fast"`     // packets arrive past nats.go; see package fastconn. False while the connection is down
 
@@ -21,6 +21,7 @@ type Stats struct {
 	RecordsReceived uint64 `json:"records_received"` // records that reads returned; those that a stream read since it last waited or granted credit may be missing
 
 	PacketsResent    uint64 `json:"packets_resent"`    // packets retransmitted because the peer missed them
+	DroppedNoRoom    uint64 `json:"dropped_no_room"`   // packets that arrived while MaxBuffered was in use; they are retransmitted
 	DroppedEarly     uint64 `json:"dropped_early"`     // packets that arrived while an earlier one was missing; they are retransmitted
 	UnreportedErrors uint64 `json:"unreported_errors"` // failures of handlers that came after the normal end was published; each is logged
 	DroppedRequest   uint64 `json:"dropped_request"`   // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
@@ -40,7 +41,7 @@ type counters struct {
 	packets, bytes                                  atomic.Uint64 // stored by the outbox alone
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
 	unsent, resent, early, requests, strays         atomic.Uint64
-	unreported, pubAcks                             atomic.Uint64
+	unreported, pubAcks, noRoom                     atomic.Uint64
 	records, events                                 atomic.Uint64
 
 	_                              [64]byte // the mux counts each packet: its counts have a cache line of their own
@@ -70,7 +71,7 @@ func (ep *endpoint) stats() Stats {
 	in := ep.inbox.subscribed.Load()
 	return Stats{
 		Streams:          ep.sessions.Size(),
-		Reserved:         ep.reserved.Load(),
+		Reserved:         ep.memory(),
 		Kept:             ep.kept.Load(),
 		Fast:             in != nil && in.Fast(),
 		PacketsSent:      n.packets.Load(),
@@ -79,6 +80,7 @@ func (ep *endpoint) stats() Stats {
 		BytesReceived:    n.bytesReceived.load(),
 		RecordsReceived:  n.records.Load(),
 		PacketsResent:    n.resent.Load(),
+		DroppedNoRoom:    n.noRoom.Load(),
 		DroppedEarly:     n.early.Load(),
 		UnreportedErrors: n.unreported.Load(),
 		DroppedRequest:   n.requests.Load(),

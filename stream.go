@@ -41,12 +41,11 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 	if o.window != 0 {
 		most = floorPow2(uint64(o.window))
 	}
-	window := ep.reserve(min(initialWindow, most))
+	window := ep.windows.First(min(initialWindow, most))
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, lifecycle.Consumer, initialPackets, window)
-	s.stream, s.recv.parent, s.recv.rawCodec = st, ctx, codecFlag(o.codec)
-	s.recv.window.Store(int64(window))
+	s.stream, s.recv.parent, s.rawCodec = st, ctx, codecFlag(o.codec)
 	offer := Token{Codec: o.codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	s.out.subject, s.out.request = msg.Subject, newOpening(msg, offer)
 	if o.answered != nil || o.window != 0 || o.timeout != 0 {

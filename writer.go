@@ -76,8 +76,8 @@ func (c *Client) NewWriter(subject string) *Writer {
 	return w
 }
 
-// newProducer makes a producer's end toward subject. Its writes end with ctx. window is the number of bytes reserved for
-// records of the consumer.
+// newProducer makes a producer's end toward subject. Its writes end with ctx. window is the first window for records of
+// the consumer, 0 if it sends none.
 func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subject string, offer Token, json bool, window uint64) *Writer {
 	p := new(struct {
 		session session
@@ -88,8 +88,8 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	s.ctx = &p.request
 	s.init(ep, role, initialPackets, max(window, minWindow))
 	s.out.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
-	s.recv.window.Store(int64(window))
-	s.recv.parent, s.out.peer, s.recv.rawCodec = ctx, subject, FlagMsgPack
+	s.bucket.released.Store(window == 0)
+	s.recv.parent, s.out.peer, s.rawCodec = ctx, subject, FlagMsgPack
 	w.init(s, ctx)
 	w.subject = subject
 	if json {
@@ -109,7 +109,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 func newConsumerWriter(s *session, ctx context.Context) *Writer {
 	w := new(Writer)
 	w.init(s, ctx)
-	w.codec = s.recv.rawCodec
+	w.codec = s.rawCodec
 	return w
 }
 

@@ -19,7 +19,8 @@ import (
 // NewRecords makes one.
 type Records[K, P comparable] struct {
 	budget int64
-	used   *atomic.Int64 // bytes in use of the budget: these records, and the bytes that the owner counts beside them
+	held   *atomic.Int64 // bytes that all these records hold
+	beside *atomic.Int64 // bytes that the owner uses of the budget beside them
 	begun  map[K]*begun[P]
 	peers  map[P]int64 // bytes that the records of each peer hold
 	queue  []K         // waiting records, in the order of their arrival
@@ -49,9 +50,9 @@ const (
 	justNow                 = second // longer than a round trip
 )
 
-// NewRecords returns a Records for a budget of which used counts the part that is in use.
-func NewRecords[K, P comparable](budget int64, used *atomic.Int64) Records[K, P] {
-	return Records[K, P]{budget: budget, used: used, begun: make(map[K]*begun[P]), peers: make(map[P]int64)}
+// NewRecords returns a Records for a budget. It counts in held what the records hold. beside is what others use of the budget.
+func NewRecords[K, P comparable](budget int64, held, beside *atomic.Int64) Records[K, P] {
+	return Records[K, P]{budget: budget, held: held, beside: beside, begun: make(map[K]*begun[P]), peers: make(map[P]int64)}
 }
 
 // Take takes n bytes for the record of stream k, which peer sends. It reports false if the record has to wait. The bytes are taken
@@ -106,7 +107,7 @@ func (r *Records[K, P]) Done(k K, now int64, woken []K) []K {
 	if b.want != 0 {
 		r.unqueue(k)
 	}
-	r.used.Add(-b.held)
+	r.held.Add(-b.held)
 	if r.peers[b.peer] -= b.held; r.peers[b.peer] == 0 {
 		delete(r.peers, b.peer)
 	}
@@ -122,7 +123,7 @@ func (r *Records[K, P]) Admit(now int64, woken []K) []K {
 	if len(r.queue) == 0 {
 		return woken
 	}
-	if r.used.Load() < r.budget {
+	if r.left() > 0 {
 		r.queue = slices.DeleteFunc(r.queue, func(k K) bool {
 			b := r.begun[k]
 			if !r.mayHold(b) {
@@ -163,8 +164,11 @@ func (r *Records[K, P]) Overdue(now int64, overdue []K) []K {
 
 // mayHold reports whether b may take the bytes that it waits for.
 func (r *Records[K, P]) mayHold(b *begun[P]) bool {
-	return r.holdsTicket(b) || r.peers[b.peer]+b.want <= r.budget-r.used.Load()-b.want
+	return r.holdsTicket(b) || r.peers[b.peer]+b.want <= r.left()-b.want
 }
+
+// left returns how much of the budget is not in use.
+func (r *Records[K, P]) left() int64 { return r.budget - r.held.Load() - r.beside.Load() }
 
 func (r *Records[K, P]) holdsTicket(b *begun[P]) bool {
 	t := r.begun[r.ticket]
@@ -172,7 +176,7 @@ func (r *Records[K, P]) holdsTicket(b *begun[P]) bool {
 }
 
 func (r *Records[K, P]) grant(b *begun[P], now int64) {
-	r.used.Add(b.want)
+	r.held.Add(b.want)
 	r.peers[b.peer] += b.want
 	b.held += b.want
 	if now > b.asked { // its peer may have sent nothing meanwhile

@@ -9,15 +9,15 @@ import (
 )
 
 func newRecords(budget int64) (Records[int, string], *atomic.Int64) {
-	used := new(atomic.Int64)
-	return NewRecords[int, string](budget, used), used
+	held := new(atomic.Int64)
+	return NewRecords[int, string](budget, held, new(atomic.Int64)), held
 }
 
 // TestRecordsShare: a peer takes as much as it leaves free, the first that finds nothing has the ticket, and others wait until
 // something is given back.
 func TestRecordsShare(t *testing.T) {
-	r, used := newRecords(100)
-	used.Add(10) // windows
+	r, held := newRecords(100)
+	r.beside.Add(10)
 	take := func(k int, peer string, n int64, want bool) {
 		t.Helper()
 		if got := r.Take(k, peer, n, 0); got != want || r.Waits(k) == want {
@@ -32,7 +32,7 @@ func TestRecordsShare(t *testing.T) {
 	take(4, "a", 30, false)
 	take(5, "c", 30, false)
 	take(2, "a", 200, true) // beyond the budget
-	if n := used.Load(); n != 10+30+15+20+1+200 {
+	if n := held.Load(); n != 30+15+20+1+200 {
 		t.Errorf("%d are in use", n)
 	}
 	if woken := r.Done(2, 0, nil); !slices.Equal(woken, []int{5}) {
@@ -46,19 +46,19 @@ func TestRecordsShare(t *testing.T) {
 	}
 	r.Done(1, 0, nil)
 	r.Done(3, 0, nil)
-	if n := used.Load(); n != 10 || r.Waiting() {
+	if n := held.Load(); n != 0 || r.Waiting() {
 		t.Errorf("%d are in use at the end, records wait: %v", n, r.Waiting())
 	}
 }
 
 // TestRecordsAdmit: memory that is given back beside the records lets them go on.
 func TestRecordsAdmit(t *testing.T) {
-	r, used := newRecords(100)
-	used.Store(100)
+	r, _ := newRecords(100)
+	r.beside.Store(100)
 	if !r.Take(1, "a", 50, 0) || r.Take(2, "b", 20, 0) {
 		t.Fatal("the first record has the ticket, and the second waits")
 	}
-	used.Add(-100)
+	r.beside.Add(-100)
 	if woken := r.Admit(0, nil); !slices.Equal(woken, []int{2}) || r.Waiting() {
 		t.Errorf("%v go on, want 2", woken)
 	}
@@ -155,7 +155,7 @@ func TestRecordsOfOneSlowPeer(t *testing.T) {
 func TestRecordsAlwaysProceed(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const budget, most = 1000, 3000
-		r, used := newRecords(budget)
+		r, held := newRecords(budget)
 		sizes := map[int]int64{} // of the records that were begun
 		granted := map[int]int64{}
 		ticket := int64(0)
@@ -189,8 +189,8 @@ func TestRecordsAlwaysProceed(t *testing.T) {
 				}
 			}
 			ticket = granted[r.ticket]
-			if used.Load() != sum || sum > budget+most {
-				t.Fatalf("%d in use, want %d, at most %d", used.Load(), sum, budget+ticket)
+			if held.Load() != sum || sum > budget+most {
+				t.Fatalf("%d in use, want %d, at most %d", held.Load(), sum, budget+ticket)
 			}
 			if waiting > 0 && waiting == len(sizes) {
 				t.Fatalf("all of %d records wait", waiting)
@@ -199,8 +199,8 @@ func TestRecordsAlwaysProceed(t *testing.T) {
 		for k := range 13 {
 			r.Done(k, 0, nil)
 		}
-		if used.Load() != 0 || r.Waiting() || len(r.begun) != 0 || len(r.peers) != 0 {
-			t.Fatalf("%d are in use at the end", used.Load())
+		if held.Load() != 0 || r.Waiting() || len(r.begun) != 0 || len(r.peers) != 0 {
+			t.Fatalf("%d are in use at the end", held.Load())
 		}
 	})
 }

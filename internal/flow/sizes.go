@@ -216,6 +216,13 @@ func (m *Passing) Hopeless(now, patience int64) (size int, hopeless bool) {
 	return size, stuck && now-m.since >= patience
 }
 
+// Refused records that the peer has no room for the missed packet. So the answers about it show nothing about its size.
+func (m *Passing) Refused() {
+	if m != nil {
+		m.sends, m.failures, m.first = 0, 0, m.question+1
+	}
+}
+
 // Acked records that the peer acknowledged all packets before next, and reports whether waiting packets may go. If the
 // fragments of a packet arrived at once, then the size was the reason for its loss. If some of them were lost, messages
 // of any size are.

@@ -134,6 +134,37 @@ func TestPassingTakesTheRightAnswers(t *testing.T) {
 	}
 }
 
+// A peer that has no room for a packet says nothing about its size.
+func TestPassingForgivesWhatWasRefused(t *testing.T) {
+	var none *Passing
+	none.Refused()
+	var p Passing
+	var known Sizes
+	fail := func() {
+		for range smallTries {
+			p.Again(7, 900, MaxPacket, false, &known, 0)
+			p.Answer(7, 0, p.Ask(), 0)
+		}
+	}
+	fail()
+	if _, stuck := p.Stuck(); !stuck {
+		t.Fatal("the packet is not stuck")
+	}
+	late := p.Ask()
+	p.Refused()
+	p.Answer(7, 0, late, 0)
+	if _, stuck := p.Stuck(); stuck || p.failures != 0 {
+		t.Errorf("%d answers count that came with a refusal or before", p.failures)
+	}
+	if p.Again(7, 900, MaxPacket, false, &known, 0); p.Asks() {
+		t.Error("the packet needs a question, as if it had been missed twice")
+	}
+	fail()
+	if _, stuck := p.Stuck(); !stuck {
+		t.Error("the packet is not found stuck after a refusal")
+	}
+}
+
 // Packets of a size that is doubted wait for the first of them, if its acknowledgement is late, and for one in fragments.
 func TestPassingHoldsWhatMayNotPass(t *testing.T) {
 	var none *Passing
