@@ -138,11 +138,17 @@ func (m *Passing) Again(seq uint32, size, most int, fresh bool, known *Sizes, no
 	case m.fragment == 0 && size <= most && !known.Fails(size, now) && (fresh || size <= known.proven && m.failures < wholeTries):
 	case m.fragment == 0 && size > LargeFragment && most >= LargeFragment && !known.Fails(LargeFragment, now):
 		m.form(LargeFragment)
-	case m.fragment == 0 || m.fragment == LargeFragment && m.failures >= largeTries:
+	case m.fragment == 0 || m.fragment == LargeFragment && (m.failures >= largeTries || m.silent(known)):
 		m.form(SmallFragment)
 	}
 	m.sends++
 	return m.fragment
+}
+
+// silent reports whether nothing was heard of the large fragments: no answer says that something arrived, or that nothing did. If a
+// server on their way closes the link between two servers because of them, the question behind them is lost, too.
+func (m *Passing) silent(known *Sizes) bool {
+	return m.sends >= largeTries && m.failures == 0 && m.arrived == 0 && LargeFragment > known.proven
 }
 
 func (m *Passing) form(fragment int) {

@@ -102,6 +102,33 @@ func TestPassingFormsOfAMissedPacket(t *testing.T) {
 	}
 }
 
+// If large fragments close the link on their way, the questions behind them are not answered either. Small ones follow soon.
+func TestPassingTakesSmallFragmentsWithoutAnswers(t *testing.T) {
+	for name, tt := range map[string]struct {
+		known    Sizes
+		progress int // bytes that arrived of the first fragments
+		want     int
+	}{
+		"nothing is heard":          {Sizes{}, 0, SmallFragment},
+		"something arrived":         {Sizes{}, 4000, LargeFragment},
+		"fragments of a size known": {Sizes{proven: LargeFragment}, 0, LargeFragment},
+	} {
+		var p Passing
+		for range largeTries {
+			if got := p.Again(7, 16_000, MaxPacket, false, &tt.known, 0); got != LargeFragment {
+				t.Errorf("%s: in %d at first", name, got)
+			}
+			p.Ask()
+			if tt.progress != 0 {
+				p.Answer(7, tt.progress, p.Ask(), 0)
+			}
+		}
+		if got := p.Again(7, 16_000, MaxPacket, false, &tt.known, 0); got != tt.want {
+			t.Errorf("%s: in %d, want %d", name, got, tt.want)
+		}
+	}
+}
+
 // If fragments are lost as well, then the size is not the reason.
 func TestPassingLearnsNothingFromRandomLoss(t *testing.T) {
 	var p Passing
