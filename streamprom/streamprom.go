@@ -196,7 +196,7 @@ func (m *Metrics) Watch(name string, stats func() stream.Stats) {
 // Descriptions of what Watch adds.
 var (
 	endpointStreams  = describe("streams", "Streams and writers that peers can reach now.")
-	endpointReserved = describe("reserved_bytes", "Bytes that peers may send unread.")
+	endpointReserved = describe("reserved_bytes", "Bytes of packets that arrived and were not read, and of records in pieces.")
 	endpointKept     = describe("kept_bytes", "Bytes of packets that peers have not acknowledged.")
 	endpointSent     = describe("sent_packets_total", "Packets of records that were published, each once.")
 	endpointReceived = describe("received_packets_total", "Packets of records that were accepted, each once.")
@@ -238,7 +238,8 @@ func (m *Metrics) Collect(metrics chan<- prometheus.Metric) {
 		metrics <- prometheus.MustNewConstMetric(endpointSent, prometheus.CounterValue, float64(s.PacketsSent), name)
 		metrics <- prometheus.MustNewConstMetric(endpointReceived, prometheus.CounterValue, float64(s.PacketsReceived), name)
 		for reason, n := range map[string]uint64{
-			"early": s.DroppedEarly, "request": s.DroppedRequest, "stray": s.DroppedStray, "unknown": s.DroppedUnknown, "duplicate": s.DroppedDuplicate,
+			"no_room": s.DroppedNoRoom, "early": s.DroppedEarly, "request": s.DroppedRequest, "stray": s.DroppedStray,
+			"unknown": s.DroppedUnknown, "duplicate": s.DroppedDuplicate,
 			"foreign": s.DroppedForeign, "malformed": s.DroppedMalformed, "pub_ack": s.DroppedPubAck, "control": s.DroppedControl, "events": s.DroppedEvents,
 		} {
 			metrics <- prometheus.MustNewConstMetric(endpointDropped, prometheus.CounterValue, float64(n), name, reason)

@@ -153,7 +153,7 @@ stream_sent_records_total{side="producer",subject="svc.a"} 60
 	if n := testutil.CollectAndCount(m, "stream_duration_seconds", "stream_first_record_seconds"); n != 5 {
 		t.Errorf("%d histograms, want 3 of durations and 2 of first records", n)
 	}
-	if n := testutil.CollectAndCount(m, "stream_endpoint_dropped_total"); n != 10 {
+	if n := testutil.CollectAndCount(m, "stream_endpoint_dropped_total"); n != 11 {
 		t.Errorf("%d reasons of drops", n)
 	}
 	m.Watch("server", nil)
