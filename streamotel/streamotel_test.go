@@ -92,19 +92,23 @@ func (p *pair) read(t *testing.T, records int) (int, error) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	for range records {
-		if _, err := s.Write([]byte("abc")); err != nil {
-			return 0, err
+	sent := make(chan error, 1)
+	go func() { // while the answers are read: if both ends only wrote, both would wait for credit
+		for range records {
+			if _, err := s.Write([]byte("abc")); err != nil {
+				sent <- err
+				return
+			}
 		}
-	}
-	if records > 0 {
-		if err := s.CloseSend(); err != nil {
-			return 0, err
+		if records > 0 {
+			sent <- s.CloseSend()
+		} else {
+			sent <- nil
 		}
-	}
+	}()
 	for n := 0; ; n++ {
 		if _, err := s.Recv(); err == io.EOF {
-			return n, nil
+			return n, <-sent
 		} else if err != nil {
 			return n, err
 		}

@@ -163,6 +163,9 @@ func (m *Metrics) labels(i stream.StreamInfo) []string {
 	return []string{subject, side}
 }
 
+// goingAway is the label of streams that ended because their client or server was closed.
+var goingAway = strconv.Itoa(stream.CloseGoingAway)
+
 // codeOf returns the label for the end of a stream.
 func codeOf(err error) string {
 	if err == nil {
@@ -170,6 +173,7 @@ func codeOf(err error) string {
 	}
 	for target, label := range map[error]string{
 		nats.ErrNoResponders: "no_responders", context.DeadlineExceeded: "deadline_exceeded", context.Canceled: "canceled", stream.ErrClosed: "closed",
+		stream.ErrClientClosed: goingAway, stream.ErrServerClosed: goingAway,
 	} {
 		if errors.Is(err, target) {
 			return label

@@ -66,6 +66,9 @@ func pair(t *testing.T, url string, m *streamprom.Metrics) (client *stream.Clien
 	}
 	m.Watch("server", server.Stats)
 	end = func() {
+		// A stream whose last packet is not acknowledged yet would end by Close.
+		for limit := time.Now().Add(patience); server.Stats().Streams > 0 && time.Now().Before(limit); time.Sleep(time.Millisecond) {
+		}
 		_ = client.Close()
 		_ = server.Close()
 	}
@@ -83,21 +86,25 @@ func exchange(t *testing.T, c *stream.Client, subject, data string, records int)
 		t.Fatal(err)
 	}
 	defer s.Close()
-	for range records {
-		if _, err := s.Write(make([]byte, 10)); err != nil {
-			return err
+	sent := make(chan error, 1)
+	go func() { // while the answers are read: if both ends only wrote, both would wait for credit
+		for range records {
+			if _, err := s.Write(make([]byte, 10)); err != nil {
+				sent <- err
+				return
+			}
 		}
-	}
-	if records > 0 {
-		if err := s.CloseSend(); err != nil {
-			return err
+		if records > 0 {
+			sent <- s.CloseSend()
+		} else {
+			sent <- nil
 		}
-	}
+	}()
 	for err == nil {
 		_, err = s.Recv()
 	}
 	if err == io.EOF {
-		return nil
+		return <-sent
 	}
 	return err
 }
