@@ -79,7 +79,9 @@ func (d *deadline) expire() {
 // applyLocked makes reads or writes take their slow paths, which look at the deadline, while it has passed.
 func (d *deadline) applyLocked(late bool) {
 	s := d.session
-	d.late.Store(late)
+	if was := d.late.Swap(late); !was && !late {
+		return // no call has to know: a program may set a new deadline before each
+	}
 	switch {
 	case d.write:
 		// send stores the send half before it loads late. So either it finds late, or the send half is found here.
