@@ -131,9 +131,9 @@ func (s *session) answered() {
 		close(x.answered)
 		x.answered = nil
 	}
-	if x.opening != nil {
-		x.answer.CompareAndSwap(notAnswered, answerInTime)
-		x.opening.Stop()
+	x.answer.CompareAndSwap(notAnswered, answerInTime)
+	if timer := x.opening.Load(); timer != nil {
+		timer.Stop()
 	}
 }
 

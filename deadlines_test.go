@@ -35,11 +35,9 @@ func sendTimed(r *rand.Rand, w timed, records, most int) error {
 	buf := make([]byte, most)
 	for i := range records {
 		p := buf[:8+r.IntN(most-7)]
+		copy(p, bytes.Repeat([]byte{byte(i)}, len(p)))
+		binary.BigEndian.PutUint64(p, uint64(i))
 		for sent := false; !sent; {
-			for k := range p {
-				p[k] = byte(i)
-			}
-			binary.BigEndian.PutUint64(p, uint64(i))
 			var err error
 			if r.IntN(3) == 0 {
 				sent, err = w.try(p)
@@ -57,8 +55,8 @@ func sendTimed(r *rand.Rand, w timed, records, most int) error {
 			if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 				return fmt.Errorf("record %d: %w", i, err)
 			}
-			clear(p)
 		}
+		clear(p) // its memory is the test's again
 	}
 	return w.setDeadline(time.Time{})
 }
@@ -93,7 +91,7 @@ func recvTimed(r *rand.Rand, recv func() ([]byte, error), ready func() bool, set
 // Deadlines that pass at any moment lose no record and repeat none, of any size, in both directions, with little memory, and while
 // another goroutine changes them.
 func TestDeadlinesLoseNoRecord(t *testing.T) {
-	records, most := scaled(100), 3*singleLimit/2
+	records, most := scaled(100), singleLimit/2
 	p := newPair(t, pairOptions{consumer: stream.ClientParams{MaxBuffered: 2 << 20, MaxRecordSize: 1 << 20}})
 	s := newService(t, p, stream.ServerParams{MaxBuffered: 2 << 20, MaxRecordSize: 1 << 20})
 	both := func(r *rand.Rand, w timed, closeSend func() error, recv func() ([]byte, error), ready func() bool, setRead func(time.Time) error) error {

@@ -16,12 +16,12 @@ type extras struct {
 	whereabouts whereabouts // more about the address of a peer in another account, or of one that has to be proved. The outbox's
 
 	// Of the options of Open.
-	window   uint64        // the most bytes of the window; 0 for that of the endpoint
-	answered chan struct{} // closed for WithRetry, and set to nil, when the producer has answered; nil without WithRetry. The outbox's
-	opening  *time.Timer   // fires at the end of WithOpenTimeout; nil without
-	answer   atomic.Uint32 // the outbox and the timer set it, and the first counts
+	window   uint64                     // the most bytes of the window; 0 for that of the endpoint
+	answered chan struct{}              // closed for WithRetry, and set to nil, when the producer has answered; nil without WithRetry. The outbox's
+	opening  atomic.Pointer[time.Timer] // fires at the end of WithOpenTimeout; nil without
+	answer   atomic.Uint32              // the outbox and the timer set it, and the first counts
 
-	observed *observed // for hooks; nil without
+	observed atomic.Pointer[observed] // for hooks; nil without
 
 	// The reader's.
 	header, trailer nats.Header

@@ -183,7 +183,8 @@ func (ob *observer) queueLocked(e event) {
 	ob.wake.Signal()
 }
 
-// opened begins to observe s. ends is how many of its users finish before its Closed. The session is not known to the outbox yet.
+// opened begins to observe s. ends is how many of its users finish before its Closed. The outbox knows the session only if the
+// endpoint has just ended; then close reports it.
 func (ob *observer) opened(s *session, subject string, ends int32) {
 	st := &observed{session: s, info: StreamInfo{Subject: subject, Producer: s.role != lifecycle.Consumer, Opened: time.Now()}}
 	st.ends.Store(ends)
@@ -199,7 +200,7 @@ func (ob *observer) opened(s *session, subject string, ends int32) {
 	ob.last++
 	st.info.ID = ob.last
 	ob.open[st] = struct{}{}
-	s.extra().observed = st
+	s.extra().observed.Store(st)
 	if s.role == lifecycle.Consumer {
 		s.recv.readLock.Or(gateFirst)
 	}
@@ -246,11 +247,19 @@ func (ob *observer) closed(st *observed) {
 	}
 }
 
+// observed returns s as its hooks see it, nil if it has none.
+func (s *session) observed() *observed {
+	if x := s.extras.Load(); x != nil {
+		return x.observed.Load()
+	}
+	return nil
+}
+
 // observe reports an event of s if its endpoint has hooks.
 func (s *session) observe(kind eventKind) {
 	if ob := s.ep.observer; ob != nil {
-		if x := s.extras.Load(); x != nil && x.observed != nil {
-			ob.report(kind, x.observed)
+		if st := s.observed(); st != nil {
+			ob.report(kind, st)
 		}
 	}
 }
@@ -258,16 +267,16 @@ func (s *session) observe(kind eventKind) {
 // finished says that one user of s has finished: the outbox, the consumer, or the handler. The last one reports Closed.
 func (s *session) finished() {
 	if ob := s.ep.observer; ob != nil {
-		if x := s.extras.Load(); x != nil && x.observed != nil && x.observed.ends.Add(-1) == 0 {
-			ob.closed(x.observed)
+		if st := s.observed(); st != nil && st.ends.Add(-1) == 0 {
+			ob.closed(st)
 		}
 	}
 }
 
 // observeFirst reports FirstRecord when a producer has published its first record. Called by the outbox.
 func (s *session) observeFirst() {
-	if x := s.extras.Load(); x != nil && x.observed != nil && s.role != lifecycle.Consumer && !x.observed.first {
-		x.observed.first = true
+	if st := s.observed(); st != nil && s.role != lifecycle.Consumer && !st.first {
+		st.first = true
 		s.observe(eventFirstRecord)
 	}
 }

@@ -69,12 +69,19 @@ func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes 
 func (s *session) prepare(o openOptions, most uint64) {
 	x := s.extra()
 	x.answered, x.window = o.answered, most
-	if o.timeout != 0 {
-		x.opening = time.AfterFunc(time.Until(o.until), func() {
-			if x.answer.CompareAndSwap(notAnswered, answerLate) {
-				s.endLocally(&ending{kind: endLocal, err: ErrOpenTimeout, reset: CloseError{Code: CloseCanceled}})
-			}
-		})
+}
+
+// limitOpening ends s at the given time unless the request was answered. The session is registered, so it may have ended.
+func (s *session) limitOpening(until time.Time) {
+	x := s.extra()
+	timer := time.AfterFunc(time.Until(until), func() {
+		if x.answer.CompareAndSwap(notAnswered, answerLate) {
+			s.endLocally(&ending{kind: endLocal, err: ErrOpenTimeout, reset: CloseError{Code: CloseCanceled}})
+		}
+	})
+	// answered stores answer before it loads opening. So either it finds the timer, or the answer is found here.
+	if x.opening.Store(timer); x.answer.Load() != notAnswered {
+		timer.Stop()
 	}
 }
 

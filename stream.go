@@ -48,7 +48,7 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 	s.stream, s.recv.parent, s.rawCodec = st, ctx, codecFlag(o.codec)
 	offer := Token{Codec: o.codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
 	s.out.subject, s.out.request = msg.Subject, newOpening(msg, offer)
-	if o.answered != nil || o.window != 0 || o.timeout != 0 {
+	if o.answered != nil || o.window != 0 {
 		s.prepare(o, most)
 	}
 
@@ -59,6 +59,9 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 	}
 	if ob := ep.observer; ob != nil {
 		ob.opened(s, msg.Subject, 2)
+	}
+	if o.timeout != 0 {
+		s.limitOpening(o.until)
 	}
 	s.mark(workRequest)
 	if o.patience != 0 {
