@@ -85,6 +85,7 @@ type observer struct {
 	log     *slog.Logger
 	dropped *atomic.Uint64 // a counter of the endpoint
 	done    chan struct{}  // closed when the goroutine has ended
+	most    int            // of events that wait: maxEvents, or fewer in tests
 
 	mu     sync.Mutex
 	wake   sync.Cond
@@ -106,7 +107,7 @@ func newObserver(hooks Hooks, dropped *atomic.Uint64) *observer {
 	if hooks.Opened == nil && hooks.FirstRecord == nil && hooks.Closed == nil && hooks.Retransmitted == nil && hooks.Reconnected == nil {
 		return nil
 	}
-	ob := &observer{hooks: hooks, dropped: dropped, log: slog.Default(), done: make(chan struct{}), open: make(map[*observed]struct{})}
+	ob := &observer{hooks: hooks, dropped: dropped, most: maxEvents, log: slog.Default(), done: make(chan struct{}), open: make(map[*observed]struct{})}
 	ob.wake.L = &ob.mu
 	go ob.run()
 	return ob
@@ -171,7 +172,7 @@ func (ob *observer) report(kind eventKind, st *observed) {
 		}
 		e.packets = 1
 	}
-	if len(ob.events) >= maxEvents {
+	if len(ob.events) >= ob.most {
 		ob.dropped.Add(1)
 		return
 	}
@@ -193,7 +194,7 @@ func (ob *observer) opened(s *session, subject string, ends int32) {
 	if ob.ending {
 		return
 	}
-	if len(ob.events) >= maxEvents { // it is not observed at all, because its Closed would come without Opened
+	if len(ob.events) >= ob.most { // it is not observed at all, because its Closed would come without Opened
 		ob.dropped.Add(1)
 		return
 	}
