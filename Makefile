@@ -41,8 +41,8 @@ race: ## Run all tests under the race detector (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
 	@set -e; for m in $(ADAPTERS); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
 
-faults: ## Run the tests under faults of networks and servers as often as a release needs
-	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) ./faults
+faults: ## Run the tests under faults of networks and servers as often as a release needs (more than an hour)
+	STREAM_FAULTS=full $(GO) test -timeout=120m $(TESTFLAGS) ./faults
 	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) -run '^TestModel$$' .
 
 soak: ## Open, use and close a million streams, in turn and 64 at a time (a few minutes)

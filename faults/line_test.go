@@ -212,8 +212,8 @@ func (x lineTest) one(ctx context.Context, client *stream.Client, records int, s
 func TestIdleStreamsSurviveAReconnectOverASlowLine(t *testing.T) {
 	for _, x := range []idleTest{
 		{end: "consumer", kib: 128, resets: 1, streams: max(200, runs(1000, 4000))},
-		{end: "consumer", kib: 16, resets: 2, streams: max(50, runs(200, 500))},
-		{end: "producer", kib: 128, resets: 3, streams: max(200, runs(1000, 4000))},
+		{end: "consumer", kib: 16, resets: runs(1, 2), streams: max(50, runs(200, 500))},
+		{end: "producer", kib: 128, resets: runs(1, 3), streams: max(200, runs(1000, 4000))},
 		{end: "both", kib: 128, resets: 1, streams: max(200, runs(1000, 4000))},
 	} {
 		t.Run(fmt.Sprintf("%s, %d KiB per s, %d times", x.end, x.kib, x.resets), func(t *testing.T) {
