@@ -477,3 +477,54 @@ func TestWantOfRoomIsNoFaultOfSizes(t *testing.T) {
 		})
 	}
 }
+
+// Fragments of packets that never become complete take at most the budget, and one packet for each stream. Repeated beginnings take
+// nothing more, and the end of the streams gives everything back.
+func TestFloodOfFragmentsIsBounded(t *testing.T) {
+	const budget, streams = 1 << 20, 50
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{MaxBuffered: budget})
+		stop, err := m.back.Subscribe("raw", "", func(*nats.Msg) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		all := make([]*Stream, streams)
+		for i := range all {
+			all[i] = m.open(t, "raw")
+		}
+		synctest.Wait()
+		for _, at := range []Fragment{{Length: maxFragmented}, {Length: maxFragmented}, {Packet: 1, Length: maxFragmented}, {Offset: 10, Length: maxFragmented}} {
+			payload := append(AppendFragment(nil, at), make([]byte, 10)...)
+			p := AppendPacket(nil, PacketHeader{Sender: 6, Seq: at.Packet}, Frame{Type: FrameFragment, Payload: payload})
+			for _, s := range all {
+				if err := m.back.Publish(s.session.reply, "", p); err != nil {
+					t.Fatal(err)
+				}
+			}
+			synctest.Wait()
+			if n := m.client.Stats().Reserved; n == 0 || n > budget {
+				t.Errorf("%d bytes are reserved of %d", n, budget)
+			}
+			sum := 0
+			for _, s := range all {
+				if f := s.session.bucket.fragments.Load(); f != nil {
+					sum += cap(f.whole)
+				}
+			}
+			if sum == 0 || sum > streams*maxFragmented {
+				t.Errorf("packets of %d bytes are being assembled, want at most %d", sum, streams*maxFragmented)
+			}
+		}
+		for _, s := range all {
+			if e := s.session.end.Load(); e != nil {
+				t.Fatalf("a stream ended: %v", e.err)
+			}
+			_ = s.Close()
+		}
+		synctest.Wait()
+		if n := m.client.Stats().Reserved; n != 0 {
+			t.Errorf("%d bytes are reserved when all streams have ended", n)
+		}
+	})
+}
