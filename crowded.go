@@ -210,7 +210,7 @@ func latest(a, b time.Time) time.Time {
 	return a
 }
 
-// facts are what is known of a subscription when NATS has refused one, and does not say which.
+// facts describe a subscription when NATS has refused one, and does not say which.
 type facts struct {
 	subscribed bool
 	heard      bool          // a message came on it, on this connection

@@ -48,7 +48,7 @@ type inbox struct {
 const (
 	probeToken   = "probe"                // of a message to the own inbox. Tokens of streams begin with another character
 	probeTimeout = 2 * time.Second        // for the server to answer
-	probeDelay   = 250 * time.Millisecond // for the mux to take what has arrived. A probe that takes longer is not lost
+	probeDelay   = 250 * time.Millisecond // for the mux to take all messages that arrived. A probe that takes longer is not lost
 
 	// A refused subject is subscribed to again after a quarter of the time that it has been refused for, within these bounds: a
 	// reload that goes wrong is often mended at once, and each try is an error in the server's log.
@@ -141,7 +141,7 @@ func (b *inbox) wake() {
 func (b *inbox) refuse(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	// Peers get a RESET, because nothing else informs them: publishing still works.
+	// Peers get a RESET, because it alone informs them: publishing still works.
 	e := &ending{kind: endFault, err: err, reset: CloseError{CloseGoingAway, "the NATS server refuses this end's inbox"}}
 	if !b.refused.CompareAndSwap(nil, e) {
 		return

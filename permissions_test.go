@@ -865,7 +865,7 @@ func crowdedConfig(limit int, publish string) string {
 		{ user: alice, password: secret-of-alice } ] } }`, limit, publish)
 }
 
-// newCrowded makes a server, on whose connection the user has subscriptions of their own.
+// newCrowded makes a server on a connection with further subscriptions of the user.
 func newCrowded(t *testing.T, config string, own int) (c *crowded, mine []*nats.Subscription) {
 	t.Helper()
 	c = &crowded{p: newRestricted(t, config)}

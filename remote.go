@@ -78,7 +78,7 @@ func (o *outbox) joinRemote(s *session) {
 		*p = newRemote(name, o.time())
 		o.remotes[name] = p
 		o.lookAtRemote(p, o.clock.Until(p.heard+p.keepAlive(o)))
-	case len(p.streams) == 0: // what was known of it is old, and it is on the wheel
+	case len(p.streams) == 0: // its record is old, and it is on the wheel
 		o.idleRemotes--
 		streams, node := p.streams, p.node
 		*p = newRemote(p.name, o.time())

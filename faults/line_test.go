@@ -167,7 +167,7 @@ func (x lineTest) run(t *testing.T) {
 			if used := cc.Stats().InBytes + cc.Stats().OutBytes; used < uint64(x.cut.Seconds())*uint64(x.kib<<10)/2 {
 				t.Errorf("%d bytes came over the line in %v", used, x.cut)
 			}
-			// What queues on the line, and a turn of nobody else, is what an echo waits for.
+			// An echo waits for the bytes that queue on the line, and for no turn of another stream.
 			if most := 2 * time.Second; x.kib >= 256 && longest > most {
 				t.Errorf("an echo beside took %v, want at most %v", longest, most)
 			}
@@ -237,7 +237,7 @@ func TestIdleStreamsSurviveAReconnectOverASlowLine(t *testing.T) {
 }
 
 type idleTest struct {
-	end                  string // whose line is slow
+	end                  string // with the slow line
 	kib, resets, streams int
 }
 

@@ -110,7 +110,7 @@ type Passing struct {
 	arrived  int    // bytes of it that arrived
 	since    int64  // when the loss was found, or when the last bytes were reported to have arrived
 	question uint32 // number of the last question
-	first    uint32 // number of the first question whose answer counts: about the present form, and not answered yet
+	first    uint32 // number of the first question about the present form that is not answered yet; earlier answers do not count
 	own      bool   // this end's own server does not accept the packet
 }
 
