@@ -134,11 +134,13 @@ func (o *outbox) run() {
 			o.receive() // an acknowledgement frees memory and credit for the next packet
 			o.tickIfDue()
 		}
+		o.ep.conn.Push()
 		if worked {
 			continue
 		}
 		if o.hellos.due.Load() {
 			o.greet()
+			o.ep.conn.Push()
 			continue
 		}
 		if o.sawLeaving && !o.toldAll {
@@ -147,6 +149,9 @@ func (o *outbox) run() {
 		if stopping {
 			o.serveHeld() // also if the connection is down
 			o.endRest()
+		}
+		o.ep.conn.Push()
+		if stopping {
 			return
 		}
 		o.park.Announce()

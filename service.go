@@ -82,6 +82,7 @@ func (v *Service) answer(m *nats.Msg, q discovery.Question) {
 	b, err := q.Answer(func() any { return v.server.Stats() })
 	if err == nil {
 		err = v.server.ep.conn.Publish(m.Reply, "", b)
+		v.server.ep.conn.Push()
 	}
 	if err != nil {
 		v.server.log.Warn("stream: a question about a service is not answered", "subject", m.Subject, "error", err)

@@ -11,7 +11,7 @@ type Stats struct {
 	Streams  int   `json:"streams"`  // streams and writers that the peer can reach now
 	Reserved int64 `json:"reserved"` // bytes of packets that arrived and were not read, beyond 4 KiB for each stream, and of records being assembled from pieces
 	Kept     int64 `json:"kept"`     // bytes of the buffers of packets that are written and that peers have not acknowledged
-	Fast     bool  `json:"fast"`     // packets arrive past nats.go; see package fastconn. False while the connection is down
+	Fast     bool  `json:"fast"`     // packets travel past nats.go; see package fastconn. False while the connection is down
 
 	PacketsSent uint64 `json:"packets_sent"` // packets of records and fallback messages published, each once: requests and control packets are not counted
 	BytesSent   uint64 `json:"bytes_sent"`   // their bytes

@@ -5,6 +5,7 @@ package natsconn
 
 import (
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -16,8 +17,11 @@ import (
 // Conn is one NATS connection, as an endpoint uses it. All methods may be called concurrently.
 type Conn interface {
 	// Publish sends data to subject, with a reply subject unless reply is empty. It may block for as long as the
-	// connection does. Only the outbox calls it, and the callback that answers questions about services.
+	// connection does. Only the outbox calls it, and the callback that answers questions about services. The message may wait for
+	// Push or Flush.
 	Publish(subject, reply string, data []byte) error
+	// Push sends the published messages that wait. It blocks as Publish does.
+	Push()
 	// PublishMsg sends a message with headers. It blocks as Publish does.
 	PublishMsg(m *nats.Msg) error
 	// Subscribe calls f for one message after the other until unsubscribe has returned. unsubscribe first waits until f has
@@ -53,8 +57,20 @@ type Inbox struct {
 // conn is the real implementation.
 type conn struct{ nc *nats.Conn }
 
+// fastConn is the real implementation over a fast connection.
+type fastConn struct {
+	conn
+	dialer *tap.Dialer
+	inbox  atomic.Pointer[tap.Sub] // the last one
+}
+
 // New returns the Conn that is nc.
-func New(nc *nats.Conn) Conn { return conn{nc} }
+func New(nc *nats.Conn) Conn {
+	if d := tap.Of(nc); d != nil {
+		return &fastConn{conn: conn{nc}, dialer: d}
+	}
+	return conn{nc}
+}
 
 // maxSubjects is the largest length of a subject and a reply subject together. Over a longer control line, a NATS server closes
 // the connection, and so all its streams. By default a control line has 4,096 bytes, of which 32 are for sizes.
@@ -78,6 +94,36 @@ func (c conn) Publish(subject, reply string, data []byte) error {
 	}
 	return c.nc.PublishRequest(subject, reply, data)
 }
+
+// Publish writes packets between the commands of nats.go if nats.go is connected and would accept the message. A packet may overtake
+// messages that nats.go buffers. Messages of the fallback have no numbers: they all go through nats.go, which keeps their order.
+func (c *fastConn) Publish(subject, reply string, data []byte) error {
+	packet := len(data) > 0 && data[0] == packetMagic
+	if t := c.tapped(); packet && t != nil && int64(len(data)) <= c.nc.MaxPayload() && CheckSubjects(len(subject)+len(reply)) == nil && t.Publish(subject, reply, data) {
+		return nil
+	}
+	return c.conn.Publish(subject, reply, data)
+}
+
+func (c *fastConn) Push() {
+	if t := c.tapped(); t != nil {
+		t.Push()
+	}
+}
+
+// packetMagic is the first byte of every packet. No message of the fallback begins with it.
+const packetMagic = 0xF5
+
+// tapped returns the connection that the inbox is subscribed on, nil if there is none.
+func (c *fastConn) tapped() *tap.Conn {
+	if s := c.inbox.Load(); s != nil {
+		return s.Conn()
+	}
+	return nil
+}
+
+// Push does nothing: the flusher of nats.go sends soon.
+func (c conn) Push() {}
 
 func (c conn) PublishMsg(m *nats.Msg) error { return c.nc.PublishMsg(m) }
 
@@ -112,12 +158,13 @@ func (c conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error
 }
 
 func (c conn) SubscribeInbox(subject string, f func(*nats.Msg, *slab.Slab)) (Inbox, error) {
-	d := tap.Of(c.nc)
-	if d == nil {
-		unsubscribe, err := c.Subscribe(subject, "", func(m *nats.Msg) { f(m, nil) })
-		return Inbox{unsubscribe, func() bool { return false }}, err
-	}
-	sub := d.Register(c.nc, subject, f)
+	unsubscribe, err := c.Subscribe(subject, "", func(m *nats.Msg) { f(m, nil) })
+	return Inbox{unsubscribe, func() bool { return false }}, err
+}
+
+func (c *fastConn) SubscribeInbox(subject string, f func(*nats.Msg, *slab.Slab)) (Inbox, error) {
+	sub := c.dialer.Register(c.nc, subject, f)
+	c.inbox.Store(sub)
 	unsubscribe, err := c.Subscribe(subject, "", sub.Deliver)
 	if err != nil {
 		sub.Close()

@@ -17,6 +17,9 @@ type commands struct {
 	opaque bool   // not understood: the rest is not followed
 }
 
+// boundary reports whether the position is between two commands.
+func (c *commands) boundary() bool { return len(c.line) == 0 && c.skip == 0 && !c.opaque }
+
 // write follows p, and calls subscribe for each subscription in it.
 func (c *commands) write(p []byte, subscribe func(subject []byte, sid int64)) {
 	for len(p) > 0 && !c.opaque {

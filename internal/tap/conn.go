@@ -5,7 +5,7 @@ import (
 	"sync/atomic"
 )
 
-// Conn is a connection to a NATS server between nats.go and the network. Read may be called by one goroutine at a time, Write too.
+// Conn is a connection to a NATS server between nats.go and the network. Read may be called by one goroutine at a time.
 type Conn struct {
 	net.Conn
 	dialer *Dialer
@@ -13,7 +13,7 @@ type Conn struct {
 	closed atomic.Bool
 
 	in  incoming // of the goroutine in Read
-	out commands // of the goroutine in Write
+	out outgoing
 }
 
 // takenSub is a subscription with messages that Read takes.
@@ -44,12 +44,6 @@ func (c *Conn) Read(p []byte) (int, error) {
 			}
 		}
 	}
-}
-
-// Write follows the commands of nats.go, and sends them.
-func (c *Conn) Write(p []byte) (int, error) {
-	c.out.write(p, c.subscribe)
-	return c.Conn.Write(p)
 }
 
 // subscribe makes Read take the messages of a subscription that is about to be sent, if it is registered.

@@ -69,6 +69,9 @@ func (s *Sub) Deliver(m *nats.Msg) {
 	}
 }
 
+// Conn returns the connection that last sent the subscription to the server, nil if none did. It may have ended.
+func (s *Sub) Conn() *Conn { return s.conn.Load() }
+
 // Taken reports whether the present connection takes the messages of s past nats.go.
 func (s *Sub) Taken() bool {
 	c := s.conn.Load()

@@ -134,6 +134,9 @@ func (c *Conn) Publish(subject, reply string, data []byte) error {
 	return c.bus.publish(c, &nats.Msg{Subject: subject, Reply: reply, Data: data})
 }
 
+// Push implements natsconn.Conn: nothing waits.
+func (c *Conn) Push() {}
+
 // PublishMsg implements natsconn.Conn as Publish does.
 func (c *Conn) PublishMsg(m *nats.Msg) (err error) {
 	if !c.fits(m.Data) {

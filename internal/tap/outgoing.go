@@ -1,0 +1,147 @@
+package tap
+
+import (
+	"net"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// This file publishes messages between the commands of nats.go. The goroutine that publishes and nats.go's writers run it, under a lock.
+
+// outgoing is the send side of a connection.
+type outgoing struct {
+	mu       sync.Mutex
+	commands commands // of nats.go
+	buf      []byte   // published and not sent
+	waiting  atomic.Bool
+	failed   bool
+
+	vector  [3][]byte // of one write
+	buffers net.Buffers
+}
+
+const (
+	sendSize = 32 << 10 // a buffer with as much is sent at once
+	copied   = 8 << 10  // longer data is sent without a copy
+)
+
+// Publish sends a message, or keeps it until Push, more messages or a command of nats.go. Later, the message may be lost with the
+// connection, as one that nats.go buffers. Publish reports false if the message has to go through nats.go. It blocks while the server
+// takes no bytes, until the timeout of nats.go's flusher. Then it closes the connection.
+func (c *Conn) Publish(subject, reply string, data []byte) bool {
+	if !plain(subject) || reply != "" && !plain(reply) {
+		return false
+	}
+	o := &c.out
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.failed || c.closed.Load() || !o.commands.boundary() {
+		return false
+	}
+	b := append(o.buf, "PUB "...)
+	b = append(b, subject...)
+	b = append(b, ' ')
+	if reply != "" {
+		b = append(b, reply...)
+		b = append(b, ' ')
+	}
+	b = strconv.AppendInt(b, int64(len(data)), 10)
+	b = append(b, crlf...)
+	if len(data) > copied {
+		o.buf = b
+		c.sendLocked(data)
+		return true
+	}
+	b = append(b, data...)
+	o.buf = append(b, crlf...)
+	o.waiting.Store(true)
+	if len(o.buf) >= sendSize {
+		c.sendLocked(nil)
+	}
+	return true
+}
+
+// plain reports whether a subject breaks no command. nats.go refuses others.
+func plain(subject string) bool {
+	for i := range len(subject) {
+		if subject[i] <= ' ' {
+			return false
+		}
+	}
+	return subject != ""
+}
+
+// Push sends messages that wait. It fails and blocks as Publish does.
+func (c *Conn) Push() {
+	if !c.out.waiting.Load() {
+		return
+	}
+	c.out.mu.Lock()
+	defer c.out.mu.Unlock()
+	c.sendLocked(nil)
+}
+
+// sendLocked sends the buffer, and behind it the data of its last message if data is not nil.
+func (c *Conn) sendLocked(data []byte) {
+	o := &c.out
+	o.waiting.Store(false)
+	if o.failed || len(o.buf) == 0 {
+		o.buf = o.buf[:0]
+		return
+	}
+	c.setDeadline()
+	defer c.clearDeadline()
+	var err error
+	if data == nil {
+		_, err = c.Conn.Write(o.buf)
+	} else {
+		o.vector = [3][]byte{o.buf, data, crlf}
+		o.buffers = o.vector[:]
+		_, err = o.buffers.WriteTo(c.Conn) // at once over TCP
+		o.vector = [3][]byte{}
+	}
+	o.buf = o.buf[:0]
+	if err != nil {
+		// A part of a message may be sent, so nothing can follow. nats.go notices the end when it reads.
+		o.failed = true
+		_ = c.Close()
+	}
+}
+
+// setDeadline makes the next write end after the timeout of nats.go's flusher.
+func (c *Conn) setDeadline() {
+	if timeout := c.dialer.opts.FlusherTimeout; timeout > 0 {
+		_ = c.Conn.SetWriteDeadline(time.Now().Add(timeout)) // an error is that of the write as well
+	}
+}
+
+func (c *Conn) clearDeadline() {
+	if c.dialer.opts.FlusherTimeout > 0 {
+		_ = c.Conn.SetWriteDeadline(time.Time{})
+	}
+}
+
+// SetWriteDeadline does nothing. nats.go calls it around Write, without the lock, and so would change the deadline of another write.
+// Write sets the same one.
+func (c *Conn) SetWriteDeadline(time.Time) error { return nil }
+
+// Write follows the commands of nats.go, and sends them behind the messages that wait.
+func (c *Conn) Write(p []byte) (int, error) {
+	o := &c.out
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	c.sendLocked(nil)
+	if o.failed {
+		return 0, net.ErrClosed
+	}
+	o.commands.write(p, c.subscribe)
+	c.setDeadline()
+	defer c.clearDeadline()
+	n, err := c.Conn.Write(p)
+	if err != nil && n > 0 {
+		o.failed = true // a part of a command was sent, and nats.go closes the connection
+	}
+	return n, err
+}
