@@ -206,7 +206,7 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 	case noRoom:
 		ep.counters.noRoom.Add(1)
 		if !s.bucket.dropped.Swap(true) {
-			s.mark(workCredit | workRefusal) // the peer is to stop, and not to count what it sent as on its way
+			s.mark(workCredit | workRefusal) // the peer is to stop, and not to count the refused packet as on its way
 			s.bucket.park.Wake()             // the reader may be about to wait for this packet
 		}
 	case malformed:

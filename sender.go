@@ -112,16 +112,7 @@ func (snd *sender) publishNext() progress {
 		q.bytes += uint64(len(p.buf))
 		snd.onLine(q.Next()-1, p)
 	}
-	// Flush sets waiting before it loads published. So either it sees the new number, or the load below sees that it waits.
-	snd.published.Store(q.Next())
-	if retry || pk.waiting.Load() {
-		pk.mu.Lock()
-		if retry {
-			pk.publishError = nil // the packet was published now
-		}
-		pk.wakeLocked()
-		pk.mu.Unlock()
-	}
+	snd.notePublished(retry)
 	if s.role == lifecycle.Consumer && q.Next() == 1 && s.bucket.ring.Pushed() > 0 {
 		s.mark(workProbe) // the end of the stream may have arrived already: then the producer reads no records
 	}
@@ -130,6 +121,21 @@ func (snd *sender) publishNext() progress {
 		return closePublished
 	}
 	return packetPublished
+}
+
+// notePublished wakes the writers that wait until the packet that was published last is. retry says that an earlier try failed.
+func (snd *sender) notePublished(retry bool) {
+	pk := snd.packer
+	// Flush sets waiting before it loads published. So either it sees the new number, or the load below sees that it waits.
+	snd.published.Store(snd.unacked.Next())
+	if retry || pk.waiting.Load() {
+		pk.mu.Lock()
+		if retry {
+			pk.publishError = nil // the packet was published now
+		}
+		pk.wakeLocked()
+		pk.mu.Unlock()
+	}
 }
 
 // publishFailed handles the failed publish of a new packet.

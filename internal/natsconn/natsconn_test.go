@@ -15,7 +15,7 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// patience bounds what a test waits for.
+// patience bounds each wait of a test.
 const patience = 20 * time.Second
 
 func receive[T any](t *testing.T, what string, ch <-chan T) T {
@@ -117,7 +117,7 @@ func TestErrorHandlersAreChained(t *testing.T) {
 	stopA = natsconn.New(nc).OnError(note("a"))
 	other := note("other")
 	nc.SetErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { other(err) })
-	stopA() // leaves alone what the user has set meanwhile
+	stopA() // leaves alone the handler that the user has set meanwhile
 	publish("four", "other")
 	if len(heard) != 0 {
 		t.Errorf("heard beside: %s", <-heard)

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// Subscriptions and the ends of commands are found wherever writes cut them.
+// Subscriptions and the ends of commands are found for every way to cut them into writes.
 func TestCommandsMayBeCutAnywhere(t *testing.T) {
 	commands := []string{
 		"CONNECT {\"verbose\":false,\"user\":\"SUB a  1\"}\r\n", "PING\r\n", "SUB inbox.*  1\r\n", "SUB other queue 2\r\n",
