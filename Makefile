@@ -17,6 +17,9 @@ GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 # Adapters for users, each a module of its own.
 ADAPTERS := streamgrpc streamnet streamotel streamprom typed/protocodec typed/cborcodec
 
+# Those with goroutines of their own: the race detector watches them, too.
+CONCURRENT := streamnet streamgrpc
+
 # All modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
 MODULES := $(ADAPTERS) bench/rivals bench/gate
 
@@ -39,7 +42,7 @@ test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
 
 race: ## Run all tests under the race detector (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
-	@set -e; for m in $(ADAPTERS); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
+	@set -e; for m in $(CONCURRENT); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
 
 faults: ## Run the tests under faults of networks and servers as often as a release needs (more than an hour)
 	STREAM_FAULTS=full $(GO) test -timeout=120m $(TESTFLAGS) ./faults

@@ -172,7 +172,7 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 		}
 		accepted++
 		var v any
-		err := msgpack.Unmarshal(p, &v)
+		err := reference(p, &v)
 		if err != nil && (strings.Contains(err.Error(), "EOF") || strings.Contains(err.Error(), "short")) {
 			t.Fatalf("seed %d: %x is accepted, and the decoder wants more: %v", seed, p, err)
 		}
@@ -180,11 +180,22 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 			A int
 			B []any
 		}
-		_ = msgpack.Unmarshal(p, &object)
+		_ = reference(p, &object)
 	}
 	if accepted < rounds/20 {
 		t.Errorf("seed %d: %d of %d were accepted", seed, accepted, rounds)
 	}
+}
+
+// reference decodes p by the msgpack package alone. On processors of 32 bits that package panics at the number of an interned
+// string that does not fit. Decode recovers such panics.
+func reference(p []byte, v any) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("panic: %v", r)
+		}
+	}()
+	return msgpack.Unmarshal(p, v)
 }
 
 func scanMsgPack(p []byte) error {
