@@ -97,7 +97,7 @@ func run(out io.Writer, args []string) error {
 		if err != nil {
 			return err
 		}
-		stat := exec.Command("go", "tool", "benchstat", "base="+a, "head="+b)
+		stat := exec.Command("go", "tool", "benchstat", "-ignore", "run,revision", "base="+a, "head="+b)
 		stat.Stdout, stat.Stderr = out, os.Stderr
 		return stat.Run()
 	}
