@@ -40,7 +40,7 @@ test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
 	$(GO) test -shuffle=on -timeout=10m $(TESTFLAGS) ./...
 	@set -e; for m in $(MODULES); do echo "tests of $$m"; (cd $$m && $(GO) test -shuffle=on -timeout=10m $(TESTFLAGS) ./...); done
 
-race: ## Run all tests under the race detector (needs a C compiler)
+race: ## Run the tests of the library, streamnet and streamgrpc under the race detector (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
 	@set -e; for m in $(CONCURRENT); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
 

@@ -114,9 +114,9 @@ func (o *outbox) proved(s *session, nonce []byte) error {
 	return o.grantWithheld(s)
 }
 
-// A producer says in its first packet where it receives, and could name the subject of somebody else. It knows its own numbers, so
-// it could go on granting credit without having received anything. So until it has answered a challenge there, its first subject
-// gets few bytes, and none again. The challenge goes out early enough to be answered before the first credit is used up, so it
+// The first packet of a producer names the subject at which it receives. A hostile producer may name the subject of another program.
+// It knows its own numbers, so it could grant credit although it received nothing. So the first subject gets few bytes until the
+// producer has answered a challenge there, and none of them twice. The challenge goes out early enough to be answered before the first credit is used up, so it
 // costs an honest producer no time. Streams that send less need none.
 const (
 	unprovedBytes = handlerWindow

@@ -203,8 +203,8 @@ func TestRequestCannotDirectAStreamElsewhere(t *testing.T) {
 	}
 }
 
-// A producer names the subject at which it receives. If that is the subject of somebody else, little goes there, however much
-// credit the producer grants and however often it asks for packets again. After the owner has answered, everything does.
+// A producer names the subject at which it receives. The consumer sends few bytes there until the owner of the subject has answered
+// a challenge. More credit and repeated questions of the producer do not change that. After the answer everything is sent.
 func TestProducerCannotDirectAnUploadElsewhere(t *testing.T) {
 	const first, packet = 64 << 10, 16 + 8 + 10_000
 	p := newPair(t)

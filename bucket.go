@@ -64,7 +64,7 @@ type arrival struct {
 	lent *slab.Slab // that data lies in; nil if the packet has memory of its own
 }
 
-// consumption is what the reader has read to the end.
+// consumption counts the packets that the reader has left, and their bytes.
 type consumption struct {
 	packets uint32 // modulo 2^32
 	limit   uint32 // as grantedPackets, which lies on a cache line of the mux. It is here because there is room

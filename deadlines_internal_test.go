@@ -25,7 +25,7 @@ func wantDeadline(t *testing.T, what string, err error) {
 	}
 }
 
-// held is a stream whose handler writes and reads only what the test tells it.
+// held is a stream with a handler that waits: the test gives it each write and each read.
 type held struct {
 	*Stream
 	w    *Writer
@@ -350,8 +350,8 @@ func TestReadyLooksAhead(t *testing.T) {
 	})
 }
 
-// Of a record in pieces all is sent or nothing. A write whose deadline passes within a record says so by its length, and the rest is sent
-// before any other record.
+// If the deadline passes when a part of a record was sent, Write returns the length of the record together with the error. The rest of
+// the record is sent before any other record.
 func TestWriteDeadlineWithinARecordSendsAllOfIt(t *testing.T) {
 	for _, object := range []bool{false, true} {
 		for _, try := range []bool{false, true} {

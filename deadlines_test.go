@@ -61,7 +61,7 @@ func sendTimed(r *rand.Rand, w timed, records, most int) error {
 	return w.setDeadline(time.Time{})
 }
 
-// recvTimed reads what sendTimed has written until the end.
+// recvTimed reads the records of sendTimed until the end of the stream.
 func recvTimed(r *rand.Rand, recv func() ([]byte, error), ready func() bool, setDeadline func(time.Time) error, records int) error {
 	for i := 0; ; {
 		if r.IntN(2) == 0 {

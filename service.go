@@ -66,7 +66,7 @@ func (s *Server) AddService(name, version, description string, metadata map[stri
 			s.mu.Lock()
 			delete(s.services, v)
 			s.mu.Unlock()
-			go unsubscribeAll(v.stop) // it waits for NATS
+			unsubscribeAll(v.stop)
 			return nil, fmt.Errorf("stream: AddService: subscribe to %s: %w", q.Subject, err)
 		}
 		v.stop = append(v.stop, stop)

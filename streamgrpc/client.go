@@ -136,9 +136,6 @@ func (c *ClientConn) newStream(ctx context.Context, desc *grpc.StreamDesc, metho
 		}
 	}
 	md, _ := metadata.FromOutgoingContext(ctx)
-	if err := checkMetadata(md); err != nil {
-		return nil, status.Error(codes.Internal, err.Error())
-	}
 	if md, err = s.withCredentials(ctx, md); err != nil {
 		return nil, err
 	}

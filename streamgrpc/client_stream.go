@@ -99,7 +99,7 @@ func (s *clientStream) apply(opts []grpc.CallOption) error {
 	return nil
 }
 
-// withCredentials returns md with the metadata of the call's credentials.
+// withCredentials returns md with the metadata of the call's credentials, or an error if gRPC does not allow one of the entries.
 func (s *clientStream) withCredentials(ctx context.Context, md metadata.MD) (metadata.MD, error) {
 	copied := false
 	for _, o := range s.credentials {

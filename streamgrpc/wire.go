@@ -98,7 +98,7 @@ func parseCall(b []byte) (c call, err error) {
 	err = fields(b, func(number protowire.Number, v uint64, data []byte) error {
 		switch number {
 		case fieldMetadata:
-			return c.addEntry(data)
+			return addEntry(c.md, data)
 		case fieldTimeout:
 			c.timeout = time.Duration(min(v, uint64(1<<63-1)))
 		case fieldCodec:
@@ -110,8 +110,6 @@ func parseCall(b []byte) (c call, err error) {
 	})
 	return c, err
 }
-
-func (c *call) addEntry(b []byte) error { return addEntry(c.md, b) }
 
 // appendMetadata appends md as entries of field 1.
 func appendMetadata(b []byte, md metadata.MD) []byte {

@@ -32,7 +32,7 @@ import (
 	"time"
 )
 
-// minCount is the smallest number of runs of each side whose difference can have p < 0.001.
+// minCount is how many runs the gate needs of each side. With fewer, the test finds no difference significant with p < 0.001.
 const minCount = 7
 
 var errSlower = errors.New("the working tree is slower than the base, or allocates more")
