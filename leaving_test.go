@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -470,6 +472,71 @@ func TestLeavingNormallyEndsCallsThatWait(t *testing.T) {
 		}
 		waitFor(t, "calls to return", group.Wait)
 		release <- struct{}{}
+	}
+}
+
+// leavingContext is a context that ends when its Err is called, and calls leave just before.
+type leavingContext struct {
+	context.Context
+	cancel context.CancelFunc
+	leave  atomic.Pointer[func()] // nil until it was set, and during the call
+}
+
+func (c *leavingContext) Err() error {
+	if leave := c.leave.Swap(nil); leave != nil {
+		(*leave)()
+		c.cancel()
+	}
+	return c.Context.Err()
+}
+
+// A read may find the end of its context when the consumer has just left in another goroutine. The consumer has left then.
+func TestReadsFailIfTheContextEndsAfterLeaving(t *testing.T) {
+	reads := map[string]func(*stream.Stream) error{
+		"Read":       func(s *stream.Stream) error { return errOf(s.Read(make([]byte, 1))) },
+		"RecvObject": func(s *stream.Stream) error { return s.RecvObject(new(int)) },
+		"RecvRecord": func(s *stream.Stream) error { _, _, err := s.RecvRecord(); return err },
+		"Ready": func(s *stream.Stream) error {
+			if !s.Ready() {
+				t.Error("Ready reports that a read has to wait")
+			}
+			return errOf(s.Recv())
+		},
+	}
+	leaves := map[string]func(*stream.Stream){
+		"Close":         func(s *stream.Stream) { _ = s.Close() },
+		"CloseWithCode": func(s *stream.Stream) { _ = s.CloseWithCode(stream.CloseNormalClosure) },
+	}
+	p, _ := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
+		write(t, w, []byte("hello"))
+		for range r.All() {
+		}
+		return nil
+	})
+	for _, read := range slices.Sorted(maps.Keys(reads)) {
+		for _, leave := range slices.Sorted(maps.Keys(leaves)) {
+			t.Run(read+"/"+leave, func(t *testing.T) {
+				whole, cancel := context.WithCancel(testContext(t))
+				ctx := &leavingContext{Context: whole, cancel: cancel}
+				s, err := p.consumer.Open(ctx, "svc", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Recv(); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Write([]byte("x")); err != nil {
+					t.Fatal(err)
+				}
+				left := func() { leaves[leave](s) }
+				ctx.leave.Store(&left)
+				for range 2 {
+					if err := reads[read](s); err != stream.ErrClosed {
+						t.Errorf("%v, want ErrClosed", err)
+					}
+				}
+			})
+		}
 	}
 }
 

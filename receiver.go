@@ -276,7 +276,12 @@ func (s *session) endedNow() error {
 		// The context's own callback may not have run yet. It does the same.
 		s.canceled()
 		e := s.end.Load()
-		if s.role == lifecycle.Consumer && e.kind != endLocal { // the peer's end came first, but records before it are not read any more
+		switch {
+		case s.role != lifecycle.Consumer || e != nil && e.kind == endLocal:
+		case s.nobodyReads.Load(): // the user has left since the look above, and the stream may not have ended yet
+			s.dropUnread(ErrClosed)
+			return s.recv.done
+		default: // the peer's end came first, but records before it are not read any more
 			e = &ending{kind: endLocal, err: contextError(s.recv.parent)}
 		}
 		return s.endReads(e)
