@@ -23,7 +23,7 @@ func (s *session) ready() bool {
 		return true
 	}
 	s.recv.readLock.Or(gatePeeking)
-	rec, flags, err := s.nextGated(false)
+	rec, flags, err := s.nextGated(untilNext)
 	s.recv.readLock.And(^gatePeeking)
 	if err != nil {
 		return err != errReadDeadline // every other error is that of the next read as well

@@ -93,7 +93,7 @@ func TestContextsHaveEndedIfCallsFail(t *testing.T) {
 	for name, call := range map[string]func(w *Writer) error{
 		"Write": func(w *Writer) error { _, err := w.Write([]byte("x")); return err },
 		"Flush": (*Writer).Flush,
-		"Recv":  func(w *Writer) error { _, err := w.session.recvRecord(true); return err },
+		"Recv":  func(w *Writer) error { _, err := w.session.recvRecord(forever); return err },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -92,10 +92,10 @@ func (r *Request) Draining() <-chan struct{} { return r.draining }
 // [CloseNormalClosure]. A consumer that speaks only the JSON fallback sends no records: Recv returns io.EOF.
 //
 // The library never reuses the record's memory. A small record that is kept keeps its packet of up to 32 KiB in memory.
-func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord(true) }
+func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord(forever) }
 
 // Next is [Request.Recv] with a record that is valid only until the next read, or until the handler returns; see [Stream.Next].
-func (r *Request) Next() ([]byte, error) { return r.session.recvRecord(false) }
+func (r *Request) Next() ([]byte, error) { return r.session.recvRecord(untilNext) }
 
 // RecvRecord is [Request.Recv] with the codec of the record; see [Stream.RecvRecord].
 func (r *Request) RecvRecord() ([]byte, Codec, error) { return r.session.recvWithCodec() }

@@ -414,7 +414,7 @@ func TestNormalResetByConsumerEndsNormallyIfNothingCanBeLost(t *testing.T) {
 				synctest.Wait()
 				var err error
 				for n := 0; err == nil; n++ {
-					if _, err = s.recvRecord(true); err == nil && n > 0 {
+					if _, err = s.recvRecord(forever); err == nil && n > 0 {
 						t.Error("more records than arrived")
 					}
 				}

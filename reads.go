@@ -14,34 +14,35 @@ import (
 // A read either lends its record until the next read, or gives it to the user for ever. Next, Read, WriteTo and RecvObject lend it,
 // and Recv and All give it. Memory that was only lent may be used again.
 
-// recvRecord is Recv of Stream and Request if keep is set, and Next otherwise.
-func (s *session) recvRecord(keep bool) ([]byte, error) {
+// recvRecord returns the next record, for use u.
+func (s *session) recvRecord(u use) ([]byte, error) {
 	// This fast path takes a record at hand from the current packet. nextRecord handles all cases.
-	if !s.recv.busy && !poison.Enabled && (s.recv.lent == nil || !keep) && len(s.recv.left) == 0 && s.recv.readLock.Load() == 0 && s.end.Load() == nil && s.recv.parent.Err() == nil {
-		s.recv.busy = true
-		if b := s.recv.data[s.recv.off:]; len(b) >= FrameHeaderSize && s.recv.off != 0 {
-			h := frameHeader(b)
-			n, rest := payloadLen(h), b[FrameHeaderSize:]
-			if isPlainData(h) && n <= uint64(len(rest)) && n <= s.recv.maxRecord {
-				s.recv.off += FrameHeaderSize + uint32(n)
+	switch r := &s.recv; {
+	case poison.Enabled, r.busy, r.readLock.Load()&uint32(u) != 0, s.end.Load() != nil, r.parent.Err() != nil:
+	default:
+		r.busy = true
+		if start := uint64(r.off) + FrameHeaderSize; start <= uint64(len(r.data)) && r.off != 0 {
+			h := frameHeader(r.data[r.off:])
+			if n := payloadLen(h); isPlainData(h) && n <= uint64(len(r.data))-start && n <= r.maxRecord {
+				r.off = uint32(start + n)
 				s.count(int(n))
-				s.recv.busy = false
-				return rest[:n:n], nil
+				r.busy = false
+				return r.data[start : start+n : start+n], nil
 			}
 		}
-		s.recv.busy = false
+		r.busy = false
 	}
-	rec, _, err := s.nextRecord(keep)
+	rec, _, err := s.nextRecord(u)
 	return rec, err
 }
 
 func (s *session) recvWithCodec() ([]byte, Codec, error) {
-	rec, flags, err := s.nextRecord(true)
+	rec, flags, err := s.nextRecord(forever)
 	return rec, codecOf(flags), err
 }
 
 func (s *session) recvObject(v any) error {
-	rec, flags, err := s.nextRecord(false)
+	rec, flags, err := s.nextRecord(untilNext)
 	if err != nil {
 		return err
 	}
@@ -51,7 +52,7 @@ func (s *session) recvObject(v any) error {
 func (s *session) all() iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		for {
-			rec, err := s.recvRecord(true)
+			rec, err := s.recvRecord(forever)
 			if err == io.EOF {
 				return
 			}
@@ -73,22 +74,22 @@ func (s *session) read(p []byte) (int, error) {
 	if err := s.refusedNow(); err != nil {
 		return 0, err
 	}
-	for len(s.recv.left) == 0 {
-		rec, _, err := s.nextGated(false)
-		if err != nil {
+	rec := s.recv.left
+	for len(rec) == 0 {
+		var err error
+		if rec, _, err = s.nextGated(untilNext); err != nil {
 			return 0, err
 		}
 		s.took(len(rec))
-		s.recv.left = rec
 	}
-	n := copy(p, s.recv.left)
-	s.recv.left = s.recv.left[n:]
+	n := copy(p, rec)
+	s.setRest(rec[n:])
 	return n, nil
 }
 
 func (s *session) writeTo(w io.Writer) (n int64, err error) {
 	for {
-		rec, err := s.recvRecord(false)
+		rec, err := s.recvRecord(untilNext)
 		if err == io.EOF {
 			return n, nil
 		}
@@ -137,8 +138,8 @@ func (s *session) unlockRead() {
 	s.dropUnwanted() // if the user left meanwhile
 }
 
-// nextRecord returns the next record and its flags. keep says that the user may keep the record.
-func (s *session) nextRecord(keep bool) ([]byte, FrameFlags, error) {
+// nextRecord is recvRecord without a fast path. It returns the flags of the record, too.
+func (s *session) nextRecord(u use) ([]byte, FrameFlags, error) {
 	if err := s.lockRead(); err != nil {
 		return nil, 0, err
 	}
@@ -147,10 +148,10 @@ func (s *session) nextRecord(keep bool) ([]byte, FrameFlags, error) {
 		return nil, 0, err
 	}
 	if rest := s.recv.left; len(rest) != 0 { // of a record that Read began, and counted
-		s.recv.left = nil
-		return s.ownPart(rest, keep), FlagRaw, nil
+		s.setRest(nil)
+		return s.ownPart(rest, u), FlagRaw, nil
 	}
-	rec, flags, err := s.nextGated(keep)
+	rec, flags, err := s.nextGated(u)
 	if err != nil {
 		return nil, 0, err
 	}

@@ -28,9 +28,10 @@ type receiver struct {
 	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
 	// concurrent writes. Exact detection costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more
 	// than the rest of Recv. Race builds pay for it. When the user leaves, gateLeft is set: reads return ErrClosed
-	// from then on. gateDropping is set while packets that nobody reads are dropped. gateLate, gateAhead and gateFirst keep reads off
-	// the fast path: the read deadline has passed, Ready has read a record ahead, or a hook waits for the first record. gatePeeking is
-	// set while Ready reads, and waits for nothing.
+	// from then on. gateDropping is set while packets that nobody reads are dropped. gatePeeking is set while Ready reads, and
+	// waits for nothing. The other gates keep reads off the fast path: the read deadline has passed
+	// (gateLate), Ready has read a record ahead (gateAhead), a hook waits for the first record (gateFirst), Read has left a rest
+	// (gateRest), or the current packet is lent (gateLent). gateLent stops only reads whose user keeps the record.
 	readLock atomic.Uint32
 
 	published atomic.Uint32 // of records, modulo 2^32: see publishCount
@@ -57,13 +58,23 @@ const (
 	gateAhead
 	gatePeeking
 	gateFirst
+	gateRest
+	gateLent
 )
 
-// nextGated returns the next record for a read that has the lock. keep says that the user may keep the record.
-func (s *session) nextGated(keep bool) ([]byte, FrameFlags, error) {
+// A use is what the user of a read may do with its record. It is the set of gates that stop the fast path of the read.
+type use uint32
+
+const (
+	forever   = ^use(0)                  // refer to it for ever
+	untilNext = forever &^ use(gateLent) // refer to it until the next read
+)
+
+// nextGated returns the next record for a read that has the lock.
+func (s *session) nextGated(u use) ([]byte, FrameFlags, error) {
 	if x := s.extras.Load(); x != nil && (x.partial.Load() != nil || s.recv.readLock.Load()&gateAhead != 0) {
 		rec, flags, err := s.nextKept(x)
-		return s.ownPart(rec, keep), flags, err
+		return s.ownPart(rec, u), flags, err
 	}
 	f, err := s.nextData(false)
 	switch {
@@ -74,7 +85,7 @@ func (s *session) nextGated(keep bool) ([]byte, FrameFlags, error) {
 	case f.Flags&FlagMore != 0:
 		return s.assemble(partial{flags: f.Flags & FlagCodecMask, assembly: assembly{rest: f.Payload}})
 	}
-	if keep {
+	if u == forever {
 		return s.own(f.Payload), f.Flags & FlagCodecMask, nil
 	}
 	return f.Payload, f.Flags & FlagCodecMask, nil
@@ -89,17 +100,17 @@ func (s *session) own(record []byte) []byte {
 		return record
 	}
 	r.data = bytes.Clone(r.data)
-	r.lent.Release()
-	r.lent, r.kept = nil, true
+	s.returnLent()
+	r.kept = true
 	return r.data[int(r.off)-len(record) : r.off : r.off]
 }
 
 // ownPart does the same for a record that an earlier read left, which may be in the current packet or not.
-func (s *session) ownPart(record []byte, keep bool) []byte {
-	if keep && s.recv.lent != nil {
+func (s *session) ownPart(record []byte, u use) []byte {
+	if u == forever && s.recv.lent != nil {
 		return bytes.Clone(record)
 	}
-	s.recv.kept = s.recv.kept || keep
+	s.recv.kept = s.recv.kept || u == forever
 	return record
 }
 
@@ -307,6 +318,9 @@ func (s *session) nextPacket() error {
 				s.lastPop.Store(now)
 			}
 			s.recv.data, s.recv.lent = a.data, a.lent
+			if a.lent != nil {
+				s.recv.readLock.Or(gateLent)
+			}
 			if b.form.Load() == formPackets {
 				s.recv.off = PacketHeaderSize
 				s.recv.ackWanted = a.data[1]&byte(PacketAck) != 0
@@ -345,8 +359,28 @@ func (s *session) dropPacket() {
 	if poison.Enabled && !s.recv.kept {
 		poison.Fill(s.recv.data)
 	}
-	s.recv.lent.Release()
-	s.recv.data, s.recv.lent, s.recv.off, s.recv.kept = nil, nil, 0, false
+	s.returnLent()
+	s.recv.data, s.recv.off, s.recv.kept = nil, 0, false
+}
+
+// returnLent gives the slab of the current packet back, if the packet lies in one.
+func (s *session) returnLent() {
+	if r := &s.recv; r.lent != nil {
+		r.lent.Release()
+		r.lent = nil
+		r.readLock.And(^gateLent)
+	}
+}
+
+// setRest keeps the rest of a record for the next read.
+func (s *session) setRest(rest []byte) {
+	r := &s.recv
+	if was, is := len(r.left) != 0, len(rest) != 0; !was && is {
+		r.readLock.Or(gateRest)
+	} else if was && !is {
+		r.readLock.And(^gateRest)
+	}
+	r.left = rest
 }
 
 // nextMessage takes the current message of a peer that speaks the original protocol.
@@ -399,7 +433,8 @@ func (s *session) endReads(e *ending) error {
 }
 
 func (s *session) dropUnread(err error) {
-	s.recv.done, s.recv.left = err, nil
+	s.recv.done = err
+	s.setRest(nil)
 	s.dropPacket()
 	s.publishCount()
 	if x := s.extras.Load(); x != nil {

@@ -90,14 +90,14 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 //
 // The record is a slice of the packet that it arrived in. The library never reuses the packet, so the caller may keep and
 // change the record. A small record that is kept keeps its packet of up to 32 KiB in memory.
-func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord(true) }
+func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord(forever) }
 
 // Next is [Stream.Recv] with a record that is valid only until the next call of the read side, as with [bufio.Scanner.Bytes]. The
 // library may reuse its memory from then on. Copy a record that is needed for longer. Until then the caller may change the record.
 //
 // Read, WriteTo, RecvObject and [io.Copy] take their records in this way. Race builds overwrite a packet after its last record, unless
 // Recv or All returned one of its records, so that a test finds a record that was used for too long.
-func (st *Stream) Next() ([]byte, error) { return st.session.recvRecord(false) }
+func (st *Stream) Next() ([]byte, error) { return st.session.recvRecord(untilNext) }
 
 // RecvRecord is [Stream.Recv] with the codec of the record: [JSON] or [MsgPack] of an object, and [CodecDefault] of bytes.
 func (st *Stream) RecvRecord() ([]byte, Codec, error) { return st.session.recvWithCodec() }
