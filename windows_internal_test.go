@@ -528,3 +528,56 @@ func TestFloodOfFragmentsIsBounded(t *testing.T) {
 		}
 	})
 }
+
+// Packets that do not pass are smaller from then on. They grow again after a path is found that takes large ones.
+func TestPacketsGrowAgainWhenLargeOnesPass(t *testing.T) {
+	const size, limit = 30_000, 16_000
+	for _, up := range []bool{false, true} {
+		t.Run(fmt.Sprintf("up=%v", up), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var (
+					narrow  atomic.Bool // the path drops messages of more than limit bytes
+					largest atomic.Int64
+				)
+				m := memoryTest(t, smallWindows)
+				m.bus.Delay = 5 * time.Millisecond
+				m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool {
+					if narrow.Load() && len(msg.Data) > limit {
+						return false
+					}
+					largest.Store(max(largest.Load(), int64(len(msg.Data))))
+					return true
+				})
+				m.handle(t, "pour", pour(size))
+				m.handle(t, "drink", drink)
+				subject := map[bool]string{false: "pour", true: "drink"}[up]
+				s := m.open(t, subject)
+				move := func(d time.Duration) int64 {
+					largest.Store(0)
+					n := 0
+					if up {
+						n = write(t, s, size, d)
+					} else {
+						n = read(t, s, d)
+					}
+					if n < 10*size {
+						t.Errorf("%d bytes came in %v", n, d)
+					}
+					return largest.Load()
+				}
+				narrow.Store(true)
+				move(2 * time.Second)
+				if got := move(time.Second); got > limit {
+					t.Errorf("a message of %d bytes passed a path for %d", got, limit)
+				}
+				narrow.Store(false)
+				time.Sleep(2 * time.Minute)
+				move(time.Second)
+				if got := move(time.Second); got < size {
+					t.Errorf("messages of at most %d bytes after 2 min on a path for larger ones, want %d", got, size)
+				}
+				_ = s.Close()
+			})
+		})
+	}
+}
