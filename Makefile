@@ -18,10 +18,10 @@ GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 ADAPTERS := streamgrpc streamnet streamotel streamprom typed/protocodec typed/cborcodec
 
 # Those with goroutines of their own: the race detector watches them, too.
-CONCURRENT := streamnet streamgrpc
+CONCURRENT := streamnet streamnet/interop streamgrpc
 
 # All modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
-MODULES := $(ADAPTERS) bench/rivals bench/gate
+MODULES := $(ADAPTERS) streamnet/interop bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp benchgate rivals fuzz

@@ -1,7 +1,6 @@
 package streamnet_test
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -10,9 +9,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"net/http"
-	"strings"
-	"sync"
+	"runtime"
 	"testing"
 	"time"
 
@@ -107,18 +104,51 @@ func (e ends) pipe(l *streamnet.Listener, turned bool) nettest.MakePipe {
 // Both ends are connections as package net has them.
 func TestConnIsANetConn(t *testing.T) {
 	for _, lossy := range []bool{false, true} {
-		t.Run(fmt.Sprintf("lossy=%v", lossy), func(t *testing.T) {
-			url := streamtest.Run(t).URL()
-			if lossy {
-				rng := rand.New(rand.NewPCG(1, 2))
-				url = streamtest.RunInterceptor(t, url, streamtest.Only(streamtest.HasPrefix(0xF5), streamtest.Drop(0.01, rng), streamtest.Reorder(0.01, 3, rng))).URL()
+		for _, turned := range []bool{false, true} {
+			t.Run(fmt.Sprintf("lossy=%v/turned=%v", lossy, turned), func(t *testing.T) {
+				t.Parallel() // with losses it mostly waits
+				url := streamtest.Run(t).URL()
+				if lossy {
+					rng := rand.New(rand.NewPCG(1, 2))
+					url = streamtest.RunInterceptor(t, url, streamtest.Only(streamtest.HasPrefix(0xF5), streamtest.Drop(0.01, rng), streamtest.Reorder(0.01, 3, rng))).URL()
+				}
+				e := newEnds(t, url)
+				nettest.TestConn(t, e.pipe(e.listen(t, "conn"), turned))
+			})
+		}
+	}
+}
+
+// A connection has one goroutine, in which the accepting server waits for its Close. No goroutine copies bytes.
+func TestConnectionsHaveOneGoroutine(t *testing.T) {
+	const n = 50
+	e := newEnds(t, streamtest.Run(t).URL())
+	connect := e.pipe(e.listen(t, "quiet"), false)
+	var before int
+	for i := range n + 1 {
+		c1, c2, stop, err := connect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(stop)
+		for _, pair := range [][2]net.Conn{{c1, c2}, {c2, c1}} {
+			if _, err := pair[0].Write([]byte("hello")); err != nil {
+				t.Fatal(err)
 			}
-			e := newEnds(t, url)
-			l := e.listen(t, "conn")
-			for _, turned := range []bool{false, true} {
-				t.Run(fmt.Sprintf("turned=%v", turned), func(t *testing.T) { nettest.TestConn(t, e.pipe(l, turned)) })
+			if n, err := io.ReadFull(pair[1], make([]byte, 4)); err != nil { // a part of the record stays
+				t.Fatal(n, err)
 			}
-		})
+		}
+		if i == 0 { // with this one, the ends have all goroutines that they share
+			before = runtime.NumGoroutine()
+		}
+	}
+	more := func() int { return runtime.NumGoroutine() - before }
+	for limit := time.Now().Add(30 * time.Second); more() > n && time.Now().Before(limit); time.Sleep(time.Millisecond) {
+	}
+	if got := more(); got > n {
+		stacks := make([]byte, 1<<20)
+		t.Errorf("%d connections have %d goroutines:\n%s", n, got, stacks[:runtime.Stack(stacks, true)])
 	}
 }
 
@@ -258,52 +288,5 @@ func TestListenerEnds(t *testing.T) {
 	}
 	if _, err := c2.Read(make([]byte, 1)); err == nil || err == io.EOF {
 		t.Errorf("the server of this end has gone: %v", err)
-	}
-}
-
-// HTTP runs over connections of streams, with many requests at once on connections that are used again.
-func TestHTTPOverStreams(t *testing.T) {
-	e := newEnds(t, streamtest.Run(t).URL())
-	l := e.listen(t, "web")
-	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, err := io.ReadAll(r.Body)
-		if err != nil {
-			t.Error(err)
-		}
-		fmt.Fprintf(w, "%s %s", r.URL.Path, bytes.ToUpper(body))
-	})}
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }()
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return streamnet.Dial(ctx, e.client, "web", stream.WithRetry(stream.Retry{}))
-	}}
-	client := &http.Client{Transport: transport, Timeout: 30 * time.Second}
-	var all sync.WaitGroup
-	for i := range 8 {
-		all.Go(func() {
-			for k := range 10 {
-				text := strings.Repeat(fmt.Sprint("text", i, k), 1000*k)
-				resp, err := client.Post(fmt.Sprintf("http://web/%d", i), "text/plain", strings.NewReader(text))
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				body, err := io.ReadAll(bufio.NewReader(resp.Body))
-				_ = resp.Body.Close()
-				if want := fmt.Sprintf("/%d %s", i, strings.ToUpper(text)); err != nil || string(body) != want {
-					t.Errorf("%d bytes, %v, want %d", len(body), err, len(want))
-				}
-			}
-		})
-	}
-	all.Wait()
-	transport.CloseIdleConnections()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	if err := server.Shutdown(ctx); err != nil {
-		t.Error(err)
-	}
-	if err := <-served; err != http.ErrServerClosed {
-		t.Error(err)
 	}
 }
