@@ -21,7 +21,7 @@ ADAPTERS := streamgrpc streamnet streamotel streamprom typed/protocodec typed/cb
 CONCURRENT := streamnet streamnet/interop streamgrpc
 
 # All modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
-MODULES := $(ADAPTERS) streamnet/interop bench/rivals bench/gate
+MODULES := $(ADAPTERS) streamnet/interop streamprom/grafana bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp benchgate rivals fuzz
