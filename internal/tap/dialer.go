@@ -14,6 +14,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/url"
+	"reflect"
 	"strings"
 	"sync"
 	"time"
@@ -119,8 +120,8 @@ func (d *Dialer) dial(network string, hosts []string) (raw net.Conn, err error) 
 			dialer = *d.opts.Dialer
 		}
 		dialer.Timeout /= time.Duration(len(hosts))
-		if d.opts.AllowMultipathTCP != nil {
-			dialer.SetMultipathTCP(*d.opts.AllowMultipathTCP)
+		if allowed := multipathTCP(d.opts); allowed != nil {
+			dialer.SetMultipathTCP(*allowed)
 		}
 		under = &dialer
 	}
@@ -130,6 +131,16 @@ func (d *Dialer) dial(network string, hosts []string) (raw net.Conn, err error) 
 		}
 	}
 	return nil, err
+}
+
+// multipathTCP returns the option AllowMultipathTCP, which nats.go has since version 1.54. The package builds with older versions, too.
+func multipathTCP(o *nats.Options) *bool {
+	option := reflect.ValueOf(o).Elem().FieldByName("AllowMultipathTCP")
+	if !option.IsValid() {
+		return nil
+	}
+	allowed, _ := option.Interface().(*bool)
+	return allowed
 }
 
 // tap makes TLS over raw if the server or the user requires it, and returns the tapped connection.
