@@ -41,6 +41,38 @@ type Hooks struct {
 	Reconnected func(StreamInfo)
 }
 
+// JoinHooks returns hooks that call those of all, one after the other: for example those of metrics and those of a log. A function that
+// none of them has is nil. If one panics, the later ones do not get the event.
+func JoinHooks(all ...Hooks) Hooks {
+	var joined Hooks
+	for _, h := range all {
+		joined.Opened = joinInfo(joined.Opened, h.Opened)
+		joined.FirstRecord = joinInfo(joined.FirstRecord, h.FirstRecord)
+		joined.Reconnected = joinInfo(joined.Reconnected, h.Reconnected)
+		if first, next := joined.Closed, h.Closed; first == nil {
+			joined.Closed = next
+		} else if next != nil {
+			joined.Closed = func(i StreamInfo, t Totals, err error) { first(i, t, err); next(i, t, err) }
+		}
+		if first, next := joined.Retransmitted, h.Retransmitted; first == nil {
+			joined.Retransmitted = next
+		} else if next != nil {
+			joined.Retransmitted = func(i StreamInfo, packets int) { first(i, packets); next(i, packets) }
+		}
+	}
+	return joined
+}
+
+func joinInfo(first, next func(StreamInfo)) func(StreamInfo) {
+	switch {
+	case first == nil:
+		return next
+	case next == nil:
+		return first
+	}
+	return func(i StreamInfo) { first(i); next(i) }
+}
+
 // StreamInfo says which stream an event belongs to, and when it happened.
 type StreamInfo struct {
 	ID       uint64        // number of the stream at this client or server, from 1

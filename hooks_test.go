@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -181,6 +182,43 @@ func TestHooksReportEachStream(t *testing.T) {
 func isNil(err error) bool             { return err == nil }
 func is(target error) func(error) bool { return func(err error) bool { return errors.Is(err, target) } }
 func isCode(code int) func(error) bool { return is(&stream.CloseError{Code: code}) }
+
+// JoinHooks calls each of several functions, in order, and has none that nobody set.
+func TestJoinedHooksAreAllCalled(t *testing.T) {
+	var calls []string
+	named := func(name string) stream.Hooks {
+		return stream.Hooks{
+			Opened:      func(i stream.StreamInfo) { calls = append(calls, fmt.Sprint(name, " opened ", i.ID)) },
+			FirstRecord: func(i stream.StreamInfo) { calls = append(calls, fmt.Sprint(name, " first ", i.ID)) },
+			Closed: func(i stream.StreamInfo, totals stream.Totals, err error) {
+				calls = append(calls, fmt.Sprint(name, " closed ", i.ID, totals.BytesIn, err))
+			},
+			Retransmitted: func(i stream.StreamInfo, n int) { calls = append(calls, fmt.Sprint(name, " retransmitted ", i.ID, n)) },
+			Reconnected:   func(i stream.StreamInfo) { calls = append(calls, fmt.Sprint(name, " reconnected ", i.ID)) },
+		}
+	}
+	h := stream.JoinHooks(named("a"), stream.Hooks{}, named("b"), named("c"))
+	h.Opened(stream.StreamInfo{ID: 1})
+	h.FirstRecord(stream.StreamInfo{ID: 2})
+	h.Closed(stream.StreamInfo{ID: 3}, stream.Totals{BytesIn: 9}, stream.ErrClosed)
+	h.Retransmitted(stream.StreamInfo{ID: 4}, 8)
+	h.Reconnected(stream.StreamInfo{ID: 5})
+	var want []string
+	for _, event := range []string{"opened 1", "first 2", fmt.Sprint("closed 3 9 ", stream.ErrClosed), "retransmitted 4 8", "reconnected 5"} {
+		for _, name := range []string{"a", "b", "c"} {
+			want = append(want, name+" "+event)
+		}
+	}
+	if !slices.Equal(calls, want) {
+		t.Errorf("%q, want %q", calls, want)
+	}
+	if h := stream.JoinHooks(stream.Hooks{}, stream.Hooks{}); h.Opened != nil || h.FirstRecord != nil || h.Closed != nil || h.Retransmitted != nil || h.Reconnected != nil {
+		t.Error("a function that nobody set")
+	}
+	if h := stream.JoinHooks(stream.Hooks{}, stream.Hooks{Reconnected: func(stream.StreamInfo) {}}); h.Reconnected == nil || h.Opened != nil {
+		t.Error("not the functions that were set")
+	}
+}
 
 // The end of a client or server is the end of its streams, and is reported before Close returns.
 func TestHooksReportTheEndOfAClient(t *testing.T) {
