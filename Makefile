@@ -24,7 +24,7 @@ CONCURRENT := streamnet streamnet/interop streamgrpc
 MODULES := $(ADAPTERS) streamnet/interop streamprom/grafana bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test race faults soak lint wordcheck generate checkgenerate bench benchcmp benchgate rivals fuzz
+.PHONY: help demo test race faults soak lint wordcheck generate checkgenerate apicheck bench benchcmp benchgate rivals fuzz
 
 help: ## Show this text
 	@echo 'Usage: make TARGET [VARIABLE=value]'
@@ -72,6 +72,9 @@ checkgenerate: ## Delete what is generated, generate it again and compare
 	for f in $(GENERATED); do diff -u "$$old/$$f" $$f || bad=1; done; \
 	if [ -n "$$bad" ]; then echo "generated files were out of date or edited by hand; they are up to date now"; exit 1; fi; \
 	echo "up to date: $(GENERATED)"
+
+apicheck: ## Compare the exported API of all modules with the last release, or with BASE=rev
+	tools/apicheck $(BASE)
 
 bench: ## Measure against plain NATS, a TCP relay and the original design, and print the table of ratios
 	$(GO) run ./bench/table $(BENCHFLAGS)
