@@ -53,7 +53,7 @@ type ClientParams struct {
 	// always fit.
 	FallbackBuffer int
 
-	// Interceptors are put around Open, OpenMsg and OpenStream, the first one outermost. Each gets the next [OpenFunc] and returns one
+	// Interceptors are put around Open, OpenMsg, OpenStream and OpenMany, the first one outermost. Each gets the next [OpenFunc] and returns one
 	// that calls it, usually once. They are called in NewClient. The message is a copy, so an interceptor may
 	// change its Subject, Data and Header, which is not nil. An interceptor that calls the next OpenFunc twice opens two streams, and
 	// closes the one that it does not return. One that returns an error instead opens none. Panics pass through to the caller of Open.
@@ -257,6 +257,8 @@ func (c *Client) open(ctx context.Context, msg *nats.Msg, opts ...OpenOption) (*
 		return nil, nats.ErrInvalidMsg
 	case o.err != nil:
 		return nil, o.err
+	case o.many != nil:
+		return c.openMany(ctx, msg, o)
 	case o.retry != nil:
 		return c.openRetrying(ctx, msg, o)
 	}

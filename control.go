@@ -137,8 +137,17 @@ func (s *session) answered() {
 	}
 }
 
-// bind raises the events of a consumer's new send half, and of a producer that speaks the fallback.
+// bind raises the events of a consumer's new send half, and of a producer that speaks the fallback. A request of OpenMany is answered
+// by its first responder, and ends with its gathering.
 func (o *outbox) bind(s *session) {
+	if g := s.gathering(); g != nil && g.request == s {
+		s.out.life.took = 0 // no answer is missing after a reconnect
+		s.answered()
+		if e := g.ending(); e != nil {
+			s.requestEnd(e)
+		}
+		return
+	}
 	if s.peerTakesNone() {
 		s.answered()
 	}
@@ -168,11 +177,16 @@ func (o *outbox) resetUnknown(c control) {
 	f := Frame{Type: FrameReset, Code: CloseCanceled, Payload: unknownStream}
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway
+	} else if s, ok := o.ep.sessions.Load(c.token); ok && s.gathering() != nil {
+		f.Payload = enoughResponders
 	}
 	o.ep.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: c.sender}, f))
 }
 
-var unknownStream = []byte("no such stream")
+var (
+	unknownStream    = []byte("no such stream")
+	enoughResponders = []byte("the consumer takes no more responders")
+)
 
 // takeControl acts on the frames of a control packet; docs/PROTOCOL.md section 5. An error that it returns ends the stream.
 func (o *outbox) takeControl(s *session, packet []byte) *CloseError {

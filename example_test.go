@@ -198,6 +198,43 @@ func ExampleClient_Open_noResponders() {
 	// Output: true
 }
 
+// Each server that handles a subject outside a queue group answers with a stream of its own. All answer here, so the third one ends the
+// wait for more. The minimum makes it an error if one is missing.
+func ExampleClient_OpenMany() {
+	client, server, stop := connect()
+	defer stop()
+	for _, stock := range []string{"Bern: 3", "Oslo: 8", "Rome: 5"} { // in one program here; most often there are many
+		if _, err := server.Handle("stock", func(w *stream.Writer, r *stream.Request) error {
+			_, err := fmt.Fprintf(w, "%s %s", stock, r.Data)
+			return err
+		}); err != nil {
+			log.Fatal(err)
+		}
+	}
+
+	r, err := client.OpenMany(context.Background(), "stock", []byte("bicycles"),
+		stream.WithMinResponders(3), stream.WithMaxResponders(3), stream.WithStallTimeout(10*time.Second))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer r.Close()
+	for s, err := range r.All() {
+		if err != nil {
+			log.Fatal(err) // too few have answered
+		}
+		for record, err := range s.All() {
+			if err != nil {
+				log.Fatal(err) // this one broke off, and the others go on
+			}
+			fmt.Printf("%s\n", record)
+		}
+	}
+	// Unordered output:
+	// Bern: 3 bicycles
+	// Oslo: 8 bicycles
+	// Rome: 5 bicycles
+}
+
 // A request that surely reached no handler, because nobody serves its subject or all servers are full, can be sent again.
 func ExampleWithRetry() {
 	client, server, stop := connect()

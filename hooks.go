@@ -25,7 +25,7 @@ import (
 // Close of the client or server ends all streams, and waits up to 2 s for the hooks that report this. A hook must not call it.
 type Hooks struct {
 	// Opened: a consumer has called Open, or a request has reached a handler, or a [Writer] was made by [NewWriter]. With [WithRetry],
-	// each request is a stream.
+	// each request is a stream. With [Client.OpenMany], each responder has one, from its first packet on.
 	Opened func(StreamInfo)
 	// FirstRecord: a read of the consumer has returned the first record, or the producer has published it.
 	FirstRecord func(StreamInfo)

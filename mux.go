@@ -35,6 +35,9 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 		return
 	}
 	if end != nil { // the outbox is about to remove the session from the map
+		if ep.divert(s, m) {
+			return
+		}
 		if m.Reply != "" && s.closeRead(end) {
 			s.mark(workCredit) // repeats the acknowledgement of CLOSE, or the RESET
 			return
@@ -160,7 +163,7 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 		switch {
 		case m.Header.Get("Status") != "503":
 			ep.refuse(s, m, violation, protocolError(CloseUnsupportedData, "empty message"))
-		case s.bucket.form.Load() == formUnknown:
+		case s.nobodyAnswered():
 			if !s.endFromMux(&ending{kind: endFault, err: nats.ErrNoResponders}) {
 				ep.receiveUnknown(s, m) // it ended just now
 			}
@@ -201,8 +204,10 @@ func (ep *endpoint) refuse(s *session, m *nats.Msg, v verdict, err *CloseError) 
 		ep.counters.early.Add(1)
 		ep.askForGap(s)
 	case foreign:
-		ep.counters.foreign.Add(1)
-		ep.answerUnknown(nil, m)
+		if !ep.divert(s, m) {
+			ep.counters.foreign.Add(1)
+			ep.answerUnknown(nil, m)
+		}
 	case noRoom:
 		ep.counters.noRoom.Add(1)
 		if !s.bucket.dropped.Swap(true) {

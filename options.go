@@ -11,7 +11,8 @@ import (
 // This file has the options of one stream. The goroutine that opens the stream runs it.
 
 // OpenOption sets something for one stream. [WithKeepAlive], [WithWindow], [WithOpenTimeout] and [WithRetry] make one, for
-// [Client.Open] and [Client.OpenMsg]. If two options set the same, the later one counts. An option can be used for many streams.
+// [Client.Open] and [Client.OpenMsg]. [WithMinResponders], [WithMaxResponders] and [WithStallTimeout] are for
+// [Client.OpenMany]. If two options set the same, the later one counts. An option can be used for many streams.
 type OpenOption func(*openOptions)
 
 // openOptions are the options of one stream. The zero value is that of a stream without options.
@@ -23,6 +24,7 @@ type openOptions struct {
 	until    time.Time     // when timeout ends
 	retry    *Retry        // nil: the request is sent once
 	answered chan struct{} // closed when the request was answered, or can no longer be; nil without retry
+	many     *manyOptions  // for OpenMany; nil without
 	err      error         // an option has a value that it must not have
 }
 

@@ -73,9 +73,10 @@ const (
 // of streams, are dropped and counted in [Stats].DroppedStray. If the first element of subject is a wildcard, all messages on
 // subjects that begin with $ or _ are dropped, too.
 //
-// If several servers handle the same subject, each of them gets every request, and the consumer reads from the first that
-// answers. [Server.HandleQueue] distributes the requests instead. A request that is sent before the NATS server knows the
-// subscription fails with [nats.ErrNoResponders]: call [nats.Conn.Flush] to wait for the NATS server.
+// If several servers handle the same subject, each of them gets every request. The consumer reads from the first that
+// answers, or from all of them with [Client.OpenMany]. [Server.HandleQueue] distributes the requests instead. A request that
+// is sent before the NATS server knows the subscription fails with [nats.ErrNoResponders]: call [nats.Conn.Flush] to wait for
+// the NATS server.
 //
 // Errors: those of [nats.Conn.Subscribe]; [ErrServerClosed] after the server's end; an error if h is nil, or if an
 // interceptor of [ServerParams] returns nil for it.

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"context"
 	"io"
 	"math/bits"
 	"sync/atomic"
@@ -65,8 +66,28 @@ func (s *session) init(ep *endpoint, role lifecycle.Role, packets uint32, bytes 
 	s.bucket.init(packets, bytes)
 }
 
+// newStream makes the consumer's end of a stream with the given first window. It has no token yet.
+func (ep *endpoint) newStream(ctx context.Context, subject string, o *openOptions, window uint64) *Stream {
+	st := new(Stream)
+	s := &st.session
+	s.init(ep, lifecycle.Consumer, initialPackets, window)
+	s.stream, s.recv.parent, s.rawCodec, s.out.subject = st, ctx, codecFlag(o.codec), subject
+	if o.answered != nil || o.window != 0 {
+		s.prepare(o, ep.largestWindow(o))
+	}
+	return st
+}
+
+// largestWindow returns the most bytes of the window of a stream with options o.
+func (ep *endpoint) largestWindow(o *openOptions) uint64 {
+	if o.window != 0 {
+		return floorPow2(uint64(o.window))
+	}
+	return ep.window
+}
+
 // prepare keeps those options of a stream that matter after it was opened. most is the largest window. The session is not registered yet.
-func (s *session) prepare(o openOptions, most uint64) {
+func (s *session) prepare(o *openOptions, most uint64) {
 	x := s.extra()
 	x.answered, x.window = o.answered, most
 }
@@ -153,13 +174,16 @@ func (s *session) closeRead(e *ending) bool {
 	return e.kind == endPeerClosed || s.role == lifecycle.Consumer && (e.kind == endComplete || s.recv.readDone.Load())
 }
 
-// endContexts ends the contexts of writers and handlers. A second call does nothing.
+// endContexts ends the contexts of writers and handlers, and the gathering of a request. A second call does nothing.
 func (s *session) endContexts(e *ending) {
 	if snd := s.send.Load(); snd != nil {
 		snd.packer.cancel(e.cause())
 	}
 	if s.ctx != nil && e.kind != endComplete {
 		s.ctx.end(e.cause())
+	}
+	if g := s.gathering(); g != nil && g.request == s {
+		g.requestEnded(e)
 	}
 }
 
@@ -205,7 +229,11 @@ func (ep *endpoint) register(s *session, offer Token) *ending {
 func (s *session) token() string { return s.reply[len(s.ep.prefix):] }
 
 func (s *session) unregister() {
-	if s.reply != "" {
+	switch g := s.gathering(); {
+	case s.reply == "":
+	case g != nil:
+		g.leave(s)
+	default:
 		s.ep.sessions.Delete(s.token())
 	}
 }

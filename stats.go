@@ -8,7 +8,7 @@ import "sync/atomic"
 // by reason. No drop loses a record of a stream without an error on that stream. In JSON the names are in snake case, such as
 // packets_sent.
 type Stats struct {
-	Streams  int   `json:"streams"`  // streams and writers that the peer can reach now
+	Streams  int   `json:"streams"`  // streams and writers that the peer can reach now. A request of OpenMany is one more until its last stream has ended
 	Reserved int64 `json:"reserved"` // bytes of packets that arrived and were not read, beyond 4 KiB for each stream, and of records being assembled from pieces
 	Kept     int64 `json:"kept"`     // bytes of the buffers of packets that are written and that peers have not acknowledged
 	Fast     bool  `json:"fast"`     // packets travel past nats.go; see package fastconn. False while the connection is down

@@ -9,8 +9,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-
-	"github.com/natsstream/stream/internal/lifecycle"
 )
 
 // This file has Stream. Callers of the library run it. watch.run has a goroutine when the context of a stream ends.
@@ -37,19 +35,13 @@ type Stream struct {
 
 // open registers a stream and queues its request for the outbox.
 func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*Stream, error) {
-	most := ep.window
-	if o.window != 0 {
-		most = floorPow2(uint64(o.window))
-	}
-	window := ep.windows.First(min(initialWindow, most))
-	st := new(Stream)
+	window := ep.windows.First(min(initialWindow, ep.largestWindow(&o)))
+	st := ep.newStream(ctx, msg.Subject, &o, window)
 	s := &st.session
-	s.init(ep, lifecycle.Consumer, initialPackets, window)
-	s.stream, s.recv.parent, s.rawCodec = st, ctx, codecFlag(o.codec)
 	offer := Token{Codec: o.codec, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(window))}
-	s.out.subject, s.out.request = msg.Subject, newOpening(msg, offer)
-	if o.answered != nil || o.window != 0 {
-		s.prepare(o, most)
+	s.out.request = newOpening(msg, offer)
+	if o.many != nil {
+		s.gather(&o, offer)
 	}
 
 	if e := ep.register(s, offer); e != nil {
@@ -57,7 +49,7 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 		s.release(e)
 		return nil, e.err
 	}
-	if ob := ep.observer; ob != nil {
+	if ob := ep.observer; ob != nil && o.many == nil {
 		ob.opened(s, msg.Subject, 2)
 	}
 	if o.timeout != 0 {
@@ -67,17 +59,26 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 	if o.patience != 0 {
 		s.setPeerTimeout(o.patience)
 	}
-	if ctx.Done() != nil {
-		w := &watch{session: s}
-		w.pending.Lock()
-		w.stop = context.AfterFunc(ctx, w.run)
-		st.watch.Store(w)
-		// endContext ends ctx before it loads watch. So either it finds this watch, or the end is found here.
-		if st.ctx.ended() {
-			w.takeBack()
-		}
+	st.heed(ctx)
+	if g := s.gathering(); g != nil {
+		g.begin()
 	}
 	return st, nil
+}
+
+// heed ends the stream when ctx ends.
+func (st *Stream) heed(ctx context.Context) {
+	if ctx.Done() == nil {
+		return
+	}
+	w := &watch{session: &st.session}
+	w.pending.Lock()
+	w.stop = context.AfterFunc(ctx, w.run)
+	st.watch.Store(w)
+	// endContext ends st.ctx before it loads watch. So either it finds this watch, or the end is found here.
+	if st.ctx.ended() {
+		w.takeBack()
+	}
 }
 
 // Recv returns the next record. It waits until the record arrives or the stream ends. Errors:
