@@ -120,7 +120,29 @@ func TestPermissionRecipesLetStreamsPass(t *testing.T) {
 				t.Errorf("server: %+v", s)
 			}
 			verifyStrangers(t, p, srv, alice, bob)
+			verifyResponders(t, p, alice, srv)
 		})
+	}
+}
+
+// verifyResponders lets the producer's user serve a subject twice, and uses the streams of both. Their handlers must learn the tokens of
+// their streams by the permissions that the recipe gives.
+func verifyResponders(t *testing.T, p *pair, alice *stream.Client, srv *service) {
+	t.Helper()
+	servers := []*service{srv, newService(t, p, stream.ServerParams{}, user("producer")...)}
+	for i, s := range servers {
+		s.handle(t, "svc.all", named(i))
+	}
+	r, err := alice.OpenMany(testContext(t), "svc.all", []byte("request"), stall, stream.WithMaxResponders(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	streams, err := take(t, r)
+	if err != io.EOF || len(streams) != 2 {
+		t.Fatalf("%d streams, %v", len(streams), err)
+	}
+	if a, b := verifyNamed(t, streams[0], 1500), verifyNamed(t, streams[1], 1500); a == b {
+		t.Errorf("both streams are of %q", a)
 	}
 }
 
@@ -417,6 +439,7 @@ func TestStreamsCrossAccounts(t *testing.T) {
 	}
 	group.Wait()
 	verifyEcho(t, alice, "svc.echo", 6, 40_000, 1<<20, 5<<20)
+	verifyResponders(t, p, alice, srv)
 
 	if _, err := readAll(open(t, alice, "svc.nobody")); !errors.Is(err, nats.ErrNoResponders) {
 		t.Errorf("nobody there: %v", err)
