@@ -1,6 +1,7 @@
 package stream
 
-// This file has reads that go on after an earlier one, which ended at its deadline or looked ahead. The reader runs it.
+// This file has reads that continue an earlier read, which ended at its deadline or looked ahead. The reader runs it,
+// and owns the fields of extras that it uses.
 
 // nextKept returns the record that Ready has read ahead, or goes on with a record in pieces that an earlier read began.
 func (s *session) nextKept(x *extras) ([]byte, FrameFlags, error) {
@@ -13,7 +14,8 @@ func (s *session) nextKept(x *extras) ([]byte, FrameFlags, error) {
 	return s.assemble(*x.partial.Swap(nil))
 }
 
-// ready is Stream.Ready. It reads the next record ahead, because a part of a record may have arrived.
+// ready implements Stream.Ready. It reads the next record ahead, because only a read can tell whether the whole record
+// has arrived.
 func (s *session) ready() bool {
 	if s.lockRead() != nil {
 		return false

@@ -12,7 +12,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file has Client and its parameters. Callers of the library run it. forward has a goroutine for each OpenStream.
+// This file has Client and its parameters. Goroutines of the user run it. Each OpenStream has a goroutine of its own,
+// which runs forward.
 
 // RequestChanLen is the size of the buffer of the channel that OpenStream returns.
 const RequestChanLen = 16

@@ -7,8 +7,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file holds the limits of the NATS connection, and the functions that publish. The outbox runs those that publish and
-// lookAtMaxPayload, the watcher lookAtMaxPayload and isUp, and any goroutine the others.
+// This file holds the limits of the NATS connection, and the functions that publish. Only the outbox runs send and
+// publish. The outbox and the watcher run lookAtMaxPayload. Any goroutine may run the other functions, which read
+// atomics and fields that are set once.
 
 // unknownPayload stands for max_payload before the first connect, when no NATS server has announced it. An unknown
 // limit refuses and cuts nothing.

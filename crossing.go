@@ -12,8 +12,10 @@ import (
 // This file finds streams across accounts again; docs/PROTOCOL.md section 2.3.2. Both ends write to subjects that a
 // NATS server has mapped. A mapping is lost with its server, or when a message is sent to it while nobody listens at
 // its end. If both are lost, neither end can send its address to the other. Only the subject of the request still leads
-// to the producer. So the consumer asks there for its stream, and both ends prove their new addresses. The outbox runs
-// all of it, except the methods of Server and Registration.
+// to the producer. So the consumer asks there for its stream, and both ends prove their new addresses.
+//
+// The outbox runs all of it, with three exceptions. The callbacks of a server's subscriptions run Server.sought. NATS's
+// error callback runs deafen. Registration.hearSought is the goroutine of one registration.
 
 // crossing is the state that only a stream across accounts has. A producer has it from the request on, a consumer when
 // it knows the name of the stream. The outbox owns it.

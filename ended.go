@@ -6,8 +6,8 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file remembers streams that are over at this end. The peer may still ask about such a stream, because the last packet to
-// it was lost; docs/PROTOCOL.md section 9.4. TCP calls this state TIME-WAIT.
+// This file remembers streams that are over at this end. The peer may still ask about such a stream, because the last
+// packet to it was lost; docs/PROTOCOL.md section 9.4. TCP calls this state TIME-WAIT. The outbox runs all of it.
 
 // maxEnded bounds the streams that an endpoint remembers after their end. Each takes 68 bytes.
 const maxEnded = 1 << 14
@@ -27,10 +27,11 @@ type endedStream struct {
 	peer   uint64 // the peer's sender number
 }
 
-// endedStreams remembers streams in a circle, in the order in which they ended, which is the order in which they expire. So an
-// end writes to memory that lies beside that of the end before. The hash of a stream's token selects the newest of a chain of
-// streams. A chain ends with a stream that the circle does not hold any longer. A circle that is full of streams that have not
-// expired doubles, up to maxEnded. In one of that size, a stream replaces the oldest. The outbox owns all of it.
+// endedStreams remembers streams in a circle, in the order in which they ended, which is the order in which they
+// expire. So an end writes to memory that lies beside that of the end before. The hash of a stream's token selects the
+// newest of a chain of streams. A chain ends with a stream that the circle does not hold any longer. A circle that is
+// full of streams that have not expired doubles, up to maxEnded. In a circle of that size, a new stream replaces the
+// oldest. The outbox owns all of it.
 type endedStreams struct {
 	seed   maphash.Seed
 	circle []endedStream // stream number n is circle[n & (len-1)]

@@ -12,10 +12,12 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file has Handler and Request, runs handlers, and ends their streams with their results. The goroutines of handlers run it.
+// This file has Handler and Request, runs handlers, and ends their streams with their results. The goroutines of
+// handlers run it, except start, which the callbacks of NATS run, and dismiss, which the outbox runs.
 //
-// Such a goroutine begins with a small stack, which a handler that writes a record outgrows. So a goroutine that has run one handler
-// rests until the next one comes, or until the server has no stream. Copying stacks was a twentieth of the cost of a short stream.
+// The goroutine of a handler begins with a small stack, which a handler that writes a record outgrows. So a goroutine
+// that has run one handler rests until the next request comes, or until the server has no stream. Before, copies of
+// stacks were a twentieth of the cost of a short stream.
 
 // Handler produces one stream: it reads the [Request] and writes to w. It runs in a goroutine that runs no other handler
 // meanwhile, and may run another one afterwards: do not leave it locked to a thread. Its result ends the stream:
@@ -119,7 +121,7 @@ func (r *Request) SetReadDeadline(t time.Time) error { return r.session.setDeadl
 // WriteTo implements [io.WriterTo]: it writes the consumer's records to w, one Write each, until its CloseSend.
 func (r *Request) WriteTo(w io.Writer) (int64, error) { return r.session.writeTo(w) }
 
-// handling is one request and what runs its handler.
+// handling is one request with its handler. The goroutine of the handler owns it.
 type handling struct {
 	Request
 	server  *Server
@@ -223,7 +225,8 @@ func (h *handling) call() (end CloseError) {
 	return handlerEnd(h.handler(h.w, &h.Request))
 }
 
-// handlerReturned discounts a handler. Its session goes on until the consumer has acknowledged everything.
+// handlerReturned takes a handler off the server's count. Its session goes on until the consumer has acknowledged
+// everything.
 func (s *Server) handlerReturned(w *Writer) {
 	w.session.finished()
 	w.session.markLater(workSettle)

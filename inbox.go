@@ -18,9 +18,8 @@ import (
 // refused, all streams end and none begins, because no packet would arrive. The watcher subscribes again until the server
 // accepts.
 //
-// The watcher runs look, probe and renew. The mux runs receive, and NATS's error callback runs denied, doubt and muted. User calls
-// run confirm and onChange. The goroutine of an
-// examination runs room and cannotProbe.
+// The watcher runs look, probe and renew. The mux runs receive. NATS's error callback runs denied, doubt and muted.
+// Calls of the user run confirm and onChange. The goroutine of an examination runs room and cannotProbe.
 type inbox struct {
 	ep      *endpoint
 	refused atomic.Pointer[ending] // the refusal by the server; nil if messages may arrive

@@ -8,7 +8,8 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file ends a stream for its user, by a call or by the end of a context. Any goroutine may run it.
+// This file ends a stream for its user, by a call or by the end of a context. Any goroutine may run it. If the context
+// given to Open ends, a goroutine of its own runs watch.run.
 
 // leaving returns the code of the RESET when the user of this end leaves.
 func (s *session) leaving() int {

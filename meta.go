@@ -9,7 +9,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file encodes headers for META frames, in writers, and decodes them, in the reader; docs/PROTOCOL.md section 5.6.
+// This file is the codec of the headers in META frames; docs/PROTOCOL.md section 5.6. Writers encode, and the reader
+// decodes. Its functions touch no state.
 
 // maxMeta is the longest META payload in bytes.
 const maxMeta = 16 << 10

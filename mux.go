@@ -11,8 +11,9 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
-// This file is the mux, the callback of the wildcard subscription. It runs in the subscription's goroutine, or in that which reads a
-// fast connection. It touches atomics, the fields of session.bucket that it owns, and the inbound ring of the outbox.
+// This file is the mux, the callback of the wildcard subscription. It runs in the subscription's goroutine, or in the
+// goroutine that reads a fast connection. It touches atomics, the fields of session.bucket that it owns, and the
+// inbound ring of the outbox.
 
 // receive is the mux: NATS calls it for one message after the other. It finds the session and passes the packet to it.
 // For a packet in order it decodes no frame and allocates nothing. It never takes a lock, blocks or publishes, because

@@ -7,8 +7,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// opening is the request of a stream that is not published yet. It is a copy, since the caller of Open may change its own
-// message at once. The memory is used again once the request is published, because neither nats.go nor the session keeps it.
+// opening is the request of a stream that is not published yet. It is a copy, because the caller of Open may change its
+// own message at once. The goroutine that calls Open makes the copy. Once the session is registered, the outbox owns
+// the copy: it publishes the request and releases the memory, which neither nats.go nor the session keeps.
 type opening struct {
 	msg   nats.Msg
 	offer Token

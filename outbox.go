@@ -20,9 +20,7 @@ import (
 // caller's context must be able to end the caller's wait. The outbox serves sessions in turn, one packet a turn, so a
 // busy stream delays another one by one packet.
 //
-// Queueing: session.pending is a set of work bits. The goroutine that sets the first bit pushes the session on the queue. The
-// outbox clears all bits when it begins to serve. So a session is on the queue at most once, and work that is marked while it is
-// being served brings it back.
+// queue.go describes the queue of marked sessions.
 type outbox struct {
 	ep    *endpoint
 	queue atomic.Pointer[session] // a stack of marked sessions; the outbox takes all of it and reverses it

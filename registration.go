@@ -13,9 +13,9 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file subscribes to the subjects of a server and leaves them. Callers of the library run the exported functions.
-// The callbacks of NATS run change and refuse, which do not wait. settle, which calls NATS, runs in
-// HandleQueue first, and in goroutines of its own later.
+// This file subscribes to the subjects of a server and leaves them. Goroutines of the user run the exported functions.
+// The callbacks of NATS run change and refuse, which do not wait. settle calls NATS: HandleQueue runs it for the first
+// time, and goroutines of its own run it later.
 
 // Registration is a subject that a [Server] serves, made by [Server.Handle] or [Server.HandleQueue]. It is safe for use by
 // many goroutines at once.

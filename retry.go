@@ -9,7 +9,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file tells which requests reached no handler, and when to repeat them. Any goroutine may run it.
+// This file decides which requests surely reached no handler, and when to repeat them. Any goroutine may run it. It
+// touches no state.
 
 // refusal is the end of a stream that a server without room refused. It arrived before any other packet, so no handler ran.
 type refusal struct{ *CloseError }

@@ -19,8 +19,9 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file has Server and its parameters. Callers of the library run the exported functions. The callbacks of NATS run
-// request, which starts a goroutine for each handler. The outbox runs streamEnded.
+// This file has Server and its parameters. Goroutines of the user run the exported functions. The callbacks of NATS run
+// request, which starts the handler of a request in a goroutine of its own, and subscriptionRefused. The outbox runs
+// streamEnded. Server.mu guards the state that they share.
 
 // ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment names.
 type ServerParams struct {

@@ -11,8 +11,8 @@ import (
 	"github.com/natsstream/stream/internal/discovery"
 )
 
-// This file has Service, the view of a server that NATS tools find. Callers of the library run the exported functions. The
-// callbacks of NATS run answer, and goroutines of handlers run the functions that count.
+// This file has Service, the view of a server that NATS tools find. Goroutines of the user run the exported functions.
+// The callbacks of NATS run answer, and the goroutines of handlers run the functions that count.
 
 // ServiceQueue is the queue group of the endpoints of a [Service], as in package micro of nats.go.
 const ServiceQueue = "q"

@@ -14,7 +14,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file starts the goroutines of an endpoint, and ends them. The goroutine that makes or closes the client or server runs it.
+// This file starts the goroutines of an endpoint, and ends them. The goroutine that makes or closes the Client or
+// Server runs it.
 
 func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, error) {
 	if inbox == "" {

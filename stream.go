@@ -11,7 +11,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file has Stream. Callers of the library run it. watch.run has a goroutine when the context of a stream ends.
+// This file has Stream, the consumer's view of a session. Goroutines of the user run it.
 
 // Stream is the consumer's end of a stream.
 //

@@ -9,8 +9,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file follows the NATS connection: its status, and the errors that NATS reports. The endpoint's watcher runs it, except
-// reported and subscriptionRefused, which nats.go's error callback runs.
+// This file follows the NATS connection: its status, and the errors that NATS reports. The endpoint's watcher runs it,
+// except reported and subscriptionRefused, which NATS's error callback runs.
 
 // watch follows the connection's status and the inbox until the endpoint is closed or the connection is. before says whether the
 // connection has been up.

@@ -12,7 +12,8 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file has Writer. Goroutines that write run it. Functions with the suffix Locked need the lock.
+// This file has Writer, the user's view of a send half. Goroutines that write run it, except newProducer, which the
+// callbacks of NATS run for a handler. Functions with the suffix Locked need the lock of the packer.
 
 // Writer is the producer's end of a stream. It packs records into packets. The outbox publishes the packets, keeps them until
 // the consumer's end has acknowledged them, and retransmits lost ones. A Writer is safe for use by many goroutines at once;

@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// This file has writes that do not wait, or not for ever. Writers run it.
+// This file has the deadline of writes, and writes that do not wait. Writers run it. Any goroutine may set the
+// deadline.
 
 // SetWriteDeadline sets the time after which writes fail instead of waiting. It applies to Write, WriteObject, ReadFrom, Flush,
 // SetHeader and SetTrailer, also to calls that wait now. Their error matches [os.ErrDeadlineExceeded] and is a [net.Error] with

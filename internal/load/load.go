@@ -1,6 +1,7 @@
-// Package load moves numbered records from a producer to a consumer of the library, and checks each of them. The benchmarks of
-// package streambench and of the folder bench share it. A run that lost, repeated or reordered a record is an error, not a fast
-// run.
+// Package load moves numbered records from a producer to a consumer of the library, and checks each of them. The
+// benchmarks of package streambench and of the folder bench share it. A run that lost, repeated or reordered a record
+// is an error, not a fast run. The goroutine of a benchmark runs it, with goroutines of its own for the two ends of
+// each stream.
 package load
 
 import (
