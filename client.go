@@ -18,7 +18,8 @@ import (
 // RequestChanLen is the size of the buffer of the channel that OpenStream returns.
 const RequestChanLen = 16
 
-// ClientParams configure a [Client]. The zero value of every field except Conn selects the default that its comment names.
+// ClientParams configure a [Client]. The zero value of every field except Conn selects the default that its comment
+// names. A time must be at least 1 ms.
 type ClientParams struct {
 	// Conn is the connection to use. The client neither closes nor drains it. To receive permission errors, the client puts a
 	// handler in front of the connection's error handler. If you set a handler of your own, set it before NewClient.
@@ -30,10 +31,10 @@ type ClientParams struct {
 	// of two. It is 4 MiB by default, and at least 4 KiB. A stream starts with a window of at most 256 KiB, which grows when
 	// it is used up. One packet may exceed the window.
 	Window int
-	// MaxBuffered is the budget in bytes for the packets of all streams that arrived and were not read: 64 MiB by default. The
-	// first 4 KiB of each stream are not counted. A packet that finds no room is dropped, and sent again when there is room. The
-	// windows of busy streams share an eighth of the budget, and idle streams use nothing of it. The more streams are open, the
-	// smaller the windows that new streams begin with, down to 4 KiB.
+	// MaxBuffered is the budget in bytes for the packets of all streams that arrived and were not read: 64 MiB by
+	// default. The first 4 KiB of each stream are not counted. A packet that finds no room is dropped, and
+	// retransmitted when there is room. The windows of busy streams share an eighth of the budget, and idle streams use
+	// nothing of it. The more streams are open, the smaller the windows that new streams begin with, down to 4 KiB.
 	//
 	// The budget also covers the received pieces of records that are being assembled. A record that finds no room waits, in
 	// the read that assembles it, and its sender stops. One record at a time may exceed MaxBuffered. A record that does not
@@ -54,25 +55,24 @@ type ClientParams struct {
 	// always fit.
 	FallbackBuffer int
 
-	// Interceptors are put around Open, OpenMsg, OpenStream and OpenMany, the first one outermost. Each gets the next [OpenFunc] and returns one
-	// that calls it, usually once. They are called in NewClient. The message is a copy, so an interceptor may
-	// change its Subject, Data and Header, which is not nil. An interceptor that calls the next OpenFunc twice opens two streams, and
-	// closes the one that it does not return. One that returns an error instead opens none. Panics pass through to the caller of Open.
+	// Interceptors are put around Open, OpenMsg, OpenStream and OpenMany, the first one outermost. NewClient calls each
+	// interceptor once. It gets the next [OpenFunc] and returns an OpenFunc that calls the next one, usually once. The
+	// message is a copy, so the returned OpenFunc may change its Subject, Data and Header, which is not nil. If it
+	// calls the next OpenFunc twice, it opens two streams, and must close the one that it does not return. If it
+	// returns an error without a call, it opens none. Panics pass through to the caller of Open.
 	Interceptors []func(OpenFunc) OpenFunc
 
 	// Hooks are called for each stream that the client opens, and for each Writer that it makes; see [Hooks]. Their panics are logged
 	// to slog.Default().
 	Hooks Hooks
 
-	// The times are at least a millisecond.
-
 	// KeepAlive is how long a peer may be silent on all its streams before this end sends it a PING: 500 ms by default. One
 	// PING serves all streams between two ends, for any number of streams.
 	KeepAlive time.Duration
 	// PeerTimeout is how long a peer may be silent on all its streams before these end with [CloseAbnormalClosure]. The
-	// default is the sum of KeepAlive and 3.3 s, or ResumeTimeout if that is less: 3.8 s if KeepAlive has its default, too. If
-	// KeepAlive is not less than PeerTimeout, a quarter of PeerTimeout is used for KeepAlive. Both times are up to 100 ms
-	// longer, and longer still if data that was sent before a PING is still on its way. [WithKeepAlive],
+	// default is KeepAlive plus the smaller of 3.3 s and ResumeTimeout: 3.8 s if both have their defaults. If KeepAlive
+	// is not less than PeerTimeout, a quarter of PeerTimeout is used for KeepAlive. The end and the PING come up to 100
+	// ms later than these times, and later still while data that was sent before a PING is on its way. [WithKeepAlive],
 	// [Stream.SetPeerTimeout] and [Writer.SetPeerTimeout] set the timeout of one stream.
 	PeerTimeout time.Duration
 	// AckTimeout is how long this end waits for an acknowledgement or an answer before it asks the peer for it, repeatedly if
@@ -194,14 +194,14 @@ func NewClient(params ClientParams) (*Client, error) {
 	return c, nil
 }
 
-// Close ends all streams of the client with [ErrClientClosed] and resets them at their producers. It returns when the NATS
-// server has received the resets and the client's goroutines have ended: the program may exit right after. Close takes one
-// round trip to the server, except:
+// Close ends all streams of the client with [ErrClientClosed] and resets them at their producers. It returns when the
+// NATS server has received the resets and the client's goroutines have ended: the program may exit right after. Close
+// takes one round trip to the server, or longer:
 //
-//   - within AckTimeout, and at most 2 s, if the producer of a stream has not answered its request yet. A producer that
+//   - up to AckTimeout, and at most 2 s, if the producer of a stream has not answered its request yet. A producer that
 //     answers later notices the end within ResumeTimeout.
-//   - within 2 s if the connection is down or the server does not answer.
-//   - within [nats.FlusherTimeout] and a little more if the connection accepts no bytes.
+//   - up to 2 s if the connection is down or the server does not answer.
+//   - up to [nats.FlusherTimeout] and a little more if the connection accepts no bytes.
 //
 // Close leaves the connection open: close it afterwards. Close never fails. A second Close does nothing.
 func (c *Client) Close() error {
@@ -212,11 +212,11 @@ func (c *Client) Close() error {
 // Open sends data to subj as the request of a new stream and returns the stream. It does not wait for the producer: the
 // first Recv does, and returns [nats.ErrNoResponders] at once if nobody serves subj. data may be reused at once.
 //
-// The stream lives until its end was received, ctx ends, or it is closed. Make sure that one of these happens: NATS does not
-// report a request that is lost between servers. Until the first packet arrives, only ctx, [Stream.Close] or [Client.Close]
-// ends the wait for a producer that did not receive the request. A request that is lost with this end's own connection ends
-// the stream with [CloseAbnormalClosure] after ResumeTimeout. [WithOpenTimeout] bounds that wait. A request is never sent twice,
-// except with [WithRetry]. opts are for this stream only.
+// The stream lives until its end was received, ctx ends, or it is closed. Make sure that one of these happens: NATS
+// does not report a request that is lost between servers. Until the first packet arrives, only ctx, [WithOpenTimeout],
+// [Stream.Close] or [Client.Close] ends the wait for a producer that did not receive the request. If the request is
+// lost with this end's own connection, the stream ends with [CloseAbnormalClosure] after ResumeTimeout. A request is
+// never sent twice, except with [WithRetry]. opts are for this stream only.
 //
 // With an error, nothing was sent and nothing is kept. Errors:
 //

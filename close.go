@@ -14,8 +14,9 @@ import (
 // This file has the errors that end streams, and the rules that turn errors into close codes. Its functions touch no state, and any
 // goroutine may call them.
 
-// CloseError is the end of a stream with a close code. The peer sent the code, or this end found a fault and chose it.
-// A CloseError marshals to the JSON of the original protocol, {"Code":1000,"Text":""}.
+// CloseError is the error of a stream that ended with a close code. Either the peer sent the code, or this end chose it
+// because of a fault that it found. A CloseError marshals to the JSON of the original protocol,
+// {"Code":1000,"Text":""}.
 type CloseError struct {
 	Code int
 	Text string

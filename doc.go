@@ -31,8 +31,10 @@
 //		...
 //	}
 //
-// Use a Server to produce. [NewWriter] is for programs that receive requests in a subscription of their own, as the original
-// API did: its streams take no records from the consumer.
+// If several producers answer one request, [Client.OpenMany] returns a stream for each.
+//
+// Use a Server to produce. [NewWriter] is for programs that receive requests in a subscription of their own, as in the
+// original API. A stream of NewWriter takes no records from the consumer.
 //
 // # Both directions, and objects
 //
@@ -50,10 +52,10 @@
 //
 // # Flow control and limits
 //
-// A writer waits if its reader is behind by more than a window of bytes. Windows begin small, grow for readers that keep up,
-// and are limited for each stream and for all together by Window and MaxBuffered of [ClientParams] and [ServerParams]. A slow
-// reader holds back its own stream and no other. A record has at most MaxRecordSize bytes, and a server runs at most
-// MaxStreams handlers.
+// A writer waits if its reader is behind by more than a window of bytes. Windows begin small, and grow for readers that
+// keep up. Window of [ClientParams] and [ServerParams] limits the window of each stream, and MaxBuffered limits the
+// unread packets of all streams together. A slow reader holds back its own stream and no other. A record has at most
+// MaxRecordSize bytes, and a server runs at most MaxStreams handlers.
 //
 // # Around all streams
 //
@@ -62,16 +64,31 @@
 //
 // # Deadlines
 //
-// [Stream.SetReadDeadline], [Writer.SetWriteDeadline] and related methods bound how long a read or write waits. The
-// stream goes on after such an error, so a program may look at the stream from time to time. [Stream.Ready] and [Writer.TryWrite]
-// do not wait at all. The context given to [Client.Open] bounds the stream as a whole.
+// [Stream.SetReadDeadline], [Writer.SetWriteDeadline] and related methods bound how long a read or write waits. A call
+// that would have to wait longer fails with an error that matches [os.ErrDeadlineExceeded], and the stream goes on.
+// [Stream.Ready] and [Writer.TryWrite] do not wait at all. The context given to [Client.Open] bounds the stream as a
+// whole.
 //
 // # Reconnects
 //
-// Packets are kept until the peer acknowledges them, and retransmitted if they are lost. So a stream survives a reconnect, also
-// to another server of a cluster. A stream ends with [CloseAbnormalClosure] if its peer stays away for PeerTimeout or
-// its own connection for DisconnectTimeout. A request is sent only once, because a handler may have run. [Retryable] marks the
-// errors after which no handler ran, and [WithRetry] repeats those requests.
+// Packets are kept until the peer acknowledges them, and retransmitted if they are lost. So a stream survives a
+// reconnect, also to another server of a cluster. A stream ends with [CloseAbnormalClosure] if its peer is silent for
+// PeerTimeout, or if the connection of its own end is down for DisconnectTimeout. A request is sent only once, because
+// a handler may have run. [Retryable] marks the errors after which no handler ran, and [WithRetry] repeats those
+// requests.
+//
+// # Further packages
+//
+// These packages belong to this module:
+//
+//   - [github.com/natsstream/stream/fastconn] makes streams faster by an option of nats.Connect.
+//   - [github.com/natsstream/stream/typed] gives streams the types of their records.
+//   - [github.com/natsstream/stream/streamslog] logs what happens to streams.
+//   - [github.com/natsstream/stream/streamtest] has NATS servers and network faults for tests.
+//   - [github.com/natsstream/stream/streambench] measures the library against your NATS server.
+//
+// The folders streamgrpc, streamnet, streamotel and streamprom are modules of their own. They carry gRPC and net.Conn over
+// streams, and export traces and metrics. [Server.AddService] shows a server to NATS tools.
 //
 // # The original API
 //
@@ -80,6 +97,6 @@
 //
 // # For implementers
 //
-// docs/PROTOCOL.md specifies the wire format. The functions named Append… and Parse… of this package encode and decode it, and
-// testdata/vectors.json tests another implementation.
+// docs/PROTOCOL.md specifies the wire format. The functions of this package whose names begin with Append and Parse
+// encode and decode it. testdata/vectors.json has test vectors for other implementations.
 package stream

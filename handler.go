@@ -19,8 +19,9 @@ import (
 // that has run one handler rests until the next request comes, or until the server has no stream. Before, copies of
 // stacks were a twentieth of the cost of a short stream.
 
-// Handler produces one stream: it reads the [Request] and writes to w. It runs in a goroutine that runs no other handler
-// meanwhile, and may run another one afterwards: do not leave it locked to a thread. Its result ends the stream:
+// Handler produces one stream: it reads the [Request] and writes to w. Each call has a goroutine of its own until it
+// returns. The server may use that goroutine for another handler afterwards, so do not leave it locked to a thread. The
+// result of the handler ends the stream:
 //
 //   - nil, or a bare [*CloseError] with [CloseNormalClosure]: the normal end. The consumer reads [io.EOF].
 //   - an error that is or wraps a *CloseError with another valid code: that code and the text of the *CloseError, without the
@@ -33,26 +34,28 @@ import (
 // The text of a returned error is sent to the consumer. To keep internals private, return a *CloseError with the text to reveal.
 //
 // A relay that returns the error of another stream passes on the code of that stream: its consumer reads, for example,
-// [CloseAbnormalClosure] or [CloseTryAgainLater] as if this server had said so. To hide the code, return an error of
+// [CloseAbnormalClosure] or [CloseTryAgainLater] as if this server had sent it. To hide the code, return an error of
 // your own, or format the other error with %v instead of %w.
 //
-// A handler that closed w normally can still fail: see [Writer.Close]. If CLOSE was published before the handler failed, the
-// consumer has the normal end. The failure is logged then and counted in [Stats].UnreportedErrors.
+// A handler that closed w normally can still fail: see [Writer.Close]. If CLOSE was published before the handler
+// failed, the consumer reads the normal end. The server then logs the failure, and counts it in
+// [Stats].UnreportedErrors.
 //
 // If both ends write before they read, both wait for credit when the windows are full, until a deadline ends the stream. Let
 // one end read first, or read and write in two goroutines.
 //
-// When the consumer leaves or its deadline passes, the context of r ends and writes to w fail; the handler should return
-// then. Neither r nor w may be used after it returned. When it returns, records of the consumer that it did not read are
-// discarded, and the consumer's writes fail.
+// When the consumer leaves or its deadline passes, the context of r ends and writes to w fail. The handler should
+// return then. Use neither r nor w after the handler has returned. Records of the consumer that the handler did not
+// read are then discarded, and the consumer's writes fail.
 type Handler func(w *Writer, r *Request) error
 
-// Request is the request that opened a stream, and the consumer's records on that stream. Its reads (Recv, Next, RecvObject, All,
-// Read, WriteTo and Ready) may be used by one goroutine at a time, also while others write to the [Writer].
+// Request is the request that opened a stream, and the consumer's records on that stream. Its reads (Recv, Next,
+// RecvRecord, RecvObject, All, Read, WriteTo and Ready) may be used by one goroutine at a time, also while others write
+// to the [Writer].
 type Request struct {
-	Subject string      // that it was sent to
-	Header  nats.Header // that the consumer set; nil if none
-	Data    []byte
+	Subject string      // the subject that the request was sent to
+	Header  nats.Header // the headers that the consumer set; nil if it set none
+	Data    []byte      // the data that the consumer gave to Open
 
 	session  *session
 	ctx      *lazyContext
@@ -60,10 +63,11 @@ type Request struct {
 	draining <-chan struct{}
 }
 
-// Context returns the context of the request. It has the consumer's deadline. It ends when the consumer leaves, its deadline
-// passes, it is silent for PeerTimeout, or the server ends the stream. [context.Cause] returns the reason, a [*CloseError] if
-// there is a code. A normal end of both directions does not end the context, so that the handler may finish its work: it may
-// have closed its [Writer] and read [io.EOF], or its consumer may have read everything and written nothing.
+// Context returns the context of the request, with the consumer's deadline. The context ends when the consumer leaves,
+// when the consumer's deadline passes, when the consumer is silent for PeerTimeout, or when the server ends the stream.
+// [context.Cause] returns the reason, a [*CloseError] if there is a code. A normal end of both directions does not end
+// the context, so that the handler may finish its work: it may have closed its [Writer] and read [io.EOF], or its
+// consumer may have read everything and written nothing.
 func (r *Request) Context() context.Context {
 	if r.with != nil {
 		return r.with
@@ -71,9 +75,9 @@ func (r *Request) Context() context.Context {
 	return r.ctx.get(r.session.recv.parent)
 }
 
-// WithContext returns a copy of r with another context, for interceptors that add values to it; see Interceptors of [ServerParams].
-// Derive ctx from that of r: the end of ctx ends no read and no stream, and the end of the stream does not end ctx itself. The copy
-// reads the same records as r. WithContext panics if ctx is nil.
+// WithContext returns a copy of r with another context, for interceptors that add values to it; see Interceptors of
+// [ServerParams]. Derive ctx from the context of r, because the end of the stream ends no other context. The end of ctx
+// itself ends no read and no stream. The copy reads the same records as r. WithContext panics if ctx is nil.
 func (r *Request) WithContext(ctx context.Context) *Request {
 	if ctx == nil {
 		panic("stream: Request.WithContext got a nil context: pass one that is derived from that of the request")
@@ -83,15 +87,17 @@ func (r *Request) WithContext(ctx context.Context) *Request {
 	return &c
 }
 
-// Draining returns a channel that is closed when the server's end begins, by [Server.Drain] or [Server.Close]. Drain waits for the
-// handler: one that would run until its consumer leaves should return then, for example with [CloseGoingAway]. The context of r
-// does not end because of Drain until the context given to Drain does. All handlers of a server get the same channel.
+// Draining returns a channel that is closed when the server's end begins, by [Server.Drain] or [Server.Close]. Drain
+// waits for handlers. A handler that would run until its consumer leaves should return when the channel is closed, for
+// example with [CloseGoingAway]. Drain ends the context of r only if the context given to Drain ends first. All
+// handlers of a server get the same channel.
 func (r *Request) Draining() <-chan struct{} { return r.draining }
 
-// Recv returns the next record from the consumer. It waits until the record arrives or the stream ends. It returns [io.EOF] after
-// the consumer's CloseSend: all records have arrived then. At any other end it returns the error that ended the stream. If the
-// consumer leaves without CloseSend, that is a [*CloseError] with its code, or with [CloseCanceled] if it left with
-// [CloseNormalClosure]. A consumer that speaks only the JSON fallback sends no records: Recv returns io.EOF.
+// Recv returns the next record from the consumer. It waits until the record arrives or the stream ends. It returns
+// [io.EOF] after the consumer's CloseSend: all records have arrived then. At any other end it returns the error that
+// ended the stream. If the consumer leaves without CloseSend, the error is a [*CloseError] with the consumer's code, or
+// with [CloseCanceled] if that code is [CloseNormalClosure]. A consumer that speaks only the JSON fallback sends no
+// records: Recv returns io.EOF.
 //
 // The library never reuses the record's memory. A small record that is kept keeps its packet of up to 32 KiB in memory.
 func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord(forever) }
@@ -105,17 +111,19 @@ func (r *Request) RecvRecord() ([]byte, Codec, error) { return r.session.recvWit
 // RecvObject decodes the consumer's next record into v; see [Stream.RecvObject].
 func (r *Request) RecvObject(v any) error { return r.session.recvObject(v) }
 
-// All returns the consumer's records until its CloseSend; any other end is the error of the last pair.
+// All returns an iterator over the consumer's records. It stops after the consumer's CloseSend. At any other end, the
+// last pair holds the error.
 func (r *Request) All() iter.Seq2[[]byte, error] { return r.session.all() }
 
-// Read implements [io.Reader]: the consumer's records as one stream of bytes, without their boundaries.
+// Read implements [io.Reader]. It reads the consumer's records as one sequence of bytes, without their boundaries; see
+// [Stream.Read].
 func (r *Request) Read(p []byte) (int, error) { return r.session.read(p) }
 
 // Ready reports whether the next read returns at once; see [Stream.Ready].
 func (r *Request) Ready() bool { return r.session.ready() }
 
-// SetReadDeadline sets the time after which reads fail instead of waiting; see [Stream.SetReadDeadline]. The deadline of the
-// consumer, which ends the context of r, is another one.
+// SetReadDeadline sets the time after which reads fail instead of waiting; see [Stream.SetReadDeadline]. It does not
+// change the consumer's deadline, which ends the context of r.
 func (r *Request) SetReadDeadline(t time.Time) error { return r.session.setDeadlines(t, true, false) }
 
 // WriteTo implements [io.WriterTo]: it writes the consumer's records to w, one Write each, until its CloseSend.

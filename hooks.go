@@ -17,32 +17,36 @@ import (
 // Hooks are functions that a [Client] or [Server] calls when something happens to one of its streams: for logs, metrics and
 // traces. Each may be nil. A stream pays nothing for hooks that are not set.
 //
-// One goroutine of the client or server calls all of its hooks, one after the other, in the order of the events. So a hook that
-// waits delays later calls of hooks, and no stream. If more than 16,384 events wait, further ones are dropped, and
-// DroppedEvents of [Stats] counts them. Closed is never dropped: each stream that was reported by Opened is
-// reported by Closed once. A panic of a hook is logged, and the next event follows.
+// One goroutine of the client or server calls all of its hooks, one after the other, in the order of the events. So a
+// hook that waits delays later calls of hooks, and delays no stream. If more than 16,384 events wait, further ones are
+// dropped, and DroppedEvents of [Stats] counts them. Closed is never dropped: each stream that was reported by Opened
+// is reported by Closed once. A panic of a hook is logged, and the next event follows.
 //
 // Close of the client or server ends all streams, and waits up to 2 s for the hooks that report this. A hook must not call it.
 type Hooks struct {
-	// Opened: a consumer has called Open, or a request has reached a handler, or a [Writer] was made by [NewWriter]. With [WithRetry],
-	// each request is a stream. With [Client.OpenMany], each responder has one, from its first packet on.
+	// Opened reports that a consumer has called Open, that a request has reached a handler, or that [NewWriter] has
+	// made a [Writer]. With [WithRetry], each request is a stream of its own. With [Client.OpenMany], each responder
+	// has one, from its first packet on.
 	Opened func(StreamInfo)
-	// FirstRecord: a read of the consumer has returned the first record, or the producer has published it.
+	// FirstRecord reports that a read of the consumer has returned the first record, or that the producer has published
+	// it.
 	FirstRecord func(StreamInfo)
-	// Closed: the stream has ended at this end, and its packets were acknowledged or given up. A consumer's stream ends when its
-	// end was read or it was closed, and a handler's when the handler has returned. err is nil if the stream ended normally.
-	// Otherwise it is the error that reads of a consumer return, or that the consumer of a handler gets: [ErrClosed] for a
-	// consumer that left before the end, and a [*CloseError] for a code.
+	// Closed reports that the stream has ended at this end, and that its packets were acknowledged or given up. A
+	// consumer's stream ends when the consumer has read its end or closed it, and a handler's stream ends when the
+	// handler has returned. err is nil if the stream ended normally. Otherwise err is the error that reads of the
+	// consumer return, or that the consumer of the handler gets: [ErrClosed] for a consumer that left before the end,
+	// and a [*CloseError] for a code.
 	Closed func(info StreamInfo, totals Totals, err error)
-	// Retransmitted: packets were published again, because the peer missed them. Retransmissions that follow each other may be one
-	// event.
+	// Retransmitted reports that packets were published again because the peer missed them. One event may cover
+	// retransmissions that follow each other.
 	Retransmitted func(info StreamInfo, packets int)
-	// Reconnected: the stream goes on after the connection of this end has come back.
+	// Reconnected reports that the stream goes on after the connection of this end has come back.
 	Reconnected func(StreamInfo)
 }
 
-// JoinHooks returns hooks that call those of all, one after the other: for example those of metrics and those of a log. A function that
-// none of them has is nil. If one panics, the later ones do not get the event.
+// JoinHooks returns hooks that call the functions of all, one after the other: for example of metrics and of a log. A
+// field that is nil in each of them is nil in the result. If a function panics, the functions after it do not get the
+// event.
 func JoinHooks(all ...Hooks) Hooks {
 	var joined Hooks
 	for _, h := range all {
@@ -73,7 +77,7 @@ func joinInfo(first, next func(StreamInfo)) func(StreamInfo) {
 	return func(i StreamInfo) { first(i); next(i) }
 }
 
-// StreamInfo says which stream an event belongs to, and when it happened.
+// StreamInfo identifies the stream of an event, and states when the event happened.
 type StreamInfo struct {
 	ID       uint64        // number of the stream at this client or server, from 1
 	Subject  string        // of the request; empty for a Writer of NewWriter, which does not know it

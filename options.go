@@ -10,9 +10,9 @@ import (
 
 // This file has the options of one stream. The goroutine that opens the stream runs it.
 
-// OpenOption sets something for one stream. [WithKeepAlive], [WithWindow], [WithOpenTimeout] and [WithRetry] make one, for
+// OpenOption is an option of one stream. [WithKeepAlive], [WithWindow], [WithOpenTimeout] and [WithRetry] make one, for
 // [Client.Open] and [Client.OpenMsg]. [WithMinResponders], [WithMaxResponders] and [WithStallTimeout] are for
-// [Client.OpenMany]. If two options set the same, the later one counts. An option can be used for many streams.
+// [Client.OpenMany]. If two options set the same value, the later one applies. An option can be used for many streams.
 type OpenOption func(*openOptions)
 
 // openOptions are the options of one stream. The zero value is that of a stream without options.
@@ -28,9 +28,9 @@ type openOptions struct {
 	err      error         // an option has a value that it must not have
 }
 
-// WithKeepAlive sets how long the producer's end may be silent before this end sends it a PING. The stream ends with
-// [CloseAbnormalClosure] after four times d of silence. It is [Stream.SetPeerTimeout] with four times d, from the beginning. At
-// least 1 ms.
+// WithKeepAlive sets how long the producer's end may be silent before this end sends it a PING. After four times d of
+// silence, the stream ends with [CloseAbnormalClosure]. The effect is that of [Stream.SetPeerTimeout] with four times
+// d. d must be at least 1 ms.
 func WithKeepAlive(d time.Duration) OpenOption {
 	return func(o *openOptions) {
 		if o.patience = patienceParts * min(d, never); d < time.Millisecond {
@@ -39,9 +39,9 @@ func WithKeepAlive(d time.Duration) OpenOption {
 	}
 }
 
-// WithWindow sets the most bytes by which the producer may be ahead of the reader, instead of Window of [ClientParams]. It is rounded
-// down to a power of two. At least 4 KiB. A small window keeps a producer close to its reader, and limits the rate on a
-// long way to a window for each round trip.
+// WithWindow sets the most bytes by which the producer may be ahead of the reader, instead of Window of [ClientParams].
+// The value is rounded down to a power of two. It must be at least 4 KiB. A small window keeps the producer close to
+// its reader, but it limits the rate to one window for each round trip.
 func WithWindow(bytes int) OpenOption {
 	return func(o *openOptions) {
 		if o.window = bytes; bytes < minWindow {
@@ -50,10 +50,11 @@ func WithWindow(bytes int) OpenOption {
 	}
 }
 
-// WithOpenTimeout sets how long the producer may take for its first packet, or for its notice that the handler runs, which it sends a few
-// milliseconds after the request. After that time the stream ends with [ErrOpenTimeout]. The time runs from the call of Open, also while the
-// connection is down. An answer ends it: the context of Open bounds the stream as a whole. With [WithRetry], it covers all
-// requests and the waits between them. At least 1 ms.
+// WithOpenTimeout bounds the wait for the producer's answer. The answer is the producer's first packet, or its notice
+// that the handler runs, a few milliseconds after the request. Without an answer within d, the stream ends with
+// [ErrOpenTimeout]. The time runs from the call of Open, also while the connection is down. It does not bound the
+// stream after the answer: the context of Open does. With [WithRetry], d covers all requests and the waits between
+// them. d must be at least 1 ms.
 func WithOpenTimeout(d time.Duration) OpenOption {
 	return func(o *openOptions) {
 		if o.timeout = min(d, never); d < time.Millisecond {
@@ -62,10 +63,11 @@ func WithOpenTimeout(d time.Duration) OpenOption {
 	}
 }
 
-// WithRetry makes Open wait for the producer's answer, and send the request again if the stream ends with an error that is
-// [Retryable]. It never does so if a handler may have run. The answer is the producer's first packet, or its notice that the
-// handler runs, a few milliseconds after the request. Open returns the stream after an answer. It also returns a stream that
-// ended with another error; reads of the stream return that error. Do not change the data of the request before Open returns.
+// WithRetry makes Open wait for the producer's answer. If the stream ends with an error that is [Retryable], Open sends
+// the request again. It sends no request again that a handler may have received. The answer is the producer's first
+// packet, or its notice that the handler runs, a few milliseconds after the request. Open returns the stream after an
+// answer. If the stream has ended with an error that is not Retryable, Open returns the stream as well, and its reads
+// return the error. Do not change the data of the request before Open returns.
 //
 // Further errors of Open: the last refusal, after r.Attempts; the error of the context, or [ErrOpenTimeout], together with the
 // last refusal if Open waited to repeat the request; an error for negative fields of r.
@@ -113,8 +115,8 @@ func (openTimeoutError) Error() string {
 func (openTimeoutError) Timeout() bool   { return true }
 func (openTimeoutError) Temporary() bool { return true }
 
-// ErrOpenTimeout is the end of a stream without an answer within the time of [WithOpenTimeout]. It is a [net.Error] with Timeout.
-// It is not [Retryable], because the handler may have run.
+// ErrOpenTimeout is the error of a stream that got no answer within the time of [WithOpenTimeout]. It is a [net.Error]
+// with Timeout. It is not [Retryable], because the handler may have run.
 var ErrOpenTimeout error = openTimeoutError{}
 
 // openRetrying is open with WithRetry.

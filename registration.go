@@ -141,12 +141,13 @@ func (r *Registration) Stop() {
 	r.server.forget(r)
 }
 
-// Err returns the error with which NATS refuses the subscription to the subject, nil if NATS has reported no refusal. NATS
-// reports a refusal some time after [Server.Handle] has returned, and also later if permissions change. During a refusal no
-// requests reach the handler, and the server subscribes again at least every 5 s. The refusal is also logged to
-// [ServerParams].Logger. A refusal because of max_subscriptions names no subject. The server finds out which of its subjects are not
-// served, and their errors match [nats.ErrMaxSubscriptionsExceeded]. It cannot find that out if it may not publish to its own
-// inbox: then the refusal is only logged, and the server subscribes again to every subject that may be meant.
+// Err returns the error with which NATS refuses the subscription to the subject, nil if NATS has reported no refusal.
+// NATS reports a refusal some time after [Server.Handle] has returned, and also later if permissions change. During a
+// refusal no requests reach the handler, and the server subscribes again at least every 5 s. The refusal is also logged
+// to [ServerParams].Logger. A refusal because of max_subscriptions names no subject. The server finds out which of its
+// subjects are not served, and their errors match [nats.ErrMaxSubscriptionsExceeded]. A server that may not publish to
+// its own inbox cannot find that out. It then only logs the refusal, and subscribes again to every subject that NATS
+// may have refused.
 func (r *Registration) Err() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()

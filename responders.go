@@ -12,10 +12,11 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file opens streams to all producers that answer one request. Callers of the library run it.
+// This file opens streams to all producers that answer one request. Goroutines of the user run it.
 
-// WithMinResponders sets how many responders [Client.OpenMany] needs: 1 by default. If fewer have answered when no more are
-// taken, [Responders.Next] returns a [*TooFewRespondersError] in place of [io.EOF]. At least 1.
+// WithMinResponders sets how many responders [Client.OpenMany] needs: 1 by default. If fewer have answered when
+// OpenMany takes no more, [Responders.Next] returns a [*TooFewRespondersError] in place of [io.EOF]. n must be at least
+// 1.
 func WithMinResponders(n int) OpenOption {
 	return withMany(func(o *openOptions) {
 		if o.many.minimum = n; n < 1 || n > mostResponders {
@@ -24,8 +25,8 @@ func WithMinResponders(n int) OpenOption {
 	})
 }
 
-// WithMaxResponders sets how many responders [Client.OpenMany] takes: 1,024 by default, and at most 65,536. Later ones are
-// reset with [CloseCanceled].
+// WithMaxResponders sets how many responders [Client.OpenMany] takes: 1,024 by default, and at most 65,536. It resets
+// later ones with [CloseCanceled].
 func WithMaxResponders(n int) OpenOption {
 	return withMany(func(o *openOptions) {
 		if o.many.maximum = n; n < 1 || n > mostResponders {
@@ -34,9 +35,10 @@ func WithMaxResponders(n int) OpenOption {
 	})
 }
 
-// WithStallTimeout sets how long [Client.OpenMany] waits for a further responder, from the request or from the last one that answered: 1 s by
-// default. A responder answers with its first packet, or with its notice that the handler runs, which comes a few milliseconds
-// after the request. So this time need not cover the work of handlers. Time without a connection does not count. At least 1 ms.
+// WithStallTimeout sets how long [Client.OpenMany] waits for a further responder, from the request or from the last one
+// that answered: 1 s by default. A responder answers with its first packet, or with its notice that the handler runs,
+// which comes a few milliseconds after the request. So this time need not cover the work of handlers. Time without a
+// connection does not count. d must be at least 1 ms.
 func WithStallTimeout(d time.Duration) OpenOption {
 	return withMany(func(o *openOptions) {
 		if o.many.stall = min(d, never); d < time.Millisecond {
@@ -55,17 +57,18 @@ func withMany(set func(*openOptions)) OpenOption {
 	}
 }
 
-// Responders are the streams of all producers that answer one request, made by [Client.OpenMany]. It may be used by many goroutines at
-// once.
+// Responders are the streams of all producers that answer one request, made by [Client.OpenMany]. Its methods may be
+// called by many goroutines at once.
 type Responders struct {
 	gathering *gathering
 	opened    *Stream // the request, which no user reads
 }
 
-// OpenMany sends data to subj as one request to any number of producers, and returns a stream for each that answers: one for every
-// [Server] that serves subj outside a queue group ([Server.Handle]), and for one member of each queue group. It does not wait for them:
-// [Responders.Next] does. Each is a stream as [Client.Open] returns it, with its own liveness, repair and flow control. Records that
-// are written to it reach its producer only. So a producer that is slow, or that ends, affects no other.
+// OpenMany sends data to subj as one request to any number of producers, and returns a stream for each that answers:
+// one for every [Server] that serves subj outside a queue group ([Server.Handle]), and for one member of each queue
+// group. It does not wait for them: [Responders.Next] does. Each stream is like one of [Client.Open], with its own
+// liveness, repair and flow control. Records that are written to a stream reach only the producer of that stream. So a
+// producer that is slow, or that ends, affects no other.
 //
 // No more responders are taken when the maximum has answered ([WithMaxResponders]), when no further one has answered for a time
 // ([WithStallTimeout]), when ctx ends, or after [Responders.Close]. Those that answer later are reset with [CloseCanceled]. ctx also

@@ -17,10 +17,10 @@ type refusal struct{ *CloseError }
 
 func (r refusal) Unwrap() error { return r.CloseError }
 
-// Retryable reports whether err, returned by a method of a [Stream], proves that the request reached no handler. Then opening
-// the stream again cannot run a handler twice. Two ends prove it: [nats.ErrNoResponders] as the answer to the request, and
-// [CloseTryAgainLater] from a server without room. For every other error Retryable returns false, although the caller may
-// know that the request can be repeated.
+// Retryable reports whether err, returned by a method of a [Stream], proves that the request reached no handler. Then
+// opening the stream again cannot run a handler twice. Two errors prove it: [nats.ErrNoResponders] as the answer to the
+// request, and [CloseTryAgainLater] from a server without room. For every other error Retryable returns false, although
+// the caller may know that the request can be repeated.
 //
 // If several servers get the same request, because they handle its subject outside a queue group, the result is about the
 // server that answered first.

@@ -23,10 +23,12 @@ import (
 // request, which starts the handler of a request in a goroutine of its own, and subscriptionRefused. The outbox runs
 // streamEnded. Server.mu guards the state that they share.
 
-// ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment names.
+// ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment
+// names. A time must be at least 1 ms.
 type ServerParams struct {
-	// Conn is the connection to use. The server neither closes nor drains it. As a client does, it puts a handler in front of
-	// the connection's error handler: set your own before, not after.
+	// Conn is the connection to use. The server neither closes nor drains it. To receive permission errors, the server
+	// puts a handler in front of the connection's error handler. If you set a handler of your own, set it before
+	// NewServer.
 	Conn *nats.Conn
 	// MaxStreams is how many handlers may run at the same time, over all subjects: 10,000 by default. The server answers further
 	// requests with CloseTryAgainLater. It does the same while 2*MaxStreams + 16,384 streams are open. A stream counts as open
@@ -49,17 +51,19 @@ type ServerParams struct {
 	// slog.Default() by default.
 	Logger *slog.Logger
 
-	// Interceptors are put around each handler, the first one outermost. Each gets the next [Handler] and returns one that calls it,
-	// usually once. They are called in Handle and HandleQueue, once for each registration. An interceptor may replace the request by
-	// [Request.WithContext], and the result of the handler, which ends the stream. If it calls the next handler not at all, its
-	// own result ends the stream. If it calls it twice, the second call gets the same Writer and Request, with the records that
-	// the first one has left. Panics of handlers pass through the interceptors, which may recover them.
+	// Interceptors are put around each handler, the first one outermost. Handle and HandleQueue call each interceptor
+	// once for each registration. It gets the next [Handler] and returns a Handler that calls the next one, usually
+	// once. The returned Handler may replace the request by [Request.WithContext]. Its result ends the stream, whether
+	// or not it has called the next handler. If it calls the next handler twice, the second call gets the same Writer
+	// and Request, with the records that the first call has left. Panics of handlers pass through the interceptors,
+	// which may recover them.
 	Interceptors []func(Handler) Handler
 
 	// Hooks are called for each stream that a handler serves; see [Hooks]. Their panics are logged to Logger.
 	Hooks Hooks
 
-	// These are as in ClientParams, for records that consumers send. Streams start with windows of at most 64 KiB here.
+	// These parameters are those of [ClientParams], for records that consumers send. A stream starts with a window of
+	// at most 64 KiB.
 	Window, MaxBuffered, MaxRecordSize                                   int
 	KeepAlive, PeerTimeout, AckTimeout, ResumeTimeout, DisconnectTimeout time.Duration
 }
@@ -341,13 +345,14 @@ func (s *Server) checkIdleLocked() {
 	}
 }
 
-// Drain ends the server gracefully. It unsubscribes, serves the requests that NATS has already delivered, and returns when all
-// handlers have returned and consumers have acknowledged everything they wrote. It closes the channel of [Request.Draining]. If
-// ctx ends first, the remaining streams end with [CloseGoingAway], their handlers' contexts end, and Drain returns the error of
-// ctx without waiting for handlers that ignore their contexts. The connection stays open; drain it afterwards.
+// Drain ends the server gracefully. It unsubscribes, serves the requests that NATS has already delivered, and returns
+// when all handlers have returned and their consumers have acknowledged everything that the handlers wrote. It closes
+// the channel of [Request.Draining]. If ctx ends first, the remaining streams end with [CloseGoingAway], their
+// handlers' contexts end, and Drain returns the error of ctx without waiting for handlers that ignore their contexts.
+// The connection stays open; drain it afterwards.
 //
-// A handler must not wait for Drain, because Drain waits for the handler: both would wait until ctx ends. Call it in a
-// goroutine there: go server.Drain(ctx).
+// A handler must not wait for Drain, because Drain waits for the handler: both would wait until ctx ends. In a handler,
+// start Drain in a goroutine: go server.Drain(ctx).
 func (s *Server) Drain(ctx context.Context) error {
 	if ctx == nil {
 		return noContext("Server.Drain")

@@ -17,7 +17,7 @@ import (
 // ServiceQueue is the queue group of the endpoints of a [Service], as in package micro of nats.go.
 const ServiceQueue = "q"
 
-// Service is a group of subjects that a [Server] serves, which tools find by name. The command nats shows it:
+// Service is a group of subjects that a [Server] serves, and that NATS tools find by name. The command nats shows it:
 //
 //	nats service ls
 //	nats service info NAME

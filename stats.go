@@ -24,7 +24,7 @@ type Stats struct {
 	DroppedNoRoom    uint64 `json:"dropped_no_room"`   // packets that arrived while MaxBuffered was in use; they are retransmitted
 	DroppedEarly     uint64 `json:"dropped_early"`     // packets that arrived while an earlier one was missing; they are retransmitted
 	UnreportedErrors uint64 `json:"unreported_errors"` // failures of handlers that came after the normal end was published; each is logged
-	DroppedRequest   uint64 `json:"dropped_request"`   // requests to a Server with another version of the protocol, without a reply subject, or with one that must not be written to
+	DroppedRequest   uint64 `json:"dropped_request"`   // requests to a Server with another version of the protocol, or without a reply subject that may be published to
 	DroppedStray     uint64 `json:"dropped_stray"`     // messages at a Server's handlers that are no requests, such as packets of streams at a wildcard
 
 	DroppedUnknown   uint64 `json:"dropped_unknown"`   // messages for a token that is not, or no longer, in use

@@ -15,9 +15,10 @@ import (
 
 // Stream is the consumer's end of a stream.
 //
-// The read side (Recv, Next, RecvObject, All, Read, WriteTo, Ready, Header and Trailer) may be used by one goroutine at a time. The
-// write side (Write, TryWrite, WriteObject, ReadFrom, Flush, Sync and CloseSend) may be used by many goroutines at once, also while
-// another reads. Close, CloseWithCode, Context and the deadlines may be called by any goroutine at any time.
+// The read side (Recv, Next, RecvRecord, RecvObject, All, Read, WriteTo, Ready, Header and Trailer) may be used by one
+// goroutine at a time. The write side (Write, TryWrite, WriteObject, WriteAppend, ReadFrom, Flush, Sync and CloseSend)
+// may be used by many goroutines at once, also while another reads. All other methods may be called by any goroutine at
+// any time.
 //
 // If the consumer wrote nothing, the stream is over when the producer's end was read. If the handler half-closed to go on
 // reading, the write side stays open until the handler returns.
@@ -139,17 +140,18 @@ func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader()
 // the read side. It returns false while another goroutine reads. A read deadline does not change its result.
 func (st *Stream) Ready() bool { return st.session.ready() }
 
-// SetReadDeadline sets the time after which reads fail instead of waiting. It applies to Recv, Next, RecvObject, All, Read,
-// WriteTo and Header, also to a call that waits now. Their error matches [os.ErrDeadlineExceeded] and is a [net.Error] with Timeout. The
-// stream goes on and loses nothing: after a later deadline, or the zero time for none, reads return the next record, also
-// if a part of it had arrived. A time in the past ends a waiting call at once.
+// SetReadDeadline sets the time after which reads fail instead of waiting. It applies to Recv, Next, RecvRecord,
+// RecvObject, All, Read, WriteTo and Header, also to a call that waits now. Their error matches
+// [os.ErrDeadlineExceeded] and is a [net.Error] with Timeout. The stream goes on and loses nothing: after a later
+// deadline, or the zero time for none, reads return the next record, also if a part of it had arrived. A time in the
+// past ends a waiting call at once.
 //
 // SetReadDeadline fails with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any time, by any
 // goroutine. A stream that never had a deadline pays nothing for it.
 func (st *Stream) SetReadDeadline(t time.Time) error { return st.session.setDeadlines(t, true, false) }
 
-// SetWriteDeadline sets the time after which writes fail instead of waiting; see [Writer.SetWriteDeadline]. It also ends the
-// wait for the producer's first packet. CloseSend does not heed it.
+// SetWriteDeadline sets the time after which writes fail instead of waiting; see [Writer.SetWriteDeadline]. It also
+// ends the wait for the producer's first packet. It does not apply to CloseSend.
 func (st *Stream) SetWriteDeadline(t time.Time) error { return st.session.setDeadlines(t, false, true) }
 
 // SetDeadline sets both deadlines: it is [Stream.SetReadDeadline] and [Stream.SetWriteDeadline].
@@ -193,8 +195,9 @@ func (st *Stream) send() *Writer {
 //   - Otherwise the error that ended the stream, as [Stream.Recv] returns it; see [Writer.Write] for the end of a context.
 //   - [ErrOneWay] if the producer speaks only the JSON fallback.
 //
-// A successful Write does not mean that the handler has read the record: the handler may return before. If that matters, let
-// the handler acknowledge. If both ends write before they read, both can wait until a deadline; see [Handler].
+// A successful Write does not mean that the handler has read the record: the handler may return before it does. If that
+// matters, let the handler answer with a record. If both ends write before they read, both can wait until a deadline;
+// see [Handler].
 //
 // A producer made by [NewWriter] accepts no records: the first one ends the stream with [CloseProtocolError].
 func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
@@ -230,15 +233,17 @@ func (st *Stream) CloseSend() error { return st.send().Close() }
 // SetPeerTimeout may be called at any time, by any goroutine.
 func (st *Stream) SetPeerTimeout(d time.Duration) { st.session.setPeerTimeout(d) }
 
-// Context returns the context of the stream. It ends when the stream's end was read and all records are sent, when the
-// stream was closed, or when the context given to Open ended. [context.Cause] returns the reason.
+// Context returns the context of the stream. The context ends when this end has read the end of the stream and sent all
+// of its own records, when the stream was closed, or when the context given to Open ended. [context.Cause] returns the
+// reason.
 func (st *Stream) Context() context.Context { return st.ctx.get(st.session.recv.parent) }
 
-// Close ends the stream. Waiting and later calls return [ErrClosed]; a read that has returned the end of the stream returns it
-// again. Records that arrived and were not read are dropped. If the producer has not finished, the stream is reset at its end
-// with [CloseCanceled]. Without [Stream.CloseSend], unacknowledged records may be lost: call [Stream.Sync] first if they
-// matter. After [io.EOF] and CloseSend, unacknowledged packets are still retransmitted for ResumeTimeout, unless the client
-// is closed. Close may be called at any time, also after the end of the stream, and never fails.
+// Close ends the stream. Waiting and later calls return [ErrClosed]; a read that has returned the end of the stream
+// returns it again. Records that arrived and were not read are dropped. If the producer has not finished, Close resets
+// the stream at the producer's end with [CloseCanceled]. Without [Stream.CloseSend], unacknowledged records may be
+// lost: call [Stream.Sync] first if they matter. After [io.EOF] and CloseSend, unacknowledged packets are still
+// retransmitted for ResumeTimeout, unless the client is closed. Close may be called at any time, also after the end of
+// the stream, and never fails.
 func (st *Stream) Close() error {
 	st.endWith(true, CloseError{Code: st.session.leaving()})
 	return nil

@@ -6,16 +6,17 @@ package stream
 // counted is a number of records and of their bytes.
 type counted struct{ records, bytes uint64 }
 
-// Totals say how much a stream has carried since it was opened, seen from one end. They never become less.
+// Totals are the records and bytes that a stream has carried since it was opened, as one end counts them. They never
+// become less.
 type Totals struct {
-	RecordsIn uint64 `json:"records_in"` // that reads of this end returned
-	BytesIn   uint64 `json:"bytes_in"`   // of these records
+	RecordsIn uint64 `json:"records_in"` // records that reads of this end returned
+	BytesIn   uint64 `json:"bytes_in"`   // bytes of these records
 
-	RecordsOut uint64 `json:"records_out"` // that writes of this end took
-	BytesOut   uint64 `json:"bytes_out"`   // of these records, and of a record that is written in part
+	RecordsOut uint64 `json:"records_out"` // records that writes of this end accepted
+	BytesOut   uint64 `json:"bytes_out"`   // bytes of these records, and of a record that is written in part
 
-	// The part of RecordsOut and BytesOut that the peer's end has acknowledged: it was received, but perhaps not read. A peer that
-	// speaks only the JSON fallback acknowledges nothing.
+	// The part of RecordsOut and BytesOut that the peer's end has acknowledged. The peer's end has received these
+	// records, but its user may not have read them. A peer that speaks only the JSON fallback acknowledges nothing.
 	RecordsAcked uint64 `json:"records_acked"`
 	BytesAcked   uint64 `json:"bytes_acked"`
 }

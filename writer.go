@@ -22,8 +22,8 @@ import (
 // A record that is written while the stream is idle leaves at once. While the outbox is busy, records gather in the
 // open packet and share a NATS message. No timer is involved.
 //
-// A Writer made by [NewWriter] must be closed, by [Writer.Close] or [Writer.CloseWithCode], or its consumer waits for
-// ever. In a [Handler], the result of the handler closes the Writer.
+// In a [Handler], the result of the handler closes the Writer. Close a Writer made by [NewWriter] with [Writer.Close]
+// or [Writer.CloseWithCode]. Otherwise its consumer waits for ever.
 type Writer struct {
 	// Only the outbox uses sender. A processor that writes a word takes its cache line from all others. So the fields
 	// that the outbox uses for each packet and those that the writers use for each packet lie apart, with rarely used
@@ -43,7 +43,7 @@ type Writer struct {
 // from the consumer and does not see the headers of the request: use a [Server] for these.
 func NewWriter(client *Client, subject string) *Writer { return client.NewWriter(subject) }
 
-// NewWriter is the function NewWriter.
+// NewWriter returns the producer's end of a stream, as the function [NewWriter] does.
 func (c *Client) NewWriter(subject string) *Writer {
 	if c == nil || c.ep == nil {
 		w := &Writer{unusable: noConnection("the client given to NewWriter", "pass one made by NewClient")}
@@ -375,10 +375,10 @@ func (w *Writer) recordLimit() int {
 	return min(w.coalesceLimit()-PacketHeaderSize-FrameHeaderSize, w.session.ep.maxRecord)
 }
 
-// SetHeader sends h to the consumer, at which [Stream.Header] returns it. Call it once, before the first record. The headers
-// are sent with the first record, or by [Writer.Flush] or [Writer.Close]. h may be changed afterwards. As in NATS's own
-// headers, white space around a value is not kept, and a name without values is not sent. A consumer that speaks only the
-// JSON fallback gets no headers.
+// SetHeader sends h to the consumer: [Stream.Header] returns it there. Call SetHeader once, before the first record.
+// The headers are sent with the first record, or by [Writer.Flush] or [Writer.Close]. h may be changed afterwards. As
+// in NATS's own headers, white space around a value is not kept, and a name without values is not sent. A consumer that
+// speaks only the JSON fallback gets no headers.
 //
 // Errors: [ErrHeader] after the first record or an earlier SetHeader, or if h cannot be sent; those of [Writer.Write].
 func (w *Writer) SetHeader(h nats.Header) error {

@@ -15,13 +15,17 @@ import (
 // neither [ErrClosed] nor a [*CloseError]. WriteObject does not recover panics of methods of v. Methods that encode v must not
 // write to the same Writer.
 //
-// Names, embedding and omission follow the json tags for both codecs, as encoding/json has them. A msgpack tag stands in for
-// the json tag. MessagePack knows no ",string": it carries the number. It takes a value's form from the first of its
-// methods EncodeMsgpack, MarshalMsgpack, MarshalBinary and MarshalText, and ignores MarshalJSON.
+// In both codecs, the json tags set the names, embedding and omission of fields, as in encoding/json. A msgpack tag
+// replaces the json tag. MessagePack ignores the option ",string", and carries the number. It encodes a value by the
+// first of these methods that the value has: EncodeMsgpack, MarshalMsgpack, MarshalBinary and MarshalText. It ignores
+// MarshalJSON.
 //
-// These are errors: a value that is nested deeper than 10,000 levels or contains itself, for JSON also by an embedded pointer, a
-// Protocol Buffers message (send the bytes of proto.Marshal with Write), and, for MessagePack, a struct without exported fields
-// that only encodes itself as JSON.
+// These values are errors:
+//
+//   - a value that is nested deeper than 10,000 levels
+//   - a value that contains itself, for JSON also by an embedded pointer
+//   - a Protocol Buffers message: send the bytes of proto.Marshal with Write
+//   - for MessagePack, a struct without exported fields that only encodes itself as JSON
 func (w *Writer) WriteObject(v any) (n int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -38,11 +42,11 @@ func (w *Writer) WriteObject(v any) (n int, err error) {
 	})
 }
 
-// WriteAppend sends one record that encode appends to dst, without a copy: dst is the rest of a packet. encode returns dst with
-// the record behind it, as the Append functions of the standard library do. If the record does not fit, encode returns a longer
-// slice, as append does, which is copied. WriteAppend returns the length of the record. It blocks and fails as [Writer.Write]
-// does. An error of encode does not change the stream, and WriteAppend returns it as it is. encode must not write to the same
-// Writer, and must not keep dst.
+// WriteAppend sends one record that encode appends to dst, without a copy: dst is the rest of a packet. encode returns
+// dst with the record behind it, as the Append functions of the standard library do. If the record does not fit, encode
+// returns a longer slice, as append does, and WriteAppend copies the record. WriteAppend returns the length of the
+// record. It blocks and fails as [Writer.Write] does. An error of encode does not change the stream, and WriteAppend
+// returns it as it is. encode must not write to the same Writer, and must not keep dst.
 func (w *Writer) WriteAppend(encode func(dst []byte) ([]byte, error)) (n int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -8,19 +8,20 @@ import (
 // This file has the deadline of writes, and writes that do not wait. Writers run it. Any goroutine may set the
 // deadline.
 
-// SetWriteDeadline sets the time after which writes fail instead of waiting. It applies to Write, WriteObject, ReadFrom, Flush,
-// SetHeader and SetTrailer, also to calls that wait now. Their error matches [os.ErrDeadlineExceeded] and is a [net.Error] with
-// Timeout. The stream goes on: after a later deadline, or the zero time for none, writes succeed again. A time in the past ends
-// waiting calls at once. Of each record all is sent, or nothing:
+// SetWriteDeadline sets the time after which writes fail instead of waiting. It applies to Write, WriteObject,
+// WriteAppend, ReadFrom, Flush, SetHeader and SetTrailer, also to calls that wait now. Their error matches
+// [os.ErrDeadlineExceeded] and is a [net.Error] with Timeout. The stream goes on: after a later deadline, or the zero
+// time for none, writes succeed again. A time in the past ends waiting calls at once. The library sends all of a
+// record, or nothing of it:
 //
 //   - If nothing of the record is sent, the write returns 0 and the error.
 //   - If the deadline passes when a part of a record larger than a packet was sent, the write returns the length of the
 //     record and the error. Its rest is sent as credit arrives. Meanwhile other writes wait for their turn. Do not repeat
 //     such a write.
 //
-// [Writer.Close], [Writer.CloseWithCode], [Writer.Sync] and [Writer.TryWrite] do not heed the deadline. SetWriteDeadline fails
-// with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any time, by any goroutine. A
-// stream that never had a deadline pays nothing for it.
+// The deadline does not apply to [Writer.Close], [Writer.CloseWithCode], [Writer.Sync] and [Writer.TryWrite].
+// SetWriteDeadline fails with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any
+// time, by any goroutine. A stream that never had a deadline pays nothing for it.
 func (w *Writer) SetWriteDeadline(t time.Time) error {
 	if w.unusable != nil {
 		return w.unusable
@@ -28,10 +29,11 @@ func (w *Writer) SetWriteDeadline(t time.Time) error {
 	return w.session.setDeadlines(t, false, true)
 }
 
-// TryWrite sends p as one record if it need not wait, and reports whether it did. It returns false and no error if it would wait:
-// without the peer's credit, before the producer's first packet has arrived, and while another goroutine, or the rest of a
-// large record, has the turn. Nothing of p is sent then. Of a record larger than a packet, TryWrite needs credit for the
-// first packet. It copies the rest, which is sent as credit arrives. p may be reused at once. The write deadline does not apply.
+// TryWrite sends p as one record if it need not wait, and reports whether it did. If it would have to wait, it sends
+// nothing of p, and returns false and no error. It would have to wait if the peer's credit is used up, if the
+// producer's first packet has not arrived, or if a large record or an object is half written: by another goroutine, or
+// after an earlier call. A record larger than a packet needs credit for its first packet only. TryWrite copies the
+// rest, which is sent as credit arrives. p may be reused at once. The write deadline does not apply.
 //
 // Errors are those of [Writer.Write].
 func (w *Writer) TryWrite(p []byte) (sent bool, err error) {
