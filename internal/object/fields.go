@@ -2,8 +2,10 @@ package object
 
 import (
 	"cmp"
+	"encoding/json"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 )
@@ -106,16 +108,32 @@ func takesPart(f reflect.StructField) bool {
 	return f.IsExported() || f.Anonymous && t.Kind() == reflect.Struct
 }
 
-// parseTag returns the name and the options of a tag. As for encoding/json, a name with quotes in it is none.
+// parseTag returns the name and the options of a tag. encoding/json decides about a name with quotes or other unusual characters in it.
 func parseTag(tag string) (name string, options []string) {
 	name, rest, _ := strings.Cut(tag, ",")
 	for _, c := range name {
 		if !strings.ContainsRune("!#$%&()*+-./:;<=>?@[]^_{|}~ ", c) && !unicode.IsLetter(c) && !unicode.IsDigit(c) {
-			name = ""
+			name = unusualName(tag)
 			break
 		}
 	}
 	return name, strings.Split(rest, ",")
+}
+
+// unusualName returns the name that encoding/json takes from a tag, "" if it takes none. Versions of Go differ.
+func unusualName(tag string) string {
+	const none = "None"
+	t := reflect.StructOf([]reflect.StructField{{Name: none, Type: reflect.TypeFor[*int](), Tag: reflect.StructTag("json:" + strconv.Quote(tag))}})
+	var names map[string]any
+	if b, err := json.Marshal(reflect.Zero(t).Interface()); err != nil || json.Unmarshal(b, &names) != nil {
+		return ""
+	}
+	for name := range names {
+		if name != none {
+			return name
+		}
+	}
+	return ""
 }
 
 // visible keeps one field of each name: the least deep one, and among several of these the one with a tag. If more than

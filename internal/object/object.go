@@ -118,7 +118,7 @@ func (e *Encoder) Free() {
 // Decode decodes the record p into v, a pointer that is not nil.
 func Decode(p []byte, codec Codec, v any) error {
 	if codec == JSON {
-		return json.Unmarshal(p, v)
+		return decodeJSON(p, v)
 	}
 	return decodeMsgPack(p, v)
 }
