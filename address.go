@@ -6,10 +6,10 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file follows the address of a peer; docs/PROTOCOL.md section 2.3. The outbox runs all of it. An address may change, because
-// NATS maps a reply subject anew for each message that crosses accounts. A peer may also name a subject that is not its own. So
-// the outbox sends nothing but a challenge to a new subject until the peer has proved that it receives there. The first subject of
-// a producer gets little before that.
+// This file follows the address of a peer; docs/PROTOCOL.md section 2.3. The outbox runs all of it. An address may
+// change, because NATS maps a reply subject anew for each message that crosses accounts. A peer may also name a subject
+// that is not its own. So the outbox sends nothing but a challenge to a new subject until the peer has proved that it
+// receives there. Before that proof, the first subject of a producer gets at most unprovedBytes.
 
 // move is a subject that the peer of a stream named and has not proved yet.
 type move struct {
@@ -24,8 +24,8 @@ type whereabouts struct {
 	move     *move     // a subject that the peer named and has not proved; nil if there is none
 	crossing *crossing // nil if the stream is within one account
 	proved   bool      // the peer has proved that it receives at its address
-	withheld Credit    // a producer granted it beyond unprovedBytes before that
-	missing  bool      // it also asked for packets again
+	withheld Credit    // granted beyond unprovedBytes by a producer that has not proved its address
+	missing  bool      // the same producer also reported missing packets
 }
 
 func (s *session) whereabouts() *whereabouts { return &s.extra().whereabouts }
@@ -47,8 +47,8 @@ func (s *session) crossing() *crossing {
 	return nil
 }
 
-// challengePatience is how many AckTimeouts the answer to a challenge may take before another subject is challenged. Each
-// question of a peer across accounts comes from another subject; the first of them is as good as the next.
+// challengePatience is how many AckTimeouts the answer to a challenge may take before another subject is challenged.
+// Each question of a peer across accounts comes from another subject, and any of them will do.
 const challengePatience = 4
 
 // setPeer handles a reply subject of the peer of s: the first one is its address, and a new one is challenged.
@@ -114,17 +114,18 @@ func (o *outbox) proved(s *session, nonce []byte) error {
 	return o.grantWithheld(s)
 }
 
-// The first packet of a producer names the subject at which it receives. A hostile producer may name the subject of another program.
-// It knows its own numbers, so it could grant credit although it received nothing. So the first subject gets few bytes until the
-// producer has answered a challenge there, and none of them twice. The challenge goes out early enough to be answered before the first credit is used up, so it
-// costs an honest producer no time. Streams that send less need none.
+// The first packet of a producer names the subject at which it receives. A hostile producer may name the subject of
+// another program. It knows its own numbers, so it could grant credit although it received nothing. So until the
+// producer has answered a challenge at its first subject, the outbox sends few bytes there, and none of them twice. The
+// outbox sends the challenge early enough for an answer before the first credit is used up, so an honest producer loses
+// no time. A stream that sends less needs no challenge.
 const (
 	unprovedBytes = handlerWindow
 	proveFrom     = unprovedBytes / 2
 )
 
-// isProved reports whether the credit that the peer of s grants may be used. A producer needs no proof: the credit of its consumer
-// has to come to a subject that is told only to the consumer's address.
+// isProved reports whether the credit that the peer of s grants may be used. A producer needs no proof from its
+// consumer: credit must come to the producer's control subject, which only the owner of the consumer's address learns.
 func (s *session) isProved() bool {
 	x := s.extras.Load()
 	return s.role != lifecycle.Consumer || x != nil && x.whereabouts.proved
@@ -132,7 +133,7 @@ func (s *session) isProved() bool {
 
 // firstCredit returns the credit that a consumer has at the first address of its producer.
 func (s *session) firstCredit() credited {
-	first := credited{initialPackets, minWindow} // if the subject has no offer: nobody offers less
+	first := credited{initialPackets, minWindow} // for a subject without an offer: every offer is at least this
 	if t, err := ParseToken(lastToken(s.out.peer)); err == nil {
 		first = offered(t)
 	}

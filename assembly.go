@@ -17,8 +17,8 @@ type assembly struct {
 	chunk  int      // size of the last chunk
 	open   bool     // free continues the last of pieces
 	size   uint64   // bytes of all pieces that were added
-	rest   []byte   // of the piece that was refused last: it is to be added before any other
-	held   uint64   // bytes that take granted
+	rest   []byte   // of the piece that take refused last: the caller adds it before any other
+	held   uint64   // bytes of the budget that take granted
 
 	lent []*slab.Slab // of pieces that are kept with their packets
 }
@@ -164,7 +164,7 @@ func (s *session) holdRecord(n uint64) bool {
 	return true
 }
 
-// userLeft reports whether arrived records are not read any more.
+// userLeft reports whether the user reads no more of the records that arrived.
 func (s *session) userLeft() bool {
 	return s.unwanted() || s.recv.parent.Err() != nil
 }

@@ -25,14 +25,14 @@ type bucket struct {
 	form atomic.Uint32
 
 	// Owned by the mux.
-	last       bool        // the packet that closes came beyond the credit: none may follow
+	last       bool        // the packet with CLOSE came beyond the credit: no packet may follow
 	gapAsked   bool        // a CREDIT with GAP asked for packet gapAskedSeq, at gapAskedAt by the endpoint's clock
 	expect     uint32      // sequence number of the next packet
 	dropped    atomic.Bool // a packet was dropped because it found no room: set by the mux, cleared by the reader, who asks for it
 	acceptWord uint64      // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender; 0 before bind
 	received   uint64      // bytes of all packets pushed
 
-	open           atomic.Uint64 // how far received may go at once: the mux moves it on, the reader moves it back and on
+	open           atomic.Uint64 // received may reach it without more memory: the mux raises it, the reader raises and lowers it
 	grantedPackets atomic.Uint32 // of the credit granted to the peer: see grantedBytes
 
 	gapAskedSeq uint32 // the mux's: see gapAsked
@@ -45,7 +45,7 @@ type bucket struct {
 
 	// Owned by the reader.
 	consumed      consumption
-	free          uint64 // how far open may go without memory of the budget
+	free          uint64 // open may reach it without memory of the budget
 	window        flow.Window
 	windowPackets uint16
 	limited       bool        // the sender asked for credit since the last grant, or with the packet before it
@@ -115,8 +115,8 @@ type verdict uint8
 const (
 	accepted  verdict = iota
 	duplicate         // an older sequence number: dropped
-	gap               // packets before it are missing: dropped, and asked for with them
-	noRoom            // within the credit, and there may be no memory for it
+	gap               // packets before it are missing: dropped, and retransmitted with them
+	noRoom            // within the credit, but there may be no memory for it
 	foreign           // another sender, or another kind of peer: dropped
 	malformed         // header unreadable while bound: dropped
 	violation         // the stream cannot go on; the error has the reason
@@ -223,7 +223,7 @@ func (b *bucket) bind(sender uint64) {
 // unbound reports whether no packet of the peer has arrived, and may still.
 func (b *bucket) unbound() bool { return b.acceptWord == 0 && b.form.Load() != formJSON }
 
-// ofAnother reports whether packets with this sender number are not of the peer that the bucket is bound to.
+// ofAnother reports whether sender is not the number of the peer that the bucket is bound to.
 func (b *bucket) ofAnother(sender uint64) bool {
 	return !b.unbound() && (b.acceptWord == 0 || sender != b.sender())
 }
@@ -231,9 +231,9 @@ func (b *bucket) ofAnother(sender uint64) bool {
 // sender returns the sender number that the bucket is bound to.
 func (b *bucket) sender() uint64 { return b.acceptWord & maxSender }
 
-// impostor reports whether a packet with a reply subject is of another producer than the one that the bucket is bound
-// to, although both have drawn the same sender number. The first packet of every producer names its control subject,
-// and each has its own. A subject that was mapped between accounts proves nothing.
+// impostor reports whether a packet with a reply subject comes from a second producer, which has drawn the same sender
+// number as the producer that the bucket is bound to. The first packet of every producer names its control subject, and
+// each has its own. A subject that was mapped between accounts proves nothing.
 func (b *bucket) impostor(data []byte, reply string) bool {
 	h, _, err := ParsePacketHeader(data)
 	if err != nil || b.ofAnother(h.Sender) {
@@ -314,7 +314,8 @@ func (b *bucket) grant(ack bool, windows *flow.Windows, largest uint64, free int
 	b.grantedPackets.Store(b.consumed.limit)
 }
 
-// nextFree is how far the peer may go without memory of the budget: minWindow beyond the consumed packets, within its credit.
+// nextFree returns how far the peer may send without memory of the budget: minWindow beyond the consumed packets, but
+// within its credit.
 func (b *bucket) nextFree() uint64 { return min(b.consumed.bytes+minWindow, b.grantedBytes.Load()) }
 
 // unsettled returns by how much free lags behind. Reader only.
@@ -343,7 +344,8 @@ func (b *bucket) settle(dry bool) (unused uint64) {
 	}
 }
 
-// credit is the CREDIT to send now. Called by the outbox. It refuses packets while there is no room for the next one.
+// credit returns the CREDIT to send now. It refuses packets while there is no room for the next one. Called by the
+// outbox.
 func (b *bucket) credit() Credit {
 	c := Credit{Ack: b.ring.Pushed(), Packets: b.grantedPackets.Load(), Bytes: b.grantedBytes.Load()}
 	if b.dropped.Load() {
@@ -352,11 +354,12 @@ func (b *bucket) credit() Credit {
 	return c
 }
 
-// refusing returns c with the packet limit that says that its sender has no room for the next packet.
+// refusing returns c with the packet limit by which a receiver reports that it has no room for the next packet.
 func (c Credit) refusing() Credit {
 	c.Packets = c.Ack - 1
 	return c
 }
 
-// refuses reports whether c is refusing. A packet limit is before the acknowledgement only there, and if CLOSE was acknowledged.
+// refuses reports whether c has that packet limit. Only a refusal and the acknowledgement of CLOSE have a packet limit
+// before the acknowledgement.
 func (c Credit) refuses() bool { return c.Packets == c.Ack-1 }

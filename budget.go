@@ -10,15 +10,16 @@ import (
 // and the reader gives it back. A packet that finds no room is dropped, and repaired like one that was lost.
 //
 // A stream takes memory in steps, and the first minWindow bytes of each are free, so that most packets cost the mux one
-// comparison. bucket.open is how far the mux may accept, and bucket.free how far that costs nothing. The bytes between them are the
-// stream's part of endpoint.arrived, and session.recv.held counts them. A stream has no part while its reader waits for packets.
+// comparison. The mux may accept packets up to bucket.open, and they take no memory of the budget up to bucket.free.
+// The bytes between them are the stream's part of endpoint.arrived, and session.recv.held counts them. A stream has no
+// part while its reader waits for packets.
 //
 // The mux calls makeRoom, admit and take, the reader consumed and ranDry, and any goroutine the rest.
 
 const (
 	growthPart  = 8        // busy windows share this part of the budget, and records in pieces leave it to packets
 	recordPart  = 4        // packets leave this part of the budget to records in pieces
-	roomStep    = 64 << 10 // a stream takes at most so much more than it needs, and keeps so much for the next packets
+	roomStep    = 64 << 10 // the most that a stream takes beyond its need, and keeps for the next packets
 	settleAfter = 16 << 10 // the reader gives memory back in such steps, unless it runs dry
 )
 
@@ -30,10 +31,10 @@ func (ep *endpoint) roomForPackets() int64 {
 	return max(ep.budget-max(ep.assembled.Load(), ep.budget/recordPart), ep.budget/growthPart)
 }
 
-// admit lets the mux accept n more bytes than it may now, and a few more if there is room. It reports whether there is room
-// for the n. A stream may have as much as it leaves free: few streams get all they need, and one stream, or one peer with
-// some, does not take everything from others (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet
-// switches", 1998). Called by the mux alone.
+// admit lets the mux accept n more bytes than it may now, and a few more if there is room. It reports whether there is
+// room for n bytes. A stream may have as much as it leaves free. So a few streams get all that they need, and neither
+// one stream nor one peer with several takes everything from others (Choudhury and Hahne, "Dynamic queue length
+// thresholds for shared-memory packet switches", 1998). Called by the mux alone.
 func (s *session) admit(n uint64) bool {
 	b := &s.bucket
 	for {
@@ -63,7 +64,7 @@ func (s *session) take(n int64) bool {
 		return false
 	}
 	s.recv.held.Add(n)
-	if s.bucket.released.Load() { // at the same time: the second of the two finds the bytes
+	if s.bucket.released.Load() { // releaseWindow may run at the same time: the later of the two calls finds the bytes
 		s.giveBackAll()
 		return false
 	}
@@ -95,8 +96,8 @@ func (s *session) releaseWindow() {
 	s.giveBackAll()
 }
 
-// consumed accounts for the current packet, which was read to its end, and grants the peer more if that is due. It reports whether
-// it was.
+// consumed accounts for the current packet, which was read to its end, and grants the peer more if that is due. It
+// reports whether it has granted.
 func (s *session) consumed() (granted bool) {
 	b := &s.bucket
 	if granted = b.consume(len(s.recv.data), s.recv.ackWanted); granted {

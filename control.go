@@ -348,9 +348,9 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 	return nil
 }
 
-// takeRefusal reports whether the peer has no room for the packets that it was sent, although it granted them. They are not on their
-// way, and were not too large. Nothing is published before it has room. A stream that has closed goes on waiting and asking;
-// docs/PROTOCOL.md section 8.
+// takeRefusal reports whether c is a refusal: the peer has no room for packets that it granted. These packets are not
+// on their way, and were not too large. The outbox publishes nothing before the peer has room. A stream that has closed
+// goes on waiting and asking; docs/PROTOCOL.md section 8.
 func (o *outbox) takeRefusal(snd *sender, c Credit) bool {
 	s, q := snd.session, &snd.unacked
 	before := q.refused
@@ -395,8 +395,9 @@ func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 	}
 }
 
-// sendRefusal informs the peer that a packet found no room, if there is room again and sendCredit says nothing of that. The peer would
-// take the packet for lost on its way, and might suspect its size.
+// sendRefusal informs the peer that a packet found no room. It sends a refusal if there is room again, because the
+// credit of sendCredit is no refusal then. Without it, the peer would take the packet for lost on its way, and might
+// suspect its size.
 func (o *outbox) sendRefusal(s *session) {
 	if s.out.peer != "" && !s.json() && !s.bucket.dropped.Load() {
 		o.publishCredit(s, 0, s.bucket.credit().refusing())
@@ -456,7 +457,7 @@ func (o *outbox) askProgress(snd *sender) {
 	o.sendControl(snd.session, "", Frame{Type: FrameFragment, Payload: AppendFragment(payload[:0], Fragment{Packet: q.Acked(), Question: q.passing.Ask()})})
 }
 
-// takeProgress handles the answer.
+// takeProgress handles the answer to askProgress.
 func (o *outbox) takeProgress(s *session, payload []byte) {
 	snd := s.send.Load()
 	at, err := ParseFragment(payload)

@@ -80,7 +80,7 @@ func (d *deadline) expire() {
 func (d *deadline) applyLocked(late bool) {
 	s := d.session
 	if was := d.late.Swap(late); !was && !late {
-		return // no call has to know: a program may set a new deadline before each
+		return // no call needs to notice: a program may set a new deadline before each call
 	}
 	switch {
 	case d.write:

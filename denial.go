@@ -7,10 +7,11 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// denials are refused publishes to subjects that no stream of this endpoint publishes to. The NATS server checks permissions
-// after it maps subjects. So such a refusal may belong to a request, or to a publish of the user's own on the same connection,
-// and it does not say to which. The outbox attributes it to a request only if the request is still not answered AckTimeout
-// later, and if no request to another subject could be meant. The outbox owns denials.
+// denials are refused publishes to subjects that no stream of this endpoint publishes to. The NATS server checks
+// permissions after it maps subjects. So such a refusal may belong to a request, or to a publish of the user's own on
+// the same connection, and it does not say to which. The outbox attributes it to a request only if that request is
+// still unanswered AckTimeout later, and if the refusal cannot mean a request to another subject. The outbox owns
+// denials.
 type denials struct {
 	// requested holds the subjects of requests that were published lately, with their times. A refusal that names one of them
 	// needs no attribution: no mapping hid its subject, and its stream may have ended before.

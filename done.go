@@ -1,6 +1,6 @@
 package stream
 
-// This file reports the end of a client or server. Any goroutine may call it.
+// This file reports the end of a client or server. Any goroutine may call its functions, which read atomics.
 
 // Done returns a channel that is closed when the client can open no more streams: after [Client.Close], or if its connection
 // was closed for good. A connection that is down and will be tried again does not close it.

@@ -88,8 +88,8 @@ func (t *endedStreams) find(token string, now int64) *endedStream {
 	return nil
 }
 
-// remember keeps the last control frame of a stream that ended normally. If that frame was lost, the peer asks for it, for as
-// long as its connection may be down and it waits for an acknowledgement.
+// remember keeps the last control frame of a stream that ended normally. If that frame was lost, the peer asks for it.
+// It may ask as long as its connection may be down, and as long as it waits for an acknowledgement.
 func (o *outbox) remember(s *session) {
 	end := s.end.Load()
 	if end.kind != endComplete && end.kind != endPeerClosed || s.reply == "" || s.bucket.acceptWord == 0 {
@@ -109,9 +109,9 @@ func (o *outbox) remember(s *session) {
 	o.ended.add(e, now)
 }
 
-// repeatEnd answers a packet for a remembered stream, and reports whether the answer is complete. It is not if the peer closed
-// with an error: a handler may go on reading after that, but no record comes any longer. It needs a RESET for an unknown stream
-// as well.
+// repeatEnd answers a packet for a remembered stream, and reports whether the answer is complete. It is incomplete if
+// the peer closed with an error: a handler may read on after that, but no record comes any more. Such a peer needs a
+// RESET for an unknown stream as well.
 func (o *outbox) repeatEnd(c control) bool {
 	e := o.ended.find(c.token, o.time())
 	if e == nil || e.peer != c.sender {

@@ -23,7 +23,7 @@ type endpoint struct {
 
 	window    uint64 // upper bound of one stream's window, bytes, a power of two
 	maxRecord int
-	fallback  uint64 // bytes a fallback peer may pile up
+	fallback  uint64 // bytes that may wait from one fallback peer
 	budget    int64  // for arrived packets and records in pieces together, and once more for all that is kept
 	windows   *flow.Windows
 	arrived   atomic.Int64 // bytes of the budget that arrived packets have
@@ -80,7 +80,8 @@ func (ep *endpoint) now() int64 { return int64(time.Since(ep.started)) + 1 }
 
 func floorPow2(n uint64) uint64 { return 1 << (bits.Len64(n) - 1) }
 
-// barred returns why no stream may begin or go on: the endpoint is gone, or its inbox is refused. It returns nil if streams may.
+// barred returns the reason why no stream may begin or go on: the endpoint is gone, or its inbox is refused. It returns
+// nil if streams may begin and go on.
 func (ep *endpoint) barred() *ending {
 	if e := ep.gone.Load(); e != nil {
 		return e

@@ -34,8 +34,8 @@ func fragment(packet []byte) (f Frame, ok bool) {
 	return f, err == nil && len(rest) == 0 && len(f.Payload) > fragmentSize
 }
 
-// receiveFragment appends the bytes of a fragment to its packet. Fragments must arrive in order: behind a missing one
-// all are dropped, and sent again.
+// receiveFragment appends the bytes of a fragment to its packet. Fragments must arrive in order. The mux drops all
+// fragments behind a missing one, and the peer retransmits them.
 func (ep *endpoint) receiveFragment(s *session, m *nats.Msg, f Frame) {
 	at, _ := ParseFragment(f.Payload[:fragmentSize])
 	part := f.Payload[fragmentSize:]
@@ -93,7 +93,7 @@ func (ep *endpoint) receiveReassembled(s *session, m *nats.Msg, whole []byte) {
 	s.mark(workCredit) // the sender waits for that
 }
 
-// begin takes memory for the packet with the first fragment at. It reports false if there is none.
+// begin takes memory for the packet whose first fragment is at. It reports false if there is no memory.
 func (p *fragments) begin(s *session, at Fragment) bool {
 	switch b := &s.bucket; {
 	case s.take(int64(at.Length)):

@@ -220,8 +220,8 @@ func (ob *observer) queueLocked(e event) {
 	ob.wake.Signal()
 }
 
-// opened begins to observe s. ends is how many of its users finish before its Closed. The outbox knows the session only if the
-// endpoint has just ended; then close reports it.
+// opened begins to observe s. ends is the number of its users that finish before Closed. The session is not marked yet.
+// So the outbox knows it only if the endpoint has just ended, and then close reports its end.
 func (ob *observer) opened(s *session, subject string, ends int32) {
 	st := &observed{session: s, info: StreamInfo{Subject: subject, Producer: s.role != lifecycle.Consumer, Opened: time.Now()}}
 	st.ends.Store(ends)
@@ -301,7 +301,8 @@ func (s *session) observe(kind eventKind) {
 	}
 }
 
-// finished says that one user of s has finished: the outbox, the consumer, or the handler. The last one reports Closed.
+// finished records that one user of s has finished: the outbox, the consumer, or the handler. The last of them reports
+// Closed.
 func (s *session) finished() {
 	if ob := s.ep.observer; ob != nil {
 		if st := s.observed(); st != nil && st.ends.Add(-1) == 0 {

@@ -28,7 +28,7 @@ func (u *unanswered) add(now, patience int64) {
 // remove records that the request of one of these streams is settled.
 func (u *unanswered) remove() { u.requests = max(0, u.requests-1) }
 
-// requestState says if unanswered counts the request of a consumer's stream.
+// requestState states whether unanswered counts the request of a consumer's stream.
 type requestState uint8
 
 const (

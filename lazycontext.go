@@ -5,8 +5,8 @@ import (
 	"sync"
 )
 
-// lazyContext is a context that is made when it is asked for: most users of a stream never do. Any goroutine may call its
-// methods. The zero lazyContext is ready for use.
+// lazyContext is a context that is made when a user asks for it: most users of a stream never do. Any goroutine may
+// call its methods. The zero lazyContext is ready for use.
 type lazyContext struct {
 	mu    sync.Mutex
 	made  *madeContext

@@ -51,7 +51,7 @@ func (s *session) detach(reason string) bool {
 	return true
 }
 
-// leave records that the user reads no more.
+// leave records that the user of this end reads no more.
 func (s *session) leave() {
 	s.recv.readLock.Or(gateLeft)
 	s.bucket.park.Wake()

@@ -109,7 +109,7 @@ func (o *outbox) mayPublish(s *session) bool {
 // littleBacklog is the most that a quiet session has to send, in bytes.
 const littleBacklog = flow.MinPacket
 
-// wait puts s on the list of waiting sessions, if it has something to send.
+// wait puts s on the list of sessions that wait for the line, if s has something to send.
 func (o *outbox) wait(l *line, s *session) {
 	if s.out.places.has(onLine) {
 		return
@@ -153,7 +153,7 @@ func (l *line) waits() int {
 	return l.turns.quiet.Len() + l.turns.others.Len() - l.turns.gone
 }
 
-// next removes the session that has the turn from the line. There is one.
+// next removes the session whose turn it is from the line. The caller has checked that a session waits.
 func (l *line) next() *session {
 	t := l.turns
 	for {

@@ -51,8 +51,8 @@ type life struct {
 	node wheel.Node[session]
 }
 
-// tookLost marks a request that may have been lost with a connection, or its answer, since life.pinged. Before the
-// answer there is nobody to ask.
+// tookLost marks a request that may have been lost with a connection since life.pinged, or whose answer may have been
+// lost. Before the answer there is no peer to ask.
 const tookLost = math.MaxUint32
 
 // tickLength returns the length of a tick: a quarter of the shortest timeout, so that every timeout is noticed soon
@@ -130,7 +130,7 @@ func (o *outbox) noteAlive(s *session) {
 	o.answered(s)
 }
 
-// answered records that no question of the session waits for an answer.
+// answered records that the peer has answered all questions of the session.
 func (o *outbox) answered(s *session) {
 	l := &s.out.life
 	if l.pings > 0 {

@@ -19,7 +19,8 @@ import (
 // For a packet in order it decodes no frame and allocates nothing. It never takes a lock, blocks or publishes, because
 // a message of one stream must not delay the others.
 //
-// The data may be lent. Then it is either in the bucket when receive returns, or given back. The subject is valid until then.
+// The data may lie in a slab that lent counts. When receive returns, the data is in the bucket, or the slab was given
+// back. The subject is valid until receive returns.
 func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
 	var end *ending

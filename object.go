@@ -14,7 +14,7 @@ import (
 // This file connects the codecs of frames with those of internal/object, and has the errors of objects. Its functions
 // touch no state: writers and readers run them.
 
-// codecFlag returns the DATA flag of a codec. The caller must replace CodecDefault before.
+// codecFlag returns the DATA flag of a codec, which must not be CodecDefault.
 func codecFlag(c Codec) FrameFlags {
 	if c == JSON {
 		return FlagJSON

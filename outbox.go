@@ -32,7 +32,7 @@ type outbox struct {
 	acted     atomic.Uint64      // bytes ever popped from inbound, stored by the outbox
 
 	// Work outside any session that does not come from the mux: requests that a Server refuses, subjects that NATS denied.
-	mu               sync.Mutex
+	mu               sync.Mutex // guards the two fields below
 	outOfStream      []outOfStream
 	outOfStreamBytes int // of their subjects
 
@@ -46,7 +46,7 @@ type outbox struct {
 	told     chan struct{} // closed after leaving, when every producer was reset
 	done     chan struct{}
 
-	// Owned by the goroutine.
+	// Owned by the goroutine of the outbox.
 	peers          peers
 	lines          lines
 	waitingUntilUp []*session           // sessions with deferred work, while the connection is down

@@ -37,13 +37,13 @@ type packer struct {
 	half     bool // CLOSE says that the handler goes on reading
 	soon     bool // CLOSE asks to be acknowledged at once
 
-	size         int32   // of the packet sealed last
-	written      counted // without the open packet
-	acknowledged counted // of written
+	size         int32   // of the packet sealed last, in bytes
+	written      counted // by writers, without the open packet
+	acknowledged counted // the part of written that the peer acknowledged
 
 	sealed      uint32   // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64   // of all packets before it
-	shifted     uint32   // how much sealed grew because packets were cut; the outbox stores it with the lock, and reads it without
+	shifted     uint32   // by how much sealed grew because packets were cut; the outbox stores it with the lock, and reads it without
 	acked       uint32   // number of packets that the peer acknowledged
 	granted     credited // by the peer
 	kept        uint64   // bytes of the buffers of packets that are open, sealed, or published and not acknowledged
@@ -309,8 +309,9 @@ func (pk *packer) publishHeldLocked() {
 	pk.markLocked()
 }
 
-// closeToLeave closes the direction of a consumer that leaves. It does not wait. It reports false if not all records before can be sent:
-// the stream has ended, the producer is not known yet, or another goroutine is in the middle of a record.
+// closeToLeave closes the direction of a consumer that leaves. It does not wait. It reports false if some written
+// records cannot be sent: the stream has ended, the producer is not known yet, or another goroutine is in the middle of
+// a record.
 func (pk *packer) closeToLeave(reason string) bool {
 	pk.mu.Lock()
 	defer pk.mu.Unlock()
@@ -406,10 +407,11 @@ func (pk *packer) creditLocked() bool {
 // maxUnacked bounds the packets that are kept for a peer that grants without end and never acknowledges.
 const maxUnacked = 4 * maxPackets
 
-// mayKeep reports whether a stream that keeps kept bytes may open another packet, at an endpoint whose streams keep all bytes
-// together. Each may keep at most its window and at most the free part of the budget. So a few streams get all they need, the
-// budget is never used up, and later streams get as much as present ones (Choudhury and Hahne, "Dynamic queue length thresholds
-// for shared-memory packet switches", 1998). Every stream may keep minWindow, so that none stands still.
+// mayKeep reports whether a stream may open another packet. The stream keeps kept bytes, and all streams of the
+// endpoint together keep all bytes. Each may keep at most its window and at most the free part of the budget. So a few
+// streams get all they need, the budget is never used up, and later streams get as much as present ones (Choudhury and
+// Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998). Every stream may keep minWindow,
+// so that none stands still.
 func mayKeep(kept uint64, all int64, window uint64, budget int64) bool {
 	return kept < window && (kept < minWindow || int64(kept) < budget-all)
 }

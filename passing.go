@@ -12,8 +12,8 @@ import (
 // section 7.1. They go in fragments, control packets that carry their bytes. The outbox runs it, and flow.Passing
 // decides.
 
-// form returns the form in which to publish the new packet p: the size of the messages that carry it in fragments, or 0
-// for a whole packet. It returns false if it has cut p instead, because packets of its size do not pass.
+// form returns the form in which to publish the new packet p: the size of the messages that carry p in fragments, or 0
+// for a whole packet. It returns false if it has cut p instead, because packets of that size do not pass.
 func (snd *sender) form(p *packet) (fragment int, ok bool) {
 	s := snd.session
 	if s.peerTakesJSON() {
@@ -29,8 +29,8 @@ func (snd *sender) form(p *packet) (fragment int, ok bool) {
 	return sizes.Fragment(), true
 }
 
-// formAgain is form for p, the next packet that the peer misses. asks says that a question behind p has to ask how much
-// of it arrived.
+// formAgain is form for p, the next packet that the peer misses. asks reports whether a question has to follow p, to
+// learn how much of p arrived.
 func (snd *sender) formAgain(p *packet) (fragment int, asks bool) {
 	s, q := snd.session, &snd.unacked
 	ep, sizes, now := s.ep, &s.out.line.sizes, s.ep.clock.Load()
@@ -80,7 +80,8 @@ func (q *unackedPackets) passingOf() *flow.Passing {
 	return q.passing
 }
 
-// pardon records that the losses so far show nothing about sizes: the peer has moved, or it has dropped what had arrived.
+// pardon records that the losses so far show nothing about sizes: the peer has moved, or it has dropped packets that
+// had arrived.
 func (q *unackedPackets) pardon() {
 	for p := range q.All() {
 		p.connection--

@@ -13,7 +13,7 @@ const (
 	workPackets              // the writer has packets
 	workCredit               // grant the peer new credit
 	workGap                  // acknowledge the packets that arrived, and report missing ones
-	workRefusal              // a packet that was granted found no room
+	workRefusal              // inform the peer that a granted packet found no room
 	workProbe                // ask the peer for its acknowledgement and its credit
 	workResume               // workGap and workProbe, if the peer is known: the connection was interrupted
 	workWait                 // none: put the session on the wheel
@@ -23,7 +23,7 @@ const (
 	workClose                // a handler closed its direction: CLOSE waits for the handler's result, for closeDelay at most
 	workBegin                // the handler has begun: a hello may be due
 	workEnd                  // the session ended: reset the peer, release the buffers
-	workEndLater             // the same, and the peer does not wait
+	workEndLater             // as workEnd, but the peer does not wait for it
 	workPatience             // the user has set a peer timeout for the stream
 
 	workNews    = workClose | workBind | workPatience

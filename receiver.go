@@ -39,7 +39,7 @@ type receiver struct {
 	// Owned by the reader.
 	busy      bool
 	ackWanted bool       // the sender of the current packet asked for credit
-	kept      bool       // the current packet may be referred to when it was read; used by builds that overwrite memory
+	kept      bool       // the user may keep a record of the current packet; used by builds that overwrite memory
 	off       uint32     // offset of the next frame in data; 0 in a message of the fallback that was not read yet
 	data      []byte     // the current packet
 	lent      *slab.Slab // that data lies in, or nil
@@ -105,7 +105,7 @@ func (s *session) own(record []byte) []byte {
 	return r.data[int(r.off)-len(record) : r.off : r.off]
 }
 
-// ownPart does the same for a record that an earlier read left, which may be in the current packet or not.
+// ownPart is own for the rest of a record that an earlier read left. The rest may lie in the current packet or not.
 func (s *session) ownPart(record []byte, u use) []byte {
 	if u == forever && s.recv.lent != nil {
 		return bytes.Clone(record)
@@ -353,8 +353,8 @@ func (s *session) nextPacket() error {
 	}
 }
 
-// dropPacket gives the current packet back. Nobody refers to it, except the user to records of Recv, which are in memory of their own
-// then, and an assembly, which holds it.
+// dropPacket gives the current packet back. No reference to a lent packet is left: records of Recv lie in memory of
+// their own, and an assembly holds its packets itself.
 func (s *session) dropPacket() {
 	if poison.Enabled && !s.recv.kept {
 		poison.Fill(s.recv.data)

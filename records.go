@@ -13,7 +13,7 @@ import (
 type recordRoom struct {
 	mu      sync.Mutex
 	records flow.Records[*session, *remote]
-	looked  int64 // when the outbox looked for overdue records last
+	looked  int64 // when the outbox last looked for overdue records
 }
 
 // recordLook is the time between two looks for overdue records, in nanoseconds: a tenth of the shortest patience.

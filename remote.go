@@ -10,7 +10,7 @@ import (
 	"github.com/natsstream/stream/internal/wheel"
 )
 
-// This file watches the other ends of an endpoint's streams: one question serves all streams that two ends share;
+// This file watches the other ends of an endpoint's streams. One question serves all streams that two ends share;
 // docs/PROTOCOL.md section 13.2. The outbox runs all of it, except setPeerTimeout and ownPatience, which any goroutine
 // may call.
 
@@ -28,7 +28,7 @@ type remote struct {
 	trip      int64 // time from the last question on a single stream to its answer
 	lookedAt  int64 // when all streams were looked at, by the endpoint's time
 	absent    bool  // NATS reported that nobody received a question
-	shortest  int64 // shortest timeout that any stream had of its own, 0 if none had
+	shortest  int64 // the shortest timeout that a stream has had of its own, 0 if none had one
 
 	resuming []*session // wait to ask after a reconnect
 	resumed  int64      // value of outbox.resumed when paid was last reset
@@ -55,7 +55,7 @@ const (
 	// candidates bounds the search for a stream that can be asked.
 	candidates = 8
 
-	// patienceParts is how often the peer is asked at least within a stream's own timeout.
+	// patienceParts is the least number of questions to the peer within a stream's own timeout.
 	patienceParts = 4
 )
 
@@ -225,7 +225,7 @@ func (p *remote) mayRepeat(now, ack int64) bool {
 // because questions may queue on a slow line. A lost stream must still be noticed, so it is half of ResumeTimeout at most.
 func (p *remote) repeatAfter(repeat, resume int64) int64 { return max(repeat, min(2*p.trip, resume/2)) }
 
-// repeats records that a stream does so.
+// repeats records that a stream repeats a question, or asks after a reconnect.
 func (p *remote) repeats(now int64) {
 	if p.paid > 0 {
 		p.paid--
@@ -234,8 +234,9 @@ func (p *remote) repeats(now int64) {
 	}
 }
 
-// mayResume reports whether s may ask its peer now, after a reconnect. If too many others have asked and were not answered, s waits.
-// A stream that needs an answer, because it has unacknowledged packets or no credit, asks when that is overdue.
+// mayResume reports whether s may ask its peer now, after a reconnect. If too many other streams have asked and got no
+// answer, s waits. A stream that has unacknowledged packets or no credit needs an answer, and asks when the answer is
+// overdue.
 func (o *outbox) mayResume(s *session) bool {
 	p, now := s.remote.Load(), o.time()
 	if p == nil || s.crossing() != nil { // a stream across accounts may have lost its mapping, and others say nothing of it

@@ -31,7 +31,7 @@ type unackedPackets struct {
 	loss    flow.Loss
 	passing *flow.Passing // nil until a packet may not pass
 	failed  *packet       // could not be published; goes before any other packet
-	cut     []*packet     // were sealed, and cut or numbered again since: they go before packer.ready
+	cut     []*packet     // sealed packets that were cut or renumbered since: they go before packer.ready
 	bytes   uint64        // of all packets that were published
 	waits   bool          // failed waits for credit, or for a packet that may not pass
 	whole   int32         // bytes of the largest packet that was just acknowledged and had been published as a whole
@@ -123,7 +123,8 @@ func (snd *sender) publishNext() progress {
 	return packetPublished
 }
 
-// notePublished wakes the writers that wait until the packet that was published last is. retry says that an earlier try failed.
+// notePublished wakes the writers that wait for the packet that was published last. retry reports whether an earlier
+// attempt failed.
 func (snd *sender) notePublished(retry bool) {
 	pk := snd.packer
 	// Flush sets waiting before it loads published. So either it sees the new number, or the load below sees that it waits.
@@ -385,8 +386,8 @@ func (q *unackedPackets) sizeOf(count uint32) (n uint64) {
 	return n
 }
 
-// again prepares all packets from seq on to be published again, and reports whether there are any. It returns the bytes that were on
-// their way if this is a new loss. For a repeated request it looks at no packet.
+// again prepares the retransmission of all packets from seq on, and reports whether there are any. If this is a new
+// loss, it returns the bytes that were on their way. For a repeated request it looks at no packet.
 func (q *unackedPackets) again(seq uint32, now, patience int64) (again bool, bytes uint64) {
 	again, lost := q.Again(seq, now, patience)
 	if lost != 0 {
@@ -396,8 +397,8 @@ func (q *unackedPackets) again(seq uint32, now, patience int64) (again bool, byt
 	return again, bytes
 }
 
-// release returns the packets before seq to the pool. It returns their number, their bytes, the bytes of their
-// buffers, and what was written down to the last of them.
+// release returns the packets before seq to the pool. It returns their number, their bytes, the bytes of their buffers,
+// and the count of records and bytes that were written down to the last of them.
 func (q *unackedPackets) release(seq uint32) (n uint32, bytes, memory uint64, through counted) {
 	n = q.Release(seq, func(p *packet) {
 		memory += p.memory()

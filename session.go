@@ -86,7 +86,8 @@ func (ep *endpoint) largestWindow(o *openOptions) uint64 {
 	return ep.window
 }
 
-// prepare keeps those options of a stream that matter after it was opened. most is the largest window. The session is not registered yet.
+// prepare stores the options of a stream that matter after it was opened. most is the largest window. The session is
+// not registered yet.
 func (s *session) prepare(o *openOptions, most uint64) {
 	x := s.extra()
 	x.answered, x.window = o.answered, most
@@ -110,10 +111,10 @@ func (s *session) limitOpening(until time.Time) {
 type endKind uint8
 
 const (
-	endComplete   endKind = iota // nothing remains to be done. A running handler goes on
+	endComplete   endKind = iota // both directions are complete. A running handler goes on
 	endPeerClosed                // the reader has read the peer's CLOSE with another code than 1000
 	endReset                     // the peer's RESET arrived
-	endPeerDone                  // the same, but the peer's CLOSE may wait to be read: writes fail with ErrClosed
+	endPeerDone                  // as endReset, but the peer's CLOSE may wait to be read: writes fail with ErrClosed
 	endFault                     // this end found that the stream cannot go on
 	endLocal                     // this end ends the stream: records that arrived are not delivered
 )
@@ -125,7 +126,8 @@ type ending struct {
 	reset CloseError // code and text of the RESET for the peer; code 0 if none is sent
 }
 
-// wholeEnd is the end of a stream that went through in every direction, with nothing left to tell the peer. It is not changed.
+// wholeEnd is the end of a stream that is complete in both directions. The peer needs no RESET. wholeEnd is never
+// changed.
 var wholeEnd = ending{kind: endComplete, err: io.EOF}
 
 // event is what the end of a stream is in the table of its life.

@@ -2,7 +2,8 @@ package stream
 
 import "sync/atomic"
 
-// This file has the counters of an endpoint. They are atomics, and any goroutine may use them.
+// This file has the counters of an endpoint. They are atomics, or tallies of the mux. The goroutine in which an event
+// happens counts it. Any goroutine may read them.
 
 // Stats are counters of one Client or Server since it was made, and gauges of its present use. Dropped messages are counted
 // by reason. No drop loses a record of a stream without an error on that stream. In JSON the names are in snake case, such as

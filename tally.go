@@ -7,7 +7,8 @@ import (
 	"github.com/natsstream/stream/internal/race"
 )
 
-// This file has a count that costs its owner no locked instruction. The owner adds to it, and any goroutine reads it.
+// This file has a count that costs its owner no locked instruction. Only the owner adds to it. Any goroutine may read
+// it.
 
 // tally is a count that one goroutine at a time changes, and that any goroutine reads. An atomic store costs as much as the rest of
 // Recv on some processors. So 64-bit builds store a plain word: a reader gets one of the values that were stored, as the memory

@@ -54,7 +54,7 @@ func (s *session) count(n int) {
 // share. The reader calls it when it grants credit or waits, and the outbox at the end of the stream.
 func (s *session) publishCount() {
 	n := uint32(s.recv.records.load())
-	if more := int32(n - s.recv.published.Swap(n)); more != 0 { // below 0 if a later call was faster
+	if more := int32(n - s.recv.published.Swap(n)); more != 0 { // negative if a later call was faster
 		s.ep.counters.records.Add(uint64(int64(more)))
 	}
 }
@@ -69,10 +69,11 @@ func (pk *packer) writtenLocked() counted {
 	return out
 }
 
-// besideLocked takes n bytes out of the count of bytes that were written: they are in a packet, and are not those of a record.
+// besideLocked takes n bytes out of the count of written bytes: they are in a packet, but belong to no record.
 func (pk *packer) besideLocked(n int) { pk.written.bytes -= uint64(n) }
 
-// acknowledgeLocked notes that the peer has acknowledged what was written down to through, which is 0 if no record ended in it.
+// acknowledgeLocked records that the peer has acknowledged all records and bytes up to through. through is 0 if no
+// record ended in the acknowledged packets.
 func (pk *packer) acknowledgeLocked(through counted) {
 	if through != (counted{}) {
 		pk.acknowledged = through

@@ -12,8 +12,8 @@ import (
 // This file follows the NATS connection: its status, and the errors that NATS reports. The endpoint's watcher runs it,
 // except reported and subscriptionRefused, which NATS's error callback runs.
 
-// watch follows the connection's status and the inbox until the endpoint is closed or the connection is. before says whether the
-// connection has been up.
+// watch follows the connection's status and the inbox until the endpoint or the connection is closed. before reports
+// whether the connection has been up.
 func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 	defer close(ep.watched)
 	defer ep.stopWatch()

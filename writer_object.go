@@ -59,8 +59,8 @@ func (w *Writer) WriteAppend(encode func(dst []byte) ([]byte, error)) (n int, er
 	})
 }
 
-// encodeLocked writes the record that encode makes of v. encode gets room for a record, and reports whether the record is elsewhere
-// because it did not fit.
+// encodeLocked writes the record that encode makes of v. encode gets room for a record. If the record does not fit,
+// encode returns it in memory of its own, and reports spilled.
 func (w *Writer) encodeLocked(v any, codec FrameFlags, encode func(dst []byte) (record []byte, spilled bool, err error)) (n int, err error) {
 	if w.session.peerTakesJSON() {
 		return w.encodeJSONLocked(v, encode)

@@ -8,7 +8,7 @@ import (
 // This file has the turn of writers, their waits, and the error of writes after the end of the stream. Writers run it
 // with the lock held.
 
-// awaitTurnLocked waits until no other goroutine has the turn. It returns the error if the stream takes no more
+// awaitTurnLocked waits until no other goroutine has the turn. It returns an error if the stream accepts no more
 // records. With timed, it also fails if the write deadline has passed.
 func (w *Writer) awaitTurnLocked(timed bool) error {
 	for {
