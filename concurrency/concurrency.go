@@ -1,5 +1,5 @@
-// Package concurrency carries the outcome of work done elsewhere through a channel: a value, or the error that came
-// instead of it. [github.com/natsstream/stream.Client.OpenStream] delivers its records in this form.
+// Package concurrency carries the result of other goroutines' work through a channel: a value, or the error in its
+// place. [github.com/natsstream/stream.Client.OpenStream] delivers its records in this form.
 package concurrency
 
 import (

@@ -10,17 +10,20 @@
 // Use [github.com/natsstream/stream.Stream.Next], Read, WriteTo, RecvObject or io.Copy for the full gain. Recv and All copy each
 // packet once, because their records may be kept.
 //
-// # Where it works
+// # Supported connections
 //
-// It works over TCP, with TLS, and over a dialer of your own. It cannot work over WebSocket or with [nats.InProcessServer]: all
-// messages go the ordinary way there. [github.com/natsstream/stream.Stats].Fast says which way the messages take.
+// The option works over TCP, with TLS, and over a dialer of your own. It has no effect over WebSocket and with
+// [nats.InProcessServer]: nats.go carries all messages of such a connection. [github.com/natsstream/stream.Stats].Fast
+// reports whether packets go past nats.go.
 //
 // # Differences
 //
-//   - The option replaces the dialer of the connection. Give [nats.SetCustomDialer] and [nats.Dialer] before it.
-//   - [nats.Conn.TLSConnectionState] returns [nats.ErrConnectionNotTLS], because nats.go does not make TLS itself.
+//   - The option replaces the dialer of the connection. Put [nats.SetCustomDialer] and [nats.Dialer] before it in the
+//     call of [nats.Connect].
+//   - [nats.Conn.TLSConnectionState] returns [nats.ErrConnectionNotTLS], because nats.go does not set up TLS itself.
 //   - OutMsgs and OutBytes of [nats.Conn.Stats] do not count packets.
-//   - The process keeps up to 4 MiB of receive buffers. It uses up to 32 MiB while readers are slow; beyond that, packets are copied.
+//   - The process keeps up to 4 MiB of receive buffers. It uses up to 32 MiB while readers are slow. Beyond that,
+//     connections copy each packet into memory of its own.
 package fastconn
 
 import (
@@ -29,6 +32,6 @@ import (
 	"github.com/natsstream/stream/internal/tap"
 )
 
-// Enable returns an option for [nats.Connect]. Give it after [nats.SetCustomDialer]: it uses the dialer that the connection has. Use
-// a new option for each connection.
+// Enable returns an option for [nats.Connect]. Put it after [nats.SetCustomDialer], because it wraps the dialer that
+// the connection has. Call Enable again for each connection.
 func Enable() nats.Option { return tap.Use }

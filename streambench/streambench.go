@@ -15,7 +15,7 @@
 //   - Open/size=S: a stream is opened, carries one record, and ends.
 //   - Echo/size=S: a record travels to a handler and back over an open stream.
 //
-// The names and units are part of the API: they change only with a release that says so.
+// The names and units are part of the API. If they change, the changelog of the release states it.
 //
 // Producer and consumer run in the process of the benchmark, with a connection each. Each record carries its number. A run in
 // which a record was lost, repeated, cut or reordered fails. The units are ns/op (a record, or a stream for Open), MB/s (of
@@ -39,7 +39,8 @@ import (
 // MinSize is the smallest size of a record, in bytes. A record needs room for its number and that of its stream.
 const MinSize = load.MinSize
 
-// Params say where and what to measure. The zero value of each field selects the default that its comment names.
+// Params select the NATS server and the measurements. The zero value of each field selects the default that its comment
+// names.
 type Params struct {
 	// URL is the address of the NATS server: nats.DefaultURL by default.
 	URL string

@@ -226,7 +226,7 @@ func (s *clientStream) send(record []byte) error {
 	return io.EOF
 }
 
-// CloseSend says that no further message follows. It returns nil: RecvMsg reports all errors.
+// CloseSend announces that no further message follows. It returns nil: RecvMsg reports all errors.
 func (s *clientStream) CloseSend() error {
 	s.sendDone = true
 	if s.stream != nil {
@@ -350,7 +350,7 @@ func (s *clientStream) broken(err error) {
 	}
 }
 
-// finishWithStatus ends a call as the server said.
+// finishWithStatus ends a call with the status that the server sent.
 func (s *clientStream) finishWithStatus(b []byte) {
 	trailer, encoded, err := parseStatus(b)
 	var st spb.Status

@@ -7,9 +7,9 @@
 //	srv := streamgrpc.NewServer(server)           // server is a *stream.Server
 //	pb.RegisterGreeterServer(srv, &greeterService{})
 //
-// NATS takes the place of addresses, name resolution and load balancing. Each service has a subject, and the servers that have
-// registered it share its calls as a queue group. Flush the server's connection after you registered services: the NATS server
-// knows them from then on.
+// NATS takes the place of addresses, name resolution and load balancing. Each service has a subject, and the servers
+// that have registered it share its calls as a queue group. Flush the server's connection after you have registered
+// services. When Flush has returned, the NATS server knows the services.
 //
 // # What works as with gRPC
 //
@@ -30,7 +30,7 @@
 // A call ends with the status that the service returned. If the stream under it ends otherwise, the status is:
 //
 //   - codes.Unavailable if no server has the prefix, the server had no room, or the server or the connection was lost.
-//     [stream.Retryable] tells if the service surely did not run: the status wraps the error of the stream.
+//     [stream.Retryable] reports whether the service surely did not run. The status wraps the error of the stream.
 //   - codes.Unimplemented if servers have the prefix, but none the service
 //   - codes.Canceled and codes.DeadlineExceeded if the context of the call ended
 //   - codes.ResourceExhausted if a message was too large

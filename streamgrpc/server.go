@@ -18,8 +18,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// Server runs the methods of services for calls that arrive as streams. It takes the place of a *grpc.Server where services are
-// registered. It is safe for use by many goroutines at once.
+// Server runs the methods of services for calls that arrive as streams. It takes the place of a *grpc.Server for the
+// registration of services. It is safe for use by many goroutines at once.
 type Server struct {
 	streams *stream.Server
 	prefix  string
@@ -53,8 +53,9 @@ func NewServer(s *stream.Server, options ...ServerOption) *Server {
 	return srv
 }
 
-// RegisterService makes a service reachable. Generated code calls it. It panics if the service is registered already, if impl does
-// not implement it, or if its name is no subject, as these are errors of the program. [Server.Err] reports errors of NATS.
+// RegisterService makes a service reachable. Generated code calls it. It panics if the service is registered already,
+// if impl does not implement it, or if its name is no subject, because these are errors of the program. [Server.Err]
+// reports errors of NATS.
 func (s *Server) RegisterService(desc *grpc.ServiceDesc, impl any) {
 	if impl != nil {
 		if want := reflect.TypeOf(desc.HandlerType).Elem(); !reflect.TypeOf(impl).Implements(want) {
@@ -110,8 +111,8 @@ func (s *Server) Err() error {
 	return err
 }
 
-// Stop takes the services out: new calls go to other servers. Running calls go on. To wait for them, drain the stream.Server, which
-// also takes out its services.
+// Stop ends the registration of the services: new calls go to other servers. Running calls go on. To wait for them,
+// drain the stream.Server. Drain also ends the registration of the services.
 func (s *Server) Stop() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

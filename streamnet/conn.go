@@ -14,7 +14,7 @@ import (
 
 // Addr is the address of an end of a connection.
 type Addr struct {
-	Subject string // that the listener serves; empty at the dialing end, which has none
+	Subject string // the subject that the listener serves; empty for the dialing end, which has none
 }
 
 // Network returns "nats".
@@ -104,8 +104,8 @@ func (c *Conn) WriteTo(w io.Writer) (int64, error) {
 	return n, c.failed("read", err)
 }
 
-// Write sends p. It waits while the other end is behind by a window. It returns how many bytes were taken. Errors are of type
-// [*net.OpError].
+// Write sends p. It waits while the other end is behind by a window. It returns the number of bytes that it accepted.
+// Errors are of type [*net.OpError].
 func (c *Conn) Write(p []byte) (n int, err error) {
 	if err := c.enter(); err != nil {
 		return 0, c.failed("write", err)
@@ -122,8 +122,8 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// Close ends the connection. Calls that wait return [net.ErrClosed]. The other end reads what was written before, and then
-// [io.EOF]. A second Close returns net.ErrClosed.
+// Close ends the connection. Calls that wait return [net.ErrClosed]. The other end reads all bytes that were written
+// before, and then [io.EOF]. A second Close returns net.ErrClosed.
 func (c *Conn) Close() error {
 	err := c.failed("close", net.ErrClosed)
 	c.once.Do(func() {
@@ -142,7 +142,7 @@ func (c *Conn) Close() error {
 	return err
 }
 
-// CloseWrite ends the write half: the other end reads [io.EOF] after what was written. The read half stays open.
+// CloseWrite ends the write half: the other end reads [io.EOF] after all written bytes. The read half stays open.
 func (c *Conn) CloseWrite() error {
 	if err := c.enter(); err != nil {
 		return c.failed("close", err)
@@ -199,8 +199,8 @@ func (c *Conn) failed(op string, err error) error {
 // the end of a stream that lacks records.
 var closedUnwritten = &stream.CloseError{Code: 4998}
 
-// Dial connects to a listener on subject. It returns when a server has taken the connection, which may wait for Accept there. ctx
-// bounds Dial and not the connection. opts are those of [stream.Client.Open].
+// Dial connects to a listener on subject. It returns when a server has accepted the stream of the connection, which may
+// still wait for Accept there. ctx bounds Dial and not the connection. opts are those of [stream.Client.Open].
 //
 // Errors are of type [*net.OpError], and wrap those of Open: [github.com/nats-io/nats.go.ErrNoResponders] if nobody listens, and
 // errors for which [stream.Retryable] is true if no server has room.
@@ -236,7 +236,7 @@ func Dial(ctx context.Context, client *stream.Client, subject string, opts ...st
 	return c, nil
 }
 
-// written knows whether anything was written to a stream.
+// written is a writer that records whether anything was written to a stream.
 type written struct {
 	*stream.Stream
 	any atomic.Bool

@@ -12,15 +12,17 @@
 //
 // # Spans
 //
-// A span begins when the stream is opened, or its request arrives. It ends when the stream has ended at this end. Its name is
-// "stream" and the subject. These are its attributes, after the semantic conventions for messaging where they have one:
+// A span begins when the stream is opened, or its request arrives. It ends when the stream has ended at this end. Its
+// name is "stream" and the subject. It has these attributes. Those that the semantic conventions for messaging define
+// have the names of the conventions:
 //
 //   - messaging.system: nats
 //   - messaging.destination.name: the subject of the request
-//   - stream.records.received, stream.records.sent, stream.bytes.received, stream.bytes.sent: what this end read and wrote
+//   - stream.records.received, stream.records.sent, stream.bytes.received, stream.bytes.sent: the records and bytes
+//     that this end read and wrote
 //   - error.type: of a stream that failed, the close code as a number, or the kind of the error
 //
-// A consumer that closes its stream before the end has no error.
+// A consumer that closes its stream before the end causes no error.
 //
 // # Metrics
 //

@@ -9,8 +9,8 @@
 //
 // # Metrics of streams
 //
-// They have the labels subject, of the request, and side, which is consumer or producer. Writers of stream.NewWriter do not know
-// their subject: it is empty.
+// The metrics of streams have two labels: subject, the subject of the request, and side, which is consumer or producer.
+// The subject is empty for Writers of stream.NewWriter, which do not know it.
 //
 //   - stream_opened_total: streams that were opened
 //   - stream_open: streams that are open
@@ -30,8 +30,9 @@
 //
 // # Cardinality
 //
-// Each subject makes series of its own. If a part of the subjects changes, shorten them by [WithSubject]. After 1,000 subjects, further
-// ones are counted as "other", so that a stranger cannot fill your Prometheus. No label holds a token.
+// Each subject makes series of its own. If a part of your subjects changes, shorten them by [WithSubject]. After 1,000
+// subjects, the metrics count streams of further subjects as "other", so that a stranger cannot fill your Prometheus.
+// No label holds a token.
 package streamprom
 
 import (
@@ -185,8 +186,9 @@ func codeOf(err error) string {
 	return "error"
 }
 
-// Watch adds the counters of a client or server, whose Stats method is stats, below a name. A second Watch of the name replaces
-// the first; with a nil function, it removes the name. Remove a client or server that was closed.
+// Watch adds the counters of a client or server under a name. stats is the Stats method of the client or server. A
+// second Watch with the same name replaces the first. A nil stats removes the name: remove a client or server that was
+// closed.
 func (m *Metrics) Watch(name string, stats func() stream.Stats) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

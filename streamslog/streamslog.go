@@ -10,17 +10,17 @@
 // # Lines
 //
 //   - "stream opened", at the level Debug
-//   - "stream closed", at the level Debug after the normal end, and if the consumer has left or its context was canceled; at the level
-//     Info if one end shuts down; at the level Warn after any other end
+//   - "stream closed": at the level Debug after the normal end, and if the consumer has left or its context was
+//     canceled. At the level Info if one end shuts down. At the level Warn after any other end.
 //   - "stream retransmitted packets", at the level Info
 //   - "stream reconnected", at the level Info: the stream goes on after a reconnect of this end
 //
 // # Rates
 //
-// Lines at Info and Warn are bounded, because thousands of streams may share a fault. In ten seconds, the first ten streams that closed
-// with a warning have lines of their own, and so has the first stream of each other event. A last line counts the rest: "streams
-// closed", "streams retransmitted packets" or "streams reconnected". It comes at the end of the ten seconds, so a program that exits
-// before loses it. Lines at Debug are not bounded.
+// Lines at Info and Warn are bounded, because thousands of streams may share a fault. In ten seconds, the first ten
+// streams that close with a warning get lines of their own, and so does the first stream of each other event. A last
+// line counts the rest: "streams closed", "streams retransmitted packets" or "streams reconnected". It comes at the end
+// of the ten seconds, so a program that exits before loses it. Lines at Debug are not bounded.
 //
 // # Attributes
 //
@@ -34,8 +34,8 @@
 //   - packets: how many packets were retransmitted
 //   - events: how many events a line counts
 //
-// Tokens of streams, which errors of NATS name, are replaced by "***". Who knows one can read and write the stream. Errors have the
-// texts that peers and handlers gave.
+// Errors of NATS may contain tokens of streams, and a user who knows a token may read and write the stream. So lines
+// have "***" in place of tokens. Other texts of errors are those of peers and handlers.
 package streamslog
 
 import (

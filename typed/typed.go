@@ -14,21 +14,21 @@
 //	s, err := typed.Open[Query, Price](ctx, client, "prices", Query{Symbol: "X"})
 //	for price, err := range s.All() { … }
 //
-// The first type is of the request, and of the records that the consumer sends after it. The second type is of the records of the
-// producer. Both ends need the same types only as far as the codec demands it.
+// The first type is that of the request, and of the records that the consumer sends after it. The second type is that
+// of the producer's records. The two ends may use different types if the codec decodes one from the other.
 //
 // # Codecs
 //
-// The consumer chooses the codec: [MsgPack], unless [WithCodecs] says otherwise. The producer takes all codecs that its own
-// WithCodecs lists: MsgPack and [JSON] by default. If it lacks the codec, the stream ends with stream.CloseUnsupportedData and a
-// reason that names the codecs of both. Package protocodec has one for Protocol Buffers, package cborcodec one for CBOR; each is a
-// module of its own. Your own codec is a type with three methods. Records are encoded straight into packets.
-// docs/PROTOCOL.md section 6 has the format.
+// The consumer chooses the codec: [MsgPack], unless [WithCodecs] sets another. The producer accepts all codecs that its
+// own WithCodecs lists: MsgPack and [JSON] by default. If the producer lacks the codec, the stream ends with
+// stream.CloseUnsupportedData and a reason that names the codecs of both ends. Package protocodec has a codec for
+// Protocol Buffers, and package cborcodec one for CBOR. Each is a module of its own. A codec of your own is a type with
+// three methods. Records are encoded straight into packets. docs/PROTOCOL.md section 6 has the format.
 //
 // # Errors
 //
-// The errors are those of package stream. A record that does not decode fails one call of Recv, with an error that says so; the
-// stream goes on. A request that does not decode ends the stream with stream.CloseBadRequest.
+// The errors are those of package stream. If a record does not decode, one call of Recv fails with a [*DecodeError],
+// and the stream goes on. A request that does not decode ends the stream with stream.CloseBadRequest.
 package typed
 
 import (
@@ -64,7 +64,7 @@ func collect(opts []Option) options {
 	return o
 }
 
-// WithCodecs sets the codecs. Open uses the first of them, and Handle takes all.
+// WithCodecs sets the codecs. Open uses the first of them, and Handle accepts all of them.
 func WithCodecs(first Codec, more ...Codec) Option {
 	return func(o *options) { o.codecs = append([]Codec{first}, more...) }
 }
@@ -111,7 +111,8 @@ func Open[Req, Rec any](ctx context.Context, c *stream.Client, subject string, r
 // Recv returns the next record. It waits and fails as [stream.Stream.Recv] does: [io.EOF] is the normal end.
 func (s *Stream[Req, Rec]) Recv() (Rec, error) { return recv[Rec](s.raw.Next, s.codec) }
 
-// All returns all records until the end of the stream, as [stream.Stream.All] does. A record that does not decode ends it.
+// All returns an iterator over the records, as [stream.Stream.All] does. It also stops after a record that does not
+// decode.
 func (s *Stream[Req, Rec]) All() iter.Seq2[Rec, error] { return all(s.Recv) }
 
 // Send sends v to the producer. It waits and fails as [stream.Stream.Write] does.
@@ -138,7 +139,7 @@ type Handler[Req, Rec any] func(s *ServerStream[Req, Rec]) error
 
 // ServerStream is the producer's end of a stream. One goroutine may receive while others send.
 type ServerStream[Req, Rec any] struct {
-	Request Req // that opened the stream
+	Request Req // the request that opened the stream
 	raw     *stream.Request
 	writer  *stream.Writer
 	codec   Codec
@@ -194,7 +195,8 @@ func (s *ServerStream[Req, Rec]) Send(v Rec) error {
 // Recv returns the next record of the consumer. It waits and fails as [stream.Request.Recv] does: [io.EOF] comes after CloseSend.
 func (s *ServerStream[Req, Rec]) Recv() (Req, error) { return recv[Req](s.raw.Next, s.codec) }
 
-// All returns all records of the consumer until its end, as [stream.Request.All] does. A record that does not decode ends it.
+// All returns an iterator over the consumer's records, as [stream.Request.All] does. It also stops after a record that
+// does not decode.
 func (s *ServerStream[Req, Rec]) All() iter.Seq2[Req, error] { return all(s.Recv) }
 
 // Raw returns the request and the writer below, for headers, Draining and the like.
