@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/encoding"
 	_ "google.golang.org/grpc/encoding/proto" // the default codec
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
 
 	"github.com/natsstream/stream"
@@ -29,6 +30,7 @@ type ClientConn struct {
 	unary    []grpc.UnaryClientInterceptor
 	stream   []grpc.StreamClientInterceptor
 	defaults []grpc.CallOption
+	stats    []stats.Handler
 	secure   bool
 
 	invoke grpc.UnaryInvoker // through the interceptors
@@ -135,12 +137,13 @@ func (c *ClientConn) newStream(ctx context.Context, desc *grpc.StreamDesc, metho
 			return nil, status.Errorf(codes.Internal, "no codec is registered for content subtype %q: import its package", name)
 		}
 	}
-	md, _ := metadata.FromOutgoingContext(ctx)
-	if md, err = s.withCredentials(ctx, md); err != nil {
-		return nil, err
+	s.watched = watch(ctx, c.stats, true, method, address(at), !s.waitForReady)
+	s.ctx, s.cancel = context.WithCancel(s.watched.ctx)
+	s.watched.begin(desc, !s.waitForReady)
+	md, _ := metadata.FromOutgoingContext(s.ctx)
+	if s.header.md, err = s.withCredentials(s.ctx, md); err != nil {
+		return nil, s.neverOpened(err)
 	}
-	s.header.md = md
-	s.ctx, s.cancel = context.WithCancel(ctx)
 	if desc.ClientStreams {
 		if err := s.start(nil); err != nil {
 			return nil, err

@@ -42,9 +42,11 @@ type clientStream struct {
 	peerTo           []*peer.Peer
 	onFinish         []func(error)
 
-	ctx    context.Context
-	cancel context.CancelFunc
-	stream *stream.Stream // nil until start
+	watched watched
+	ctx     context.Context
+	cancel  context.CancelFunc
+	stream  *stream.Stream // nil until start
+	unwatch func() bool    // ends the wait for the end of ctx; nil without such a wait; held by the reader
 
 	// The sender's.
 	buf      []byte
@@ -90,6 +92,8 @@ func (s *clientStream) apply(opts []grpc.CallOption) error {
 			s.codec, s.header.codec = o.CodecV2, o.CodecV2.Name()
 		case grpc.ForceCodecCallOption:
 			s.codec, s.header.codec = oldCodec{o.Codec}, o.Codec.Name()
+		case grpc.CustomCodecCallOption:
+			return status.Error(codes.Unimplemented, "grpc.CallCustomCodec is not supported: use grpc.ForceCodec")
 		case grpc.CompressorCallOption:
 			if o.CompressorType != "" && o.CompressorType != encoding.Identity {
 				return status.Errorf(codes.Unimplemented, "compression is not supported: call without grpc.UseCompressor(%q)", o.CompressorType)
@@ -154,6 +158,12 @@ func (s *clientStream) start(message []byte) error {
 	if err != nil {
 		return s.neverOpened(statusOf(s.ctx, err))
 	}
+	s.watched.outHeader(s.header.md)
+	if len(s.watched.handlers)+len(s.onFinish) > 0 { // they have to know the end of a call that nobody reads
+		s.reading <- struct{}{}
+		s.unwatch = context.AfterFunc(s.ctx, s.abandoned)
+		<-s.reading
+	}
 	for _, p := range s.peerTo {
 		*p = peer.Peer{Addr: address(s.subject)}
 	}
@@ -173,6 +183,13 @@ func (s *clientStream) neverOpened(err error) error {
 	s.finish(err)
 	<-s.reading
 	return err
+}
+
+// abandoned ends a call whose context has ended, unless a read does.
+func (s *clientStream) abandoned() {
+	s.reading <- struct{}{}
+	s.finish(statusOf(s.ctx, context.Cause(s.ctx)))
+	<-s.reading
 }
 
 // address is the subject of a peer.
@@ -203,12 +220,17 @@ func (s *clientStream) SendMsg(m any) error {
 		s.sendErr = err
 		return err
 	}
+	n := len(s.buf) - 1
 	if s.desc.ClientStreams {
-		return s.send(s.buf)
+		err = s.send(s.buf)
+	} else {
+		s.sent = true
+		err = s.start(s.buf[1:])
+		s.buf = nil
 	}
-	s.sent = true
-	err = s.start(s.buf[1:])
-	s.buf = nil
+	if err == nil {
+		s.watched.outPayload(m, n)
+	}
 	return err
 }
 
@@ -283,6 +305,7 @@ func (s *clientStream) RecvMsg(m any) error {
 		s.finish(err)
 		return err
 	}
+	s.watched.inPayload(m, len(record)-1)
 	if s.desc.ServerStreams {
 		return nil
 	}
@@ -342,6 +365,7 @@ func (s *clientStream) read() []byte {
 func (s *clientStream) broken(err error) {
 	switch {
 	case err == io.EOF: // the status is OK, and the trailer empty
+		s.watched.trailer(nil)
 		s.finish(io.EOF)
 	case errors.Is(err, nats.ErrNoResponders):
 		s.finish(s.conn.noResponders(s.ctx, err))
@@ -358,6 +382,7 @@ func (s *clientStream) finishWithStatus(b []byte) {
 		err = proto.Unmarshal(encoded, &st)
 	}
 	s.trailer = trailer
+	s.watched.trailer(trailer)
 	_, after := s.stream.Recv()
 	switch {
 	case err == nil && after == nil:
@@ -381,10 +406,14 @@ func (s *clientStream) finish(err error) {
 	if s.stream != nil {
 		_ = s.stream.Close()
 	}
+	if s.unwatch != nil {
+		s.unwatch()
+	}
 	s.cancel()
 	for _, to := range s.trailerTo {
 		*to = s.trailer
 	}
+	s.watched.end(s.trailer, err)
 	if err == io.EOF {
 		err = nil
 	}
@@ -398,6 +427,9 @@ func (s *clientStream) setHeader(md metadata.MD, err error) {
 	s.headerOnce.Do(func() {
 		if err != io.EOF {
 			s.headerErr = err
+		}
+		if err == nil {
+			s.watched.inHeader(md)
 		}
 		s.response = md
 		for _, to := range s.headerTo {

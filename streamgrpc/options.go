@@ -2,6 +2,7 @@ package streamgrpc
 
 import (
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/stats"
 )
 
 // Option configures a [ClientConn] or a [Server].
@@ -40,6 +41,12 @@ func WithStreamInterceptors(i ...grpc.StreamClientInterceptor) ClientOption {
 	return clientOption(func(c *ClientConn) { c.stream = append(c.stream, i...) })
 }
 
+// WithStatsHandlers adds handlers that get the events of each call, such as those of OpenTelemetry. They are told of calls only: TagConn
+// and HandleConn are not called, because a call has no connection of its own.
+func WithStatsHandlers(h ...stats.Handler) ClientOption {
+	return clientOption(func(c *ClientConn) { c.stats = append(c.stats, h...) })
+}
+
 // WithDefaultCallOptions sets call options that come before those of each call.
 func WithDefaultCallOptions(o ...grpc.CallOption) ClientOption {
 	return clientOption(func(c *ClientConn) { c.defaults = append(c.defaults, o...) })
@@ -63,6 +70,11 @@ func UnaryInterceptors(i ...grpc.UnaryServerInterceptor) ServerOption {
 // StreamInterceptors adds interceptors of streaming calls. The first one is the outermost.
 func StreamInterceptors(i ...grpc.StreamServerInterceptor) ServerOption {
 	return serverOption(func(s *Server) { s.around = append(s.around, i...) })
+}
+
+// StatsHandlers adds handlers that get the events of each call at its server, as [WithStatsHandlers] does at its client.
+func StatsHandlers(h ...stats.Handler) ServerOption {
+	return serverOption(func(s *Server) { s.stats = append(s.stats, h...) })
 }
 
 // MaxRecvMsgSize sets the largest message in bytes that a server takes: 4 MiB by default, as in gRPC. MaxRecordSize of the

@@ -1,6 +1,7 @@
 package streamgrpc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,8 +13,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/natsstream/stream"
 )
@@ -25,6 +26,7 @@ type Server struct {
 	prefix  string
 	unary   []grpc.UnaryServerInterceptor
 	around  []grpc.StreamServerInterceptor
+	stats   []stats.Handler
 	maxRecv int
 
 	mu            sync.Mutex
@@ -150,20 +152,37 @@ func (s *Server) serve(name string, svc *service, w *stream.Writer, r *stream.Re
 	}
 	ctx = metadata.NewIncomingContext(ctx, c.md)
 	ctx = peer.NewContext(ctx, &peer.Peer{Addr: address(r.Subject), LocalAddr: address(r.Subject)})
-	call.ctx = grpc.NewContextWithServerTransportStream(ctx, transportStream{call})
-	if c.codec == "" {
-		c.codec = "proto"
+	call.watched = watch(ctx, s.stats, false, call.method, address(r.Subject), false)
+	call.watched.inHeader(c.md)
+	call.ctx = grpc.NewContextWithServerTransportStream(call.watched.ctx, transportStream{call})
+	return call.end(s.run(call, svc, method))
+}
+
+// run runs the method of a call, and returns the error of the service.
+func (s *Server) run(call *serverStream, svc *service, method string) error {
+	unary, isUnary := svc.methods[method]
+	desc, isStream := svc.streams[method]
+	call.watched.begin(&desc, false)
+	returned := false
+	defer func() {
+		if !returned { // the service panicked, and the stream.Server ends the call
+			call.watched.end(call.trailer, status.Error(codes.Internal, "the service panicked"))
+		}
+	}()
+	var err error
+	switch call.codec = codecOf(cmp.Or(call.call.codec, "proto")); {
+	case call.codec == nil:
+		err = status.Errorf(codes.Internal, "the server has no codec for content subtype %q: import its package", call.call.codec)
+	case isUnary:
+		err = s.runUnary(call, svc, unary)
+	case isStream:
+		err = s.runStream(call, svc, desc)
+	default:
+		service, _, _ := strings.Cut(call.method[1:], "/")
+		err = status.Errorf(codes.Unimplemented, "unknown method %s for service %s", method, service)
 	}
-	if call.codec = codecOf(c.codec); call.codec == nil {
-		return call.end(status.Errorf(codes.Internal, "the server has no codec for content subtype %q: import its package", c.codec))
-	}
-	if m, ok := svc.methods[method]; ok {
-		return call.end(s.runUnary(call, svc, m))
-	}
-	if d, ok := svc.streams[method]; ok {
-		return call.end(s.runStream(call, svc, d))
-	}
-	return call.end(status.Errorf(codes.Unimplemented, "unknown method %s for service %s", method, name))
+	returned = true
+	return err
 }
 
 // runUnary runs a method that takes a message and returns one.
@@ -200,13 +219,4 @@ func chainUnary(all []grpc.UnaryServerInterceptor) grpc.UnaryServerInterceptor {
 		}
 		return h(ctx, req)
 	}
-}
-
-// marshalStatus encodes the status of err.
-func marshalStatus(err error) ([]byte, error) {
-	st, ok := status.FromError(err)
-	if !ok {
-		st = status.FromContextError(err)
-	}
-	return proto.Marshal(st.Proto())
 }

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/natsstream/stream"
 )
@@ -25,6 +26,7 @@ type serverStream struct {
 	call      call
 	codec     encoding.CodecV2
 	streaming bool // the client sends any number of messages
+	watched   watched
 	ctx       context.Context
 
 	received bool // the only message of the client was received
@@ -79,7 +81,11 @@ func (s *serverStream) SendHeader(md metadata.MD) error {
 func (s *serverStream) sendHeader() error {
 	s.headerSent = true
 	s.buf = appendMetadata(append(s.buf[:0], recordHeader), s.header)
-	return s.write()
+	if err := s.write(); err != nil {
+		return err
+	}
+	s.watched.outHeader(s.header)
+	return nil
 }
 
 // write sends s.buf as a record.
@@ -100,17 +106,25 @@ func (s *serverStream) SetTrailer(md metadata.MD) {
 
 // SendMsg sends m, and may block while the client does not read.
 func (s *serverStream) SendMsg(m any) error {
-	if !s.headerSent && len(s.header) > 0 {
+	switch {
+	case s.headerSent:
+	case len(s.header) > 0:
 		if err := s.sendHeader(); err != nil {
 			return err
 		}
+	default: // the message shows that there is none
+		s.headerSent = true
+		s.watched.outHeader(nil)
 	}
-	s.headerSent = true
 	var err error
 	if s.buf, err = appendMessage(append(s.buf[:0], recordMessage), s.codec, m); err != nil {
 		return err
 	}
-	return s.write()
+	if err := s.write(); err != nil {
+		return err
+	}
+	s.watched.outPayload(m, len(s.buf)-1)
+	return nil
 }
 
 // RecvMsg receives the next message into m. It returns io.EOF after the last one.
@@ -125,7 +139,7 @@ func (s *serverStream) RecvMsg(m any) error {
 		if s.streaming {
 			return status.Error(codes.Internal, "the client sent one message only: its stub is of another version")
 		}
-		return decode(s.call.message, s.server.maxRecv, s.codec, m)
+		return s.decode(s.call.message, m)
 	}
 	record, err := s.request.Recv()
 	switch {
@@ -140,33 +154,50 @@ func (s *serverStream) RecvMsg(m any) error {
 	case len(record) == 0 || record[0] != recordMessage:
 		return status.Error(codes.Internal, "a record that is no message: is the peer a client of this package?")
 	}
-	return decode(record[1:], s.server.maxRecv, s.codec, m)
+	return s.decode(record[1:], m)
+}
+
+func (s *serverStream) decode(message []byte, m any) error {
+	if err := decode(message, s.server.maxRecv, s.codec, m); err != nil {
+		return err
+	}
+	s.watched.inPayload(m, len(message))
+	return nil
 }
 
 // end sends the status of the service's result, and the trailer. The stream ends normally after it.
 func (s *serverStream) end(result error) error {
+	if result == nil {
+		result = s.invalid
+	}
+	st, ok := status.FromError(result)
+	if !ok {
+		st = status.FromContextError(result)
+	}
+	err := s.sendStatus(st)
+	s.watched.trailer(s.trailer)
+	s.watched.end(s.trailer, st.Err())
+	return err
+}
+
+func (s *serverStream) sendStatus(st *status.Status) error {
 	if !s.headerSent && len(s.header) > 0 {
 		if err := s.sendHeader(); err != nil {
 			return err
 		}
 	}
-	if result == nil {
-		result = s.invalid
-	}
-	if result == nil && len(s.trailer) == 0 {
+	if st.Code() == codes.OK && len(s.trailer) == 0 {
 		return nil
 	}
-	encoded, err := marshalStatus(result)
+	encoded, err := proto.Marshal(st.Proto())
 	if err != nil {
 		return err
 	}
 	s.buf = appendMetadata(append(s.buf[:0], recordStatus), s.trailer)
 	s.buf = protowire.AppendTag(s.buf, fieldStatus, protowire.BytesType)
 	s.buf = protowire.AppendBytes(s.buf, encoded)
-	if _, err := s.writer.Write(s.buf); err != nil && !errors.Is(err, stream.ErrRecordTooLarge) {
-		return err
-	} else if err == nil {
-		return nil
+	if _, err = s.writer.Write(s.buf); errors.Is(err, stream.ErrRecordTooLarge) {
+		return &stream.CloseError{Code: stream.CloseMessageTooBig, Text: "the trailer or the details of the status are too large"}
 	}
-	return &stream.CloseError{Code: stream.CloseMessageTooBig, Text: "the trailer or the details of the status are too large"}
+	return err
 }
