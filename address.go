@@ -16,7 +16,7 @@ type move struct {
 	subject string
 	nonce   [nonceSize]byte
 	at      int64 // when the challenge was sent
-	lost    bool  // the previous subject leads nowhere any longer: packets sent there are missing
+	lost    bool  // the previous subject no longer reaches the peer: packets sent there are missing
 }
 
 // whereabouts holds further facts about the address of a peer. Few streams need it. The outbox owns it.
@@ -90,8 +90,8 @@ func (s *session) moveTo(subject string, now int64, lost bool) Frame {
 	return Frame{Type: FrameChallenge, Payload: m.nonce[:]}
 }
 
-// proved takes the answer to a challenge. If nonce is that of the challenge, the peer moves to the challenged subject. Earlier
-// packets of this end may have gone to a subject that leads nowhere any longer.
+// proved takes the answer to a challenge. If nonce is that of the challenge, the peer moves to the challenged subject.
+// The previous subject may have failed earlier, so packets that this end sent there may be missing.
 func (o *outbox) proved(s *session, nonce []byte) error {
 	m := s.move()
 	if m == nil || string(nonce) != string(m.nonce[:]) || s.out.state.Phase == lifecycle.Gone {

@@ -292,9 +292,9 @@ func (b *bucket) consume(n int, ack bool) bool {
 	return leftPackets <= int32(b.windowPackets-b.windowPackets/4) || leftBytes <= int64(b.window.Bytes-b.window.Bytes/4)
 }
 
-// grant grants the peer a window beyond the consumed packets. ack says that the packet consumed last used up the credit. largest
-// is the most bytes of the window, and free the memory left for packets. A limit never goes back, so a window that shrank
-// takes effect when the peer has used its credit. Reader only.
+// grant grants the peer a window beyond the consumed packets. ack reports that the packet consumed last used up the
+// credit. largest is the most bytes of the window, and free the memory left for packets. A limit never goes back, so a
+// window that shrank takes effect when the peer has used its credit. Reader only.
 //
 // The windows grow only if they limit the sender: the sender asked for credit and the reader ran dry. A window that grew because
 // of a slow reader would only cost memory. If the last packet of the credit arrives with all the others, the reader consumes it,
@@ -321,10 +321,10 @@ func (b *bucket) nextFree() uint64 { return min(b.consumed.bytes+minWindow, b.gr
 // unsettled returns by how much free lags behind. Reader only.
 func (b *bucket) unsettled() uint64 { return b.nextFree() - b.free }
 
-// settle moves free on. It returns how much of the budget the stream does not use any longer. The stream keeps as much as it had, if
-// that was little: then open moves on with free, and the mux need not take memory for the packets that come next. If the reader is dry,
-// open moves back to free, because nothing that arrived needs memory. If the mux accepts a packet at the same time, that packet
-// has no memory in the budget until the mux next takes some. Reader only.
+// settle raises free. It returns how much of the budget the stream no longer uses. A stream that had little keeps it:
+// then open rises with free, and the mux need not take memory for the next packets. If the reader is dry, open falls
+// back to free, because no unread packet needs memory. If the mux accepts a packet at the same time, that packet has no
+// memory in the budget until the mux next takes some. Reader only.
 func (b *bucket) settle(dry bool) (unused uint64) {
 	free := b.nextFree()
 	for {

@@ -17,7 +17,7 @@ import (
 // doubts are the refusals that name no subject.
 type doubts struct {
 	count     atomic.Int64
-	first     atomic.Pointer[time.Time] // when the first came since the last round
+	first     atomic.Pointer[time.Time] // time of the first of them since the last round
 	news      chan struct{}             // capacity 1: wakes the examination
 	examining bool                      // guarded by Server.mu
 }
@@ -85,7 +85,7 @@ func (x *examination) run() {
 // fresh returns how many refusals came that no round has looked at. It is negative while refusals of trials are not reported yet.
 func (x *examination) fresh() int64 { return x.server.doubts.count.Load() - x.own - x.seen }
 
-// next returns the time of the next round. fresh says that refusals came which no round has looked at.
+// next returns the time of the next round. fresh reports that refusals came which no round has looked at.
 func (x *examination) next(now time.Time, fresh bool) time.Time {
 	at := x.last.Add(backOff(x.last.Sub(x.began)))
 	switch {
@@ -210,13 +210,13 @@ func latest(a, b time.Time) time.Time {
 	return a
 }
 
-// facts describe a subscription when NATS has refused one, and does not say which.
+// facts describe a subscription after NATS has refused a subscription without naming it.
 type facts struct {
 	subscribed bool
 	heard      bool          // a message came on it, on this connection
 	fitted     bool          // it was made when there was room for it, on this connection
 	age        time.Duration // since it was sent
-	fresh      bool          // NATS has refused one since the last look
+	fresh      bool          // NATS has refused a subscription since the last look
 	lasted     time.Duration // from its making to the first refusal
 }
 

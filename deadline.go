@@ -36,7 +36,7 @@ type deadline struct {
 	mu    sync.Mutex
 	at    time.Time
 	timer *time.Timer // nil until a time in the future was set
-	over  bool        // the stream has ended: no call waits any longer
+	over  bool        // the stream has ended: no call waits
 }
 
 // set is SetReadDeadline or SetWriteDeadline. It returns an error if the user of this end has left.
@@ -142,7 +142,7 @@ func (s *session) setDeadlines(at time.Time, read, write bool) (err error) {
 	return err
 }
 
-// deadlinePassed makes writers look at their deadline, which has passed or was changed.
+// deadlinePassed makes writers look at their deadline, because it has passed or was changed.
 func (pk *packer) deadlinePassed() {
 	pk.mu.Lock()
 	defer pk.mu.Unlock()

@@ -47,7 +47,7 @@ func (d *denials) publishes(subject string, now, window int64) {
 			}
 		}
 		if len(d.requested) >= maxRequested {
-			clear(d.requested) // with so many subjects at once no refusal is attributed anyway
+			clear(d.requested) // with so many subjects at once, attribute finds several candidates and no refusal is attributed
 		}
 	}
 	d.requested[subject], d.last = now, now

@@ -29,9 +29,9 @@ type endedStream struct {
 
 // endedStreams remembers streams in a circle, in the order in which they ended, which is the order in which they
 // expire. So an end writes to memory that lies beside that of the end before. The hash of a stream's token selects the
-// newest of a chain of streams. A chain ends with a stream that the circle does not hold any longer. A circle that is
-// full of streams that have not expired doubles, up to maxEnded. In a circle of that size, a new stream replaces the
-// oldest. The outbox owns all of it.
+// newest of a chain of streams. A chain ends with a stream that the circle no longer holds. A circle that is full of
+// streams that have not expired doubles, up to maxEnded. In a circle of that size, a new stream replaces the oldest.
+// The outbox owns all of it.
 type endedStreams struct {
 	seed   maphash.Seed
 	circle []endedStream // stream number n is circle[n & (len-1)]

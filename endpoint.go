@@ -47,11 +47,11 @@ type endpoint struct {
 	draining   atomic.Bool
 	connected  atomic.Int64 // when the watcher last saw the connection come up, by now. It tells connections apart.
 
-	streamEnded func() // set by a server: the outbox is done with a handler's stream
+	streamEnded func() // set by a server: called when the outbox is done with a handler's stream
 
 	inbox      inbox
-	onIdle     atomic.Pointer[func()]                       // set by a server: there is no stream any longer
-	onRefused  atomic.Pointer[func(natsconn.Denial, error)] // set by a server: a subscription beside the inbox is refused
+	onIdle     atomic.Pointer[func()]                       // set by a server: called when no stream is left
+	onRefused  atomic.Pointer[func(natsconn.Denial, error)] // set by a server: called when NATS refuses a subscription beside the inbox
 	stopWatch  func()
 	stopErrors func()
 	stopTicker func()

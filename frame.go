@@ -61,8 +61,8 @@ type Credit struct {
 	Bytes   uint64 // byte limit: once the sequenced packets have this total length, no further packet may be opened
 }
 
-// Fragment says which bytes of a packet follow it in a FRAGMENT frame. It is the whole payload of a PROGRESS frame, which
-// answers a FRAGMENT frame without bytes.
+// Fragment states which bytes of a packet follow it in a FRAGMENT frame. It is the whole payload of a PROGRESS frame,
+// which answers a FRAGMENT frame without bytes.
 type Fragment struct {
 	Packet   uint32 // number of the packet
 	Offset   uint32 // of the first of the bytes; in PROGRESS how many bytes of the packet arrived
@@ -225,8 +225,8 @@ func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 	return f, b[n:], nil
 }
 
-// AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. Codecs other than JSON are
-// written as MsgPack and windows beyond their largest value as that value.
+// AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. It writes every codec
+// other than JSON as MsgPack, and a window beyond the largest value as that value.
 func AppendToken(dst []byte, t Token) []byte {
 	dst = AppendOffer(dst, t)
 	var id [TokenSize - OfferSize]byte

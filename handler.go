@@ -152,8 +152,8 @@ func (s *Server) start(h *handling) {
 	}
 }
 
-// handle runs h, and further handlers as long as the server lives. It also ends if a handler ends its goroutine, as t.FailNow of
-// a test does.
+// handle runs h, and further handlers as long as rest returns one. It also ends if a handler ends its goroutine, as
+// t.FailNow of a test does.
 func (s *Server) handle(h *handling) {
 	for h != nil {
 		h.run()
@@ -161,7 +161,7 @@ func (s *Server) handle(h *handling) {
 	}
 }
 
-// rest waits for the next handler of the calling goroutine. It returns nil if the goroutine is not needed any longer.
+// rest waits for the next handler of the calling goroutine. It returns nil if the server no longer needs the goroutine.
 func (s *Server) rest() (h *handling) {
 	if s.resting.Add(1) <= maxResting {
 		unused := *s.unused.Load()

@@ -128,8 +128,8 @@ type observer struct {
 	events []event
 	open   map[*observed]struct{}
 	last   uint64 // number of the stream that was opened last
-	ending bool   // no stream is opened any longer
-	over   bool   // the end of every stream was reported: no event comes any longer
+	ending bool   // no further stream is opened
+	over   bool   // the end of every stream was reported: no further event comes
 }
 
 // Bounds of the events that wait, and of the wait for them.

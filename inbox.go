@@ -87,7 +87,8 @@ func (b *inbox) close() {
 	}
 }
 
-// onChange has f called with the reason when the inbox is refused, and with nil when it is heard again.
+// onChange sets the function that is called with the reason when the inbox is refused, and with nil when it is heard
+// again.
 func (b *inbox) onChange(f func(error)) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -270,14 +271,14 @@ func (b *inbox) room(n int) (accepted int, ok bool) {
 // cannotProbe reports whether the last probe failed because this end may not publish to its own inbox.
 func (b *inbox) cannotProbe() bool { return b.mute.Load() || b.ep.isProbe(b.ep.conn.LastError()) }
 
-// isProbe reports whether err says that this end may not publish a probe.
+// isProbe reports whether err is the refusal of a probe, because this end may not publish to its inbox.
 func (ep *endpoint) isProbe(err error) bool {
 	d, ok := natsconn.Denied(err)
 	return ok && !d.Subscribe && d.Subject == ep.prefix+probeToken
 }
 
-// renew subscribes again, and reports whether the server accepts. crowded says that the server refused the inbox because of the
-// number of subscriptions: the error for that does not name the subscription.
+// renew subscribes again, and reports whether the server accepts. crowded reports that the server refused the inbox
+// because of the number of subscriptions. The error for that does not name the subscription.
 func (b *inbox) renew(crowded bool) bool {
 	conn := b.ep.conn
 	before := conn.LastError()

@@ -116,7 +116,7 @@ func (o *outbox) release(s *session) {
 	switch {
 	case s.role != lifecycle.Consumer:
 		s.releaseWindow()
-	case s.closeRead(e) || s.nobodyReads.Load(): // otherwise the reader does so when it reads the end
+	case s.closeRead(e) || s.nobodyReads.Load(): // otherwise the reader does this when it reads the end
 		s.release(e)
 	}
 }
@@ -145,9 +145,10 @@ func (o *outbox) sendReset(s *session) {
 	}
 }
 
-// endDrained resets all streams, because the connection drains: no credit and no acknowledgement arrives any longer, and soon
-// nothing can be sent. A producer's stream ends here as well. A consumer goes on reading until the connection is closed, because
-// packets that arrived may wait in nats.go. A stream of which both directions are complete needs no RESET.
+// endDrained resets all streams, because the connection drains: no further credit and no acknowledgement arrives, and
+// soon this end cannot send. A producer's stream ends here as well. A consumer goes on reading until the connection is
+// closed, because packets that arrived may wait in nats.go. A stream of which both directions are complete needs no
+// RESET.
 func (o *outbox) endDrained() {
 	for s := range o.wheel.All() {
 		complete := s.out.state.Send >= lifecycle.Closing && s.out.state.Recv == lifecycle.Done

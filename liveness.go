@@ -391,8 +391,8 @@ func (o *outbox) giveUp(s *session, why liveness.Reason) {
 // line may take minutes for a window.
 const maxLinger = int64(time.Hour)
 
-// lingers reports whether to go on waiting for a peer that acknowledged some packets of a closed stream. It does for
-// maxLinger in all, and for ResumeTimeout while half of the budget for kept packets is in use.
+// lingers reports whether to keep waiting for a peer that acknowledged some packets of a closed stream. The outbox
+// waits for maxLinger in all, and only for ResumeTimeout while half of the budget for kept packets is in use.
 func (o *outbox) lingers(q *unackedPackets, now int64) bool {
 	limit := max(maxLinger, o.ep.times.Resume)
 	if o.scarce() {

@@ -34,8 +34,8 @@ type packer struct {
 	queued   bool // the session is marked with workPackets
 	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
 	turn     bool // one goroutine writes a record in several steps: others wait
-	half     bool // CLOSE says that the handler goes on reading
-	soon     bool // CLOSE asks to be acknowledged at once
+	half     bool // CLOSE has the flag HALF: the handler goes on reading
+	soon     bool // CLOSE asks for its acknowledgement at once
 
 	size         int32   // of the packet sealed last, in bytes
 	written      counted // by writers, without the open packet
@@ -397,8 +397,8 @@ func (pk *packer) sealOpenLocked() {
 	pk.sealLocked()
 }
 
-// creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. Besides the peer's credit, it heeds the
-// budget for kept packets, so that a peer that does not acknowledge cannot make this end keep more.
+// creditLocked reports whether another packet may be opened; docs/PROTOCOL.md section 8. It checks the peer's credit
+// and the budget for kept packets, so that a peer that does not acknowledge cannot make this end keep more.
 func (pk *packer) creditLocked() bool {
 	return int32(pk.sealed-pk.granted.packets) < 0 && pk.sealedBytes < pk.granted.bytes &&
 		pk.sealed-pk.acked < maxUnacked && mayKeep(pk.kept, pk.session.ep.kept.Load(), pk.session.ep.window, pk.session.ep.budget)

@@ -118,7 +118,7 @@ func (s *session) tooBig() error {
 	return s.fail(protocolError(CloseMessageTooBig, "record exceeds MaxRecordSize, %d bytes", s.recv.maxRecord))
 }
 
-// nextData returns the next DATA frame, and acts on the frames before it. within says that the frame continues a
+// nextData returns the next DATA frame, and acts on the frames before it. within reports that the frame continues a
 // record.
 func (s *session) nextData(within bool) (Frame, error) {
 	for {
@@ -398,7 +398,7 @@ func (s *session) nextMessage() (Frame, error) {
 }
 
 // takeClose ends this direction with the peer's code and text. It ends the stream as well if the other direction is
-// unused. half says that the peer goes on reading.
+// unused. half reports that the peer goes on reading.
 func (s *session) takeClose(code int, text string, half bool) error {
 	switch {
 	case code != CloseNormalClosure:

@@ -215,8 +215,8 @@ func (r *Registration) confirm(n int, since time.Time) {
 	}
 }
 
-// heeds returns the reasons that apply to r. A full server outside any queue group keeps its subscription: it refuses requests
-// with a reason. Without a subscription, consumers would only get [nats.ErrNoResponders].
+// heeds returns the set of reasons that can suspend r. A full server outside any queue group keeps its subscription: it
+// refuses requests with a reason. Without a subscription, consumers would only get [nats.ErrNoResponders].
 func (r *Registration) heeds() suspension {
 	if r.queue == "" {
 		return ^suspendedFull
@@ -357,8 +357,8 @@ func roomFor(maxStreams int) room {
 // Without it, a busy server would leave and return with each handler that ends.
 const spare = 8
 
-// full reports whether a server with that many handlers and sessions is full. was says that it was full before: then it
-// stays full until the spare part is free.
+// full reports whether a server with that many handlers and sessions is full. was reports that it was full before: then
+// it stays full until the spare part is free.
 func (r room) full(handlers, sessions int, was bool) bool {
 	if was {
 		return handlers > r.handlers-max(1, r.handlers/spare) || sessions > r.sessions-max(1, r.sessions/spare)

@@ -204,9 +204,10 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 	o.lookAtRemote(p, o.clock.Until(d.Next))
 }
 
-// Each question that p answers pays for another one that repeats a question, or asks after a reconnect. So many streams do not fill a
-// slow line with questions, behind which each would wait for its answer for too long. maxPaid may be sent ahead of answers. One in
-// each AckTimeout is free, and one in each unpaidPart of it while p is silent.
+// Each question that p answers pays for another one that repeats a question, or asks after a reconnect. Otherwise the
+// questions of many streams could fill a slow line, and each would wait too long for its answer behind the others.
+// maxPaid questions may be sent ahead of answers. One in each AckTimeout is free, and while p is silent, one in each
+// unpaidPart of AckTimeout.
 const (
 	maxPaid    = 32
 	unpaidPart = 4
@@ -242,7 +243,7 @@ func (o *outbox) mayResume(s *session) bool {
 	if p == nil || s.crossing() != nil { // a stream across accounts may have lost its mapping, and others say nothing of it
 		return true
 	}
-	if r := o.resumed.Load(); p.resumed != r { // the questions of before were lost, or are answered anyway
+	if r := o.resumed.Load(); p.resumed != r { // earlier questions were lost, or their answers are still coming
 		p.resumed, p.paid = r, maxPaid
 	}
 	if p.mayRepeat(now, o.ep.times.Ack) {

@@ -36,7 +36,7 @@ type unackedPackets struct {
 	waits   bool          // failed waits for credit, or for a packet that may not pass
 	whole   int32         // bytes of the largest packet that was just acknowledged and had been published as a whole
 
-	refused bool // the peer has no room: nothing is published before it says that it has
+	refused bool // the peer has no room: the outbox publishes nothing before a CREDIT that reports room
 
 	// By the outbox's clock, 0 before CLOSE was published.
 	closeSent int64 // when CLOSE was published
@@ -49,9 +49,9 @@ type progress uint8
 const (
 	noPacket        progress = iota // there is nothing to publish. The next record marks the session
 	heldBack                        // nothing can be published now. The event that changes this marks the session
-	heldByLoss                      // the same, because packets were lost and the peer has acknowledged nothing since: ask it
+	heldByLoss                      // as heldBack, because packets were lost and the peer has acknowledged nothing since: ask it
 	tryAgain                        // there may be another packet to publish
-	askAndTryAgain                  // the same, and a question about the packet published just now has to follow it
+	askAndTryAgain                  // as tryAgain, and a question about the packet published just now has to follow it
 	packetPublished                 // a new packet was published, and there may be another
 	closePublished                  // the packet with CLOSE was published, the last one
 )

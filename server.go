@@ -101,7 +101,7 @@ type Server struct {
 	registrations map[*Registration]struct{}
 	registered    int // registrations that were made, also those that ended
 	services      map[*Service]struct{}
-	suspended     suspension // all registrations that heed it
+	suspended     suspension // reasons that suspend every registration that heeds them
 	handlers      int
 	sessions      int // of handlers that run, and of those whose streams have something left to send
 	refusing      bool

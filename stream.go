@@ -274,8 +274,8 @@ func (st *Stream) CloseWithCode(code int, text ...string) error {
 	return nil
 }
 
-// endWith ends the stream for its user. With part, a finished stream is detached, so that the outbox still retransmits its
-// last packets. In all other cases the stream ends at once. No write succeeds afterwards.
+// endWith ends the stream for its user. With part, it detaches a finished stream, so that the outbox still retransmits
+// the last packets. In all other cases the stream ends at once. No write succeeds afterwards.
 func (st *Stream) endWith(part bool, tell CloseError) {
 	s := &st.session
 	switch {

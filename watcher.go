@@ -54,7 +54,7 @@ func (ep *endpoint) watch(changes <-chan nats.Status, before bool) {
 }
 
 // follow handles the connection's status. A draining connection still accepts messages, until its subscriptions are
-// gone. again says that the connection was up before.
+// gone. again reports that the connection was up before.
 func (ep *endpoint) follow(status nats.Status, again bool) {
 	switch status {
 	case nats.CONNECTED:

@@ -275,8 +275,8 @@ func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 	}
 }
 
-// frameLocked returns the next n bytes of the open packet, or of another one. If there is no credit, it waits. mine says that the
-// caller has the turn.
+// frameLocked returns the next n bytes of the open packet, or of another one. If there is no credit, it waits. mine
+// reports that the caller has the turn.
 func (w *Writer) frameLocked(n int, mine bool) ([]byte, error) {
 	for {
 		if b := w.spaceLocked(n); b != nil {
