@@ -6,7 +6,7 @@ replace github.com/natsstream/stream => ../
 
 require (
 	github.com/nats-io/nats.go v1.55.0
-	github.com/natsstream/stream v0.0.0-00010101000000-000000000000
+	github.com/natsstream/stream v0.1.0
 	go.opentelemetry.io/otel v1.47.0
 	go.opentelemetry.io/otel/metric v1.47.0
 	go.opentelemetry.io/otel/sdk v1.47.0

@@ -9,7 +9,7 @@ require (
 	github.com/livekit/psrpc v0.8.2
 	github.com/nats-io/nats-server/v2 v2.15.2
 	github.com/nats-io/nats.go v1.55.0
-	github.com/natsstream/stream v0.0.0
+	github.com/natsstream/stream v0.1.0
 	github.com/quic-go/quic-go v0.65.0
 	github.com/schollz/progressbar/v3 v3.19.1
 	github.com/synadia-io/orbit.go/natsext v0.1.3

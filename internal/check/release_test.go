@@ -1,7 +1,9 @@
 package main
 
 import (
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -33,5 +35,33 @@ func TestChangelogBeginsWithTheVersion(t *testing.T) {
 		}
 	default:
 		t.Errorf("CHANGELOG.md begins with version %q, VERSION is %s", name, v)
+	}
+}
+
+// The modules of this repository require each other in the version of the next release, because users get them without the replace
+// lines, which only this repository heeds.
+func TestModulesRequireTheVersion(t *testing.T) {
+	version, err := os.ReadFile("../../VERSION")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "v" + strings.TrimSpace(string(version))
+	require := regexp.MustCompile(`(?m)^\s*(?:require )?(github\.com/natsstream/stream\S*) (v\S+)`)
+	found := 0
+	err = fs.WalkDir(os.DirFS("../.."), ".", func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || filepath.Base(path) != "go.mod" {
+			return err
+		}
+		text, err := os.ReadFile(filepath.Join("../..", path))
+		for _, line := range require.FindAllStringSubmatch(string(text), -1) {
+			found++
+			if line[2] != want {
+				t.Errorf("%s requires %s %s, want %s, which is in VERSION", path, line[1], line[2], want)
+			}
+		}
+		return err
+	})
+	if err != nil || found < 6 {
+		t.Errorf("%d requirements, %v", found, err)
 	}
 }

@@ -10,8 +10,8 @@ replace (
 require (
 	connectrpc.com/connect v1.21.1
 	github.com/nats-io/nats.go v1.55.0
-	github.com/natsstream/stream v0.0.0-00010101000000-000000000000
-	github.com/natsstream/stream/streamnet v0.0.0-00010101000000-000000000000
+	github.com/natsstream/stream v0.1.0
+	github.com/natsstream/stream/streamnet v0.1.0
 	go.uber.org/goleak v1.3.0
 	google.golang.org/grpc v1.83.2
 )

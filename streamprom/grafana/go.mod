@@ -10,8 +10,8 @@ replace (
 require (
 	github.com/grafana/grafana-foundation-sdk/go v0.0.22
 	github.com/nats-io/nats.go v1.55.0
-	github.com/natsstream/stream v0.0.0-00010101000000-000000000000
-	github.com/natsstream/stream/streamprom v0.0.0-00010101000000-000000000000
+	github.com/natsstream/stream v0.1.0
+	github.com/natsstream/stream/streamprom v0.1.0
 	github.com/prometheus/client_golang v1.25.0
 	github.com/prometheus/client_model v0.6.3
 	github.com/prometheus/prometheus v0.316.0

@@ -99,7 +99,14 @@ func FuzzDecode(f *testing.F) {
 }
 
 func Example() {
-	_ = func(ctx context.Context, client *stream.Client) (*typed.Stream[string, reading], error) {
-		return typed.Open[string, reading](ctx, client, "readings", "sensor-1", typed.WithCodecs(cborcodec.Codec))
+	// Both ends name the codec. The producer may list further ones.
+	_ = func(ctx context.Context, client *stream.Client, server *stream.Server) (*typed.Stream[string, reading], error) {
+		codec := typed.WithCodecs(cborcodec.Codec)
+		if _, err := typed.Handle(server, "readings", func(s *typed.ServerStream[string, reading]) error {
+			return s.Send(reading{})
+		}, codec); err != nil {
+			return nil, err
+		}
+		return typed.Open[string, reading](ctx, client, "readings", "sensor-1", codec)
 	}
 }
