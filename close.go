@@ -46,8 +46,8 @@ func (e *CloseError) Is(target error) bool {
 
 // Errors of this end. The peer did not send them.
 var (
-	// ErrConcurrentRecv is returned by a read of a Stream while another goroutine reads it. Read a stream in one goroutine,
-	// or lock around its reads.
+	// ErrConcurrentRecv is returned by a read of a Stream or Request while another goroutine reads it. Read a stream in
+	// one goroutine, or lock around its reads.
 	ErrConcurrentRecv = errors.New("stream: concurrent read: a Stream has one reader at a time")
 	// ErrClosed is returned by reads of a Stream after its Close, by writes to a Writer after its Close, and by writes to a
 	// stream after the peer ended it normally.

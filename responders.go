@@ -70,17 +70,18 @@ type Responders struct {
 // liveness, repair and flow control. Records that are written to a stream reach only the producer of that stream. So a
 // producer that is slow, or that ends, affects no other.
 //
-// No more responders are taken when the maximum has answered ([WithMaxResponders]), when no further one has answered for a time
-// ([WithStallTimeout]), when ctx ends, or after [Responders.Close]. Those that answer later are reset with [CloseCanceled]. ctx also
-// bounds each of the streams. [WithOpenTimeout] bounds the wait for the first responder. [WithKeepAlive] and [WithWindow] apply to each
-// stream. [WithRetry] does not work with OpenMany.
+// OpenMany takes no more responders when the maximum has answered ([WithMaxResponders]), when no further one has
+// answered for a time ([WithStallTimeout]), when ctx ends, or after [Responders.Close]. It resets responders that
+// answer later with [CloseCanceled]. ctx also bounds each of the streams. [WithOpenTimeout] bounds the wait for the
+// first responder. [WithKeepAlive] and [WithWindow] apply to each stream. [WithRetry] does not work with OpenMany.
 //
-// A producer that refuses the request in its first packet, such as a server that is full, has no stream and counts neither for the
-// minimum nor for the maximum. A producer that speaks only the JSON fallback has none either, because the fallback does not tell
-// two producers apart. Interceptors of [ClientParams] see one stream without records, which ends when no more responders
-// are taken and Next has returned all streams.
+// A producer that refuses the request in its first packet, such as a server that is full, has no stream and counts
+// neither for the minimum nor for the maximum. A producer that speaks only the JSON fallback gets no stream either,
+// because messages of the fallback do not show which producer sent them. Interceptors of [ClientParams] see one stream
+// without records, which ends when no more responders are taken and Next has returned all streams.
 //
-// Errors are those of [Client.Open]. Take all streams, or call Close: a stream that Next has not returned stays open until its end.
+// Errors are those of [Client.Open]. Call Next until it has returned all streams, or call Close: a stream that Next has
+// not returned stays open until its end.
 func (c *Client) OpenMany(ctx context.Context, subj string, data []byte, opts ...OpenOption) (*Responders, error) {
 	return c.OpenManyMsg(ctx, &nats.Msg{Subject: subj, Data: data}, opts...)
 }
@@ -150,8 +151,9 @@ func (r *Responders) Next(ctx context.Context) (*Stream, error) {
 	}
 }
 
-// All returns an iterator over the streams. It stops after the last responder. At any other end, the last pair holds the error of
-// [Responders.Next]. A loop that is left early leaves the streams open, and All or Next goes on after the last stream.
+// All returns an iterator over the streams. It stops after the last responder. At any other end, the last pair holds
+// the error of [Responders.Next]. A loop that is left early leaves the streams open. A later call of All or Next
+// continues after the last stream that was returned.
 func (r *Responders) All() iter.Seq2[*Stream, error] {
 	return func(yield func(*Stream, error) bool) {
 		for {
@@ -163,8 +165,8 @@ func (r *Responders) All() iter.Seq2[*Stream, error] {
 	}
 }
 
-// Close ends the request: no more responders are taken, and all of its streams are closed, also those that Next has returned; see
-// [Stream.Close]. Close may be called at any time, and never fails.
+// Close ends the request. It takes no more responders, and closes all streams of the request, also those that Next has
+// returned; see [Stream.Close]. Close may be called at any time, and never fails.
 func (r *Responders) Close() error {
 	all := r.gathering.close()
 	_ = r.opened.Close()

@@ -25,7 +25,8 @@ import (
 //
 // A stream stays open until one of these happens:
 //
-//   - A read returns an error and, if anything was written, CloseSend was called.
+//   - A read has returned the end of the stream, io.EOF or the error that ended it, and CloseSend was called if
+//     anything was written.
 //   - Close or CloseWithCode is called.
 //   - The context given to Open ends.
 type Stream struct {
@@ -228,9 +229,10 @@ func (st *Stream) TryWrite(p []byte) (sent bool, err error) { return st.send().T
 // second call does nothing.
 func (st *Stream) CloseSend() error { return st.send().Close() }
 
-// SetPeerTimeout sets how long the producer's end may be silent before the stream ends with [CloseAbnormalClosure]. This end
-// sends PINGs as often as the timeout needs. Zero, which is the default, selects PeerTimeout of [ClientParams].
-// SetPeerTimeout may be called at any time, by any goroutine.
+// SetPeerTimeout sets how long the producer's end may be silent before the stream ends with [CloseAbnormalClosure].
+// This end sends PINGs as often as the timeout needs. The default is zero. It selects PeerTimeout of [ClientParams], as
+// does a negative d. A timeout is rounded up to whole milliseconds. SetPeerTimeout may be called at any time, by any
+// goroutine.
 func (st *Stream) SetPeerTimeout(d time.Duration) { st.session.setPeerTimeout(d) }
 
 // Context returns the context of the stream. The context ends when this end has read the end of the stream and sent all
