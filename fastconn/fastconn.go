@@ -22,8 +22,8 @@
 //     call of [nats.Connect].
 //   - [nats.Conn.TLSConnectionState] returns [nats.ErrConnectionNotTLS], because nats.go does not set up TLS itself.
 //   - OutMsgs and OutBytes of [nats.Conn.Stats] do not count packets.
-//   - The process keeps up to 4 MiB of receive buffers. It uses up to 32 MiB while readers are slow. Beyond that,
-//     connections copy each packet into memory of its own.
+//   - The process keeps up to 8 MiB of free receive buffers, 4 MiB of each of two sizes. It uses up to 32 MiB while
+//     readers are slow. Beyond that, connections copy each packet into memory of its own.
 package fastconn
 
 import (

@@ -7,7 +7,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// oldCodec makes a codec of the first version one of the second.
+// oldCodec adapts a codec of the first version to the interface of the second. Codecs run in the goroutine that sends
+// or receives a message.
 type oldCodec struct{ encoding.Codec }
 
 func (c oldCodec) Marshal(v any) (mem.BufferSlice, error) {

@@ -1,6 +1,6 @@
-// Package discovery answers the questions by which NATS tools find services: PING, INFO and STATS on subjects below $SRV, in the
-// format of package micro of nats.go (ADR-32 of github.com/nats-io/nats-architecture-and-design). It knows neither connections
-// nor streams.
+// Package discovery answers the questions by which NATS tools find services: PING, INFO and STATS on subjects below
+// $SRV, in the format of package micro of nats.go (ADR-32 of github.com/nats-io/nats-architecture-and-design). It knows
+// neither connections nor streams. Any goroutine may call it.
 package discovery
 
 import (

@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// This file has the words of the table for docs/PROTOCOL.md section 12.
+// This file has the words of the table for docs/PROTOCOL.md section 12. Only internal/framegen and tests run it.
 var (
 	roleNames  = []string{"consumer", "handler", "writer"}
 	eventNames = [events]string{

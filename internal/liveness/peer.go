@@ -1,6 +1,7 @@
 package liveness
 
-// PeerFacts are all that a decision about a peer depends on. A peer is the other end of one or many streams.
+// PeerFacts are all facts that a decision about a peer depends on. The outbox gathers them. A peer is the other end of
+// one or many streams.
 type PeerFacts struct {
 	Now   int64
 	Times *Intervals

@@ -1,5 +1,6 @@
-// Package slab has the receive buffers of fast connections. A slab holds many messages, one behind the other. It is used again
-// once all messages that were lent out of it were given back.
+// Package slab has the receive buffers of fast connections. A slab holds many messages, one behind the other. It is
+// used again once all messages that were lent out of it were given back. The goroutine that reads the connection fills
+// a slab, and the readers of messages give them back.
 //
 // A slab that is not given back costs memory only: the garbage collector takes it. A slab that is given back too often would have
 // two owners. So Release panics if it finds that, and builds that look for uses after release overwrite the slab.
@@ -20,8 +21,9 @@ const (
 	LargeSize = 320 << 10
 )
 
-// Bounds of the memory in slabs. maxLive counts all slabs in use, of all connections of the process, in bytes. If there are more, a
-// connection copies its packets, so that readers that stand still do not hold ever more slabs. maxFree is kept for further use.
+// Bounds of the memory in slabs. maxLive bounds the bytes of all slabs that exist in the process. At this bound, a
+// connection copies its packets, so that readers that stand still do not hold ever more slabs. maxFree bounds the bytes
+// of the free slabs of each size.
 const (
 	maxLive = 32 << 20
 	maxFree = 4 << 20
@@ -85,7 +87,7 @@ func (p *pool) get() *Slab {
 // Live returns the bytes of all slabs that exist.
 func Live() int64 { return live.Load() }
 
-// Crowded reports whether more than half of the memory for slabs is in use, so that small messages had better be copied.
+// Crowded reports whether slabs take more than half of maxLive. Connections then copy small messages.
 func Crowded() bool { return live.Load() > maxLive/2 }
 
 // Lend counts one more message that a reader will give back. Only the filler calls it, before the reader gets the message.

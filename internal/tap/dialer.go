@@ -1,6 +1,6 @@
-// Package tap is the fast connection: a net.Conn between nats.go and the network that takes the messages of some subscriptions before
-// nats.go reads them. They are handed over in buffers that are used again, in the goroutine that reads the connection. All other bytes
-// pass through, in both directions.
+// Package tap is the fast connection: a net.Conn between nats.go and the network that takes the messages of some
+// subscriptions before nats.go reads them. The goroutine that reads the connection hands them over, in buffers that are
+// used again. All other bytes pass through, in both directions.
 //
 // Package fastconn offers it to users, and package natsconn registers the inboxes of endpoints.
 package tap

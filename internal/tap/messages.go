@@ -4,8 +4,8 @@ import (
 	"bytes"
 )
 
-// This file parses the lines of messages as NATS servers send them. It is stricter than nats.go: a line that it does not understand is
-// left to nats.go with all that follows.
+// This file parses the lines of messages as NATS servers send them. It is stricter than nats.go: it leaves a line that
+// it does not understand to nats.go, with all that follows. The goroutine in Conn.Read runs it.
 
 // line is the parsed control line of a message. The slices are parts of the line.
 type line struct {
