@@ -9,12 +9,14 @@ import (
 	"weak"
 )
 
-// This file keeps the responders of one request of OpenMany; docs/PROTOCOL.md section 2.8. The mux adds responders, a timer ends the
-// gathering, and callers of the library take the streams.
+// This file keeps the responders of one request of OpenMany; docs/PROTOCOL.md section 2.8. The mux adds responders, a
+// timer ends the gathering, and goroutines of the user take the streams. The lock of a gathering guards the state that
+// they share.
 
-// gathering is a request of OpenMany and the streams of its responders. The request has a session, as that of any consumer: the mux finds
-// it by its token, and the outbox publishes the request. But it is bound to no sender, and nobody reads it. The first packets of all
-// responders come to its token. divert passes each to the session of its sender, which has a token of its own.
+// gathering is a request of OpenMany and the streams of its responders. The request has a session like any consumer's
+// stream: the mux finds the session by its token, and the outbox publishes the request. But the session is bound to no
+// sender, and nobody reads it. The first packets of all responders come to its token. divert passes each to the session
+// of its sender, which has a token of its own.
 type gathering struct {
 	request *session
 	options openOptions
@@ -22,7 +24,7 @@ type gathering struct {
 
 	// members counts the sessions that need the token of the request: its own until its end, and those of responders.
 	members atomic.Int32
-	left    atomic.Bool // the request is no member any longer
+	left    atomic.Bool // the request is no longer a member
 
 	routes map[uint64]string // the subjects of responders by their sender numbers; empty for one that refused. The mux's
 
