@@ -304,7 +304,10 @@ func TestServiceMayEndFirst(t *testing.T) {
 }
 
 func TestMessagesHaveLimits(t *testing.T) {
-	_, c := serveFunctions(t, &functions{unary: func(_ context.Context, r *testgrpc.SimpleRequest) (*testgrpc.SimpleResponse, error) {
+	_, c := serveFunctions(t, &functions{unary: func(ctx context.Context, r *testgrpc.SimpleRequest) (*testgrpc.SimpleResponse, error) {
+		if r.GetFillUsername() {
+			return nil, grpc.SetTrailer(ctx, metadata.Pairs("large", strings.Repeat("x", 20<<20)))
+		}
 		return &testgrpc.SimpleResponse{Payload: &testgrpc.Payload{Body: make([]byte, r.GetResponseSize())}}, nil
 	}}, MaxRecvMsgSize(100_000))
 	body := func(n int) *testgrpc.SimpleRequest {
@@ -325,6 +328,14 @@ func TestMessagesHaveLimits(t *testing.T) {
 			return err
 		},
 		"record": func() error { _, err := c.UnaryCall(limited(t), body(20<<20)); return err },
+		"trailer": func() error {
+			_, err := c.UnaryCall(limited(t), &testgrpc.SimpleRequest{FillUsername: true})
+			return err
+		},
+		"metadata": func() error {
+			_, err := c.UnaryCall(metadata.AppendToOutgoingContext(limited(t), "large", strings.Repeat("x", 2<<20)), &testgrpc.SimpleRequest{})
+			return err
+		},
 	} {
 		if err := call(); status.Code(err) != codes.ResourceExhausted {
 			t.Errorf("%s: %v", name, err)
@@ -438,6 +449,20 @@ func TestHealthAndReflection(t *testing.T) {
 	r, err := healthgrpc.NewHealthClient(p.conn).Check(limited(t), &healthgrpc.HealthCheckRequest{})
 	if err != nil || r.GetStatus() != healthgrpc.HealthCheckResponse_SERVING {
 		t.Errorf("%v, %v", r, err)
+	}
+	watch, err := healthgrpc.NewHealthClient(p.conn).Watch(limited(t), &healthgrpc.HealthCheckRequest{Service: "x"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []healthgrpc.HealthCheckResponse_ServingStatus{
+		healthgrpc.HealthCheckResponse_SERVICE_UNKNOWN, healthgrpc.HealthCheckResponse_SERVING, healthgrpc.HealthCheckResponse_NOT_SERVING,
+	} {
+		if want != healthgrpc.HealthCheckResponse_SERVICE_UNKNOWN {
+			h.SetServingStatus("x", want)
+		}
+		if r, err := watch.Recv(); err != nil || r.GetStatus() != want {
+			t.Errorf("%v, %v, want %v", r, err, want)
+		}
 	}
 	info, err := reflectiongrpc.NewServerReflectionClient(p.conn).ServerReflectionInfo(limited(t))
 	if err != nil {

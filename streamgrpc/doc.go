@@ -32,6 +32,7 @@
 //     server. A call with the deprecated option CallCustomCodec fails in the same way: use ForceCodec.
 //   - There are no service configs, so nothing is retried. WaitForReady repeats calls that reached no server until their context ends.
 //     [stream.Retryable] tells if a failed call surely did not run.
+//   - The metadata of a client must fit into a NATS message: max_payload of the NATS server, 1 MiB by default.
 //
 // # Codes
 //

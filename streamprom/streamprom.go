@@ -28,6 +28,8 @@
 // Watch adds them, with the label endpoint: stream_endpoint_streams, stream_endpoint_reserved_bytes, stream_endpoint_kept_bytes,
 // stream_endpoint_sent_packets_total, stream_endpoint_received_packets_total, and stream_endpoint_dropped_total with the label reason.
 //
+// The folder grafana beside this package has a dashboard for all of them.
+//
 // # Cardinality
 //
 // Each subject makes series of its own. If a part of your subjects changes, shorten them by [WithSubject]. After 1,000
