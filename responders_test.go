@@ -656,6 +656,7 @@ func TestRespondersSurviveFaults(t *testing.T) {
 		t.Errorf("too few faults: %+v", n)
 	}
 	proxy.SetRules()
+	verifyIdle(t, client) // before the proxy ends
 }
 
 // Many requests leave nothing: no stream, no memory, no goroutine.
