@@ -50,7 +50,7 @@ func (ep *endpoint) meet(g *gathering, h PacketHeader, body []byte, m *nats.Msg)
 		ep.counters.early.Add(1) // the packet that says where comes again, and then this one
 		return ""
 	}
-	subject := g.join(h.Sender, m.Reply)
+	subject := g.admit(h.Sender, m.Reply)
 	if subject == "" {
 		ep.counters.foreign.Add(1)
 		ep.answerUnknown(g.request, m)
@@ -58,8 +58,8 @@ func (ep *endpoint) meet(g *gathering, h PacketHeader, body []byte, m *nats.Msg)
 	return subject
 }
 
-// join makes the stream of a responder that receives at peer. It returns an empty string if the gathering is over.
-func (g *gathering) join(sender uint64, peer string) string {
+// admit makes the stream of a responder that receives at peer. It returns an empty string if the gathering is over.
+func (g *gathering) admit(sender uint64, peer string) string {
 	ep, o := g.request.ep, &g.options
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -70,7 +70,7 @@ func (g *gathering) join(sender uint64, peer string) string {
 	ep.windows.First(window)
 	st := ep.newStream(g.request.recv.parent, g.request.out.subject, o, window)
 	s := &st.session
-	s.extra().gathering = g
+	s.join(g)
 	s.out.peer = peer
 	s.bucket.bind(sender)
 	g.members.Add(1)

@@ -21,7 +21,7 @@ type extras struct {
 	opening  atomic.Pointer[time.Timer] // fires at the end of WithOpenTimeout; nil without
 	answer   atomic.Uint32              // the outbox and the timer set it, and the first counts
 
-	gathering *gathering // of the request of OpenMany that the stream belongs to; nil without. Set before the session is registered
+	gathering *gathering // of the request of OpenMany that the stream belongs to; nil without; see session.gathers
 
 	observed atomic.Pointer[observed] // for hooks; nil without
 

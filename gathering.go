@@ -56,17 +56,23 @@ const (
 
 // gathering returns the gathering that s belongs to, nil if there is none.
 func (s *session) gathering() *gathering {
-	if x := s.extras.Load(); x != nil {
-		return x.gathering
+	if !s.gathers {
+		return nil
 	}
-	return nil
+	return s.extras.Load().gathering
+}
+
+// join makes g the gathering of s, which is not registered yet.
+func (s *session) join(g *gathering) {
+	s.extra().gathering = g
+	s.gathers = true
 }
 
 // gather makes s the session of a request with any number of responders. s is not registered yet.
 func (s *session) gather(o *openOptions, offer Token) {
 	g := &gathering{request: s, options: *o, offer: offer, routes: make(map[uint64]string), news: make(chan struct{})}
 	g.members.Store(1)
-	s.extra().gathering = g
+	s.join(g)
 	s.bucket.bind(s.senderNumber) // no producer has this odd number, so the packets of each are foreign
 }
 

@@ -19,6 +19,7 @@ type session struct {
 	end          atomic.Pointer[ending] // set once: the first end counts
 	role         lifecycle.Role
 	rawCodec     FrameFlags // the reader decodes objects by it that were written as bytes. Set once, and here because there is room
+	gathers      bool       // extras has a gathering. Set once, and here for the same reason
 	controls     uint32     // control packets ever passed to the outbox; the mux's
 	senderNumber uint64     // this end's, in the header of each packet
 	bucket       bucket     // the receive half as the mux sees it

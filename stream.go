@@ -62,8 +62,8 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 		s.setPeerTimeout(o.patience)
 	}
 	st.heed(ctx)
-	if g := s.gathering(); g != nil {
-		g.begin()
+	if o.many != nil {
+		s.gathering().begin()
 	}
 	return st, nil
 }
