@@ -97,13 +97,13 @@ func (g *gathering) admit(sender uint64, peer string) string {
 	return s.reply
 }
 
-// refuse notes that a responder ended its stream in its first packet. Senders that refused are remembered so that a repeated
-// packet does not count; no more than responders are, because strangers can invent them.
+// refuse notes that a responder ended its stream in its first packet. Senders that refused are remembered, so that a repeated
+// packet does not count. Strangers can invent them, so there is a bound.
 func (g *gathering) refuse(sender uint64, err error) {
 	if _, known := g.routes[sender]; known {
 		return
 	}
-	if len(g.routes) < 2*g.options.many.maximum {
+	if len(g.routes) < g.options.many.maximum+defaultMaxResponders {
 		g.routes[sender] = ""
 	}
 	g.mu.Lock()

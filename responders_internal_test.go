@@ -396,3 +396,134 @@ func TestRespondersNeverMix(t *testing.T) {
 		}
 	})
 }
+
+// Any messages at the token of a request: a model of docs/PROTOCOL.md section 2.8 says which streams begin, and with which records.
+func TestMessagesAtARequestFollowTheModel(t *testing.T) {
+	type message struct {
+		sender   uint64
+		seq      uint32
+		kind     string
+		address  bool // it has a reply subject
+		atStream int  // it comes to the token of this stream instead, if there is one
+	}
+	type responder struct {
+		expect  uint32
+		reset   bool
+		records []string
+	}
+	draw := rapid.Custom(func(t *rapid.T) message {
+		return message{
+			sender: 2 * rapid.Uint64Range(1, 6).Draw(t, "sender"), seq: rapid.Uint32Range(0, 4).Draw(t, "seq"),
+			kind:    rapid.SampledFrom(strings.Fields("data data data data ping credit reset json cut empty")).Draw(t, "kind"),
+			address: rapid.Bool().Draw(t, "address"), atStream: rapid.IntRange(-6, 3).Draw(t, "at"),
+		}
+	})
+	rapid.Check(t, func(rt *rapid.T) {
+		maximum := rapid.IntRange(1, 5).Draw(rt, "maximum")
+		messages := rapid.SliceOfN(draw, 0, 60).Draw(rt, "messages")
+		var failures []string
+		fail := func(format string, args ...any) { failures = append(failures, fmt.Sprintf(format, args...)) }
+		synctest.Test(t, func(t *testing.T) {
+			conn := fake.New()
+			conn.Published = func(string, string, []byte) error { return nil }
+			c := fakeClient(t, conn, ClientParams{})
+			r, err := c.OpenMany(t.Context(), "all", nil, WithMaxResponders(maximum))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			known, order := make(map[uint64]*responder), []uint64(nil) // nil for one that refused
+			var streams []*Stream
+			next := func() {
+				for st, _, _ := r.gathering.next(); st != nil; st, _, _ = r.gathering.next() {
+					streams = append(streams, st)
+				}
+			}
+			for _, m := range messages {
+				msg := &nats.Msg{Subject: r.gathering.request.reply}
+				at := -1
+				if next(); m.atStream >= 0 && m.atStream < len(streams) {
+					at = m.atStream
+					msg.Subject = streams[at].session.reply
+				}
+				if m.address {
+					msg.Reply = string(AppendToken([]byte("_SINBOX.producer."), Token{Codec: MsgPack, LogPackets: 5, LogBytes: 16, ID: m.sender}))
+				}
+				record := fmt.Sprint(m.sender, " ", m.seq)
+				switch m.kind {
+				case "data":
+					msg.Data = testPacket(m.sender, m.seq, testData(record))
+				case "ping":
+					msg.Data = testPacketFlags(0, m.sender, m.seq, Frame{Type: FramePing})
+				case "credit":
+					msg.Data = testPacketFlags(0, m.sender, m.seq, Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Packets: 1})})
+				case "reset":
+					msg.Data = testPacketFlags(0, m.sender, m.seq, Frame{Type: FrameReset, Code: 4000})
+				case "json":
+					msg.Data = []byte(`{"type":1,"data":"YQ=="}`)
+				case "cut":
+					msg.Data = testPacket(m.sender, m.seq, testData(record))[:20]
+				case "empty":
+					msg.Header = nats.Header{"Status": {"503"}}
+					if at < 0 && len(known) == 0 {
+						continue // ends the request
+					}
+				}
+				conn.Deliver(msg)
+				synctest.Wait()
+				if m.kind == "json" || m.kind == "cut" || m.kind == "empty" {
+					if m.kind == "json" && at < 0 {
+						known[0] = nil
+					}
+					continue
+				}
+				p, met := known[m.sender]
+				switch {
+				case at >= 0 && order[at] != m.sender: // foreign there
+				case !met && m.kind == "reset":
+					known[m.sender] = nil
+				case !met && m.address && len(order) < maximum:
+					p = new(responder)
+					known[m.sender], order = p, append(order, m.sender)
+				}
+				if p == nil || p.reset || at >= 0 && order[at] != m.sender {
+					continue
+				}
+				switch {
+				case m.kind == "reset":
+					p.reset = true
+				case m.kind == "data" && m.seq == p.expect:
+					p.expect++
+					p.records = append(p.records, record)
+				}
+			}
+			if next(); len(streams) != len(order) {
+				fail("%d streams, want %d", len(streams), len(order))
+				return
+			}
+			for i, st := range streams {
+				p := known[order[i]]
+				for _, want := range p.records {
+					if rec, err := st.Recv(); string(rec) != want || err != nil {
+						fail("%q, %v of responder %d; want %q", rec, err, order[i], want)
+					}
+				}
+				if st.Ready() != p.reset {
+					fail("responder %d: a read returns at once: %v, but it has reset the stream: %v", order[i], st.Ready(), p.reset)
+				} else if p.reset {
+					if _, err := st.Recv(); !isCode(err, 4000) {
+						fail("responder %d: %v", order[i], err)
+					}
+				}
+			}
+			r.Close()
+			synctest.Wait()
+			if n := c.ep.sessions.Size(); n != 0 {
+				fail("%d streams are left", n)
+			}
+		})
+		if len(failures) > 0 {
+			rt.Fatal(strings.Join(failures, "\n"))
+		}
+	})
+}
