@@ -93,6 +93,9 @@ func (s *session) moveTo(subject string, now int64, lost bool) Frame {
 // proved takes the answer to a challenge. If nonce is that of the challenge, the peer moves to the challenged subject.
 // The previous subject may have failed earlier, so packets that this end sent there may be missing.
 func (o *outbox) proved(s *session, nonce []byte) error {
+	if o.trialAnswered(s, nonce) {
+		return nil
+	}
 	m := s.move()
 	if m == nil || string(nonce) != string(m.nonce[:]) || s.out.state.Phase == lifecycle.Gone {
 		return nil

@@ -36,7 +36,7 @@ func keeps(piece []byte, packet int) bool { return len(piece) >= minKept && len(
 // hold keeps lent memory until the record is complete. If it never is, the memory is left to the garbage collector.
 func (a *assembly) hold(lent *slab.Slab) {
 	if lent != nil {
-		lent.Share()
+		lent.Share(1)
 		a.lent = append(a.lent, lent)
 	}
 }

@@ -230,6 +230,8 @@ func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 			}
 		case FrameProgress:
 			o.takeProgress(s, f.Payload)
+		case frameEnvelopes:
+			o.knowsEnvelopes(s)
 		case FrameReset:
 			// Packets that arrived before can still be read: a CLOSE may be among them.
 			e := &CloseError{Code: int(f.Code), Text: string(f.Payload)}
@@ -315,6 +317,7 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 	if err != nil {
 		return err
 	}
+	o.envelopePassed(s, q)
 	o.offLine(s, c.Ack, bytes)
 	if o.takePassed(s, q) {
 		s.mark(workPackets)
@@ -406,7 +409,13 @@ func (o *outbox) sendRefusal(s *session) {
 
 func (o *outbox) publishCredit(s *session, flags FrameFlags, c Credit) {
 	var payload [creditSize]byte
-	o.sendControl(s, "", Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], c)})
+	f := Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], c)}
+	if p := s.remote.Load(); p != nil && p.envelopes != nil && p.envelopes.tells {
+		p.envelopes.tells = false
+		o.tellAt(s, s.out.peer, "", f, Frame{Type: frameEnvelopes})
+	} else {
+		o.sendControl(s, "", f)
+	}
 }
 
 // sendEnd sends the peer of s the early end of the stream: RESET, or a close message of the fallback.
@@ -429,8 +438,16 @@ func (o *outbox) tellAt(s *session, subject, reply string, frames ...Frame) {
 	if snd := s.send.Load(); snd != nil {
 		h.Seq = snd.unacked.Cursor()
 	}
-	err := o.ep.publish(subject, reply, AppendPacket(o.scratch[:0], h, frames...))
-	if errors.Is(err, nats.ErrBadSubject) && subject == s.out.peer {
+	packet := AppendPacket(o.scratch[:0], h, frames...)
+	if subject != s.out.peer {
+		_ = o.ep.publish(subject, reply, packet)
+		return
+	}
+	_, err := o.send(s, nil, reply, packet, false)
+	if err != nil {
+		o.ep.counters.unsent.Add(1)
+	}
+	if errors.Is(err, nats.ErrBadSubject) {
 		s.requestEnd(unwritable(err))
 	}
 }

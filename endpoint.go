@@ -36,11 +36,12 @@ type endpoint struct {
 	started time.Time
 	ticker  wheel.Ticker
 
-	sessions *xsync.MapOf[string, *session] // by token
-	outbox   outbox
-	kept     atomic.Int64 // bytes of all buffers that writers keep; it changes with each packet
-	counters counters
-	observer *observer // nil without hooks
+	sessions  *xsync.MapOf[string, *session] // by token
+	enveloped enveloped
+	outbox    outbox
+	kept      atomic.Int64 // bytes of all buffers that writers keep; it changes with each packet
+	counters  counters
+	observer  *observer // nil without hooks
 
 	// The last known state of the connection. maxPayload is the server's max_payload in bytes.
 	maxPayload atomic.Int64

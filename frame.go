@@ -137,7 +137,10 @@ func (e *wireError) Error() string { return e.is.Error() + ": " + e.text }
 func (e *wireError) Unwrap() error { return e.is }
 
 var (
-	errEnvelope         error = &wireError{ErrFlags, "envelopes are not supported"}
+	errEnvelope         error = &wireError{ErrFlags, "an envelope in the place of a packet"}
+	errEnvelopeFlags    error = &wireError{ErrFlags, "not an envelope"}
+	errEnvelopedMagic   error = &wireError{ErrMagic, "in an envelope"}
+	errEnvelopedLength  error = &wireError{ErrLength, "packet runs past its envelope"}
 	errPacketFlags      error = &wireError{ErrFlags, "in the packet header"}
 	errFrameFlags       error = &wireError{ErrFlags, "in the frame header"}
 	errCodecFlags       error = &wireError{ErrFlags, "reserved codec"}
@@ -223,6 +226,55 @@ func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 		}
 	}
 	return f, b[n:], nil
+}
+
+// envelopedHead is the number of bytes that an envelope has in front of each packet: the token of its stream.
+const envelopedHead = TokenSize
+
+// putEnvelopeHeader writes the header of an envelope of n bytes, header included, to b[:PacketHeaderSize].
+func putEnvelopeHeader(b []byte, n int) { putPacketHeader(b, PacketEnv, 0, 0, n) }
+
+// openEnvelope checks an envelope: its header, and that it consists of whole packets behind tokens. It looks into no packet. It
+// returns the part for nextEnveloped, and the number of packets in it, which is at least 1.
+func openEnvelope(b []byte) (body []byte, packets int, err error) {
+	if len(b) < PacketHeaderSize {
+		return nil, 0, ErrTruncated
+	}
+	v, tail := binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])
+	switch {
+	case v>>56 != PacketMagic:
+		return nil, 0, ErrMagic
+	case v>>52&0xf != ProtocolVersion:
+		return nil, 0, ErrVersion
+	case v>>48&0xf != uint64(PacketEnv):
+		return nil, 0, errEnvelopeFlags
+	case uint64(uint32(tail)) != uint64(len(b)):
+		return nil, 0, errPacketLength
+	}
+	body = b[PacketHeaderSize:]
+	for rest := body; ; {
+		if len(rest) < envelopedHead+PacketHeaderSize {
+			return nil, 0, ErrTruncated
+		}
+		if rest = rest[envelopedHead:]; rest[0] != PacketMagic {
+			return nil, 0, errEnvelopedMagic
+		}
+		n := uint64(uint32(binary.BigEndian.Uint64(rest[8:])))
+		if n < PacketHeaderSize || n > uint64(len(rest)) {
+			return nil, 0, errEnvelopedLength
+		}
+		packets++
+		if rest = rest[n:]; len(rest) == 0 {
+			return body, packets, nil
+		}
+	}
+}
+
+// nextEnveloped takes the next packet off the front of a part that openEnvelope returned. The packet has no more capacity.
+func nextEnveloped(body []byte) (token, packet, rest []byte) {
+	packet = body[envelopedHead:]
+	n := uint32(binary.BigEndian.Uint64(packet[8:]))
+	return body[:envelopedHead], packet[:n:n], packet[n:]
 }
 
 // AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. Codecs other than JSON are

@@ -102,6 +102,7 @@ const (
 	FrameProgress  FrameType = 11 // answers a FRAGMENT without bytes; the payload is a Fragment that says how much arrived
 
 	frameSkippable FrameType = 0x80
+	frameEnvelopes FrameType = 0x80 // its sender receives envelopes; no payload
 )
 
 // String returns the name used in the specification, such as "DATA", or "FrameType(9)".
@@ -137,7 +138,7 @@ func (t FrameType) String() string {
 const (
 	PacketSeq  PacketFlags = 0x1 // sequenced: uses up Seq and is delivered in order; without it the packet carries control frames
 	PacketAck  PacketFlags = 0x2 // the sender asks for a CREDIT at once, because its credit is used up
-	PacketEnv  PacketFlags = 0x4 // reserved for envelopes; ParsePacketHeader refuses it
+	PacketEnv  PacketFlags = 0x4 // the message is an envelope of packets, not a packet: ParsePacketHeader refuses it
 	PacketMark PacketFlags = 0x8 // the sender asks for a CREDIT at once, to measure how long its packets take
 )
 

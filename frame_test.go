@@ -61,6 +61,7 @@ type vector struct {
 		Bytes        uint64 `json:",string"`
 	}
 	Fragment Fragment
+	Packets  []struct{ Token, Hex string }
 	Token    struct {
 		Codec      string
 		LogPackets uint8 `json:"log_packets"`
@@ -69,7 +70,7 @@ type vector struct {
 	}
 }
 
-func readVectors(t *testing.T) []vector {
+func readVectors(t testing.TB) []vector {
 	t.Helper()
 	b, err := os.ReadFile("testdata/vectors.json")
 	if err != nil {
@@ -94,7 +95,7 @@ func readVectors(t *testing.T) []vector {
 	return f.Vectors
 }
 
-func unhex(t *testing.T, s string) []byte {
+func unhex(t testing.TB, s string) []byte {
 	t.Helper()
 	b, err := hex.DecodeString(s)
 	if err != nil {
@@ -175,6 +176,12 @@ func TestVectorsAreEncodedAndDecoded(t *testing.T) {
 					t.Errorf("got %+v", f)
 				}
 				again = AppendFragment(nil, f)
+			case "envelope":
+				again, err = reopened(t, in, func(i int, token, packet []byte) {
+					if string(token) != v.Packets[i].Token || !bytes.Equal(packet, unhex(t, v.Packets[i].Hex)) {
+						t.Errorf("packet %d: %x of stream %q", i, packet, token)
+					}
+				})
 			case "token", "offer":
 				in = []byte(v.Text)
 				var tok Token
@@ -641,6 +648,8 @@ func TestCodecAllocatesNothing(t *testing.T) {
 			f = func() { _, _, sink = ParseFrame(in) }
 		case "credit":
 			f = func() { _, sink = ParseCredit(in) }
+		case "envelope":
+			f = func() { _, _, sink = openEnvelope(in) }
 		case "token":
 			f = func() { _, sink = ParseToken(text) }
 		case "offer":
@@ -684,4 +693,30 @@ func TestMetaIsCheckedToItsLastByte(t *testing.T) {
 			t.Errorf("%q: %v, %v", in, h, err)
 		}
 	}
+}
+
+// reopened opens an envelope, calls see for each packet in it, and makes an envelope of the same packets.
+func reopened(t *testing.T, b []byte, see func(i int, token, packet []byte)) (again []byte, err error) {
+	t.Helper()
+	body, n, err := openEnvelope(b)
+	if err != nil {
+		if body != nil || n != 0 {
+			t.Errorf("%d bytes, %d packets beside error %v", len(body), n, err)
+		}
+		return nil, err
+	}
+	again = make([]byte, PacketHeaderSize)
+	for i := range n {
+		token, packet, rest := nextEnveloped(body)
+		if len(token) != TokenSize || cap(packet) != len(packet) {
+			t.Errorf("token of %d bytes, packet of %d with capacity %d", len(token), len(packet), cap(packet))
+		}
+		see(i, token, packet)
+		again, body = append(append(again, token...), packet...), rest
+	}
+	if len(body) != 0 {
+		t.Errorf("%d bytes behind %d packets", len(body), n)
+	}
+	putEnvelopeHeader(again, len(again))
+	return again, nil
 }

@@ -138,7 +138,7 @@ func GrowEnded(c *Client) {
 // testClosed is the ending for an endpoint without a Client.
 var testClosed = &ending{kind: endLocal, err: ErrClientClosed, reset: CloseError{CloseGoingAway, "client closed"}}
 
-// traffic counts the messages that a connection publishes.
+// traffic counts the messages that a connection publishes. Each packet in an envelope counts as one.
 type traffic struct{ all, control atomic.Int64 }
 
 // controlFrames returns the frames of a control packet, nil of any other message.
@@ -157,15 +157,31 @@ func controlFrames(data []byte) (frames []Frame) {
 	return frames
 }
 
+// packetsOf returns the packets in an envelope, and any other message as it is.
+func packetsOf(data []byte) (packets [][]byte) {
+	body, n, err := openEnvelope(data)
+	if err != nil {
+		return [][]byte{data}
+	}
+	for range n {
+		var p []byte
+		_, p, body = nextEnveloped(body)
+		packets = append(packets, p)
+	}
+	return packets
+}
+
 // isControl reports whether data is a packet of control frames.
 func isControl(data []byte) bool { return len(controlFrames(data)) > 0 }
 
 // of counts the messages that conn publishes from now on.
 func (n *traffic) of(conn *fake.Conn) *fake.Conn {
 	conn.Published = func(_, _ string, data []byte) error {
-		n.all.Add(1)
-		if isControl(data) {
-			n.control.Add(1)
+		for _, packet := range packetsOf(data) {
+			n.all.Add(1)
+			if isControl(packet) {
+				n.control.Add(1)
+			}
 		}
 		return nil
 	}

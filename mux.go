@@ -3,6 +3,7 @@ package stream
 import (
 	"bytes"
 	"strings"
+	"unsafe"
 
 	"github.com/nats-io/nats.go"
 
@@ -23,18 +24,15 @@ import (
 // back. The subject is valid until receive returns.
 func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
-	var end *ending
-	if ok {
-		end = s.end.Load()
+	if !ok {
+		ep.receiveElsewhere(m, lent)
+		return
 	}
-	if lent != nil && (!ok || end != nil || !s.mayTake(m)) {
+	end := s.end.Load()
+	if lent != nil && (end != nil || !s.mayTake(m)) {
 		m.Data = bytes.Clone(m.Data)
 		lent.Release()
 		lent = nil
-	}
-	if !ok {
-		ep.receiveUnknown(nil, m)
-		return
 	}
 	if end != nil { // the outbox is about to remove the session from the map
 		if ep.divert(s, m) {
@@ -86,6 +84,62 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	if asked {
 		s.mark(workCredit)
 	}
+}
+
+// receiveElsewhere handles a message with the token of no stream: an envelope, or one for an unknown token.
+func (ep *endpoint) receiveElsewhere(m *nats.Msg, lent *slab.Slab) {
+	if m.Subject[len(ep.prefix):] == envelopeToken {
+		ep.receiveEnvelope(m, lent)
+		return
+	}
+	if lent != nil {
+		m.Data = bytes.Clone(m.Data)
+		lent.Release()
+	}
+	ep.receiveUnknown(nil, m)
+}
+
+// receiveEnvelope passes each packet of an envelope to its stream, as if it had come alone. It passes none of a broken envelope. A packet
+// of a few bytes must not keep the whole envelope in memory, so each gets memory of its own, or shares that of a slab, which is bounded.
+func (ep *endpoint) receiveEnvelope(m *nats.Msg, lent *slab.Slab) {
+	body, packets, err := openEnvelope(m.Data)
+	if err != nil {
+		ep.counters.malformed.Add(1)
+		lent.Release()
+		return
+	}
+	ep.counters.envelopesReceived.add(1)
+	shared := lent
+	if slab.Crowded() {
+		shared = nil
+	}
+	if shared != nil {
+		shared.Share(packets)
+	}
+	inner := &ep.enveloped
+	for range packets {
+		var token, packet []byte
+		token, packet, body = nextEnveloped(body)
+		if shared == nil {
+			packet = bytes.Clone(packet)
+		}
+		copy(inner.token, token)
+		inner.msg = nats.Msg{Subject: inner.subject, Data: packet}
+		ep.receive(&inner.msg, shared)
+	}
+	lent.Release()
+}
+
+// enveloped is the message that stands for a packet in an envelope. The mux owns it.
+type enveloped struct {
+	msg     nats.Msg
+	subject string // of the stream. Its last bytes are those of token
+	token   []byte
+}
+
+func (m *enveloped) init(prefix string) {
+	b := append([]byte(prefix), make([]byte, TokenSize)...)
+	m.subject, m.token = unsafe.String(unsafe.SliceData(b), len(b)), b[len(prefix):]
 }
 
 // mayTake reports whether the bucket of s takes m if it is the next packet. All other data is copied out of lent memory: control

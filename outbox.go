@@ -57,7 +57,8 @@ type outbox struct {
 	ended          endedStreams
 	scratch        []byte
 
-	hellos hellos
+	hellos    hellos
+	envelopes envelopes
 
 	unanswered unanswered
 	sawLeaving bool
@@ -127,18 +128,23 @@ func (o *outbox) run() {
 		for s := o.take(); s != nil; worked = true {
 			next := s.next
 			s.next = nil // otherwise this session keeps the next one in memory
+			o.envelopes.more = next != nil
 			o.serve(s, s.pending.Swap(0))
+			if o.envelopes.packets >= maxEnclosed {
+				o.sendEnvelopes()
+			}
 			s = next
 			o.receive() // an acknowledgement frees memory and credit for the next packet
 			o.tickIfDue()
 		}
-		o.ep.conn.Push()
+		o.envelopes.more = false
+		o.sendAll()
 		if worked {
 			continue
 		}
 		if o.hellos.due.Load() {
 			o.greet()
-			o.ep.conn.Push()
+			o.sendAll()
 			continue
 		}
 		if o.sawLeaving && !o.toldAll {
@@ -148,7 +154,7 @@ func (o *outbox) run() {
 			o.serveHeld() // also if the connection is down
 			o.endRest()
 		}
-		o.ep.conn.Push()
+		o.sendAll()
 		if stopping {
 			return
 		}
@@ -159,6 +165,12 @@ func (o *outbox) run() {
 			o.park.Retract()
 		}
 	}
+}
+
+// sendAll sends all packets that wait.
+func (o *outbox) sendAll() {
+	o.sendEnvelopes()
+	o.ep.conn.Push()
 }
 
 // endRest ends the streams of producers that were not marked since the endpoint ended. They have no token, so endAll
@@ -254,6 +266,9 @@ func (o *outbox) doOutOfStream() bool {
 
 // endDenied ends the streams that need to publish to subject, because NATS does not permit it.
 func (o *outbox) endDenied(subject string, err error) {
+	if o.envelopeDenied(subject) {
+		return
+	}
 	found := false
 	o.peers.take(subject, func(s *session) {
 		found = true

@@ -88,11 +88,12 @@ func (q *unackedPackets) pardon() {
 	}
 }
 
-// publishAs publishes p, number seq, in fragments if fragment is not 0.
-func (snd *sender) publishAs(p *packet, seq uint32, fragment int) error {
+// publishAs publishes p, number seq, in fragments if fragment is not 0. With alone, p does not go into an envelope.
+func (snd *sender) publishAs(p *packet, seq uint32, fragment int, alone bool) error {
 	if p.fragments = fragment != 0; !p.fragments {
-		return snd.publish(p, seq)
+		return snd.publish(p, seq, alone)
 	}
+	p.enveloped = 0
 	s, whole := snd.session, p.buf
 	whole[1] &^= byte(PacketMark) // its acknowledgement comes later than that of one message
 	const head = PacketHeaderSize + FrameHeaderSize + fragmentSize
@@ -104,7 +105,7 @@ func (snd *sender) publishAs(p *packet, seq uint32, fragment int) error {
 		putFrameHeader(b[PacketHeaderSize:], FrameFragment, 0, 0, fragmentSize+n)
 		AppendFragment(b[:PacketHeaderSize+FrameHeaderSize], Fragment{Packet: seq, Offset: uint32(at), Length: uint32(len(whole))})
 		copy(b[head:], whole[at:at+n])
-		if err := s.ep.send(s.out.peer, "", b); err != nil {
+		if _, err := s.ep.outbox.send(s, nil, "", b, true); err != nil {
 			return err
 		}
 		at += n

@@ -37,6 +37,7 @@ type packet struct {
 	free  bool   // set while in the pool, so that a double return is caught where it happens
 
 	fragments  bool    // published in fragments, which shows nothing of its size
+	enveloped  int32   // where it ends in its envelope; 0 if it was last published without one
 	connection uint32  // which of this end's connections in turn took the whole packet last
 	through    counted // what was written down to its last record; 0 if it was cut and another packet follows
 }

@@ -30,6 +30,8 @@ type remote struct {
 	absent    bool  // NATS reported that nobody received a question
 	shortest  int64 // the shortest timeout that a stream has had of its own, 0 if none had one
 
+	envelopes *enveloping // nil until this end or the other one speaks of envelopes
+
 	resuming []*session // wait to ask after a reconnect
 	resumed  int64      // value of outbox.resumed when paid was last reset
 
@@ -66,6 +68,9 @@ func (o *outbox) joinRemote(s *session) {
 		if p.name == name {
 			return
 		}
+		if p.envelopes != nil {
+			o.sendEnvelope(p.envelopes) // later packets of s go elsewhere
+		}
 		o.leaveRemote(s)
 	}
 	if s.peerTakesJSON() || s.out.state.Phase == lifecycle.Gone {
@@ -80,13 +85,14 @@ func (o *outbox) joinRemote(s *session) {
 		o.lookAtRemote(p, o.clock.Until(p.heard+p.keepAlive(o)))
 	case len(p.streams) == 0: // its record is old, and it is on the wheel
 		o.idleRemotes--
-		streams, node := p.streams, p.node
+		streams, node, envelopes := p.streams, p.node, p.envelopes
 		*p = newRemote(p.name, o.time())
-		p.streams, p.node = streams, node
+		p.streams, p.node, p.envelopes = streams, node, envelopes
 	}
 	s.remote.Store(p)
 	s.out.life.place = int32(len(p.streams))
 	p.streams = append(p.streams, s)
+	p.tellsEnvelopes()
 	p.hear(s.out.life.heard) // before its address was known
 	o.setPatience(s)
 }

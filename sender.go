@@ -35,6 +35,7 @@ type unackedPackets struct {
 	bytes   uint64        // of all packets that were published
 	waits   bool          // failed waits for credit, or for a packet that may not pass
 	whole   int32         // bytes of the largest packet that was just acknowledged and had been published as a whole
+	inside  int32         // the largest packet.enveloped of those that were just acknowledged
 
 	refused bool // the peer has no room: the outbox publishes nothing before a CREDIT that reports room
 
@@ -93,7 +94,7 @@ func (snd *sender) publishNext() progress {
 		q.failed, q.waits = p, true
 		return heldBack
 	}
-	err := snd.publishAs(p, q.Next(), fragment)
+	err := snd.publishAs(p, q.Next(), fragment, retry)
 	if err != nil && !json && isLoss(err) {
 		err = nil // the peer misses the packet and asks for it
 	}
@@ -112,7 +113,9 @@ func (snd *sender) publishNext() progress {
 		q.bytes += uint64(len(p.buf))
 		snd.onLine(q.Next()-1, p)
 	}
-	snd.notePublished(retry)
+	if p.enveloped == 0 { // otherwise it is published with its envelope
+		snd.notePublished(retry)
+	}
 	if s.role == lifecycle.Consumer && q.Next() == 1 && s.bucket.ring.Pushed() > 0 {
 		s.mark(workProbe) // the end of the stream may have arrived already: then the producer reads no records
 	}
@@ -173,7 +176,8 @@ func isLoss(err error) bool {
 func (snd *sender) publishAgain(p *packet) progress {
 	s, q := snd.session, &snd.unacked
 	fragment, asks := snd.formAgain(p)
-	if err := snd.publishAs(p, q.Cursor(), fragment); err != nil {
+	snd.envelopeLost(p)
+	if err := snd.publishAs(p, q.Cursor(), fragment, true); err != nil {
 		if errors.Is(err, nats.ErrMaxPayload) { // its number is taken, and the peer may have it
 			s.requestEnd(s.ep.exceeds(p))
 			return heldBack
@@ -192,9 +196,10 @@ func (snd *sender) publishAgain(p *packet) progress {
 	return tryAgain
 }
 
-// publish publishes packet p, number seq.
-func (snd *sender) publish(p *packet, seq uint32) (err error) {
+// publish publishes packet p, number seq. With alone, it does not go into an envelope.
+func (snd *sender) publish(p *packet, seq uint32, alone bool) (err error) {
 	s := snd.session
+	p.enveloped = 0
 	if s.reply == "" {
 		if e := s.ep.register(s, s.controlToken()); e != nil {
 			s.requestEnd(e)
@@ -212,7 +217,9 @@ func (snd *sender) publish(p *packet, seq uint32) (err error) {
 		}
 		snd.markIfDue(p, seq)
 		p.connection = s.ep.outbox.connection.Load()
-		err = s.ep.send(s.out.peer, reply, p.buf)
+		var end int
+		end, err = s.ep.outbox.send(s, snd, reply, p.buf, alone || p.last)
+		p.enveloped = int32(end)
 	}
 	switch { // errors that a repeated publish does not cure
 	case errors.Is(err, nats.ErrMaxPayload):
@@ -409,6 +416,7 @@ func (q *unackedPackets) release(seq uint32) (n uint32, bytes, memory uint64, th
 		if !p.fragments {
 			q.whole = max(q.whole, int32(len(p.buf)))
 		}
+		q.inside = max(q.inside, p.enveloped)
 		putPacket(p)
 	})
 	return n, bytes, memory, through

@@ -34,6 +34,7 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 		times:     p.intervals(),
 		started:   time.Now(),
 	}
+	ep.enveloped.init(ep.prefix)
 	ep.observer = newObserver(p.Hooks, &ep.counters.events)
 	ep.room.records = flow.NewRecords[*session, *remote](ep.budget-ep.budget/growthPart, &ep.assembled, &ep.arrived)
 	ep.windows = newWindows(ep.budget)

@@ -21,6 +21,9 @@ type Stats struct {
 	BytesReceived   uint64 `json:"bytes_received"`   // their bytes
 	RecordsReceived uint64 `json:"records_received"` // records that reads returned; those that a stream read since it last waited or granted credit may be missing
 
+	EnvelopesSent     uint64 `json:"envelopes_sent"`     // messages with packets of several streams to one peer
+	EnvelopesReceived uint64 `json:"envelopes_received"` // the same
+
 	PacketsResent    uint64 `json:"packets_resent"`    // packets retransmitted because the peer missed them
 	DroppedNoRoom    uint64 `json:"dropped_no_room"`   // packets that arrived while MaxBuffered was in use; they are retransmitted
 	DroppedEarly     uint64 `json:"dropped_early"`     // packets that arrived while an earlier one was missing; they are retransmitted
@@ -31,7 +34,7 @@ type Stats struct {
 	DroppedUnknown   uint64 `json:"dropped_unknown"`   // messages for a token that is not, or no longer, in use
 	DroppedDuplicate uint64 `json:"dropped_duplicate"` // packets that arrived before
 	DroppedForeign   uint64 `json:"dropped_foreign"`   // packets of a sender that the stream is not bound to
-	DroppedMalformed uint64 `json:"dropped_malformed"` // packets with an unreadable header
+	DroppedMalformed uint64 `json:"dropped_malformed"` // packets with an unreadable header, and broken envelopes
 	DroppedPubAck    uint64 `json:"dropped_pub_ack"`   // acknowledgements of a JetStream stream that stores the requests; the library does not use them
 	DroppedControl   uint64 `json:"dropped_control"`   // control packets that arrived faster than the outbox could process them
 	UnsentControl    uint64 `json:"unsent_control"`    // control packets that NATS did not accept
@@ -43,11 +46,11 @@ type counters struct {
 	unknown, duplicate, foreign, malformed, overrun atomic.Uint64
 	unsent, resent, early, requests, strays         atomic.Uint64
 	unreported, pubAcks, noRoom                     atomic.Uint64
-	records, events                                 atomic.Uint64
+	records, events, envelopesSent                  atomic.Uint64
 
-	_                              [64]byte // the mux counts each packet: its counts have a cache line of their own
-	packetsReceived, bytesReceived tally
-	_                              [64]byte
+	_                                                 [64]byte // the mux counts each packet: its counts have a cache line of their own
+	packetsReceived, bytesReceived, envelopesReceived tally
+	_                                                 [64]byte
 }
 
 // received counts a packet of n bytes that was accepted. Called by the mux.
@@ -71,28 +74,30 @@ func (ep *endpoint) stats() Stats {
 	n := &ep.counters
 	in := ep.inbox.subscribed.Load()
 	return Stats{
-		Streams:          ep.sessions.Size(),
-		Reserved:         ep.memory(),
-		Kept:             ep.kept.Load(),
-		Fast:             in != nil && in.Fast(),
-		PacketsSent:      n.packets.Load(),
-		BytesSent:        n.bytes.Load(),
-		PacketsReceived:  n.packetsReceived.load(),
-		BytesReceived:    n.bytesReceived.load(),
-		RecordsReceived:  n.records.Load(),
-		PacketsResent:    n.resent.Load(),
-		DroppedNoRoom:    n.noRoom.Load(),
-		DroppedEarly:     n.early.Load(),
-		UnreportedErrors: n.unreported.Load(),
-		DroppedRequest:   n.requests.Load(),
-		DroppedStray:     n.strays.Load(),
-		DroppedUnknown:   n.unknown.Load(),
-		DroppedDuplicate: n.duplicate.Load(),
-		DroppedForeign:   n.foreign.Load(),
-		DroppedMalformed: n.malformed.Load(),
-		DroppedPubAck:    n.pubAcks.Load(),
-		DroppedControl:   n.overrun.Load(),
-		UnsentControl:    n.unsent.Load(),
-		DroppedEvents:    n.events.Load(),
+		Streams:           ep.sessions.Size(),
+		Reserved:          ep.memory(),
+		Kept:              ep.kept.Load(),
+		Fast:              in != nil && in.Fast(),
+		PacketsSent:       n.packets.Load(),
+		BytesSent:         n.bytes.Load(),
+		PacketsReceived:   n.packetsReceived.load(),
+		BytesReceived:     n.bytesReceived.load(),
+		RecordsReceived:   n.records.Load(),
+		EnvelopesSent:     n.envelopesSent.Load(),
+		EnvelopesReceived: n.envelopesReceived.load(),
+		PacketsResent:     n.resent.Load(),
+		DroppedNoRoom:     n.noRoom.Load(),
+		DroppedEarly:      n.early.Load(),
+		UnreportedErrors:  n.unreported.Load(),
+		DroppedRequest:    n.requests.Load(),
+		DroppedStray:      n.strays.Load(),
+		DroppedUnknown:    n.unknown.Load(),
+		DroppedDuplicate:  n.duplicate.Load(),
+		DroppedForeign:    n.foreign.Load(),
+		DroppedMalformed:  n.malformed.Load(),
+		DroppedPubAck:     n.pubAcks.Load(),
+		DroppedControl:    n.overrun.Load(),
+		UnsentControl:     n.unsent.Load(),
+		DroppedEvents:     n.events.Load(),
 	}
 }

@@ -77,7 +77,7 @@ func BenchmarkEndToEnd(b *testing.B) {
 }
 
 // BenchmarkSlowStreams has 10,000 streams that each send a record now and then,
-// so that no two records can share a message. Compare with impl=nats, which
+// so that no two records can share a packet. Compare with impl=nats, which
 // sends all records on one subject.
 func BenchmarkSlowStreams(b *testing.B) {
 	cfg := load.Config{Size: 128, Streams: 10_000}

@@ -10,7 +10,7 @@
 // These benchmarks run, each below the name of yours:
 //
 //   - Records/size=S/streams=N: the time per record of S bytes, divided over N streams.
-//   - Slow/size=S/streams=N: the same, if no stream has two records at hand that could share a message.
+//   - Slow/size=S/streams=N: the same, if no stream has two records at hand that could share a packet.
 //   - Latency/size=S: one record at a time, from before Write until its reader has it.
 //   - Open/size=S: a stream is opened, carries one record, and ends.
 //   - Echo/size=S: a record travels to a handler and back over an open stream.

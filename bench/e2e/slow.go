@@ -4,7 +4,7 @@ import "github.com/natsstream/stream/internal/load"
 
 // Many slow streams: each sends a record now and then. They are visited in
 // turn, and at most load.SlowWindow records are in flight, fewer than there are
-// streams, so that no stream ever has two records to share a message.
+// streams, so that no stream ever has two records to share a packet.
 
 // SlowImpls are the ways to send now and then on many streams. The floor is
 // plain NATS with a single subject for all records, whatever cfg.Streams says;

@@ -24,7 +24,7 @@ const (
 	windowBytes   = 2 << 20
 	windowRecords = 8 << 10
 	// slowWindow bounds the records on their way if each stream sends now and then. It is smaller than the number of streams:
-	// no stream ever has two records that could share a message.
+	// no stream ever has two records that could share a packet.
 	slowWindow = 1000
 	// patience is the time without any record after which the rest of a run counts as lost.
 	patience = 5 * time.Second

@@ -234,7 +234,7 @@ func (t *table) slowStreams() error {
 		return err
 	}
 	ours, floor, subjects := c["stream"], c["nats"], c["nats-subjects"]
-	fmt.Fprint(t.out, "\nMany slow streams, ns per record: no two records can share a message\n\n")
+	fmt.Fprint(t.out, "\nMany slow streams, ns per record: no two records can share a packet\n\n")
 	w := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "\tNATS, one subject\tNATS, a subject each\tstream\t× one subject\tCPU ×\t× a subject each\tmallocs/rec\t(NATS)")
 	fmt.Fprintf(w, "%s\t%.0f\t%.0f\t%.0f\t%.2f\t%.2f\t%.2f\t%.1f\t%.1f\n", line,

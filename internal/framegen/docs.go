@@ -162,7 +162,8 @@ func frameTypeTable() string {
 	}
 	rows = append(rows,
 		[]string{fmt.Sprintf("0, %d–%d", len(frameTypes)+1, skippable-1), "", "none", "", "", "unknown: an error"},
-		[]string{fmt.Sprintf("%d–255", skippable), "", "both", "any", "any", "unknown: skipped"})
+		[]string{fmt.Sprint(typeEnvelopes.value), typeEnvelopes.name, "without SEQ", "none", "0", typeEnvelopes.doc},
+		[]string{fmt.Sprintf("%d–255", skippable+1), "", "both", "any", "any", "unknown: skipped"})
 	return markdown(rows)
 }
 

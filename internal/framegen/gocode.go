@@ -114,6 +114,7 @@ func enumerations(w *writer) {
 	}
 	w.p("")
 	w.p("frameSkippable FrameType = %#x", skippable)
+	w.p("%s FrameType = %#x // %s", typeEnvelopes.goName, typeEnvelopes.value, typeEnvelopes.goDoc)
 	w.p(")")
 	w.p("")
 	w.p(`// String returns the name used in the specification, such as "DATA", or "FrameType(9)".`)

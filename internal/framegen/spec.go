@@ -131,9 +131,9 @@ var packetFlags = []flagDef{
 	{name: "ACK", goName: "PacketAck", value: 2,
 		doc:   "the sender asks for a CREDIT at once, because its credit is used up",
 		goDoc: "the sender asks for a CREDIT at once, because its credit is used up"},
-	{name: "ENV", goName: "PacketEnv", value: 4, status: "reserved for envelopes",
-		doc:   "reserved for envelopes: a receiver of version 1 refuses it",
-		goDoc: "reserved for envelopes; ParsePacketHeader refuses it"},
+	{name: "ENV", goName: "PacketEnv", value: 4, status: "an envelope",
+		doc:   "the message is an envelope (section 4.3), not a packet",
+		goDoc: "the message is an envelope of packets, not a packet: ParsePacketHeader refuses it"},
 	{name: "MARK", goName: "PacketMark", value: 8,
 		doc:   "the sender asks for a CREDIT at once, to measure how long its packets take",
 		goDoc: "the sender asks for a CREDIT at once, to measure how long its packets take"},
@@ -230,6 +230,10 @@ var (
 
 // skippable is the bit of a frame type that lets a receiver skip frames it does not know.
 const skippable = 0x80
+
+// typeEnvelopes is a type that receivers without envelopes skip. So no receiver checks more of it than of an unknown type.
+var typeEnvelopes = frameType{name: "ENVELOPES", goName: "frameEnvelopes", value: skippable,
+	doc: "empty. The sender receives envelopes", goDoc: "its sender receives envelopes; no payload"}
 
 // Limits.
 const (

@@ -22,18 +22,19 @@ type vectorFile struct {
 }
 
 type vector struct {
-	Name     string        `json:"name"`
-	Kind     string        `json:"kind"`
-	Hex      *string       `json:"hex,omitempty"`  // packet, packet_header, frame, credit, fragment
-	Text     *string       `json:"text,omitempty"` // token, offer
-	Header   *headerJSON   `json:"header,omitempty"`
-	Frames   []frameJSON   `json:"frames,omitempty"` // packet
-	Frame    *frameJSON    `json:"frame,omitempty"`
-	Rest     string        `json:"rest,omitempty"` // packet_header, frame: the bytes that follow
-	Credit   *creditJSON   `json:"credit,omitempty"`
-	Fragment *fragmentJSON `json:"fragment,omitempty"`
-	Token    *tokenJSON    `json:"token,omitempty"` // token, offer
-	Error    string        `json:"error,omitempty"`
+	Name     string          `json:"name"`
+	Kind     string          `json:"kind"`
+	Hex      *string         `json:"hex,omitempty"`  // packet, packet_header, frame, credit, fragment, envelope
+	Text     *string         `json:"text,omitempty"` // token, offer
+	Header   *headerJSON     `json:"header,omitempty"`
+	Frames   []frameJSON     `json:"frames,omitempty"` // packet
+	Frame    *frameJSON      `json:"frame,omitempty"`
+	Rest     string          `json:"rest,omitempty"` // packet_header, frame: the bytes that follow
+	Credit   *creditJSON     `json:"credit,omitempty"`
+	Fragment *fragmentJSON   `json:"fragment,omitempty"`
+	Token    *tokenJSON      `json:"token,omitempty"`   // token, offer
+	Packets  []envelopedJSON `json:"packets,omitempty"` // envelope
+	Error    string          `json:"error,omitempty"`
 }
 
 type headerJSON struct {
@@ -61,6 +62,11 @@ type fragmentJSON struct {
 	Offset   uint64 `json:"offset"`
 	Length   uint64 `json:"length"`
 	Question uint64 `json:"question"`
+}
+
+type envelopedJSON struct {
+	Token string `json:"token"`
+	Hex   string `json:"hex"` // of the packet
 }
 
 type tokenJSON struct {
@@ -190,6 +196,36 @@ func (vs *vectors) credit(name string, ack, packets, byteLimit uint64) {
 func (vs *vectors) fragment(name string, packet, offset, length, question uint64) {
 	b := encode(fragment, values{"packet": packet, "offset": offset, "length": length, "question": question})
 	vs.add(vector{Name: "fragment/" + name, Kind: "fragment", Hex: hexOf(b), Fragment: &fragmentJSON{packet, offset, length, question}})
+}
+
+// enveloped is a packet and the token of its stream.
+type enveloped struct {
+	token  string
+	packet []byte
+}
+
+// envelope returns the bytes of an envelope with header v and the packets. If v has no length, it writes the true one.
+func envelope(v values, packets ...enveloped) []byte {
+	var body []byte
+	for _, p := range packets {
+		body = append(append(body, p.token...), p.packet...)
+	}
+	if _, given := v["flags"]; !given {
+		v["flags"] = pEnv
+	}
+	return packet(v, body)
+}
+
+func (vs *vectors) envelope(name string, packets ...enveloped) {
+	v := vector{Name: "envelope/" + name, Kind: "envelope", Hex: hexOf(envelope(values{}, packets...))}
+	for _, p := range packets {
+		v.Packets = append(v.Packets, envelopedJSON{p.token, hex.EncodeToString(p.packet)})
+	}
+	vs.add(v)
+}
+
+func (vs *vectors) badEnvelope(name, err string, b []byte) {
+	vs.add(vector{Name: "envelope/" + name, Kind: "envelope", Hex: hexOf(b), Error: err})
 }
 
 // offerText writes the offer, whatever its parts are worth.
@@ -411,6 +447,7 @@ func packetVectors(vs *vectors) {
 	vs.packet("ping_ack", "", pAck, 7, 0, ping)
 	vs.packet("skippable_in_sequenced", "", pSeq, 7, 1, skip, data)
 	vs.packet("skippable_in_control", "", 0, 7, 1, skip, ping)
+	vs.packet("credit_envelopes", "", 0, 7, 1, grant, frameArgs{uint64(typeEnvelopes.value), 0, 0, ""})
 
 	vs.packet("data_without_seq", "misplaced", 0, 7, 1, data)
 	vs.packet("close_without_seq", "misplaced", pAck, 7, 1, end)
@@ -444,6 +481,45 @@ func packetVectors(vs *vectors) {
 	bad("a_frame_too_many", "length", two, b, b, b)
 	bad("a_byte_too_many", "length", two, b, b, []byte{0})
 	bad("wrong_length", "length", values{"flags": pSeq, "sender": 7, "seq": 1, "length": uint64(len(b))}, b) // of the frames alone
+}
+
+func envelopeVectors(vs *vectors) {
+	record, _ := frame(tData, 0, 0, "one")
+	grant, _ := frame(tCredit, 0, 0, string(encode(credit, values{"ack": 4, "packets": 36, "bytes": 300000})))
+	trial, _ := frame(tChallenge, 0, 0, "12345678")
+	says, _ := frame(uint64(typeEnvelopes.value), 0, 0, "")
+	first := enveloped{"~1m5I0123456789A", packet(values{"flags": pSeq, "sender": 7, "seq": 1}, record)}
+	second := enveloped{"~1j5I0123456789B", packet(values{"flags": pSeq | pAck, "sender": 9, "seq": 3}, record)}
+	control := enveloped{"~1m5G0123456789C", packet(values{"sender": 11, "seq": 2}, grant)}
+
+	vs.envelope("one_packet", first)
+	vs.envelope("several_packets", first, second, control)
+	vs.envelope("twice_the_same_stream", first, first)
+	vs.envelope("trial", enveloped{first.token, packet(values{"sender": 7, "seq": 1}, slices.Concat(trial, says))})
+	vs.envelope("any_token", enveloped{"\x00no token-------", first.packet})
+	vs.envelope("packet_without_frames", enveloped{first.token, packet(values{"flags": pSeq}, nil)})
+	vs.envelope("packet_with_wrong_flags", enveloped{first.token, packet(values{"flags": 15}, record)})
+
+	whole := envelope(values{}, first, second)
+	head := packetHeader.size()
+	for _, n := range []int{0, 1, head - 1} {
+		vs.badEnvelope(fmt.Sprintf("truncated_%d", n), "truncated", whole[:n])
+	}
+	vs.badEnvelope("magic", "magic", envelope(values{"magic": 0xF4}, first))
+	vs.badEnvelope("version", "version", envelope(values{"version": 2}, first))
+	for _, flags := range []uint64{0, pSeq, pEnv | pSeq, pEnv | pAck, pEnv | pMark, 15} {
+		vs.badEnvelope(fmt.Sprintf("flags_%d", flags), "flags", envelope(values{"flags": flags}, first))
+	}
+	vs.badEnvelope("cut_between_packets", "length", whole[:head+len(first.token)+len(first.packet)])
+	vs.badEnvelope("a_byte_too_many", "length", append(slices.Clone(whole), 0))
+	vs.badEnvelope("empty", "truncated", envelope(values{}))
+	vs.badEnvelope("token_cut", "truncated", envelope(values{}, first, enveloped{second.token[:5], nil}))
+	vs.badEnvelope("packet_header_cut", "truncated", envelope(values{}, first, enveloped{second.token, second.packet[:head-1]}))
+	vs.badEnvelope("packet_cut", "length", envelope(values{}, first, enveloped{second.token, second.packet[:len(second.packet)-1]}))
+	vs.badEnvelope("packet_magic", "magic", envelope(values{}, enveloped{first.token, packet(values{"magic": 0x7B, "flags": pSeq}, record)}))
+	for _, n := range []uint64{0, uint64(head) - 1, 1<<31 | uint64(head), 1<<32 - 1} {
+		vs.badEnvelope(fmt.Sprintf("packet_length_%d", n), "length", envelope(values{}, enveloped{first.token, packet(values{"flags": pSeq, "length": n}, record)}))
+	}
 }
 
 func tokenVectors(vs *vectors) {
@@ -494,6 +570,7 @@ func vectorsJSON() ([]byte, error) {
 	creditVectors(vs)
 	fragmentVectors(vs)
 	packetVectors(vs)
+	envelopeVectors(vs)
 	tokenVectors(vs)
 
 	out := vectorFile{

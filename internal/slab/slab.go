@@ -108,8 +108,8 @@ func (s *Slab) Restart(pending []byte) bool {
 	return true
 }
 
-// Share counts one more holder of a message. Only a holder calls it.
-func (s *Slab) Share() { s.add(1) }
+// Share counts n more holders of a message. Only a holder calls it.
+func (s *Slab) Share(n int) { s.add(int64(n)) }
 
 // Retire ends the filling. The slab is free when all messages are back. The filler must not touch it afterwards.
 func (s *Slab) Retire() { s.add(s.lent - filling) }

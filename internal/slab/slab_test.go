@@ -57,7 +57,7 @@ func TestSlabRestartsOnlyWithoutMessages(t *testing.T) {
 	if s.Restart(nil) {
 		t.Error("restarted while a message is lent")
 	}
-	s.Share()
+	s.Share(1)
 	s.Release()
 	if s.Restart(nil) {
 		t.Error("restarted while a message is shared")

@@ -6,6 +6,7 @@ package fake
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"maps"
 	"slices"
@@ -36,7 +37,8 @@ type Bus struct {
 
 // Filter reports whether the bus delivers m, which from published, to to. A message that it holds back is lost on the way:
 // the server has taken it, so nobody is told. from is nil for messages of the server itself. The bus is locked during the
-// call, so calls come one at a time.
+// call, so calls come one at a time. Of an envelope it sees the packets, one after the other, as if each had come alone. The bus takes
+// those out that it holds back.
 type Filter func(from, to *Conn, m *nats.Msg) bool
 
 // BlackHole loses everything from one connection to the other. Either may be nil, for any.
@@ -191,8 +193,33 @@ func (b *Bus) publish(c *Conn, m *nats.Msg) error {
 	return nil
 }
 
+// passes asks the filter. It replaces the data of an envelope.
+func (b *Bus) passes(from, to *Conn, m *nats.Msg) bool {
+	prefix, ok := strings.CutSuffix(m.Subject, ".e")
+	if !ok || len(m.Data) < packetHead || m.Data[0] != 0xF5 || m.Data[1]&4 == 0 {
+		return b.filter(from, to, m)
+	}
+	left := bytes.Clone(m.Data[:packetHead])
+	for rest := m.Data[packetHead:]; len(rest) > 0; {
+		n := tokenSize + int(binary.BigEndian.Uint32(rest[tokenSize+12:]))
+		if b.filter(from, to, &nats.Msg{Subject: prefix + "." + string(rest[:tokenSize]), Data: rest[tokenSize:n:n]}) {
+			left = append(left, rest[:n]...)
+		}
+		rest = rest[n:]
+	}
+	binary.BigEndian.PutUint32(left[12:], uint32(len(left)))
+	m.Data = left
+	return len(left) > packetHead
+}
+
+// Sizes in an envelope, docs/PROTOCOL.md section 4.3.
+const (
+	packetHead = 16
+	tokenSize  = 16
+)
+
 func (b *Bus) deliverLocked(from *Conn, sub *subscription, m *nats.Msg) {
-	if b.filter != nil && !b.filter(from, sub.conn, m) {
+	if b.filter != nil && !b.passes(from, sub.conn, m) {
 		return
 	}
 	header := maps.Clone(m.Header)

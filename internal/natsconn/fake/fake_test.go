@@ -241,3 +241,47 @@ func TestFlush(t *testing.T) {
 		}
 	})
 }
+
+// Of an envelope, a filter sees the packets one by one, and takes out those that it holds back.
+func TestFilterSeesThroughEnvelopes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		packet := func(text string) string {
+			return "\xf5\x11\x00\x00\x00\x00\x00\x07\x00\x00\x00\x01\x00\x00\x00" + string(rune(16+len(text))) + text
+		}
+		envelope := func(packets ...string) []byte {
+			b := []byte("\xf5\x14\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")
+			for i, p := range packets {
+				b = append(b, "~1m5I0000000000"...)
+				b = append(append(b, byte('A'+i)), packet(p)...)
+			}
+			b[15] = byte(len(b))
+			return b
+		}
+		bus := new(Bus)
+		a, b := bus.Connect("a"), bus.Connect("b")
+		var got []string
+		stop, err := b.Subscribe("in.*", "", func(m *nats.Msg) { got = append(got, m.Subject+" "+string(m.Data)) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		var seen []string
+		bus.SetFilter(func(_, _ *Conn, m *nats.Msg) bool {
+			seen = append(seen, m.Subject)
+			return string(m.Data) != packet("lost")
+		})
+		a.Publish("in.e", "", envelope("one", "lost", "three"))
+		a.Publish("in.e", "", envelope("lost"))
+		a.Publish("in.e", "", []byte("no envelope"))
+		synctest.Wait()
+		kept := envelope("one", "three")
+		kept[len(kept)-len(packet("three"))-1] = 'C'
+		if !slices.Equal(got, []string{"in.e " + string(kept), "in.e no envelope"}) {
+			t.Errorf("got %q", got)
+		}
+		token := "in.~1m5I0000000000"
+		if !slices.Equal(seen, []string{token + "A", token + "B", token + "C", token + "A", "in.e"}) {
+			t.Errorf("the filter saw %q", seen)
+		}
+	})
+}

@@ -1,0 +1,257 @@
+package stream
+
+import (
+	"crypto/rand"
+	"errors"
+	"strings"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/flow"
+)
+
+// This file sends packets of several streams to one peer in one message, an envelope; docs/PROTOCOL.md section 4.3. The outbox runs all of it.
+
+// envelopes are those that an outbox fills now.
+type envelopes struct {
+	open    []*enveloping
+	packets int    // in them
+	more    bool   // another session waits behind the one that is being served
+	refused uint32 // NATS refused an envelope on this connection, counted from 1 as outbox.connection is from 0
+}
+
+// enveloping is what an outbox knows about envelopes to one other end, and the envelope that it fills for it.
+type enveloping struct {
+	name    string // of the other end
+	subject string // of envelopes
+	tells   bool   // the next CREDIT tells the other end that this one receives envelopes
+	known   bool   // the other end receives envelopes
+	arrives bool   // it has answered a trial
+	trial   [nonceSize]byte
+	tried   int64 // when the last trial was sent; 0 if none was
+	sizes   flow.Envelopes
+
+	buf     *packet // nil if no envelope is open
+	n       int     // bytes of it in use
+	most    int     // bytes that it may have
+	packets int
+	first   string    // subject of the first packet if it goes alone
+	senders []*sender // of the packets of records, in order
+}
+
+const (
+	// envelopeToken is the last element of the subject of envelopes. Tokens of streams begin with another character.
+	envelopeToken = "e"
+	// maxEnveloped bounds a packet in an envelope. A message costs about as much as a copy of this size.
+	maxEnveloped = 2 << 10
+	// maxEnclosed is how many packets all open envelopes hold together, and maxOpen how many of these there are, before they are sent.
+	maxEnclosed = 1 << 10
+	maxOpen     = 1 << 6
+	// trialPatience is how many AckTimeouts the answer to a trial may take before the next one.
+	trialPatience = 4
+)
+
+// tellsEnvelopes notes that another stream to p began. From the second one on, this end tells p that it receives envelopes. It says
+// so again whenever the streams have doubled, because the message may be lost.
+func (p *remote) tellsEnvelopes() {
+	if n := len(p.streams); n >= 2 && n&(n-1) == 0 {
+		p.enveloping().tells = true
+	}
+}
+
+func (p *remote) enveloping() *enveloping {
+	if p.envelopes == nil {
+		p.envelopes = &enveloping{name: p.name, subject: p.name + "." + envelopeToken}
+	}
+	return p.envelopes
+}
+
+// send publishes a packet to the peer of s, or puts a copy of it into the envelope to that peer. snd is the sender of a packet of
+// records, nil for other packets. With alone, the packet has a message of its own. send returns where the packet ends in its
+// envelope, 0 if it was published. A packet in an envelope is published before any later packet to the same peer.
+func (o *outbox) send(s *session, snd *sender, reply string, data []byte, alone bool) (end int, err error) {
+	if p := s.remote.Load(); p != nil && p.envelopes != nil {
+		e := p.envelopes
+		if !alone && reply == "" && len(data) <= maxEnveloped && o.mayEnclose(e, s) {
+			if end := o.enclose(e, s, snd, data); end != 0 {
+				return end, nil
+			}
+		}
+		o.sendEnvelope(e)
+	}
+	return 0, o.ep.send(s.out.peer, reply, data)
+}
+
+// mayEnclose reports whether the next packet of s may go into an envelope. If that is not known, it tries.
+func (o *outbox) mayEnclose(e *enveloping, s *session) bool {
+	switch {
+	case e.buf != nil:
+		return true
+	case !o.envelopes.more || !e.known || o.envelopes.refused == o.connection.Load()+1:
+		return false
+	case !e.arrives:
+		o.try(e, s)
+		return false
+	}
+	return true
+}
+
+// try sends an envelope that asks the peer of s for an answer. It has no records: NATS may refuse it, or the peer may not receive at
+// its subject.
+func (o *outbox) try(e *enveloping, s *session) {
+	now := o.ep.now()
+	if s.reply == "" || e.tried != 0 && now-e.tried < trialPatience*o.ep.times.Ack {
+		return
+	}
+	e.tried = now
+	rand.Read(e.trial[:])
+	h := PacketHeader{Sender: s.senderNumber}
+	if snd := s.send.Load(); snd != nil {
+		h.Seq = snd.unacked.Cursor()
+	}
+	b := make([]byte, PacketHeaderSize, 128)
+	b = append(b, s.out.peer[len(e.name)+1:]...)
+	b = AppendPacket(b, h, Frame{Type: FrameChallenge, Payload: e.trial[:]}, Frame{Type: frameEnvelopes})
+	putEnvelopeHeader(b, len(b))
+	_ = o.ep.publish(e.subject, "", b)
+}
+
+// trialAnswered takes the answer to a challenge, and reports whether it is that to a trial.
+func (o *outbox) trialAnswered(s *session, nonce []byte) bool {
+	p := s.remote.Load()
+	if p == nil || p.envelopes == nil || p.envelopes.tried == 0 || string(nonce) != string(p.envelopes.trial[:]) {
+		return false
+	}
+	p.envelopes.arrives = true
+	return true
+}
+
+// knowsEnvelopes notes that the peer of s receives envelopes.
+func (o *outbox) knowsEnvelopes(s *session) {
+	if p := s.remote.Load(); p != nil && p.name != s.out.peer {
+		p.enveloping().known = true
+	}
+}
+
+// envelopeDenied handles a subject that NATS does not let this end publish to. It reports whether it is one of envelopes. Then this end
+// sends none as long as its connection lasts: it most likely may only answer. The streams repair what was lost.
+func (o *outbox) envelopeDenied(subject string) bool {
+	name, ok := strings.CutSuffix(subject, "."+envelopeToken)
+	p := o.remotes[name]
+	if !ok || p == nil || p.envelopes == nil || p.envelopes.tried == 0 {
+		return false
+	}
+	p.envelopes.arrives = false
+	o.envelopes.refused = o.connection.Load() + 1
+	return true
+}
+
+// enclose puts a copy of a packet into the envelope to the peer of s. It returns 0 if envelopes to that peer have to be smaller.
+func (o *outbox) enclose(e *enveloping, s *session, snd *sender, data []byte) (end int) {
+	size := envelopedHead + len(data)
+	if e.buf != nil && e.n+size > e.most {
+		o.sendEnvelope(e)
+	}
+	if e.buf == nil {
+		most := min(coalesceSize, int(o.ep.maxPayload.Load()), e.sizes.Most(o.ep.clock.Load()))
+		if l := o.lines.byPeer[e.name]; l != nil {
+			most = l.sizes.Most(min(most, l.Packet()), o.ep.clock.Load())
+		}
+		if PacketHeaderSize+size > most {
+			return 0
+		}
+		if len(o.envelopes.open) == maxOpen {
+			o.sendEnvelopes()
+		}
+		e.buf, e.n, e.most, e.first = getPacket(most), PacketHeaderSize, most, s.out.peer
+		o.envelopes.open = append(o.envelopes.open, e)
+	}
+	b := e.buf.buf[e.n:]
+	copy(b, s.out.peer[len(e.name)+1:])
+	copy(b[envelopedHead:], data)
+	e.n += size
+	e.packets++
+	o.envelopes.packets++
+	if snd != nil {
+		e.senders = append(e.senders, snd)
+	}
+	return e.n
+}
+
+// sendEnvelopes sends all open envelopes.
+func (o *outbox) sendEnvelopes() {
+	for _, e := range o.envelopes.open {
+		o.sendEnvelope(e)
+	}
+	clear(o.envelopes.open)
+	o.envelopes.open, o.envelopes.packets = o.envelopes.open[:0], 0
+}
+
+// sendEnvelope publishes e, or its only packet, if e is open. It stays on the list of open ones until that is emptied. A publish that
+// fails is a loss: each stream repairs its own. The connection may have broken since the packets were put in. Then nats.go would keep
+// the message for a server that may take less.
+func (o *outbox) sendEnvelope(e *enveloping) {
+	if e.buf == nil {
+		return
+	}
+	b := e.buf.buf[:e.n]
+	var err error
+	switch {
+	case !o.up.Load() || !isUp(o.ep.conn.Status()):
+		err = nats.ErrDisconnected
+	case e.packets == 1:
+		err = o.ep.send(e.first, "", b[PacketHeaderSize+envelopedHead:])
+	default:
+		putEnvelopeHeader(b, len(b))
+		if err = o.ep.send(e.subject, "", b); errors.Is(err, nats.ErrMaxPayload) {
+			o.ep.lookAtMaxPayload()
+			err = o.publishSingly(e, b)
+		} else if err == nil {
+			o.ep.counters.envelopesSent.Add(1)
+		}
+	}
+	if err != nil {
+		o.ep.counters.unsent.Add(1)
+	}
+	for i, snd := range e.senders {
+		snd.notePublished(false)
+		e.senders[i] = nil
+	}
+	putPacket(e.buf)
+	e.buf, e.packets, e.senders, e.first = nil, 0, e.senders[:0], ""
+}
+
+// publishSingly publishes the packets of an envelope that is too large.
+func (o *outbox) publishSingly(e *enveloping, b []byte) (err error) {
+	for body := b[PacketHeaderSize:]; len(body) > 0; {
+		var token, packet []byte
+		token, packet, body = nextEnveloped(body)
+		if e := o.ep.send(e.name+"."+string(token), "", packet); e != nil {
+			err = e
+		}
+	}
+	return err
+}
+
+// envelopePassed records the sizes of the envelopes in which packets of s arrived that were acknowledged just now.
+func (o *outbox) envelopePassed(s *session, q *unackedPackets) {
+	if q.inside == 0 {
+		return
+	}
+	if p := s.remote.Load(); p != nil && p.envelopes != nil {
+		p.envelopes.sizes.Passed(int(q.inside), o.ep.clock.Load())
+	}
+	q.inside = 0
+}
+
+// envelopeLost records that the peer misses p, if p came in an envelope, was not dropped with earlier packets, and this end's
+// connection is no reason for the loss.
+func (snd *sender) envelopeLost(p *packet) {
+	s, q := snd.session, &snd.unacked
+	if p.enveloped == 0 || q.Cursor() != q.Acked() || p.connection != s.ep.outbox.connection.Load() {
+		return
+	}
+	if p, enveloped := s.remote.Load(), p.enveloped; p != nil && p.envelopes != nil {
+		p.envelopes.sizes.Lost(int(enveloped), s.ep.clock.Load())
+	}
+}
