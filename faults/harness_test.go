@@ -87,6 +87,7 @@ type trial struct {
 	kinds          []string            // of streams: "down", "echo", "up", "idle"; the first two by default
 	records        int                 // of each stream; 0: as many as it takes until the fault is over
 	large          bool                // records of up to 32 KiB instead of 1 KiB
+	slow           bool                // each stream waits after each record, so that packets of several streams share envelopes
 	streams        int                 // of each kind; 2 by default
 	times          stream.ClientParams // only the times are used
 	goesOn         time.Duration       // how long after the fault each stream must have gone on; patience by default
@@ -208,6 +209,7 @@ func (x trial) one(t *testing.T) {
 		streams.Go(func() { f.run(ctx) })
 	}
 	within(patience, func() bool { return r.all(func(f *flow) bool { return f.done.Load() || f.got.Load() > 0 }) })
+	r.envelopes("before the fault", 0)
 	if a, b := r.cl.Stats().Fast, r.srv.Stats().Fast; a != fast() || b != fast() {
 		t.Errorf("fast connections: client %v, server %v, want %v", a, b, fast())
 	}
@@ -220,7 +222,11 @@ func (x trial) one(t *testing.T) {
 	x.fault(r)
 	r.over.Store(true)
 	if x.ends == 0 {
+		sent := r.srv.Stats().EnvelopesSent
 		r.goOn()
+		if x.records == 0 {
+			r.envelopes("after the fault", sent)
+		}
 		close(r.stop)
 	}
 	streams.Wait()
@@ -228,6 +234,13 @@ func (x trial) one(t *testing.T) {
 	r.idle()
 	if x.heal != nil {
 		x.heal()
+	}
+}
+
+// envelopes fails the test of slow streams unless the server sends further envelopes.
+func (r *rig) envelopes(when string, sent uint64) {
+	if r.slow && !within(patience, func() bool { return r.srv.Stats().EnvelopesSent > sent }) {
+		r.t.Errorf("no envelopes %s", when)
 	}
 }
 
@@ -267,7 +280,7 @@ func (r *rig) goOn() {
 func (r *rig) serve(ctx context.Context) error {
 	for i := range len(r.kinds) * r.streams {
 		f := &flow{rig: r, i: i, kind: r.kinds[i%len(r.kinds)]}
-		if i%(2*len(r.kinds)) < len(r.kinds) { // the others send as fast as they can
+		if r.slow || i%(2*len(r.kinds)) < len(r.kinds) { // the others send as fast as they can
 			f.pace = time.Millisecond
 		}
 		f.sent.Store(-1)
@@ -368,7 +381,7 @@ func (f *flow) send(w io.Writer) error {
 				time.Sleep(time.Millisecond)
 			}
 		}
-		if i%16 == 0 {
+		if f.rig.slow || i%16 == 0 {
 			if f.pace > 0 {
 				time.Sleep(f.pace)
 			}
