@@ -37,7 +37,8 @@ const (
 	listed   places = 1 << iota // in outbox.peers
 	onLine                      // waits on its line for a turn
 	steady                      // has waited on its line, and its backlog was not empty since
-	toResume                    // in remote.resuming
+	toResume                    // in remote.waiting, to ask after a reconnect
+	toAsk                       // in remote.waiting, to ask about an acknowledgement or credit
 )
 
 func (p places) has(q places) bool { return p&q != 0 }

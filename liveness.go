@@ -136,8 +136,7 @@ func (o *outbox) answered(s *session) {
 	if l.pings > 0 {
 		o.asking--
 		if p := s.remote.Load(); p != nil {
-			p.paid = min(p.paid+1, maxPaid)
-			resumeNext(p, 1)
+			o.askNext(p, p.pays(l.heard-l.pinged, o.ep.times.Ack))
 		}
 	}
 	l.pings, l.suspect = 0, 0
@@ -193,7 +192,7 @@ func (o *outbox) tick() {
 		})
 	}
 	o.tickLines(now)
-	o.tickResuming()
+	o.tickAskers()
 	o.wheel.Advance(now, func(s *session) { o.check(s, now) })
 	o.remoteWheel.Advance(now, func(p *remote) { o.checkRemote(p, now) })
 	if o.wheel.Len() == 0 && o.up.Load() {
@@ -253,7 +252,7 @@ func (o *outbox) check(s *session, now int64) {
 		s.mark(workPackets)
 	}
 	if d.Ping {
-		if p := s.remote.Load(); d.Repeated && p != nil {
+		if p := s.remote.Load(); d.Paid && p != nil {
 			p.repeats(o.time())
 		}
 		if !d.Repeated { // a missing answer is no sign of a slow reader
@@ -263,6 +262,9 @@ func (o *outbox) check(s *session, now int64) {
 			snd.unacked.loss.Unanswered()
 		}
 		o.ping(s)
+	}
+	if d.Wait {
+		o.waitToAsk(s, toAsk)
 	}
 	if f.Disconnected {
 		o.lookAt(s, d.Next)

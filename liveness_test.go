@@ -688,7 +688,7 @@ func TestFewOfManyUnansweredQuestionsAreRepeated(t *testing.T) {
 		time.Sleep(m.bus.Delay + trip)
 		free := int(trip / (defaultAckTimeout / unpaidPart))
 		asked := int(questions.Load())
-		if most := streams + maxPaid + free; asked < streams || asked > most {
+		if most := streams + firstPaid + free; asked < streams || asked > most {
 			t.Errorf("%d questions before the first answer, at most %d may be", asked, most)
 		}
 		m.bus.SetFilter(nil)
@@ -699,16 +699,31 @@ func TestFewOfManyUnansweredQuestionsAreRepeated(t *testing.T) {
 	})
 }
 
-// After a reconnect, idle streams ask as the peer answers. They do not fill a slow line with questions. Each asks in the end.
+// After a reconnect, idle streams ask as the peer answers. They do not fill a slow line with questions. Each asks in the end. The same
+// holds for streams whose last packets are not acknowledged.
 func TestIdleStreamsAskInTurnAfterAReconnect(t *testing.T) {
+	type params struct {
+		delay      time.Duration
+		unacked    bool
+		reconnects int
+	}
 	for name, delay := range map[string]time.Duration{"fast": time.Millisecond, "slow": 500 * time.Millisecond} {
-		for _, reconnects := range []int{1, 3} {
-			t.Run(fmt.Sprintf("%s, %d times", name, reconnects), func(t *testing.T) {
+		for _, x := range []params{{delay, false, 1}, {delay, false, 3}, {delay, true, 1}, {delay, true, 3}} {
+			reconnects := x.reconnects
+			t.Run(fmt.Sprintf("%s, %d times, unacked=%v", name, reconnects, x.unacked), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					m := memoryTest(t, ClientParams{})
 					m.bus.Delay = delay
 					streams := scaledDown(2000)
 					all := openIdle(t, m, streams)
+					if x.unacked {
+						for _, s := range all {
+							if _, err := s.Write([]byte("x")); err != nil {
+								t.Fatal(err)
+							}
+						}
+						synctest.Wait()
+					}
 					var questions atomic.Int64
 					asked := make(map[string]bool) // guarded by the bus
 					m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
@@ -719,7 +734,7 @@ func TestIdleStreamsAskInTurnAfterAReconnect(t *testing.T) {
 						return true
 					})
 					free, ofPeer := int64(2*delay/(defaultAckTimeout/unpaidPart))+2, int64(2*delay/defaultAckTimeout)+2
-					most := maxPaid + free + ofPeer // before the first answer
+					most := firstPaid + free + ofPeer // before the first answer
 					for i := range reconnects {
 						questions.Store(0)
 						m.conn.Set(nats.RECONNECTING)
@@ -733,7 +748,7 @@ func TestIdleStreamsAskInTurnAfterAReconnect(t *testing.T) {
 							most *= 2 // questions of before may be answered now, and each answer pays for one more
 						}
 					}
-					time.Sleep(time.Duration(streams/maxPaid+10) * 2 * delay)
+					time.Sleep(time.Duration(streams/firstPaid+10) * 2 * delay)
 					m.bus.SetFilter(nil)
 					if len(asked) != streams {
 						t.Errorf("%d of %d streams have asked", len(asked), streams)
@@ -741,7 +756,7 @@ func TestIdleStreamsAskInTurnAfterAReconnect(t *testing.T) {
 					finish(t, all)
 					time.Sleep(10 * time.Second)
 					m.nothingLeft(t)
-					if n := len(m.client.ep.outbox.resuming); n != 0 {
+					if n := len(m.client.ep.outbox.askers); n != 0 {
 						t.Errorf("%d lists of streams are left", n)
 					}
 				})

@@ -68,7 +68,7 @@ type outbox struct {
 
 	remotes     map[string]*remote  // other ends, by their names
 	idleRemotes int                 // of them have no streams
-	resuming    []*remote           // have streams that wait to ask after a reconnect
+	askers      []*remote           // have streams that wait to ask
 	remoteWheel wheel.Wheel[remote] // other ends by the time at which to look at them
 	streamTimes liveness.Intervals  // those of the endpoint, except KeepAlive, which is that of a single stream
 	repeat      int64               // the time after which a question on a single stream is repeated

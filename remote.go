@@ -32,8 +32,10 @@ type remote struct {
 
 	envelopes *enveloping // nil until this end or the other one speaks of envelopes
 
-	resuming []*session // wait to ask after a reconnect
-	resumed  int64      // value of outbox.resumed when paid was last reset
+	waiting []*session // to ask; those whose places say neither toResume nor toAsk have asked meanwhile
+	resumed int64      // value of outbox.resumed when paid and ahead were last reset
+	ahead   int32      // the most that paid may be
+	least   int64      // the shortest time from a question to its answer since then
 
 	streams []*session // session.life.place is the place of each
 	next    int        // place of the stream of the last question
@@ -98,7 +100,9 @@ func (o *outbox) joinRemote(s *session) {
 }
 
 // newRemote returns the record of another end that lives at now, as far as is known.
-func newRemote(name string, now int64) remote { return remote{name: name, heard: now, paid: maxPaid} }
+func newRemote(name string, now int64) remote {
+	return remote{name: name, heard: now, paid: firstPaid, ahead: firstPaid, least: math.MaxInt64}
+}
 
 // maxIdleRemotes bounds the remotes without streams, because each request can name another peer. A list of streams with more than
 // maxIdleStreams places is not kept.
@@ -210,16 +214,42 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 	o.lookAtRemote(p, o.clock.Until(d.Next))
 }
 
-// Each question that p answers pays for another one that repeats a question, or asks after a reconnect. Otherwise the
-// questions of many streams could fill a slow line, and each would wait too long for its answer behind the others.
-// maxPaid questions may be sent ahead of answers. One in each AckTimeout is free, and while p is silent, one in each
-// unpaidPart of AckTimeout.
+// Each question that p answers pays for another one that repeats a question, asks after a reconnect, or asks about an acknowledgement
+// or credit that is overdue. Otherwise the questions of many streams could fill a slow line, and each would wait too long for its
+// answer behind the others. firstPaid questions may be sent ahead of answers. The number grows up to mostPaid while answers come
+// about as fast as the fastest one did. One question in each AckTimeout is free, and while p is silent, one in each unpaidPart of AckTimeout.
 const (
-	maxPaid    = 32
+	firstPaid  = 32
+	mostPaid   = 1 << 10
 	unpaidPart = 4
+
+	// slowTrips is how many AckTimeouts longer than the fastest one an answer may take before fewer questions are sent ahead.
+	slowTrips = 4
 )
 
-// mayRepeat reports whether a stream may repeat a question to p, or ask after a reconnect.
+// pays notes that p answered a question after trip, and returns how many others that pays for.
+func (p *remote) pays(trip, ack int64) (n int32) {
+	if trip <= 0 { // the question was not heard of, or it was sent before a reconnect
+		return p.pay(1)
+	}
+	p.least = min(p.least, trip)
+	switch late := trip - p.least; {
+	case late <= ack && p.ahead < mostPaid:
+		p.ahead++
+		return p.pay(2)
+	case late > slowTrips*ack && p.ahead > firstPaid:
+		p.ahead--
+		return p.pay(0)
+	}
+	return p.pay(1)
+}
+
+func (p *remote) pay(n int32) int32 {
+	p.paid = min(p.paid+n, p.ahead)
+	return n
+}
+
+// mayRepeat reports whether p may be sent a question that has to be paid for.
 func (p *remote) mayRepeat(now, ack int64) bool {
 	wait := ack
 	if now-p.heard >= ack {
@@ -232,7 +262,7 @@ func (p *remote) mayRepeat(now, ack int64) bool {
 // because questions may queue on a slow line. A lost stream must still be noticed, so it is half of ResumeTimeout at most.
 func (p *remote) repeatAfter(repeat, resume int64) int64 { return max(repeat, min(2*p.trip, resume/2)) }
 
-// repeats records that a stream repeats a question, or asks after a reconnect.
+// repeats records that p is sent a question that has to be paid for.
 func (p *remote) repeats(now int64) {
 	if p.paid > 0 {
 		p.paid--
@@ -242,54 +272,73 @@ func (p *remote) repeats(now int64) {
 }
 
 // mayResume reports whether s may ask its peer now, after a reconnect. If too many other streams have asked and got no
-// answer, s waits. A stream that has unacknowledged packets or no credit needs an answer, and asks when the answer is
-// overdue.
+// answer, s waits.
 func (o *outbox) mayResume(s *session) bool {
 	p, now := s.remote.Load(), o.time()
 	if p == nil || s.crossing() != nil { // a stream across accounts may have lost its mapping, and others say nothing of it
 		return true
 	}
 	if r := o.resumed.Load(); p.resumed != r { // earlier questions were lost, or their answers are still coming
-		p.resumed, p.paid = r, maxPaid
+		p.resumed, p.paid, p.ahead, p.least = r, firstPaid, firstPaid, math.MaxInt64
 	}
 	if p.mayRepeat(now, o.ep.times.Ack) {
 		p.repeats(now)
-		s.out.places.clear(toResume)
+		s.out.places.clear(toResume | toAsk)
 		return true
 	}
-	if !s.out.places.has(toResume) {
-		s.out.places.set(toResume)
-		if p.resuming = append(p.resuming, s); len(p.resuming) == 1 {
-			o.resuming = append(o.resuming, p)
-		}
-	}
+	o.waitToAsk(s, toResume)
 	return false
 }
 
-// resumeNext lets the next n streams ask that wait to ask p after a reconnect.
-func resumeNext(p *remote, n int32) {
-	for n > 0 && len(p.resuming) > 0 {
-		s := p.resuming[0]
-		p.resuming[0], p.resuming = nil, p.resuming[1:]
-		if s.out.places.has(toResume) && s.out.state.Phase != lifecycle.Gone { // it has not asked meanwhile, after another reconnect
-			s.out.places.clear(toResume)
+// waitToAsk lets s ask its peer after the streams that wait already. why is toResume or toAsk.
+func (o *outbox) waitToAsk(s *session, why places) {
+	p := s.remote.Load()
+	if waits := s.out.places.has(toResume | toAsk); !waits {
+		if p.waiting = append(p.waiting, s); len(p.waiting) == 1 {
+			o.askers = append(o.askers, p)
+		}
+	}
+	s.out.places.set(why)
+}
+
+// askNext lets the next n streams ask that wait to ask p. Streams that need no answer any longer do not count.
+func (o *outbox) askNext(p *remote, n int32) {
+	for n > 0 && len(p.waiting) > 0 {
+		s := p.waiting[0]
+		p.waiting[0], p.waiting = nil, p.waiting[1:]
+		why := s.out.places & (toResume | toAsk)
+		s.out.places.clear(toResume | toAsk)
+		switch {
+		case s.out.state.Phase == lifecycle.Gone:
+		case why.has(toResume):
 			s.mark(workResume)
+			n--
+		case why.has(toAsk) && s.remote.Load() == p && s.out.life.pings == 0 && s.wantsAnswer():
+			p.repeats(o.time())
+			s.out.life.asks = min(s.out.life.asks, math.MaxInt16-1) + 1
+			s.mark(workProbe)
 			n--
 		}
 	}
 }
 
-// tickResuming lets the next streams ask if answers were lost, and forgets lists that are empty.
-func (o *outbox) tickResuming() {
-	o.resuming = slices.DeleteFunc(o.resuming, func(p *remote) bool {
+// wantsAnswer reports whether s has packets that are not acknowledged, or a writer without credit.
+func (s *session) wantsAnswer() bool {
+	snd := s.send.Load()
+	return snd != nil && !s.peerTakesJSON() && (!snd.unacked.Empty() || snd.unacked.waits || snd.packer.stalled())
+}
+
+// tickAskers lets the next streams ask if answers were lost, and forgets lists that are empty.
+func (o *outbox) tickAskers() {
+	o.askers = slices.DeleteFunc(o.askers, func(p *remote) bool {
 		n := p.paid
 		if n == 0 && p.mayRepeat(o.time(), o.ep.times.Ack) {
 			n = 1
 		}
-		resumeNext(p, n)
-		empty := len(p.resuming) == 0
+		o.askNext(p, n)
+		empty := len(p.waiting) == 0
 		if empty {
-			p.resuming = nil
+			p.waiting = nil
 		}
 		return empty
 	})

@@ -58,7 +58,7 @@ type Facts struct {
 	Stalled      bool // a writer waits for credit
 	Failed       bool // a publish failed, and no writer will repeat it
 	Silent       bool // this end is a handler's, and its consumer may not know its address, or the name of the stream
-	Unpaid       bool // no question may be repeated now: the peer was sent as many repeated ones as it may be
+	Unpaid       bool // no question may be repeated now, nor one about an acknowledgement or credit be sent: enough are unanswered
 }
 
 // Reason is the reason for which a stream is given up.
@@ -80,6 +80,8 @@ type Decision struct {
 	Republish bool   // publish the packet that failed
 	Ping      bool   // ask the peer
 	Repeated  bool   // the PING repeats one that was not answered
+	Paid      bool   // the PING is one of those that Unpaid delays
+	Wait      bool   // ask when answers have paid for the question
 	Lost      bool   // more than one PING was not answered, so packets before it may be lost too
 }
 
@@ -171,13 +173,21 @@ func (f *Facts) ask(d Decision) Decision {
 		if f.Unacked || f.Stalled {
 			// A lost credit looks like a slow reader, so the questions become rarer.
 			overdue := f.since(max(f.Sent, f.Pinged)) + f.Times.Ack<<min(f.Asks, maxBackoff)
-			d.Ping = d.Ping || f.Now >= overdue
-			d.until(overdue)
+			switch {
+			case f.Now < overdue:
+				d.until(overdue)
+			case d.Ping:
+			case f.Unpaid && f.Closed == 0: // the end of a stream has a time limit, so it does not wait
+				d.Wait = true
+			default:
+				d.Ping, d.Paid = true, true
+			}
 		}
 	}
 	suspect := f.Suspect
 	if d.Ping {
 		d.Repeated, d.Lost = f.Pings > 0, f.Pings > 1 // the first answer may only be slower than Ack
+		d.Paid = d.Paid || d.Repeated
 		if suspect == 0 && f.Pings >= SuspectPings {
 			suspect = f.Now
 		}
