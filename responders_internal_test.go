@@ -341,6 +341,7 @@ func TestRespondersNeverMix(t *testing.T) {
 				t.Fatal(err)
 			}
 			if outage >= 0 {
+				synctest.Wait() // the request is not to be lost
 				time.Sleep(time.Duration(outage) * time.Millisecond)
 				m.conn.Set(nats.RECONNECTING)
 				time.Sleep(50 * time.Millisecond)
