@@ -29,14 +29,38 @@ func (ep *endpoint) divert(s *session, m *nats.Msg) bool {
 		}
 		return true
 	}
-	subject, known := g.routes[h.Sender]
+	to, known := g.routes[h.Sender]
+	subject := to.subject
 	if !known {
 		subject = ep.meet(g, h, body, m)
 	}
 	if subject != "" {
 		ep.receive(&nats.Msg{Subject: subject, Reply: m.Reply, Data: bytes.Clone(m.Data)}, nil)
+		g.tellAgain(h.Sender)
 	}
 	return true
+}
+
+// route is where packets of one sender go.
+type route struct {
+	subject string // of the stream; empty for a sender that refused
+	next    int64  // when to tell the sender that subject again, by the endpoint's clock
+	wait    int64  // the time from then to the next time
+}
+
+// tellAgain sends the PING with the stream's own token again if the sender still uses the token of the request. The first one or the
+// proof may have been lost. A sender that never moves is told ever more rarely.
+func (g *gathering) tellAgain(sender uint64) {
+	ep, to := g.request.ep, g.routes[sender]
+	now := ep.clock.Load()
+	if now < to.next {
+		return
+	}
+	to.next, to.wait = now+to.wait, 2*to.wait
+	g.routes[sender] = to
+	if s, ok := ep.sessions.Load(to.subject[len(ep.prefix):]); ok {
+		s.mark(workProbe)
+	}
 }
 
 // meet returns the subject of the stream for a sender that was not heard before. It returns an empty string if there is none, because the
@@ -84,8 +108,9 @@ func (g *gathering) admit(sender uint64, peer string) string {
 	if o.patience != 0 {
 		s.setPeerTimeout(o.patience)
 	}
-	s.mark(workProbe) // its PING tells the responder the token
-	g.routes[sender] = s.reply
+	s.mark(workProbe)                            // its PING tells the responder the token
+	patience := challengePatience * ep.times.Ack // the sender begins no other proof before
+	g.routes[sender] = route{s.reply, ep.clock.Load() + patience, 2 * patience}
 	g.heard = ep.now()
 	g.request.mark(workBind)
 	g.queue, g.all = append(g.queue, st), append(g.all, weak.Make(st))
@@ -104,7 +129,7 @@ func (g *gathering) refuse(sender uint64, err error) {
 		return
 	}
 	if len(g.routes) < g.options.many.maximum+defaultMaxResponders {
-		g.routes[sender] = ""
+		g.routes[sender] = route{}
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -26,7 +26,7 @@ type gathering struct {
 	members atomic.Int32
 	left    atomic.Bool // the request is no longer a member
 
-	routes map[uint64]string // the subjects of responders by their sender numbers; empty for one that refused. The mux's
+	routes map[uint64]route // by the numbers of their senders. The mux's
 
 	mu       sync.Mutex
 	queue    []*Stream              // that the user has not got yet
@@ -70,7 +70,7 @@ func (s *session) join(g *gathering) {
 
 // gather makes s the session of a request with any number of responders. s is not registered yet.
 func (s *session) gather(o *openOptions, offer Token) {
-	g := &gathering{request: s, options: *o, offer: offer, routes: make(map[uint64]string), news: make(chan struct{})}
+	g := &gathering{request: s, options: *o, offer: offer, routes: make(map[uint64]route), news: make(chan struct{})}
 	g.members.Store(1)
 	s.join(g)
 	s.bucket.bind(s.senderNumber) // no producer has this odd number, so the packets of each are foreign
