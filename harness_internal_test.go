@@ -129,8 +129,13 @@ const RaceEnabled = race.Enabled
 
 // GrowEnded gives c its largest table of ended streams, which a test of memory would take for a leak while it grows. Call it before c
 // has a stream.
-func GrowEnded(c *Client) {
-	ended := &c.ep.outbox.ended
+func GrowEnded(c *Client) { growEnded(c.ep) }
+
+// GrowEndedOfServer is GrowEnded for a server.
+func GrowEndedOfServer(s *Server) { growEnded(s.ep) }
+
+func growEnded(ep *endpoint) {
+	ended := &ep.outbox.ended
 	ended.seed = maphash.MakeSeed()
 	ended.resize(maxEnded)
 }

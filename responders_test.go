@@ -662,16 +662,20 @@ func TestRespondersSurviveFaults(t *testing.T) {
 // Many requests leave nothing: no stream, no memory, no goroutine.
 func TestManyRequestsToRespondersLeaveNothing(t *testing.T) {
 	p := newPair(t)
-	newServices(t, p, 3, stream.ServerParams{}, func(int) stream.Handler {
+	servers := newServices(t, p, 3, stream.ServerParams{}, func(int) stream.Handler {
 		return func(w *stream.Writer, _ *stream.Request) error {
 			_, err := w.Write([]byte("a"))
 			return err
 		}
 	})
 	stream.GrowEnded(p.consumer)
+	for _, s := range servers {
+		stream.GrowEndedOfServer(s.Server)
+	}
+	ctx := testContext(t)
 	verifyFootprint(t, p, scaled(1000), func(n int) {
 		for i := range n {
-			r, err := p.consumer.OpenMany(testContext(t), "all", nil, stream.WithMaxResponders(3), stall)
+			r, err := p.consumer.OpenMany(ctx, "all", nil, stream.WithMaxResponders(3), stall)
 			if err != nil {
 				t.Fatal(err)
 			}
