@@ -70,8 +70,8 @@ func (ep *endpoint) meet(g *gathering, h PacketHeader, body []byte, m *nats.Msg)
 		g.refuse(h.Sender, &CloseError{Code: int(f.Code), Text: string(f.Payload)})
 		return ""
 	}
-	if checkAnswer(m.Reply) != nil { // most often there is none
-		ep.counters.early.Add(1) // the packet that says where comes again, and then this one
+	if checkAnswer(m.Reply) != nil { // the packet with the reply subject was lost, or follows
+		ep.counters.early.Add(1) // the sender retransmits that packet, and then this one
 		return ""
 	}
 	subject := g.admit(h.Sender, m.Reply)

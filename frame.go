@@ -277,8 +277,8 @@ func nextEnveloped(body []byte) (token, packet, rest []byte) {
 	return body[:envelopedHead], packet[:n:n], packet[n:]
 }
 
-// AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. Codecs other than JSON are
-// written as MsgPack and windows beyond their largest value as that value.
+// AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. It writes every codec other than JSON
+// as MsgPack, and a window beyond the largest value as that value.
 func AppendToken(dst []byte, t Token) []byte {
 	dst = AppendOffer(dst, t)
 	var id [TokenSize - OfferSize]byte

@@ -39,7 +39,7 @@ const (
 	base62Digits  = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 )
 
-// Close codes. Codes below 4000 mean what they mean in RFC 6455 section 7.4; those from 4000 on are this library's.
+// Close codes. RFC 6455 section 7.4 defines codes below 4000. Those from 4000 on are this library's.
 // An application may use any other code from 4000 to 5999, see [Writer.CloseWithCode].
 const (
 	CloseNormalClosure     = 1000 // everything was sent; the reader sees io.EOF
@@ -49,7 +49,7 @@ const (
 	CloseAbnormalClosure   = 1006 // the connection or the peer was lost before the stream ended
 	CloseMessageTooBig     = 1009 // a record larger than the receiver takes: see MaxRecordSize
 	CloseTryAgainLater     = 1013 // the peer has no room for another stream, or for a record in pieces
-	CloseBadRequest        = 4000 // the request made no sense to the producer
+	CloseBadRequest        = 4000 // the producer does not understand the request
 	CloseCanceled          = 4001 // the consumer stopped before the end
 	CloseDeadlineExceeded  = 4008 // the consumer's deadline passed
 	CloseTooSlow           = 4029 // a reader fell behind a producer that cannot be told to wait
@@ -155,7 +155,7 @@ const (
 	FlagMsgPack   FrameFlags = 0x04 // DATA: the record is one MessagePack object
 	FlagCodecMask FrameFlags = 0x06 // DATA: the bits that name the codec; all of them set is reserved
 	FlagHalf      FrameFlags = 0x01 // CLOSE: the sender goes on receiving
-	FlagGap       FrameFlags = 0x01 // CREDIT: packets are missing, send again from Credit.Ack on
+	FlagGap       FrameFlags = 0x01 // CREDIT: packets are missing, retransmit those from Credit.Ack on
 	FlagTrailer   FrameFlags = 0x01 // META: the headers are the stream's trailers, not its headers
 )
 

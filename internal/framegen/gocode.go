@@ -79,7 +79,7 @@ func constants(w *writer) {
 }
 
 func closeCodeConstants(w *writer) {
-	w.p("// Close codes. Codes below 4000 mean what they mean in RFC 6455 section 7.4; those from 4000 on are this library's.")
+	w.p("// Close codes. RFC 6455 section 7.4 defines codes below 4000. Those from 4000 on are this library's.")
 	w.p("// An application may use any other code from 4000 to %d, see [Writer.CloseWithCode].", maxCloseCode)
 	w.p("const (")
 	for _, c := range closeCodes {

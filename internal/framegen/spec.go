@@ -147,7 +147,7 @@ var (
 	flagMsgPack   = flagDef{name: "MSGPACK", goName: "FlagMsgPack", value: 0x04, doc: "codec: the record is one MessagePack object", goDoc: "DATA: the record is one MessagePack object"}
 	flagCodecMask = flagDef{name: "codec mask", goName: "FlagCodecMask", value: 0x06, goDoc: "DATA: the bits that name the codec; all of them set is reserved"}
 	flagHalf      = flagDef{name: "HALF", goName: "FlagHalf", value: 0x01, doc: "the sender goes on receiving", goDoc: "CLOSE: the sender goes on receiving"}
-	flagGap       = flagDef{name: "GAP", goName: "FlagGap", value: 0x01, doc: "packets are missing: send again from `ack` on", goDoc: "CREDIT: packets are missing, send again from Credit.Ack on"}
+	flagGap       = flagDef{name: "GAP", goName: "FlagGap", value: 0x01, doc: "packets are missing: retransmit those from `ack` on", goDoc: "CREDIT: packets are missing, retransmit those from Credit.Ack on"}
 	flagTrailer   = flagDef{name: "TRAILER", goName: "FlagTrailer", value: 0x01, doc: "the headers are the stream's trailers, not its headers", goDoc: "META: the headers are the stream's trailers, not its headers"}
 )
 
@@ -260,7 +260,7 @@ var closeCodes = []closeCode{
 	{1006, "CloseAbnormalClosure", "abnormal closure", "the connection or the peer was lost before the stream ended", ""},
 	{1009, "CloseMessageTooBig", "message too big", "a record larger than the receiver takes", ": see MaxRecordSize"},
 	{1013, "CloseTryAgainLater", "try again later", "the peer has no room for another stream, or for a record in pieces", ""},
-	{4000, "CloseBadRequest", "bad request", "the request made no sense to the producer", ""},
+	{4000, "CloseBadRequest", "bad request", "the producer does not understand the request", ""},
 	{4001, "CloseCanceled", "canceled", "the consumer stopped before the end", ""},
 	{4008, "CloseDeadlineExceeded", "deadline exceeded", "the consumer's deadline passed", ""},
 	{4029, "CloseTooSlow", "too slow", "a reader fell behind a producer that cannot be told to wait", ""},
