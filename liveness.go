@@ -136,7 +136,11 @@ func (o *outbox) answered(s *session) {
 	if l.pings > 0 {
 		o.asking--
 		if p := s.remote.Load(); p != nil {
-			o.askNext(p, p.pays(l.heard-l.pinged, o.ep.times.Ack))
+			trip := l.heard - l.pinged
+			if l.pinged < o.clock.Resumed() { // a reconnect is a part of it
+				trip = 0
+			}
+			o.askNext(p, p.pays(trip, o.ep.times.Ack))
 		}
 	}
 	l.pings, l.suspect = 0, 0

@@ -227,14 +227,14 @@ const (
 	slowTrips = 4
 )
 
-// pays notes that p answered a question after trip, and returns how many others that pays for.
+// pays notes that p answered a question after trip, and returns how many others that pays for. trip is 0 if it is not known.
 func (p *remote) pays(trip, ack int64) (n int32) {
-	if trip <= 0 { // the question was not heard of, or it was sent before a reconnect
+	if trip <= 0 {
 		return p.pay(1)
 	}
 	p.least = min(p.least, trip)
 	switch late := trip - p.least; {
-	case late <= ack && p.ahead < mostPaid:
+	case late <= ack && p.ahead < mostPaid && !p.resumes():
 		p.ahead++
 		return p.pay(2)
 	case late > slowTrips*ack && p.ahead > firstPaid:
@@ -243,6 +243,9 @@ func (p *remote) pays(trip, ack int64) (n int32) {
 	}
 	return p.pay(1)
 }
+
+// resumes reports whether streams wait to ask p after a reconnect. The questions of the peer, which come at that time, look like answers.
+func (p *remote) resumes() bool { return len(p.waiting) > 0 && p.waiting[0].out.places.has(toResume) }
 
 func (p *remote) pay(n int32) int32 {
 	p.paid = min(p.paid+n, p.ahead)
@@ -303,6 +306,9 @@ func (o *outbox) waitToAsk(s *session, why places) {
 
 // askNext lets the next n streams ask that wait to ask p. Streams that need no answer any longer do not count.
 func (o *outbox) askNext(p *remote, n int32) {
+	if !o.up.Load() { // all streams ask anew when it is up again
+		return
+	}
 	for n > 0 && len(p.waiting) > 0 {
 		s := p.waiting[0]
 		p.waiting[0], p.waiting = nil, p.waiting[1:]
@@ -311,7 +317,8 @@ func (o *outbox) askNext(p *remote, n int32) {
 		switch {
 		case s.out.state.Phase == lifecycle.Gone:
 		case why.has(toResume):
-			s.mark(workResume)
+			p.repeats(o.time())
+			s.mark(workGap | workProbe)
 			n--
 		case why.has(toAsk) && s.remote.Load() == p && s.out.life.pings == 0 && s.wantsAnswer():
 			p.repeats(o.time())
