@@ -85,8 +85,18 @@ func (s *session) dropUnwanted() {
 				s.dropPartial(x)
 			}
 			s.recv.readLock.And(^gateDropping)
-			return
+			if s.bucket.ring.Empty() { // otherwise a packet came between Pop and the line above, and its dropUnwanted saw gateDropping
+				return
+			}
 		}
+	}
+}
+
+// dropLate drops the packet that was pushed just now if the stream has ended meanwhile. The end stores end before it drops packets, and
+// the mux calls dropLate after the push. So one of the two sees the packet.
+func (s *session) dropLate() {
+	if s.end.Load() != nil {
+		s.dropUnwanted()
 	}
 }
 

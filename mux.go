@@ -84,6 +84,7 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	if asked {
 		s.mark(workCredit)
 	}
+	s.dropLate()
 }
 
 // receiveElsewhere handles a message with the token of no stream: an envelope, or one for an unknown token.
@@ -246,6 +247,7 @@ func (ep *endpoint) receiveJSON(s *session, m *nats.Msg) {
 	if first {
 		s.mark(workBind | workSettle) // the reader may have read the end before this
 	}
+	s.dropLate()
 }
 
 // refuse counts a packet that was not accepted, asks for missing packets, and ends the stream if it cannot go on.
