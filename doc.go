@@ -83,7 +83,7 @@
 //
 //   - [github.com/natsstream/stream/fastconn] makes streams faster by an option of nats.Connect.
 //   - [github.com/natsstream/stream/typed] gives streams the types of their records.
-//   - [github.com/natsstream/stream/streamslog] logs what happens to streams.
+//   - [github.com/natsstream/stream/streamslog] logs the opening, the end, retransmissions and reconnects of streams.
 //   - [github.com/natsstream/stream/streamtest] has NATS servers and network faults for tests.
 //   - [github.com/natsstream/stream/streambench] measures the library against your NATS server.
 //

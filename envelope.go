@@ -20,7 +20,7 @@ type envelopes struct {
 	refused uint32 // NATS refused an envelope on this connection, counted from 1 as outbox.connection is from 0
 }
 
-// enveloping is what an outbox knows about envelopes to one other end, and the envelope that it fills for it.
+// enveloping is the state of envelopes to one other end, with the envelope that the outbox fills now.
 type enveloping struct {
 	name    string // of the other end
 	subject string // of envelopes
@@ -134,7 +134,8 @@ func (o *outbox) knowsEnvelopes(s *session) {
 }
 
 // envelopeDenied handles a subject that NATS does not let this end publish to. It reports whether it is one of envelopes. Then this end
-// sends none as long as its connection lasts: it most likely may only answer. The streams repair what was lost.
+// sends none as long as its connection lasts, because its user probably may only answer. The streams retransmit the packets that
+// were in it.
 func (o *outbox) envelopeDenied(subject string) bool {
 	name, ok := strings.CutSuffix(subject, "."+envelopeToken)
 	p := o.remotes[name]

@@ -19,8 +19,8 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
-// envelopedPeer is writers of one client to consumers of one peer, which plays itself: it says that it receives envelopes, answers
-// trials, and acknowledges what arrives.
+// envelopedPeer has the writers of one client, and plays the one peer of all of them. The peer announces that it receives envelopes. It
+// answers trials and acknowledges packets.
 type envelopedPeer struct {
 	t       *testing.T
 	c       *Client
@@ -245,7 +245,7 @@ func TestEnvelopesKeepTheOrderOfEachStream(t *testing.T) {
 	})
 }
 
-// A stream whose peer moves sends the envelope first: later packets go another way.
+// If the peer of a stream moves, the outbox sends the open envelope first, because later packets go to another subject.
 func TestStreamsThatMoveSendTheEnvelope(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newEnvelopedPeer(t, 3)
@@ -451,8 +451,8 @@ func envelopeOf(streams []*Stream, seq uint32, size int) []byte {
 	return b
 }
 
-// A packet that waits for its reader does not keep its envelope in memory, and its stream's budget counts what it keeps. On fast
-// connections it keeps a slab, which has a bound of its own, until the reader goes on.
+// A packet that waits for its reader does not keep its envelope in memory. The budget of its stream counts the packet. On a fast
+// connection the packet keeps a slab until the reader goes on. Slabs have a bound of their own.
 func TestWaitingPacketsDoNotKeepEnvelopes(t *testing.T) {
 	conn := fake.New()
 	conn.Requested = func(*nats.Msg) error { return nil }
@@ -601,8 +601,8 @@ func TestEnvelopesAllocateNothing(t *testing.T) {
 	}
 }
 
-// FuzzEnvelope: an envelope is read as a naive model reads it. What is accepted is made again just as it was. Streams get what is theirs,
-// and no bytes do harm.
+// FuzzEnvelope compares the decoder of envelopes with a naive model. Encoding the decoded packets gives the same bytes. Each stream
+// gets its own packets, and no input causes a panic.
 func FuzzEnvelope(f *testing.F) {
 	conn := fake.New()
 	conn.Requested = func(*nats.Msg) error { return nil }

@@ -1,4 +1,4 @@
-// Package streamslog logs what happens to streams, with log/slog. It never logs a record.
+// Package streamslog logs the opening, the end, retransmissions and reconnects of streams, with log/slog. It never logs a record.
 //
 //	logs := streamslog.New(slog.Default())
 //
