@@ -21,6 +21,7 @@ var ink = color.RGBA{0x80, 0x86, 0x8f, 0xff}
 // palette is the colour of each rival, of middle lightness for the same reason.
 var palette = map[string]color.RGBA{
 	"stream":            {0xd9, 0x48, 0x2b, 0xff},
+	"stream, fast":      {0xe8, 0x9a, 0x3c, 0xff},
 	"nats":              {0x2f, 0x8f, 0xd0, 0xff},
 	"request-many":      {0x6f, 0xb7, 0xd9, 0xff},
 	"grpc-go":           {0x2f, 0xa0, 0x60, 0xff},
@@ -112,7 +113,7 @@ func addLine(p *plot.Plot, rival string, points plotter.XYs, dashed, legend bool
 	}
 	line.Color, dots.Color = hue, hue
 	line.Width = vg.Points(1.2)
-	if rival == "stream" {
+	if rival == ourName {
 		line.Width = vg.Points(2.6)
 	}
 	dots.Shape, dots.Radius = draw.CircleGlyph{}, vg.Points(2.2)

@@ -3,107 +3,157 @@
 // as the ceiling.
 //
 //	go run .            # everything, about half an hour; writes tables and charts into ../../docs
+//	go run . -plan      # what would be measured, and how long it takes
+//	go run . -resume    # goes on with a run that was interrupted
 //	go run . -short     # does it work at all; writes nothing
 //	go run . -draw      # tables and charts again, from the results that are stored
+//	go run . -cells 'paced/streams=1000' -rivals nats   # a part of it; writes nothing
 //
 // All rivals run in this one process and take turns in short slices. Each record carries its number and that of its stream,
-// and its reader checks both. A rival that loses a record without saying so fails the run, or is shown with its losses if it
-// makes no such promise.
+// and its reader checks both. A rival that loses a record without saying so, or stands still, is shown with that. If the
+// library does, the exit status is 1.
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
 	"time"
-
-	"github.com/schollz/progressbar/v3"
 )
 
+// defaults are the options of a run without flags. It takes about half an hour on two cores.
+func defaults() options {
+	return options{
+		rounds: 7, slice: 200 * time.Millisecond, paced: 3 * time.Second, idle: 100_000, hold: 20 * time.Second, million: 1_000_000,
+		sizes: []int{16, 128, 1024, 16384, 262144}, streams: []int{1, 100, 10_000}, rates: []int{1000, 10_000, 50_000, 100_000},
+	}
+}
+
 func main() {
-	o := options{sizes: []int{16, 128, 1024, 16384, 262144}, streams: []int{1, 100, 10_000}, rates: []int{1000, 10_000, 50_000, 100_000}}
-	var (
-		docs  = flag.String("docs", filepath.Join("..", "..", "docs"), "`directory` of BENCHMARKS.md, for tables and charts")
-		short = flag.Bool("short", false, "few and short slices: to see that it works; writes nothing")
-		draw  = flag.Bool("draw", false, "make tables and charts from the stored results, without a run")
-	)
-	flag.IntVar(&o.rounds, "rounds", 7, "slices of each rival per cell")
-	flag.DurationVar(&o.slice, "time", 200*time.Millisecond, "`duration` of a slice")
-	flag.DurationVar(&o.paced, "paced", 3*time.Second, "`duration` of a paced run")
-	flag.IntVar(&o.idle, "idle", 100_000, "idle streams to open")
-	flag.IntVar(&o.million, "million", 1_000_000, "idle streams of the library alone, 0: none")
+	o := defaults()
+	var c command
+	flag.StringVar(&c.docs, "docs", filepath.Join("..", "..", "docs"), "`directory` of BENCHMARKS.md, for tables and charts")
+	flag.BoolVar(&c.short, "short", false, "few and short slices: to see that it works; writes nothing")
+	flag.BoolVar(&c.draw, "draw", false, "make tables and charts from the stored results, without a run; with -resume from those of an interrupted run")
+	flag.BoolVar(&c.plan, "plan", false, "print the cells and about how long they take, without a run")
+	flag.BoolVar(&c.resume, "resume", false, "go on with a run that was interrupted, with its finished cells")
+	flag.Func("cells", "measure only the cells whose names match this `regexp`; writes nothing", pattern(&c.cells))
+	flag.Func("rivals", "measure only the rivals whose names match this `regexp`, and the library; writes nothing", pattern(&o.rivals))
+	flag.IntVar(&o.rounds, "rounds", o.rounds, "slices of each rival per cell")
+	flag.DurationVar(&o.slice, "time", o.slice, "`duration` of a slice")
+	flag.DurationVar(&o.paced, "paced", o.paced, "`duration` of the paced runs of a rival in a cell")
+	flag.IntVar(&o.idle, "idle", o.idle, "idle streams to open")
+	flag.DurationVar(&o.hold, "hold", o.hold, "`duration` for which idle streams are watched")
+	flag.IntVar(&o.million, "million", o.million, "idle streams of the library alone, 0: none")
 	flag.Parse()
-	if *short {
-		o.rounds, o.slice, o.paced, o.idle, o.million = 1, 5*time.Millisecond, 50*time.Millisecond, 500, 0
+	if c.short {
+		o.rounds, o.slice, o.paced, o.idle, o.hold, o.million = 1, 5*time.Millisecond, 50*time.Millisecond, 500, 0, 0
 		o.sizes, o.streams, o.rates = []int{16, 16384}, []int{1, 20}, []int{1000}
 	}
-	if err := run(o, *docs, *short, *draw); err != nil {
+	if err := c.run(o); err != nil {
 		fmt.Fprintln(os.Stderr, "rivals:", err)
 		os.Exit(1)
 	}
 }
 
-func run(o options, docs string, short, draw bool) error {
-	stored := filepath.Join(docs, "rivals", "results.json")
-	found := new(results)
-	var err error
-	if draw {
+func pattern(to **regexp.Regexp) func(string) error {
+	return func(text string) (err error) { *to, err = regexp.Compile(text); return err }
+}
+
+// A command is what to do with a run.
+type command struct {
+	docs                      string
+	short, draw, plan, resume bool
+	cells                     *regexp.Regexp
+}
+
+func (c command) run(o options) error {
+	cells := plan(o)
+	if c.cells != nil {
+		if cells = only(cells, c.cells); len(cells) == 0 {
+			return errors.New("no cell has such a name; -plan prints the names")
+		}
+	}
+	if c.plan {
+		describe(os.Stdout, cells)
+		return nil
+	}
+	temp, err := os.MkdirTemp("", "rivals")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(temp)
+	if c.short || c.cells != nil || o.rivals != nil {
+		found := newResults(o)
+		if err := measure(temp, o, cells, found, func() error { return nil }); err != nil {
+			return err
+		}
+		_, err := os.Stdout.Write(found.markdown())
+		return errors.Join(err, found.faults())
+	}
+	dir := filepath.Join(c.docs, "rivals")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	stored, unfinished := filepath.Join(dir, "results.json"), filepath.Join(dir, "unfinished.json")
+	found := newResults(o)
+	switch {
+	case c.draw && c.resume:
+		found, err = readResults(unfinished)
+	case c.draw:
 		found, err = readResults(stored)
-	} else {
-		found, err = measure(o)
+	case c.resume:
+		found, err = resume(unfinished, found.Flags)
 	}
 	if err != nil {
 		return err
 	}
-	if short {
-		_, err = os.Stdout.Write(found.markdown())
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(stored), 0o755); err != nil {
-		return err
-	}
-	if !draw {
-		if err := found.save(stored); err != nil {
+	if !c.draw {
+		if err := measureAll(temp, o, cells, found, unfinished); err != nil {
+			return err
+		}
+		if err := errors.Join(found.save(stored), os.Remove(unfinished)); err != nil {
 			return err
 		}
 	}
-	if err := found.charts(filepath.Dir(stored)); err != nil {
+	return errors.Join(found.charts(dir), found.write(filepath.Join(c.docs, "BENCHMARKS.md")), found.faults())
+}
+
+// measureAll measures the cells that found lacks, and stores the finished ones in a file. An interrupt ends the process.
+func measureAll(temp string, o options, cells []cell, found *results, unfinished string) error {
+	if kept, err := readResults(unfinished); err == nil && len(found.Cells) == 0 {
+		fmt.Fprintf(os.Stderr, "%s has %d cells of an interrupted run. -resume would go on with it; this run replaces it.\n", unfinished, len(kept.Cells))
+	}
+	interrupts := make(chan os.Signal, 1)
+	signal.Notify(interrupts, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(interrupts)
+	over := make(chan error, 1)
+	go func() { over <- measure(temp, o, cells, found, func() error { return found.save(unfinished) }) }()
+	select {
+	case err := <-over:
 		return err
-	}
-	return found.write(filepath.Join(docs, "BENCHMARKS.md"))
-}
-
-func measure(o options) (*results, error) {
-	dir, err := os.MkdirTemp("", "rivals")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(dir)
-	e, err := newEnv(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer e.close()
-	bar := progressbar.NewOptions(steps(o), progressbar.OptionSetWriter(os.Stderr), progressbar.OptionSetWidth(30),
-		progressbar.OptionShowCount(), progressbar.OptionSetElapsedTime(true), progressbar.OptionSetPredictTime(true))
-	o.progress = func(what string) {
-		bar.Describe(fmt.Sprintf("%-48s", what))
-		_ = bar.Add(1)
-	}
-	defer bar.Exit()
-	return measureAll(e, o)
-}
-
-// steps counts the calls of progress that a run makes at most.
-func steps(o options) int {
-	n := len(holders()) + min(o.million, 1)
-	for _, streams := range o.streams {
-		for _, size := range o.sizes {
-			if streams < slowFrom || size == pacedSize {
-				n += len(rivals()) * (o.rounds + 1)
-			}
+	case <-interrupts:
+		if _, err := os.Stat(unfinished); errors.Is(err, fs.ErrNotExist) {
+			return errors.New("interrupted before the first cell was finished")
 		}
+		return fmt.Errorf("interrupted; the finished cells are kept in %s, and -resume goes on with them", unfinished)
 	}
-	return n + 2*len(o.rates)*len(rivals()) + 3*len(askers())*o.rounds
+}
+
+// newResults returns results of a run that begins.
+func newResults(o options) *results { return &results{Machine: machine(), Flags: o.flags()} }
+
+// flags returns the options that decide about the figures, as flags.
+func (o options) flags() string {
+	return strings.Join([]string{
+		fmt.Sprintf("-rounds %d", o.rounds), fmt.Sprintf("-time %v", o.slice), fmt.Sprintf("-paced %v", o.paced),
+		fmt.Sprintf("-idle %d", o.idle), fmt.Sprintf("-hold %v", o.hold), fmt.Sprintf("-million %d", o.million),
+	}, " ")
 }

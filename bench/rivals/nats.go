@@ -40,9 +40,11 @@ func (l *pushLane) receive(take func([]byte)) error {
 	return nil
 }
 
+const natsName = "nats"
+
 func natsRival() rival {
 	return rival{
-		name: "nats", settings: "a subject and a callback subscription per stream, no pending limits", unbounded: true, shared: true,
+		name: natsName, settings: "a subject and a callback subscription per stream, no pending limits", unbounded: true, shared: true,
 		open: func(e *env, streams int) ([]lane, func(), error) {
 			conns, err := e.dialPair()
 			if err != nil {
@@ -130,13 +132,13 @@ func (l *requestLane) receive(take func([]byte)) error {
 // requestManyRival is orbit's RequestMany: one request, and the producer publishes answers to its reply subject.
 func requestManyRival() rival {
 	return rival{
-		name: "request-many", settings: "orbit.go natsext.RequestMany, no stall time; it has no flow control and loses what a slow reader does not take", unbounded: true, lossy: true,
+		name: "request-many", settings: "orbit.go natsext.RequestMany, no stall time, and a context of an hour, because it ends after 2 s without one; it has no flow control and loses what a slow reader does not take", unbounded: true, lossy: true,
 		open: func(e *env, streams int) ([]lane, func(), error) {
 			conns, err := e.dialPair()
 			if err != nil {
 				return nil, nil, err
 			}
-			ctx, cancel := context.WithCancel(context.Background())
+			ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 			closer := func() { cancel(); conns.close() }
 			g := newGatherer[string](streams)
 			subject := nats.NewInbox()
@@ -307,18 +309,18 @@ func natsAsker() asker {
 }
 
 func natsHolder() holder {
-	return holder{"nats subscription", func(e *env, n int) (func(), error) {
+	return holder{"nats subscription", func(e *env, n int) (idleStreams, error) {
 		conns, err := e.dialPair()
 		if err != nil {
-			return nil, err
+			return idleStreams{}, err
 		}
 		prefix := nats.NewInbox()
 		for i := range n {
 			if _, err := conns.consumer.Subscribe(fmt.Sprintf("%s.%d", prefix, i), func(*nats.Msg) {}); err != nil {
 				conns.close()
-				return nil, err
+				return idleStreams{}, err
 			}
 		}
-		return conns.close, conns.consumer.Flush()
+		return idleStreams{closer: conns.close}, conns.consumer.Flush()
 	}}
 }

@@ -9,12 +9,24 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/fastconn"
 )
 
 // The library itself, with the defaults of its parameters.
 
+const ourName = "stream"
+
 func streamRival() rival {
-	return rival{name: "stream", settings: "defaults", open: openStreams}
+	return rival{name: ourName, settings: "defaults, records are read with Next", open: openStreams}
+}
+
+func fastRival() rival {
+	return rival{
+		name: "stream, fast", settings: "the same over fast connections (package fastconn)",
+		open: func(e *env, streams int) ([]lane, func(), error) {
+			return openStreams(e.with(fastconn.Enable()), streams)
+		},
+	}
 }
 
 type streamLane struct {
@@ -27,7 +39,7 @@ func (l *streamLane) flush() error          { return nil }
 
 func (l *streamLane) receive(take func([]byte)) error {
 	for {
-		rec, err := l.reader.Recv()
+		rec, err := l.reader.Next()
 		if err != nil {
 			return err
 		}
@@ -130,14 +142,17 @@ func streamAsker() asker {
 }
 
 func streamHandlerHolder() holder {
-	return holder{"stream, handler", func(e *env, n int) (func(), error) {
+	return holder{"stream, handler", func(e *env, n int) (idleStreams, error) {
 		g := newGatherer[*stream.Writer](n)
 		x, err := newEnds(e, n, func(w *stream.Writer, r *stream.Request) error { return g.hold(r.Data, w) })
 		if err != nil {
-			return nil, err
+			return idleStreams{}, err
 		}
-		closer := func() { close(g.done); x.close() }
-		return closer, openIdle(x.client, x.subject, n, func() error { _, err := g.wait(1); return err })
+		open := idleStreams{
+			closer: func() { close(g.done); x.close() },
+			alive:  func() int { return min(x.client.Stats().Streams, x.server.Stats().Streams) },
+		}
+		return open, openIdle(x.client, x.subject, n, func() error { _, err := g.wait(1); return err })
 	}}
 }
 
@@ -163,21 +178,21 @@ func openIdle(c *stream.Client, subject string, n int, arrived func() error) err
 }
 
 func streamWriterHolder() holder {
-	return holder{"stream, Writer", func(e *env, n int) (func(), error) {
+	return holder{"stream, Writer", func(e *env, n int) (idleStreams, error) {
 		conns, err := e.dialPair()
 		if err != nil {
-			return nil, err
+			return idleStreams{}, err
 		}
 		consumer, err := stream.NewClient(stream.ClientParams{Conn: conns.consumer})
 		if err != nil {
 			conns.close()
-			return nil, err
+			return idleStreams{}, err
 		}
 		producer, err := stream.NewClient(stream.ClientParams{Conn: conns.producer})
 		if err != nil {
 			_ = consumer.Close()
 			conns.close()
-			return nil, err
+			return idleStreams{}, err
 		}
 		closer := func() { _ = consumer.Close(); _ = producer.Close(); conns.close() }
 		g := newGatherer[*stream.Writer](n)
@@ -188,12 +203,13 @@ func streamWriterHolder() holder {
 			_ = g.add(m.Data, w)
 		}); err != nil {
 			closer()
-			return nil, err
+			return idleStreams{}, err
 		}
 		if err := conns.producer.Flush(); err != nil {
 			closer()
-			return nil, err
+			return idleStreams{}, err
 		}
-		return closer, openIdle(consumer, subject, n, func() error { _, err := g.wait(1); return err })
+		alive := func() int { return min(consumer.Stats().Streams, producer.Stats().Streams) }
+		return idleStreams{closer, alive}, openIdle(consumer, subject, n, func() error { _, err := g.wait(1); return err })
 	}}
 }

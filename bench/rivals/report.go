@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -10,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // The tables stand between these lines of the document.
@@ -17,27 +17,6 @@ const (
 	beginMark = "<!-- rivals:begin -->"
 	endMark   = "<!-- rivals:end -->"
 )
-
-// save stores the results, so that tables and charts can be made again without a run.
-func (r *results) save(file string) error {
-	b, err := json.MarshalIndent(r, "", "\t")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(file, append(b, '\n'), 0o644)
-}
-
-func readResults(file string) (*results, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	r := new(results)
-	if err := json.Unmarshal(b, r); err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	return r, nil
-}
 
 // write replaces the text between the marks of the document.
 func (r *results) write(file string) error {
@@ -56,13 +35,73 @@ func (r *results) write(file string) error {
 // markdown returns all tables.
 func (r *results) markdown() []byte {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "Measured on %s.\n\n", r.Machine)
+	fmt.Fprintf(&b, "Measured on %s, with `%s`, in %v.\n\n", r.Machine, r.Flags, time.Duration(r.Seconds*1e9).Round(time.Second))
 	r.throughputTables(&b)
 	r.latencyTables(&b)
 	r.openTable(&b)
 	r.idleTable(&b)
 	r.settings(&b)
 	return b.Bytes()
+}
+
+// notes are the remarks below a table. Its cells have their numbers.
+type notes []string
+
+// mark returns the number of a remark, or nothing for an empty one.
+func (n *notes) mark(text string) string {
+	if text == "" {
+		return ""
+	}
+	i := slices.Index(*n, text)
+	if i < 0 {
+		i = len(*n)
+		*n = append(*n, text)
+	}
+	return fmt.Sprintf("<sup>%d</sup>", i+1)
+}
+
+// cell returns a figure with the mark of its remarks, or a dash with the reason why there is none.
+func (n *notes) cell(figure string, o outcome) string {
+	if o.Reason != "" {
+		return "–" + n.mark(o.Reason)
+	}
+	return figure + n.mark(strings.Join(o.Notes, "; "))
+}
+
+// write ends a table with its remarks.
+func (n *notes) write(b *bytes.Buffer) {
+	b.WriteString("\n")
+	for i, text := range *n {
+		// A message of a rival must not become markup.
+		fmt.Fprintf(b, "%d. %s\n", i+1, strings.NewReplacer("\n", " ", "<", "&lt;", "|", "/").Replace(text))
+	}
+	if len(*n) > 0 {
+		b.WriteString("\n")
+	}
+	*n = nil
+}
+
+// faults returns an error if the library did not do all that was asked of it.
+func (r *results) faults() error {
+	var all []error
+	add := func(name, where string, o outcome) {
+		if text := strings.Join(append(o.Notes, o.Reason), "; "); strings.HasPrefix(name, ourName) && strings.Trim(text, "; ") != "" {
+			all = append(all, fmt.Errorf("%s, %s: %s", name, where, text))
+		}
+	}
+	for _, t := range r.Throughput {
+		add(t.Rival, fmt.Sprintf("%d streams of %d B", t.Streams, t.Size), t.outcome)
+	}
+	for _, p := range r.Paced {
+		add(p.Rival, fmt.Sprintf("%d streams, %d records/s", p.Streams, p.Rate), p.outcome)
+	}
+	for _, o := range r.Opens {
+		add(o.Name, fmt.Sprintf("%d at once", o.Concurrent), o.outcome)
+	}
+	for _, i := range r.Idle {
+		add(i.Name, fmt.Sprintf("%d idle", i.Streams), i.outcome)
+	}
+	return errors.Join(all...)
 }
 
 func row(b *bytes.Buffer, cells ...string) {
@@ -122,7 +161,9 @@ func (r *results) throughputTables(b *bytes.Buffer) {
 		} else if streams >= slowFrom {
 			title = fmt.Sprintf("%d streams that send in turn, at most %d records on their way", streams, slowWindow)
 		}
-		fmt.Fprintf(b, "#### %s\n\nNanoseconds per record; in brackets how many times as fast `stream` is.\n\n", title)
+		var n notes
+		fmt.Fprintf(b, "#### %s\n\nNanoseconds per record that arrived; in brackets how many times as fast `stream` is. "+
+			"Medians of %d slices.\n\n", title, slices.MaxFunc(all, func(a, b throughput) int { return a.Slices - b.Slices }).Slices)
 		head := []string{""}
 		for _, size := range sizes {
 			head = append(head, bytesName(size))
@@ -132,12 +173,13 @@ func (r *results) throughputTables(b *bytes.Buffer) {
 			line := []string{rival}
 			for _, t := range all {
 				if t.Rival == rival {
-					line = append(line, t.cell())
+					line = append(line, n.cell(t.figure(), t.outcome))
 				}
 			}
 			row(b, line...)
 		}
-		fmt.Fprintf(b, "\nProcessor seconds per million records, both ends and everything between them.\n\n")
+		n.write(b)
+		fmt.Fprintf(b, "Processor seconds per million records, both ends and everything between them.\n\n")
 		header(b, head...)
 		for _, rival := range cells(all, func(t throughput) string { return t.Rival }) {
 			line := []string{rival}
@@ -152,12 +194,9 @@ func (r *results) throughputTables(b *bytes.Buffer) {
 	}
 }
 
-func (t throughput) cell() string {
-	if t.Reason != "" {
-		return "–"
-	}
+func (t throughput) figure() string {
 	s := three(t.Nanoseconds)
-	if t.Rival != "stream" {
+	if t.Rival != ourName {
 		s += " (" + three(t.Ratio) + ")"
 	}
 	if t.Lost > 0 {
@@ -168,28 +207,42 @@ func (t throughput) cell() string {
 
 func (r *results) latencyTables(b *bytes.Buffer) {
 	for _, streams := range cells(r.Paced, func(p paced) int { return p.Streams }) {
+		var n notes
 		fmt.Fprintf(b, "#### Latency of %d-byte records at a given load, %d streams\n\n", pacedSize, streams)
-		b.WriteString("Microseconds from when a record was due until its reader had it. A late record does not hide those behind it.\n\n")
-		header(b, "records/s", "", "p50", "p90", "p99", "largest")
+		fmt.Fprintf(b, "Microseconds from when a record was due until its reader had it, in %d runs. A late record does not hide those behind it. "+
+			"In brackets the ratio to plain NATS, the median of the runs. The last column has processor seconds per million records.\n\n", pacedRounds)
+		header(b, "records/s", "", "p50", "p90", "p99", "largest", "processor")
 		for _, p := range r.Paced {
 			switch {
 			case p.Streams != streams:
 			case p.Reason != "":
-				row(b, strconv.Itoa(p.Rate), p.Rival, p.Reason, "", "", "")
+				row(b, strconv.Itoa(p.Rate), p.Rival, n.cell("", p.outcome), "", "", "", "")
 			default:
 				rate := strconv.Itoa(p.Rate)
 				if p.Sent < 0.95*float64(p.Rate) {
 					rate += fmt.Sprintf(" (%.0f reached)", p.Sent)
 				}
-				row(b, rate, p.Rival, three(p.P50), three(p.P90), three(p.P99), three(p.Max))
+				row(b, rate, p.Rival, n.cell(compared(p.P50, p.P50Ratio), p.outcome), three(p.P90), compared(p.P99, p.P99Ratio), three(p.Max), three(p.CPU))
 			}
 		}
-		b.WriteString("\n")
+		n.write(b)
 	}
 }
 
+// compared returns a figure and, in brackets, its ratio to another.
+func compared(figure, ratio float64) string {
+	if ratio == 0 {
+		return three(figure)
+	}
+	return three(figure) + " (" + three(ratio) + ")"
+}
+
 func (r *results) openTable(b *bytes.Buffer) {
+	if len(r.Opens) == 0 {
+		return
+	}
 	b.WriteString("#### A question and its answer: open, one record, close\n\nPer second; in brackets the share of nats.Request's rate.\n\n")
+	var n notes
 	concurrent := cells(r.Opens, func(o opens) int { return o.Concurrent })
 	head := []string{"at once"}
 	for _, c := range concurrent {
@@ -199,30 +252,32 @@ func (r *results) openTable(b *bytes.Buffer) {
 	for _, name := range cells(r.Opens, func(o opens) string { return o.Name }) {
 		line := []string{name}
 		for _, o := range r.Opens {
-			switch {
-			case o.Name != name:
-			case o.Reason != "":
-				line = append(line, o.Reason)
-			default:
-				line = append(line, fmt.Sprintf("%.0f (%s)", o.Rate, three(o.Ratio)))
+			if o.Name == name {
+				line = append(line, n.cell(fmt.Sprintf("%.0f (%s)", o.Rate, three(o.Ratio)), o.outcome))
 			}
 		}
 		row(b, line...)
 	}
-	b.WriteString("\n")
+	n.write(b)
 }
 
 func (r *results) idleTable(b *bytes.Buffer) {
-	b.WriteString("#### Idle streams\n\nWhat one idle stream holds, both ends together, after a garbage collection.\n\n")
-	header(b, "", "streams", "bytes", "goroutines", "process, MiB")
+	if len(r.Idle) == 0 {
+		return
+	}
+	b.WriteString("#### Idle streams\n\nWhat one idle stream holds, both ends together, after a garbage collection. " +
+		"Then the memory of the whole process that is resident, and its share of one core while nothing happens on the streams.\n\n")
+	var n notes
+	header(b, "", "streams", "bytes", "goroutines", "process, MiB", "core, %", "seconds to open")
 	for _, i := range r.Idle {
 		if i.Reason != "" {
-			row(b, i.Name, strconv.Itoa(i.Streams), i.Reason, "", "")
+			row(b, i.Name, strconv.Itoa(i.Streams), n.cell("", i.outcome), "", "", "", "")
 			continue
 		}
-		row(b, i.Name, strconv.Itoa(i.Streams), fmt.Sprintf("%.0f", i.Bytes), fmt.Sprintf("%.2g", i.Goroutines), fmt.Sprintf("%.0f", i.ResidentMiB))
+		row(b, i.Name, strconv.Itoa(i.Streams), n.cell(fmt.Sprintf("%.0f", i.Bytes), i.outcome), fmt.Sprintf("%.2g", i.Goroutines),
+			fmt.Sprintf("%.0f", i.ResidentMiB), three(100*i.Core), three(i.Opening))
 	}
-	b.WriteString("\n")
+	n.write(b)
 }
 
 func (r *results) settings(b *bytes.Buffer) {

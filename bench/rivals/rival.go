@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -48,13 +49,13 @@ type asker struct {
 // A holder opens idle streams for the measurement of memory.
 type holder struct {
 	name string
-	// open opens n streams that stay idle. closer ends them.
-	open func(env *env, n int) (closer func(), err error)
+	// open opens n streams that stay idle.
+	open func(env *env, n int) (idleStreams, error)
 }
 
 func rivals() []rival {
 	return []rival{
-		streamRival(), natsRival(), requestRival(), requestManyRival(), psrpcRival(),
+		streamRival(), fastRival(), natsRival(), requestRival(), requestManyRival(), psrpcRival(),
 		jetStreamRival("jetstream-consume"), jetStreamRival("jetstream-fetch"),
 		grpcRival(), connectRival(), yamuxRival(), quicRival(), originalRival(), relayRival(),
 	}
@@ -68,10 +69,11 @@ func holders() []holder {
 	return []holder{streamWriterHolder(), streamHandlerHolder(), natsHolder(), grpcHolder(), yamuxHolder()}
 }
 
-// env is the embedded NATS server of a measurement.
+// env is the embedded NATS server, with the first asynchronous error of the connections to it.
 type env struct {
-	server *streamtest.Server
-	failed atomic.Pointer[error]
+	server  *streamtest.Server
+	options []nats.Option
+	failed  *atomic.Pointer[error]
 }
 
 // newEnv starts a server with JetStream. Its files lie in dir.
@@ -83,20 +85,28 @@ func newEnv(dir string) (*env, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &env{server: s}, nil
+	return (&env{server: s}).fresh(), nil
 }
 
 func (e *env) close() { e.server.Shutdown() }
 
-// dial connects to the server. An asynchronous error fails the measurement.
+// fresh returns a view of the server that has no errors yet.
+func (e *env) fresh() *env { return &env{server: e.server, failed: new(atomic.Pointer[error])} }
+
+// with returns a view of the server whose connections have these options.
+func (e *env) with(options ...nats.Option) *env {
+	return &env{server: e.server, options: options, failed: e.failed}
+}
+
+// dial connects to the server. Its first asynchronous error is kept.
 func (e *env) dial() (*nats.Conn, error) {
-	return e.server.Dial(nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+	return e.server.Dial(append(slices.Clone(e.options), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
 		if errors.Is(err, nats.ErrSlowConsumer) {
 			return // the receiver counts the records that it lacks
 		}
 		err = fmt.Errorf("asynchronous error of a connection: %w", err)
 		e.failed.CompareAndSwap(nil, &err)
-	}))
+	}))...)
 }
 
 // pair is the connection of a producer and the one of a consumer.

@@ -163,11 +163,11 @@ func grpcStreamAsker() asker {
 }
 
 func grpcHolder() holder {
-	return holder{"grpc-go", func(_ *env, n int) (func(), error) {
+	return holder{"grpc-go", func(_ *env, n int) (idleStreams, error) {
 		g := newGatherer[grpc.ServerStream](n)
 		conn, stop, err := newGRPC(func(q []byte, ss grpc.ServerStream) error { return g.hold(q, ss) })
 		if err != nil {
-			return nil, err
+			return idleStreams{}, err
 		}
 		closer := func() { close(g.done); stop() }
 		for range n {
@@ -177,10 +177,10 @@ func grpcHolder() holder {
 			}
 			if err != nil {
 				closer()
-				return nil, err
+				return idleStreams{}, err
 			}
 		}
-		return closer, nil
+		return idleStreams{closer: closer}, nil
 	}}
 }
 

@@ -153,9 +153,9 @@ func yamuxRival() rival {
 }
 
 func yamuxHolder() holder {
-	return holder{"yamux", func(_ *env, n int) (func(), error) {
+	return holder{"yamux", func(_ *env, n int) (idleStreams, error) {
 		_, _, closer, err := openYamux(n)
-		return closer, err
+		return idleStreams{closer: closer}, err
 	}}
 }
 
