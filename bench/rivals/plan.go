@@ -58,6 +58,7 @@ func plan(o options) (cells []cell) {
 		idle(h, o.idle)
 	}
 	if o.million > 0 {
+		idle(streamWriterHolder(), o.million)
 		idle(streamHandlerHolder(), o.million)
 	}
 	return cells
