@@ -5,9 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"io"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -22,7 +20,6 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
-	"github.com/natsstream/stream/internal/race"
 )
 
 func testPacketFlags(flags PacketFlags, sender uint64, seq uint32, frames ...Frame) []byte {
@@ -80,64 +77,6 @@ func drain(recv func() ([]byte, error)) error {
 			return err
 		}
 	}
-}
-
-// PoisonFreePackets overwrites the packets that lie in the pools, again and again, until the function it returns is
-// called, which reports how many it overwrote. A packet in a pool is nobody's: who reads one there, or still has it
-// published, finds poison, and under the race detector is reported.
-func PoisonFreePackets() (stop func() int64) {
-	var (
-		count int64
-		quit  atomic.Bool
-		done  = make(chan struct{})
-	)
-	go func() {
-		defer close(done)
-		for !quit.Load() {
-			for c := range packetPools {
-				var taken [8]*packet
-				for i := range taken {
-					p, _ := packetPools[c].Get().(*packet)
-					if p == nil {
-						break
-					}
-					for k := range p.buf {
-						p.buf[k] = 0xDD
-					}
-					taken[i] = p
-					count++
-				}
-				for _, p := range taken {
-					if p != nil {
-						packetPools[c].Put(p) // still marked as free
-					}
-				}
-			}
-			runtime.Gosched()
-			time.Sleep(20 * time.Microsecond)
-		}
-	}()
-	return func() int64 {
-		quit.Store(true)
-		<-done
-		return count
-	}
-}
-
-// RaceEnabled tells external tests whether the race detector watches: it costs time and memory, and Recv is exact then.
-const RaceEnabled = race.Enabled
-
-// GrowEnded gives c its largest table of ended streams, which a test of memory would take for a leak while it grows. Call it before c
-// has a stream.
-func GrowEnded(c *Client) { growEnded(c.ep) }
-
-// GrowEndedOfServer is GrowEnded for a server.
-func GrowEndedOfServer(s *Server) { growEnded(s.ep) }
-
-func growEnded(ep *endpoint) {
-	ended := &ep.outbox.ended
-	ended.seed = maphash.MakeSeed()
-	ended.resize(maxEnded)
 }
 
 // testClosed is the ending for an endpoint without a Client.

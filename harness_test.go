@@ -25,6 +25,7 @@ import (
 
 	"github.com/natsstream/stream"
 	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/race"
 	"github.com/natsstream/stream/internal/slab"
 	"github.com/natsstream/stream/streamtest"
 )
@@ -346,7 +347,7 @@ func testRecord(i, n int) []byte {
 
 // scaled is n, or a tenth of it with -short and under the race detector.
 func scaled(n int) int {
-	if testing.Short() || stream.RaceEnabled {
+	if testing.Short() || race.Enabled {
 		return max(1, n/10)
 	}
 	return n
@@ -509,7 +510,7 @@ func soakRounds() int {
 	switch {
 	case os.Getenv("STREAM_SOAK") != "":
 		return 1_000_000
-	case testing.Short() || stream.RaceEnabled:
+	case testing.Short() || race.Enabled:
 		return 2000
 	}
 	return 20_000
@@ -554,7 +555,7 @@ func verifyFootprint(t *testing.T, p *pair, n int, f func(n int)) {
 	heapAfter, limit := int64(0), heap+int64(1<<20+4*n)
 	if !poll(func() bool {
 		heapAfter = liveHeap()
-		return runtime.NumGoroutine() <= goroutines && (stream.RaceEnabled || heapAfter <= limit)
+		return runtime.NumGoroutine() <= goroutines && (race.Enabled || heapAfter <= limit)
 	}) {
 		buf := make([]byte, 1<<20)
 		t.Errorf("left behind: heap %d bytes, want at most %d; %d goroutines where there were %d\n%s",
@@ -562,6 +563,34 @@ func verifyFootprint(t *testing.T, p *pair, n int, f func(n int)) {
 	}
 	t.Logf("%d streams in %v, %v each: heap %d, then %d bytes; %d goroutines", n, took.Round(time.Millisecond),
 		(took / time.Duration(n)).Round(100*time.Nanosecond), heap, heapAfter, runtime.NumGoroutine())
+}
+
+// fillEnded makes p's ends remember as many ended streams as they have room for. The memory for these grows while streams end, and a
+// test that compares heaps would take that growth for a leak.
+func fillEnded(t *testing.T, p *pair) {
+	t.Helper()
+	serve(t, p, "ended", func(w *stream.Writer, _ *nats.Msg) { closeWriter(t, w) })
+	endMany(t, p.consumer, "ended")
+}
+
+// endMany opens streams on subject, reads them to their normal end, and so fills the memory for ended streams at both ends. That
+// memory doubles when it is full, up to 16,384 streams. Under the race detector heaps are not compared, and endMany does nothing.
+func endMany(t *testing.T, c *stream.Client, subject string) {
+	t.Helper()
+	if race.Enabled {
+		return
+	}
+	inParallel(t, 10_000, func(int, *rand.Rand) {
+		s, err := c.Open(t.Context(), subject, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer s.Close()
+		if rec, err := s.Recv(); err != io.EOF {
+			t.Errorf("%q, %v", rec, err)
+		}
+	})
 }
 
 // serveFew answers with as many small records as the request says.

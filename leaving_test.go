@@ -850,9 +850,7 @@ func TestNoCallWaitsForTheUsersContext(t *testing.T) {
 func TestSoakOfCanceledContextsLeavesNothing(t *testing.T) {
 	n := soakRounds() / 10
 	p := newPair(t)
-	for _, c := range p.clients {
-		stream.GrowEnded(c)
-	}
+	fillEnded(t, p)
 	serve(t, p, "records", func(w *stream.Writer, req *nats.Msg) {
 		if string(req.Data) == "late" {
 			time.Sleep(time.Millisecond)

@@ -22,6 +22,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/internal/race"
 	"github.com/natsstream/stream/streamtest"
 )
 
@@ -132,7 +133,7 @@ func TestWriteBlocksWithoutCredit(t *testing.T) {
 func TestSlowReaderHoldsBackItsProducer(t *testing.T) {
 	const size = 1024
 	n := scaled(200_000)
-	if stream.RaceEnabled {
+	if race.Enabled {
 		n = min(n, 50_000)
 	}
 	for _, window := range []int{64 << 10, fullWindow} {
@@ -259,7 +260,7 @@ func TestReaderThatNeverReadsHoldsUpItsProducerAlone(t *testing.T) {
 		return n > 0 && n <= firstWindow+fullPacket && p.consumer.Stats().Streams == 1 && p.producer.Stats().Streams == 1
 	})
 	// Both ends are in this process. The producer keeps what was not acknowledged.
-	if grown, limit := liveHeap()-before, int64(2*(firstWindow+fullPacket)+1<<20); !stream.RaceEnabled && grown > limit {
+	if grown, limit := liveHeap()-before, int64(2*(firstWindow+fullPacket)+1<<20); !race.Enabled && grown > limit {
 		t.Errorf("%d bytes held for a reader that never reads, want at most %d", grown, limit)
 	}
 	slow.verify(t, p)
@@ -310,7 +311,7 @@ func (m *mixedSum) add(rec []byte) {
 func TestMixedLoadArrivesUnchanged(t *testing.T) {
 	const writers = 3 // goroutines of one stream
 	streams, n := 40, scaled(1500)
-	if stream.RaceEnabled {
+	if race.Enabled {
 		streams, n = 16, min(n, 300)
 	}
 	// Too little for all windows to grow, and enough for the largest record of each of 14 streams at once, twice.
@@ -442,9 +443,7 @@ func BenchmarkNeverReader(b *testing.B) {
 // Streams that are opened, used and closed one after another leave nothing behind, however they end.
 func TestSoakSequentialLeavesNothing(t *testing.T) {
 	p := newPair(t)
-	for _, c := range p.clients {
-		stream.GrowEnded(c)
-	}
+	fillEnded(t, p)
 	serveFew(t, p)
 	verifyFootprint(t, p, soakRounds(), func(n int) {
 		for i := range n {
@@ -501,9 +500,7 @@ func TestSoakSequentialLeavesNothing(t *testing.T) {
 func TestSoakConcurrentLeavesNothing(t *testing.T) {
 	const workers = 64
 	p := newPair(t)
-	for _, c := range p.clients {
-		stream.GrowEnded(c)
-	}
+	fillEnded(t, p)
 	serveFew(t, p)
 	serve(t, p, "quiet", func(w *stream.Writer, req *nats.Msg) {
 		if _, err := w.Write(req.Data); err != nil {
@@ -554,7 +551,7 @@ func TestSoakConcurrentLeavesNothing(t *testing.T) {
 	eventually(t, "only the streams that stay are left", func() bool { return p.consumer.Stats().Streams == len(stay) })
 	after := liveHeap()
 	t.Logf("%d streams in %v: heap %d, then %d bytes", n, took.Round(time.Millisecond), heap, after)
-	if limit := int64(1<<20 + 4*n); !stream.RaceEnabled && after-heap > limit {
+	if limit := int64(1<<20 + 4*n); !race.Enabled && after-heap > limit {
 		t.Errorf("the heap grew from %d to %d bytes over %d streams", heap, after, n)
 	}
 	for _, s := range stay {
@@ -656,7 +653,7 @@ func heapInUse() int64 {
 func TestIdleStreamTakesLittleMemory(t *testing.T) {
 	const limit = 2048
 	n := scaled(100_000)
-	if stream.RaceEnabled {
+	if race.Enabled {
 		n = min(n, 5000)
 	}
 	// The producer is a bare connection, so that what is measured belongs to the consumer. It answers no questions, so
@@ -708,7 +705,7 @@ func TestIdleStreamTakesLittleMemory(t *testing.T) {
 				t.Errorf("%d streams are open, want %d", open, n)
 			}
 			t.Logf("%d idle streams, %d bytes each, %d goroutines more", n, each, runtime.NumGoroutine()-goroutines)
-			if !stream.RaceEnabled && each > limit {
+			if !race.Enabled && each > limit {
 				t.Errorf("an idle stream costs %d bytes, want at most %d", each, limit)
 			}
 			if grown := runtime.NumGoroutine() - goroutines; grown > 2 {

@@ -18,6 +18,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/internal/race"
 	"github.com/natsstream/stream/streamtest"
 )
 
@@ -908,7 +909,7 @@ func TestShortStreamsAllocateLittle(t *testing.T) {
 	run(count)
 	perStream := float64(mallocs(func() { run(count) })) / float64(count)
 	t.Logf("%.1f mallocs per stream", perStream)
-	if !stream.RaceEnabled && perStream >= 48 {
+	if !race.Enabled && perStream >= 48 {
 		t.Errorf("%.1f mallocs per stream of one record, want less than 48", perStream)
 	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/natsstream/stream"
 	"github.com/natsstream/stream/concurrency"
+	"github.com/natsstream/stream/internal/race"
 )
 
 type resultChannel = <-chan *concurrency.AsyncResult[[]byte]
@@ -362,7 +363,7 @@ func TestOpenStreamAllocatesLittle(t *testing.T) {
 	})
 	perRecord := float64(n) / float64(count)
 	t.Logf("%.4f mallocs per record", perRecord)
-	if !stream.RaceEnabled && perRecord >= 0.2 {
+	if !race.Enabled && perRecord >= 0.2 {
 		t.Errorf("%.4f mallocs per record, want less than 0.2", perRecord)
 	}
 	receive(t, ch)

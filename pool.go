@@ -4,6 +4,7 @@ import (
 	"sync"
 
 	"github.com/natsstream/stream/concurrency"
+	"github.com/natsstream/stream/internal/poison"
 )
 
 // Buffers of the send side come from pools, one for each size class. From getPacket on, a packet belongs to the Writer that
@@ -73,6 +74,7 @@ func putPacket(p *packet) {
 		return
 	}
 	p.buf = p.buf[:packetClasses[p.class]]
+	poison.Fill(p.buf)
 	packetPools[p.class].Put(p)
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/internal/race"
 	"github.com/natsstream/stream/streamtest"
 )
 
@@ -560,7 +561,7 @@ func TestStrangersBeginFewStreams(t *testing.T) {
 	if s := p.consumer.Stats(); s.Streams > 12 || s.DroppedForeign < flood-10 { // with that of waitBehind
 		t.Errorf("a flood of senders: %+v", s)
 	}
-	if !stream.RaceEnabled {
+	if !race.Enabled {
 		eventually(t, "a flood of senders takes less than a megabyte", func() bool { return liveHeap()-before < 1<<20 })
 	}
 	streams, err := take(t, r)
@@ -668,9 +669,10 @@ func TestManyRequestsToRespondersLeaveNothing(t *testing.T) {
 			return err
 		}
 	})
-	stream.GrowEnded(p.consumer)
-	for _, s := range servers {
-		stream.GrowEndedOfServer(s.Server)
+	for i, s := range servers {
+		subject := fmt.Sprint("ended.", i)
+		s.handle(t, subject, func(*stream.Writer, *stream.Request) error { return nil })
+		endMany(t, p.consumer, subject)
 	}
 	ctx := testContext(t)
 	verifyFootprint(t, p, scaled(1000), func(n int) {
