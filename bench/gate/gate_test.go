@@ -57,16 +57,26 @@ func TestOnlyRepeatedAlarmsCount(t *testing.T) {
 	}
 }
 
-// repository makes a git repository of a module with one benchmark, and returns its folder. The benchmark reports a time, so that
-// the test depends on no clock.
-func repository(t *testing.T, file string) string {
+// writeFiles writes files below dir.
+func writeFiles(t *testing.T, dir string, files map[string]string) {
 	t.Helper()
-	dir := t.TempDir()
-	for name, text := range map[string]string{"go.mod": "module example.org/m\n\ngo 1.26.0\n", "m_test.go": file} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+	for name, text := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+// repository makes a git repository of a module with a benchmark in its root and in its folder part, and returns its folder. The
+// benchmarks report a time, so that the test depends on no clock.
+func repository(t *testing.T, file string) string {
+	t.Helper()
+	dir := t.TempDir()
+	writeFiles(t, dir, map[string]string{"go.mod": "module example.org/m\n\ngo 1.26.0\n", "m_test.go": file, "part/m_test.go": file})
 	for _, args := range [][]string{
 		{"init", "--quiet"},
 		{"add", "."},
@@ -135,6 +145,23 @@ func TestGate(t *testing.T) {
 				t.Errorf("worktrees are left: %v %v", left, err)
 			}
 		})
+	}
+}
+
+// A folder may have become a module of its own since the base.
+func TestGateComparesFoldersThatBecameModules(t *testing.T) {
+	file := strings.NewReplacer("TIME", "100", "MALLOCS", "0").Replace(benchmark)
+	dir := repository(t, file)
+	writeFiles(t, dir, map[string]string{
+		"part/go.mod":    "module example.org/m/part\n\ngo 1.26.0\n",
+		"part/m_test.go": strings.Replace(file, "100", "106", 1),
+		"go.work":        "go 1.26.0\n\nuse .\n", // is not heeded
+	})
+	t.Chdir(dir)
+	var out bytes.Buffer
+	if err := run(&out, []string{"-benchtime", "1us", "-count", "7", "-pkgs", "./part", "HEAD"}); !errors.Is(err, errSlower) ||
+		!strings.Contains(out.String(), "example.org/m/part.One") || !strings.Contains(out.String(), "106 ns/op, 100 before") {
+		t.Errorf("%v\n%s", err, &out)
 	}
 }
 

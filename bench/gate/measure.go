@@ -83,8 +83,10 @@ func (m *measurement) compile(s *side) error {
 			continue
 		}
 		binary := filepath.Join(m.dir, s.name+strconv.Itoa(i)+".test")
-		cmd := exec.Command("go", "test", "-c", "-o", binary, pkg)
-		cmd.Dir = s.tree
+		cmd := exec.Command("go", "test", "-c", "-o", binary, ".")
+		// A package may lie in another module than before.
+		cmd.Dir = filepath.Join(s.tree, pkg)
+		cmd.Env = append(os.Environ(), "PWD="+cmd.Dir, "GOWORK=off")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("building the benchmarks of %s in %s: %w\n%s", pkg, s.name, err, out)
 		}
