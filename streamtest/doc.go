@@ -1,5 +1,6 @@
 // Package streamtest provides NATS servers for tests of streams, connections to them, and faults of the network between
-// them. The servers choose their own ports. They need no files and no installed binary.
+// them. The servers choose their own ports. They need no files and no installed binary. The package is a module of its own, so
+// that only tests that use it require the NATS server.
 //
 //	func TestTail(t *testing.T) {
 //		srv := streamtest.Run(t)

@@ -5,8 +5,9 @@ import (
 	"fmt"
 	"log"
 
+	"github.com/nats-io/nats.go"
+
 	"github.com/natsstream/stream"
-	"github.com/natsstream/stream/streamtest"
 	"github.com/natsstream/stream/typed"
 )
 
@@ -14,12 +15,7 @@ func Example() {
 	type Query struct{ Symbol string }
 	type Price struct{ Cents int }
 
-	nats, err := streamtest.Start() // your NATS server
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer nats.Shutdown()
-	nc, err := nats.Dial()
+	nc, err := nats.Connect(nats.DefaultURL)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -59,7 +55,7 @@ func Example() {
 		}
 		fmt.Println(price.Cents)
 	}
-	// Output:
+	// Prints:
 	// 100
 	// 101
 	// 102

@@ -60,7 +60,7 @@ func run(out io.Writer, args []string) error {
 	flags.IntVar(&m.count, "count", 10, "runs of each side")
 	flags.StringVar(&m.bench, "bench", ".", "run only benchmarks that match this `regexp`, as go test -bench does")
 	flags.DurationVar(&m.time, "benchtime", 100*time.Millisecond, "duration of a benchmark in a run")
-	pkgs := flags.String("pkgs", ". ./streambench ./internal/ring", "packages that have the benchmarks, `paths` from the root of the module")
+	pkgs := flags.String("pkgs", ". ./tests ./tests/streambench ./internal/ring", "packages that have the benchmarks, `paths` from the root of the repository")
 	flags.StringVar(&m.out, "out", "", "`directory` to keep the figures in")
 	flags.BoolVar(&m.short, "short", false, "pass -test.short to the benchmarks")
 	if err := flags.Parse(args); err != nil {

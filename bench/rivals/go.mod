@@ -2,6 +2,12 @@ module github.com/natsstream/stream/bench/rivals
 
 go 1.26.0
 
+replace (
+	github.com/natsstream/stream => ../..
+	github.com/natsstream/stream/bench => ..
+	github.com/natsstream/stream/streamtest => ../../streamtest
+)
+
 require (
 	connectrpc.com/connect v1.21.1
 	github.com/HdrHistogram/hdrhistogram-go v1.4.0
@@ -10,6 +16,8 @@ require (
 	github.com/nats-io/nats-server/v2 v2.15.2
 	github.com/nats-io/nats.go v1.55.0
 	github.com/natsstream/stream v0.1.0
+	github.com/natsstream/stream/bench v0.1.0
+	github.com/natsstream/stream/streamtest v0.1.0
 	github.com/quic-go/quic-go v0.65.0
 	github.com/schollz/progressbar/v3 v3.19.1
 	github.com/synadia-io/orbit.go/natsext v0.1.3
@@ -54,5 +62,3 @@ require (
 	golang.org/x/time v0.16.0 // indirect
 	google.golang.org/genproto/googleapis/rpc v0.0.0-20260526163538-3dc84a4a5aaa // indirect
 )
-
-replace github.com/natsstream/stream => ../..

@@ -31,8 +31,13 @@ func (t *table) micro() error {
 	if !t.wants("micro") {
 		return nil
 	}
+	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", module).Output()
+	if err != nil {
+		return fmt.Errorf("looking for module %s: %w: run the table in a folder of this repository", module, err)
+	}
 	cmd := exec.Command("go", "test", "-run=^$", "-bench="+microBenchmarks, "-count="+strconv.Itoa(t.rounds),
-		"-benchtime="+(t.slice/2).String(), module)
+		"-benchtime="+(t.slice/2).String(), ".")
+	cmd.Dir = strings.TrimSpace(string(dir)) // only there the tests of the library have the modules that they require
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

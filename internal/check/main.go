@@ -1,5 +1,5 @@
-// Check holds the Go files of the module, tests excepted, to limits that go vet and staticcheck do not know. Run it from the
-// root of the module:
+// Check holds the Go files of all modules, tests excepted, to limits that go vet and staticcheck do not know. Run it from the
+// root of the repository:
 //
 //	go run ./internal/check words [-limit 3] [-worst 10]
 //	go run ./internal/check complexity [-limit 25]

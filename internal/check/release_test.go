@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -38,6 +39,21 @@ func TestChangelogBeginsWithTheVersion(t *testing.T) {
 	}
 }
 
+// modules returns the folders of all modules of the repository.
+func modules(t *testing.T) (folders []string) {
+	t.Helper()
+	err := fs.WalkDir(os.DirFS("../.."), ".", func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && filepath.Base(path) == "go.mod" {
+			folders = append(folders, filepath.ToSlash(filepath.Dir(path)))
+		}
+		return err
+	})
+	if err != nil || len(folders) < 6 {
+		t.Fatalf("modules %q, %v", folders, err)
+	}
+	return folders
+}
+
 // The modules of this repository require each other in the version of the next release, because users get them without the replace
 // lines, which only this repository heeds.
 func TestModulesRequireTheVersion(t *testing.T) {
@@ -48,20 +64,47 @@ func TestModulesRequireTheVersion(t *testing.T) {
 	want := "v" + strings.TrimSpace(string(version))
 	require := regexp.MustCompile(`(?m)^\s*(?:require )?(github\.com/natsstream/stream\S*) (v\S+)`)
 	found := 0
-	err = fs.WalkDir(os.DirFS("../.."), ".", func(path string, _ fs.DirEntry, err error) error {
-		if err != nil || filepath.Base(path) != "go.mod" {
-			return err
+	for _, module := range modules(t) {
+		text, err := os.ReadFile(filepath.Join("../..", module, "go.mod"))
+		if err != nil {
+			t.Fatal(err)
 		}
-		text, err := os.ReadFile(filepath.Join("../..", path))
 		for _, line := range require.FindAllStringSubmatch(string(text), -1) {
 			found++
 			if line[2] != want {
-				t.Errorf("%s requires %s %s, want %s, which is in VERSION", path, line[1], line[2], want)
+				t.Errorf("%s/go.mod requires %s %s, want %s, which is in VERSION", module, line[1], line[2], want)
 			}
 		}
-		return err
-	})
-	if err != nil || found < 6 {
-		t.Errorf("%d requirements, %v", found, err)
+	}
+	if found < 6 {
+		t.Errorf("%d requirements", found)
+	}
+}
+
+// Tests and checks of the Makefile cover each module, and go.work has each. The module tools has no package to test.
+func TestModulesAreInTheMakefileAndTheWorkspace(t *testing.T) {
+	makefile, err := os.ReadFile("../../Makefile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	workspace, err := os.ReadFile("../../go.work")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var made []string // by the variables that end up in MODULES
+	for _, line := range regexp.MustCompile(`(?m)^(?:SERVED|ADAPTERS|MODULES) := (.*)$`).FindAllStringSubmatch(string(makefile), -1) {
+		made = append(made, strings.Fields(line[1])...)
+	}
+	for _, module := range modules(t) {
+		if module != "." && module != "tools" && !slices.Contains(made, module) {
+			t.Errorf("the module in %s is not in MODULES of the Makefile: add it, so that make test and make lint cover it", module)
+		}
+		use := "\n\t./" + module + "\n"
+		if module == "." {
+			use = "\n\t.\n"
+		}
+		if !strings.Contains(string(workspace), use) {
+			t.Errorf("the module in %s is not in go.work: add it with go work use", module)
+		}
 	}
 }

@@ -3,8 +3,9 @@ module github.com/natsstream/stream/streamnet/interop
 go 1.26.0
 
 replace (
-	github.com/natsstream/stream => ../../
-	github.com/natsstream/stream/streamnet => ../
+	github.com/natsstream/stream => ../..
+	github.com/natsstream/stream/streamnet => ..
+	github.com/natsstream/stream/streamtest => ../../streamtest
 )
 
 require (
@@ -12,6 +13,7 @@ require (
 	github.com/nats-io/nats.go v1.55.0
 	github.com/natsstream/stream v0.1.0
 	github.com/natsstream/stream/streamnet v0.1.0
+	github.com/natsstream/stream/streamtest v0.1.0
 	go.uber.org/goleak v1.3.0
 	google.golang.org/grpc v1.83.2
 )

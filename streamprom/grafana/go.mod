@@ -3,8 +3,9 @@ module github.com/natsstream/stream/streamprom/grafana
 go 1.26.7
 
 replace (
-	github.com/natsstream/stream => ../../
-	github.com/natsstream/stream/streamprom => ../
+	github.com/natsstream/stream => ../..
+	github.com/natsstream/stream/streamprom => ..
+	github.com/natsstream/stream/streamtest => ../../streamtest
 )
 
 require (
@@ -12,6 +13,7 @@ require (
 	github.com/nats-io/nats.go v1.55.0
 	github.com/natsstream/stream v0.1.0
 	github.com/natsstream/stream/streamprom v0.1.0
+	github.com/natsstream/stream/streamtest v0.1.0
 	github.com/prometheus/client_golang v1.25.0
 	github.com/prometheus/client_model v0.6.3
 	github.com/prometheus/prometheus v0.316.0

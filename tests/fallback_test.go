@@ -63,7 +63,7 @@ var fallbackFixtures = map[string]struct {
 
 func fallbackFixture(t testing.TB, name string) []byte {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("testdata", "fallback", name+".json"))
+	b, err := os.ReadFile(filepath.Join("..", "testdata", "fallback", name+".json"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +86,7 @@ func wantClose(t testing.TB, s *stream.Stream, want *stream.CloseError) {
 
 // An old producer to Open and OpenStream.
 func TestFallbackMessagesMeanWhatTheyMeant(t *testing.T) {
-	files, err := filepath.Glob("testdata/fallback/*.json")
+	files, err := filepath.Glob("../testdata/fallback/*.json")
 	if err != nil || len(files) != len(fallbackFixtures) {
 		t.Errorf("%d fixtures, %v; the test knows %d", len(files), err, len(fallbackFixtures))
 	}

@@ -21,7 +21,7 @@ func accounts(t *testing.T) streamtest.Option {
 	for _, user := range []string{"producer", "alice", "bob"} {
 		t.Setenv(strings.ToUpper(user)+"_PASSWORD", secret(user))
 	}
-	doc, err := os.ReadFile("../docs/PROTOCOL.md")
+	doc, err := os.ReadFile("../../docs/PROTOCOL.md")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,7 +23,7 @@ import (
 // recipe returns the configuration in docs/PROTOCOL.md section 15 whose first line is "# permissions: " and name.
 func recipe(t testing.TB, name string) string {
 	t.Helper()
-	doc, err := os.ReadFile("docs/PROTOCOL.md")
+	doc, err := os.ReadFile("../docs/PROTOCOL.md")
 	if err != nil {
 		t.Fatal(err)
 	}

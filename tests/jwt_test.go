@@ -56,13 +56,13 @@ func TestJWTRecipesLetStreamsPass(t *testing.T) {
 // nscCommands returns the commands in docs/PERMISSIONS.md under "# nsc: " and name.
 func nscCommands(t *testing.T, name string) []string {
 	t.Helper()
-	doc, err := os.ReadFile("docs/PERMISSIONS.md")
+	doc, err := os.ReadFile("../docs/PERMISSIONS.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	block := regexp.MustCompile("(?ms)^```sh\n# nsc: " + regexp.QuoteMeta(name) + "\n(.*?)^```$").FindSubmatch(doc)
 	if block == nil {
-		t.Fatalf("docs/PERMISSIONS.md has no commands for %q", name)
+		t.Fatalf("../docs/PERMISSIONS.md has no commands for %q", name)
 	}
 	return strings.Split(strings.TrimSpace(string(block[1])), "\n")
 }

@@ -1,6 +1,6 @@
 // Command smoke shows that streams work through given versions of nats-server:
 //
-//	go run ./internal/smoke [-nats /path/to/nats] /path/to/nats-server ...
+//	go run ./tests/smoke [-nats /path/to/nats] /path/to/nats-server ...
 //
 // It starts each program in turn, opens streams through it, and kills and starts it again in the middle of two of them. With -nats
 // it also looks for a service by the command nats of github.com/nats-io/natscli. It prints one line for each version, and exits
