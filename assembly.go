@@ -124,6 +124,9 @@ func (s *session) assemble(p partial) (record []byte, flags FrameFlags, err erro
 				p.hold(s.recv.lent)
 			}
 		}
+		if err := s.endedNow(); err != nil {
+			return nil, 0, err
+		}
 		f, err := s.nextData(true)
 		switch {
 		case err != nil:

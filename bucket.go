@@ -122,16 +122,16 @@ const (
 	violation         // the stream cannot go on; the error has the reason
 )
 
-// accept checks a sequenced packet and pushes it. Only the mux calls it. It allocates only if it fails.
-func (b *bucket) accept(data []byte, lent *slab.Slab) (verdict, *CloseError) {
-	if len(data) >= PacketHeaderSize {
-		if binary.BigEndian.Uint64(data) == b.acceptWord && binary.BigEndian.Uint64(data[8:]) == packetTail(b.expect, uint32(len(data))) &&
-			int32(b.expect-b.grantedPackets.Load()) < 0 && b.received+uint64(len(data)) <= b.open.Load() {
-			b.push(data, lent)
-			return accepted, nil
-		}
+// acceptNext pushes a sequenced packet without rare flags, if it is the next one and there is memory for it. Otherwise it does nothing,
+// and accept finds the reason. Only the mux calls it.
+func (b *bucket) acceptNext(data []byte, lent *slab.Slab) bool {
+	if len(data) < PacketHeaderSize ||
+		binary.BigEndian.Uint64(data) != b.acceptWord || binary.BigEndian.Uint64(data[8:]) != packetTail(b.expect, uint32(len(data))) ||
+		int32(b.expect-b.grantedPackets.Load()) >= 0 || b.received+uint64(len(data)) > b.open.Load() {
+		return false
 	}
-	return b.acceptSlow(data, lent, false)
+	b.push(data, lent)
+	return true
 }
 
 func (b *bucket) push(data []byte, lent *slab.Slab) {
@@ -141,9 +141,9 @@ func (b *bucket) push(data []byte, lent *slab.Slab) {
 	b.park.Wake()
 }
 
-// acceptSlow checks the first packet, packets with rare flags, those for which memory has to be taken, and all invalid ones.
-// With room it accepts a packet for which there is memory.
-func (b *bucket) acceptSlow(data []byte, lent *slab.Slab, room bool) (verdict, *CloseError) {
+// accept checks a sequenced packet of any kind, and pushes it if it is the next one. With room it accepts a packet for which memory was
+// taken just now. Only the mux calls it. It allocates only if it fails.
+func (b *bucket) accept(data []byte, lent *slab.Slab, room bool) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	if err != nil {
 		if b.unbound() {
@@ -292,20 +292,20 @@ func (b *bucket) consume(n int, ack bool) bool {
 	return leftPackets <= int32(b.windowPackets-b.windowPackets/4) || leftBytes <= int64(b.window.Bytes-b.window.Bytes/4)
 }
 
-// grant grants the peer a window beyond the consumed packets. ack reports that the packet consumed last used up the
-// credit. largest is the most bytes of the window, and free the memory left for packets. A limit never goes back, so a
-// window that shrank takes effect when the peer has used its credit. Reader only.
-//
-// The windows grow only if they limit the sender: the sender asked for credit and the reader ran dry. A window that grew because
-// of a slow reader would only cost memory. If the last packet of the credit arrives with all the others, the reader consumes it,
-// which is a grant, and runs dry afterwards. So limited outlives the grant.
-func (b *bucket) grant(ack bool, windows *flow.Windows, largest uint64, free int64) {
-	if b.limited {
-		windows.Resize(&b.window, b.ranDry, largest, free)
-	}
-	if b.limited && b.ranDry && b.windowPackets < maxPackets {
+// resize changes the windows if they limited the sender since the last grant: the sender asked for credit. They grow only if the reader
+// ran dry as well, because a window that grew because of a slow reader would only cost memory. If the last packet of the credit arrives
+// with all the others, the reader consumes it, which is a grant, and runs dry afterwards. So limited outlives the grant. largest is the
+// most bytes of the window, and free the memory left for packets. Reader only.
+func (b *bucket) resize(windows *flow.Windows, largest uint64, free int64) {
+	windows.Resize(&b.window, b.ranDry, largest, free)
+	if b.ranDry && b.windowPackets < maxPackets {
 		b.windowPackets *= 2
 	}
+}
+
+// grant grants the peer a window beyond the consumed packets. ack reports that the packet consumed last used up the credit. A limit never
+// goes back, so a window that shrank takes effect when the peer has used its credit. Reader only.
+func (b *bucket) grant(ack bool) {
 	b.limited, b.ranDry, b.window.Packet = ack, false, 0
 	if next := b.consumed.packets + uint32(b.windowPackets); int32(next-b.consumed.limit) > 0 {
 		b.consumed.limit = next

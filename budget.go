@@ -17,10 +17,10 @@ import (
 // The mux calls makeRoom, admit and take, the reader consumed and ranDry, and any goroutine the rest.
 
 const (
-	growthPart  = 8        // busy windows share this part of the budget, and records in pieces leave it to packets
-	recordPart  = 4        // packets leave this part of the budget to records in pieces
-	roomStep    = 64 << 10 // the most that a stream takes beyond its need, and keeps for the next packets
-	settleAfter = 16 << 10 // the reader gives memory back in such steps, unless it runs dry
+	growthPart  = 8         // busy windows share this part of the budget, and records in pieces leave it to packets
+	recordPart  = 4         // packets leave this part of the budget to records in pieces
+	roomStep    = 128 << 10 // the most that a stream takes beyond its need, and keeps for the next packets
+	settleAfter = 32 << 10  // the reader gives memory back in such steps, unless it runs dry
 )
 
 // memory returns the bytes of the budget that are in use.
@@ -44,7 +44,7 @@ func (s *session) admit(n uint64) bool {
 		}
 		need := end - open
 		more := max(b.grantedBytes.Load(), end) - open
-		more = min(more, need+min(roomStep, uint64(s.recv.held.Load())))
+		more = min(more, need+headroom(uint64(s.recv.held.Load()), need))
 		if !s.take(int64(more)) {
 			if more = need; !s.take(int64(more)) {
 				return false
@@ -54,6 +54,15 @@ func (s *session) admit(n uint64) bool {
 			open = b.open.Load()
 		}
 	}
+}
+
+// headroom returns how many bytes a stream takes beyond its need, if it has held bytes already. It has roomStep bytes in the end, which
+// settle leaves to it, unless it needs more.
+func headroom(held, need uint64) uint64 {
+	if held+need < roomStep {
+		return min(held, roomStep-held-need)
+	}
+	return min(held, roomStep)
 }
 
 // take takes n bytes out of the budget for packets of s.
@@ -96,12 +105,15 @@ func (s *session) releaseWindow() {
 	s.giveBackAll()
 }
 
-// consumed accounts for the current packet, which was read to its end, and grants the peer more if that is due. It
+// consumed accounts for the current packet, which was read to its end. It grants the peer more, and gives memory back, if that is due. It
 // reports whether it has granted.
 func (s *session) consumed() (granted bool) {
 	b := &s.bucket
 	if granted = b.consume(len(s.recv.data), s.recv.ackWanted); granted {
-		b.grant(s.recv.ackWanted, s.ep.windows, s.maxWindow(), s.ep.budget-s.ep.memory())
+		if b.limited {
+			b.resize(s.ep.windows, s.maxWindow(), s.ep.budget-s.ep.memory())
+		}
+		b.grant(s.recv.ackWanted)
 		s.mark(workCredit)
 	}
 	if b.unsettled() >= settleAfter {
@@ -147,5 +159,5 @@ func (s *session) makeRoom(data []byte, lent *slab.Slab) (verdict, *CloseError) 
 	if !s.admit(uint64(len(data))) && b.received >= b.open.Load() {
 		return noRoom, nil
 	}
-	return b.acceptSlow(data, lent, true)
+	return b.accept(data, lent, true)
 }

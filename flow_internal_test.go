@@ -15,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
@@ -28,11 +29,22 @@ func testBucket(packets uint32, bytes uint64) *bucket {
 
 // acceptTest offers a packet to b as the mux does when there is memory for it.
 func (b *bucket) acceptTest(data []byte) (verdict, *CloseError) {
-	v, err := b.accept(data, nil)
+	if b.acceptNext(data, nil) {
+		return accepted, nil
+	}
+	v, err := b.accept(data, nil, false)
 	if v == noRoom {
-		return b.acceptSlow(data, nil, true)
+		return b.accept(data, nil, true)
 	}
 	return v, err
+}
+
+// grantNext grants more after the windows were resized, if that is due, as a reader does.
+func grantNext(b *bucket, ack bool, windows *flow.Windows, largest uint64, free int64) {
+	if b.limited {
+		b.resize(windows, largest, free)
+	}
+	b.grant(ack)
 }
 
 // granted is the credit that the peer has.
@@ -182,7 +194,7 @@ func TestBucketSequenceWraps(t *testing.T) {
 					break
 				}
 				if b.consume(len(packet.data), false) {
-					b.grant(false, nil, 0, 0)
+					grantNext(b, false, nil, 0, 0)
 				}
 			}
 		}
@@ -274,7 +286,7 @@ func TestBucketTakesCloseBeyondCredit(t *testing.T) {
 	}
 	t.Run("alone", func(t *testing.T) { // no credit at all was granted
 		b := testBucket(0, 0)
-		v, err := b.accept(testPacket(7, 0, closing), nil) // whether or not there is room
+		v, err := b.accept(testPacket(7, 0, closing), nil, false) // whether or not there is room
 		wantVerdict(t, "CLOSE", v, err, accepted, 0)
 	})
 }
@@ -369,7 +381,7 @@ func TestBucketGrantsCreditInTime(t *testing.T) {
 		windows := newWindows(defaultMaxBuffered)
 		for n := 1; n < 10_000; n++ {
 			if b.consume(size, ack) {
-				b.grant(ack, windows, defaultWindow, defaultMaxBuffered)
+				grantNext(b, ack, windows, defaultWindow, defaultMaxBuffered)
 				if b.grantedPackets.Load() != b.consumed.limit {
 					t.Fatal("what the mux sees is not what the reader granted")
 				}
@@ -445,7 +457,7 @@ func TestBucketGrantsCreditInTime(t *testing.T) {
 			b.ranDry = true
 			for !b.consume(size, true) {
 			}
-			b.grant(true, windows, defaultWindow, 0)
+			grantNext(b, true, windows, defaultWindow, 0)
 		}
 		if b.window.Bytes > 256<<10 {
 			t.Errorf("window of %d bytes without memory", b.window.Bytes)
@@ -457,7 +469,7 @@ func TestBucketGrantsCreditInTime(t *testing.T) {
 		for range 100 {
 			before := b.granted()
 			if b.consume(size, false) {
-				b.grant(false, nil, 0, 0)
+				grantNext(b, false, nil, 0, 0)
 			}
 			if after := b.granted(); after.bytes < before.bytes || int32(after.packets-before.packets) < 0 {
 				t.Fatalf("granted %v after %v", after, before)
@@ -519,7 +531,7 @@ func TestBucketCreditNeverStarvesNorOverruns(t *testing.T) {
 					read++
 					before := b.granted()
 					if ack := packet.data[1]&byte(PacketAck) != 0; b.consume(len(packet.data), ack) {
-						b.grant(ack, windows, 1<<20, free)
+						grantNext(b, ack, windows, 1<<20, free)
 					}
 					after := b.granted()
 					if int32(after.packets-before.packets) < 0 || after.bytes < before.bytes {

@@ -49,6 +49,11 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 		m.Data = bytes.Clone(m.Data) // without the copy the message's header, which no budget counts, would stay in memory
 	}
 	data := m.Data
+	if s.acceptNext(m, lent) { // most packets
+		ep.counters.received(len(data))
+		s.dropLate()
+		return
+	}
 	if len(data) == 0 || data[0] != PacketMagic {
 		ep.receiveJSON(s, m)
 		return
@@ -68,7 +73,7 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 		return
 	}
 	asked := len(data) >= 2 && data[1]&byte(PacketAck|PacketMark) != 0 // an accepted packet belongs to the reader
-	v, err := s.bucket.accept(data, lent)
+	v, err := s.bucket.accept(data, lent, false)
 	if v == noRoom {
 		v, err = s.makeRoom(data, lent)
 	}
@@ -85,6 +90,11 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 		s.mark(workCredit)
 	}
 	s.dropLate()
+}
+
+// acceptNext accepts a packet of records if nothing but its bytes has to be looked at.
+func (s *session) acceptNext(m *nats.Msg, lent *slab.Slab) bool {
+	return m.Reply == "" && s.role != lifecycle.Writer && s.bucket.acceptNext(m.Data, lent)
 }
 
 // receiveElsewhere handles a message with the token of no stream: an envelope, or one for an unknown token.
@@ -179,7 +189,7 @@ func (ep *endpoint) answerUnknown(s *session, m *nats.Msg) {
 // Records end the stream, because nobody would read them.
 func (ep *endpoint) receiveBack(s *session, m *nats.Msg) {
 	if _, body, err := ParsePacketHeader(m.Data); err == nil && onlyClose(body) {
-		v, err := s.bucket.accept(m.Data, nil)
+		v, err := s.bucket.accept(m.Data, nil, false)
 		if v == noRoom {
 			v, err = s.makeRoom(m.Data, nil)
 		}

@@ -76,7 +76,10 @@ func (s *session) read(p []byte) (int, error) {
 	}
 	rec := s.recv.left
 	for len(rec) == 0 {
-		var err error
+		err := s.endedNow() // a peer may send empty records for ever
+		if err != nil {
+			return 0, err
+		}
 		if rec, _, err = s.nextGated(untilNext); err != nil {
 			return 0, err
 		}
@@ -114,9 +117,13 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 func (s *session) took(n int) {
 	s.count(n)
 	if s.recv.readLock.Load()&gateFirst != 0 {
-		s.recv.readLock.And(^gateFirst)
-		s.observe(eventFirstRecord)
+		s.tookFirst()
 	}
+}
+
+func (s *session) tookFirst() {
+	s.recv.readLock.And(^gateFirst)
+	s.observe(eventFirstRecord)
 }
 
 // lockRead begins a read that may wait. unlockRead ends it.

@@ -43,10 +43,10 @@ type receiver struct {
 	off       uint32     // offset of the next frame in data; 0 in a message of the fallback that was not read yet
 	data      []byte     // the current packet
 	lent      *slab.Slab // that data lies in, or nil
+	records   tally      // that reads returned; here, because the cache line of the fields after these is the outbox's, too
+	bytes     tally      // of these records
 	left      []byte     // the rest of a record that Read has read in part
 	done      error      // the result of every further read
-	records   tally      // that reads returned
-	bytes     tally      // of these records
 }
 
 // Bits of receiver.readLock.
@@ -91,18 +91,22 @@ func (s *session) nextGated(u use) ([]byte, FrameFlags, error) {
 	return f.Payload, f.Flags & FlagCodecMask, nil
 }
 
-// own returns a record that was just taken from the current packet, in memory that the user may keep. If the packet is lent, all of it
-// gets such memory at once, because it probably has more records.
+// own returns a record that was just taken from the current packet, in memory that the user may keep.
 func (s *session) own(record []byte) []byte {
-	r := &s.recv
-	if r.lent == nil {
-		r.kept = true
+	s.recv.kept = true
+	if s.recv.lent == nil {
 		return record
 	}
+	return s.ownPacket(len(record))
+}
+
+// ownPacket moves the current packet out of lent memory, and returns the record of n bytes that was just taken from it. The rest of the
+// packet probably has more records.
+func (s *session) ownPacket(n int) []byte {
+	r := &s.recv
 	r.data = bytes.Clone(r.data)
 	s.returnLent()
-	r.kept = true
-	return r.data[int(r.off)-len(record) : r.off : r.off]
+	return r.data[int(r.off)-n : r.off : r.off]
 }
 
 // ownPart is own for the rest of a record that an earlier read left. The rest may lie in the current packet or not.
@@ -119,12 +123,9 @@ func (s *session) tooBig() error {
 }
 
 // nextData returns the next DATA frame, and acts on the frames before it. within reports that the frame continues a
-// record.
+// record. The caller has just looked whether reads have ended.
 func (s *session) nextData(within bool) (Frame, error) {
 	for {
-		if err := s.endedNow(); err != nil {
-			return Frame{}, err
-		}
 		if int(s.recv.off) == len(s.recv.data) {
 			if err := s.nextPacket(); err != nil {
 				return Frame{}, err
@@ -132,7 +133,6 @@ func (s *session) nextData(within bool) (Frame, error) {
 			if int(s.recv.off) == len(s.recv.data) { // a packet without a frame
 				return Frame{}, s.fail(protocolError(CloseProtocolError, "sequenced packet without a frame"))
 			}
-			continue
 		}
 		if s.json() {
 			return s.nextMessage()
@@ -161,6 +161,9 @@ func (s *session) nextData(within bool) (Frame, error) {
 		case f.Type.Skippable():
 		default:
 			return Frame{}, s.fail(protocolError(CloseUnsupportedData, "%v: %v", f.Type, ErrMisplaced))
+		}
+		if err := s.endedNow(); err != nil {
+			return Frame{}, err
 		}
 	}
 }
@@ -304,7 +307,7 @@ func (s *session) endedNow() error {
 func (s *session) nextPacket() error {
 	b := &s.bucket
 	if len(s.recv.data) > 0 {
-		if s.consumed() {
+		if s.consumed() && uint32(s.recv.records.load())-s.recv.published.Load() >= publishAfter {
 			s.publishCount()
 		}
 		s.dropPacket()
@@ -359,17 +362,18 @@ func (s *session) dropPacket() {
 	if poison.Enabled && !s.recv.kept {
 		poison.Fill(s.recv.data)
 	}
-	s.returnLent()
+	if s.recv.lent != nil {
+		s.returnLent()
+	}
 	s.recv.data, s.recv.off, s.recv.kept = nil, 0, false
 }
 
-// returnLent gives the slab of the current packet back, if the packet lies in one.
+// returnLent gives the slab of the current packet back.
 func (s *session) returnLent() {
-	if r := &s.recv; r.lent != nil {
-		r.lent.Release()
-		r.lent = nil
-		r.readLock.And(^gateLent)
-	}
+	r := &s.recv
+	r.lent.Release()
+	r.lent = nil
+	r.readLock.And(^gateLent)
 }
 
 // setRest keeps the rest of a record for the next read.

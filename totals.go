@@ -50,8 +50,11 @@ func (s *session) count(n int) {
 	s.recv.bytes.add(uint64(n))
 }
 
+// publishAfter is the number of records after which a reader publishes their count although it never waits.
+const publishAfter = 1024
+
 // publishCount adds the records that were read since its last call to the endpoint's, so that reads touch nothing that all streams
-// share. The reader calls it when it grants credit or waits, and the outbox at the end of the stream.
+// share. The reader calls it when it waits or has read many, and the outbox at the end of the stream.
 func (s *session) publishCount() {
 	n := uint32(s.recv.records.load())
 	if more := int32(n - s.recv.published.Swap(n)); more != 0 { // negative if a later call was faster

@@ -315,6 +315,33 @@ func unread(s *session) (n int) {
 	}
 }
 
+// The mux takes memory for the packets of a stream whose reader keeps up only at the beginning. From then on the reader leaves the
+// stream what the next packets need.
+func TestReaderThatKeepsUpKeepsItsMemory(t *testing.T) {
+	for _, size := range []int{100, 1 << 10, 16 << 10, 32 << 10} {
+		conn := benchConn(false)
+		s, deliver := muxStream(t, conn, fakeClient(t, conn, ClientParams{}))
+		taken := 0
+		warm := uint32(20 + initialWindow/size) // packets at the beginning
+		for seq := range 2 * warm {
+			before := s.session.recv.held.Load()
+			deliver(testPacket(7, seq, Frame{Type: FrameData, Payload: make([]byte, size)}))
+			if s.session.recv.held.Load() > before && seq >= warm {
+				taken++
+			}
+			if seq == 0 {
+				continue // the reader is one packet behind, so it never runs dry
+			}
+			if _, err := s.Recv(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if held := s.session.recv.held.Load(); taken > 0 || held > roomStep {
+			t.Errorf("records of %d bytes: the mux took memory for %d of the later packets, and the stream has %d bytes; want none, and at most %d", size, taken, held, roomStep)
+		}
+	}
+}
+
 // A peer that sends all it was granted at once, on many streams that nobody reads, does not make this end hold more than
 // its budget, the free bytes of each stream, and a packet.
 func TestFloodIsBounded(t *testing.T) {
