@@ -25,10 +25,17 @@
 //
 // # Metrics of clients and servers
 //
-// Watch adds them, with the label endpoint: stream_endpoint_streams, stream_endpoint_reserved_bytes, stream_endpoint_kept_bytes,
-// stream_endpoint_sent_packets_total, stream_endpoint_received_packets_total, and stream_endpoint_dropped_total with the label reason.
+// Watch adds the fields of stream.Stats, with the label endpoint:
 //
-// The folder grafana beside this package has a dashboard for all of them.
+//   - stream_endpoint_streams, stream_endpoint_reserved_bytes, stream_endpoint_kept_bytes: what is in use
+//   - stream_endpoint_fast: 1 while packets travel past nats.go
+//   - stream_endpoint_sent_packets_total, stream_endpoint_sent_packet_bytes_total, and the same for received
+//   - stream_endpoint_received_records_total
+//   - stream_endpoint_sent_envelopes_total, stream_endpoint_received_envelopes_total
+//   - stream_endpoint_resent_packets_total, stream_endpoint_unsent_control_total, stream_endpoint_unreported_errors_total
+//   - stream_endpoint_dropped_total, with the label reason
+//
+// The folder grafana beside this package has a dashboard with all of these metrics.
 //
 // # Cardinality
 //
@@ -201,15 +208,67 @@ func (m *Metrics) Watch(name string, stats func() stream.Stats) {
 	m.endpoints[name] = stats
 }
 
-// Descriptions of what Watch adds.
-var (
-	endpointStreams  = describe("streams", "Streams and writers that peers can reach now.")
-	endpointReserved = describe("reserved_bytes", "Bytes of packets that arrived and were not read, and of records in pieces.")
-	endpointKept     = describe("kept_bytes", "Bytes of packets that peers have not acknowledged.")
-	endpointSent     = describe("sent_packets_total", "Packets of records that were published, each once.")
-	endpointReceived = describe("received_packets_total", "Packets of records that were accepted, each once.")
-	endpointDropped  = describe("dropped_total", "Messages that were dropped, by reason.", "reason")
-)
+// endpointMetrics is what Watch adds: every field of stream.Stats.
+var endpointMetrics = []endpointMetric{
+	gauge("streams", "Streams and writers that peers can reach now.", func(s stream.Stats) float64 { return float64(s.Streams) }),
+	gauge("reserved_bytes", "Bytes of packets that arrived and were not read, and of records in pieces.", func(s stream.Stats) float64 { return float64(s.Reserved) }),
+	gauge("kept_bytes", "Bytes of packets that peers have not acknowledged.", func(s stream.Stats) float64 { return float64(s.Kept) }),
+	gauge("fast", "1 while packets travel past nats.go, otherwise 0.", func(s stream.Stats) float64 {
+		if s.Fast {
+			return 1
+		}
+		return 0
+	}),
+	counter("sent_packets_total", "Packets of records that were published, each once.", func(s stream.Stats) uint64 { return s.PacketsSent }),
+	counter("sent_packet_bytes_total", "Bytes of these packets.", func(s stream.Stats) uint64 { return s.BytesSent }),
+	counter("received_packets_total", "Packets of records that were accepted, each once.", func(s stream.Stats) uint64 { return s.PacketsReceived }),
+	counter("received_packet_bytes_total", "Bytes of these packets.", func(s stream.Stats) uint64 { return s.BytesReceived }),
+	counter("received_records_total", "Records that reads returned.", func(s stream.Stats) uint64 { return s.RecordsReceived }),
+	counter("sent_envelopes_total", "Messages with packets of several streams.", func(s stream.Stats) uint64 { return s.EnvelopesSent }),
+	counter("received_envelopes_total", "Messages with packets of several streams.", func(s stream.Stats) uint64 { return s.EnvelopesReceived }),
+	counter("resent_packets_total", "Packets that were retransmitted.", func(s stream.Stats) uint64 { return s.PacketsResent }),
+	counter("unsent_control_total", "Control packets that NATS did not accept.", func(s stream.Stats) uint64 { return s.UnsentControl }),
+	counter("unreported_errors_total", "Failures of handlers after the normal end was published.", func(s stream.Stats) uint64 { return s.UnreportedErrors }),
+	dropped("no_room", func(s stream.Stats) uint64 { return s.DroppedNoRoom }),
+	dropped("early", func(s stream.Stats) uint64 { return s.DroppedEarly }),
+	dropped("request", func(s stream.Stats) uint64 { return s.DroppedRequest }),
+	dropped("stray", func(s stream.Stats) uint64 { return s.DroppedStray }),
+	dropped("unknown", func(s stream.Stats) uint64 { return s.DroppedUnknown }),
+	dropped("duplicate", func(s stream.Stats) uint64 { return s.DroppedDuplicate }),
+	dropped("foreign", func(s stream.Stats) uint64 { return s.DroppedForeign }),
+	dropped("malformed", func(s stream.Stats) uint64 { return s.DroppedMalformed }),
+	dropped("pub_ack", func(s stream.Stats) uint64 { return s.DroppedPubAck }),
+	dropped("control", func(s stream.Stats) uint64 { return s.DroppedControl }),
+	dropped("events", func(s stream.Stats) uint64 { return s.DroppedEvents }),
+}
+
+// endpointMetric is one metric of a client or server, or one reason of the metric of dropped messages.
+type endpointMetric struct {
+	desc   *prometheus.Desc
+	kind   prometheus.ValueType
+	labels []string // after the label endpoint
+	value  func(stream.Stats) float64
+}
+
+func gauge(name, help string, value func(stream.Stats) float64) endpointMetric {
+	return endpointMetric{desc: describe(name, help), kind: prometheus.GaugeValue, value: value}
+}
+
+func counter(name, help string, value func(stream.Stats) uint64) endpointMetric {
+	return endpointMetric{
+		desc: describe(name, help), kind: prometheus.CounterValue,
+		value: func(s stream.Stats) float64 { return float64(value(s)) },
+	}
+}
+
+var endpointDropped = describe("dropped_total", "Messages that were dropped, by reason.", "reason")
+
+func dropped(reason string, value func(stream.Stats) uint64) endpointMetric {
+	return endpointMetric{
+		desc: endpointDropped, kind: prometheus.CounterValue, labels: []string{reason},
+		value: func(s stream.Stats) float64 { return float64(value(s)) },
+	}
+}
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc("stream_endpoint_"+name, help, append([]string{"endpoint"}, labels...), nil)
@@ -220,9 +279,12 @@ func (m *Metrics) Describe(descs chan<- *prometheus.Desc) {
 	for _, v := range m.vectors() {
 		v.Describe(descs)
 	}
-	for _, d := range []*prometheus.Desc{endpointStreams, endpointReserved, endpointKept, endpointSent, endpointReceived, endpointDropped} {
-		descs <- d
+	for _, e := range endpointMetrics {
+		if e.desc != endpointDropped { // once, below
+			descs <- e.desc
+		}
 	}
+	descs <- endpointDropped
 }
 
 // Collect implements prometheus.Collector.
@@ -237,20 +299,8 @@ func (m *Metrics) Collect(metrics chan<- prometheus.Metric) {
 	}
 	m.mu.Unlock()
 	for name, s := range stats {
-		gauge := func(d *prometheus.Desc, v float64) {
-			metrics <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, name)
-		}
-		gauge(endpointStreams, float64(s.Streams))
-		gauge(endpointReserved, float64(s.Reserved))
-		gauge(endpointKept, float64(s.Kept))
-		metrics <- prometheus.MustNewConstMetric(endpointSent, prometheus.CounterValue, float64(s.PacketsSent), name)
-		metrics <- prometheus.MustNewConstMetric(endpointReceived, prometheus.CounterValue, float64(s.PacketsReceived), name)
-		for reason, n := range map[string]uint64{
-			"no_room": s.DroppedNoRoom, "early": s.DroppedEarly, "request": s.DroppedRequest, "stray": s.DroppedStray,
-			"unknown": s.DroppedUnknown, "duplicate": s.DroppedDuplicate,
-			"foreign": s.DroppedForeign, "malformed": s.DroppedMalformed, "pub_ack": s.DroppedPubAck, "control": s.DroppedControl, "events": s.DroppedEvents,
-		} {
-			metrics <- prometheus.MustNewConstMetric(endpointDropped, prometheus.CounterValue, float64(n), name, reason)
+		for _, e := range endpointMetrics {
+			metrics <- prometheus.MustNewConstMetric(e.desc, e.kind, e.value(s), append([]string{name}, e.labels...)...)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -166,6 +167,43 @@ stream_sent_records_total{side="producer",subject="svc.a"} 60
 	m.Watch("server", nil)
 	if n := testutil.CollectAndCount(m, "stream_endpoint_dropped_total", "stream_endpoint_streams"); n != 0 {
 		t.Errorf("%d metrics of an endpoint that was removed", n)
+	}
+}
+
+// Each field of Stats is exported: a field that changes changes one metric.
+func TestEveryCounterOfAnEndpointIsExported(t *testing.T) {
+	var stats stream.Stats
+	m := streamprom.New()
+	m.Watch("client", func() stream.Stats { return stats })
+	sum := func() (sum float64) {
+		t.Helper()
+		registry := prometheus.NewPedanticRegistry()
+		registry.MustRegister(m)
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			for _, metric := range f.GetMetric() {
+				sum += metric.GetCounter().GetValue() + metric.GetGauge().GetValue()
+			}
+		}
+		return sum
+	}
+	fields := reflect.ValueOf(&stats).Elem()
+	for i := range fields.NumField() {
+		before := sum()
+		switch f := fields.Field(i); f.Kind() {
+		case reflect.Bool:
+			f.SetBool(true)
+		case reflect.Uint64:
+			f.SetUint(1)
+		default:
+			f.SetInt(1)
+		}
+		if got := sum() - before; got != 1 {
+			t.Errorf("%s grew by 1 and the metrics by %g", fields.Type().Field(i).Name, got)
+		}
 	}
 }
 
