@@ -3,7 +3,7 @@
 // as the ceiling.
 //
 //	go run .            # everything, about half an hour; writes tables and charts into ../../docs
-//	go run . -plan      # what would be measured, and how long it takes
+//	go run . -plan      # prints the cells, and how long they take
 //	go run . -resume    # goes on with a run that was interrupted
 //	go run . -short     # does it work at all; writes nothing
 //	go run . -draw      # tables and charts again, from the results that are stored
@@ -67,7 +67,7 @@ func pattern(to **regexp.Regexp) func(string) error {
 	return func(text string) (err error) { *to, err = regexp.Compile(text); return err }
 }
 
-// A command is what to do with a run.
+// A command is one call of this program.
 type command struct {
 	docs                      string
 	short, draw, plan, resume bool

@@ -63,7 +63,7 @@ type throughput struct {
 // An outcome is the part of a result that is in words.
 type outcome struct {
 	Reason string   `json:",omitempty"` // the reason for which there is no figure
-	Notes  []string `json:",omitempty"` // what else happened, if there is a figure
+	Notes  []string `json:",omitempty"` // other events, if there is a figure
 }
 
 // settle returns the outcome of a measurement with n good runs.
