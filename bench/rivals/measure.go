@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"math"
 	"regexp"
 	"runtime"
@@ -126,7 +125,7 @@ func measureThroughput(e *env, o options, size, streams int) []throughput {
 				mallocs, before := load.Mallocs(), load.CPUTime()
 				r, err := s.run(c.n, b.run)
 				if err == nil && r.arrived() == 0 {
-					err = errors.New("no record arrived")
+					err = errNothing
 				}
 				if err != nil {
 					return err

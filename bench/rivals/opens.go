@@ -101,7 +101,7 @@ func openAsker(a asker, e *env) (func([]byte) error, func(), error) {
 	return x.ask, x.closer, err
 }
 
-// askFor lets concurrent goroutines ask for d, and returns how many answers came. It waits for the last ones no longer than patience.
+// askFor lets concurrent goroutines ask for d, each at least once, and returns how many answers came. It waits for the last ones no longer than patience.
 func askFor(ask func([]byte) error, concurrent int, d, patience time.Duration) (int, error) {
 	question := make([]byte, 128)
 	var n atomic.Int64
@@ -110,7 +110,7 @@ func askFor(ask func([]byte) error, concurrent int, d, patience time.Duration) (
 	end := time.Now().Add(d)
 	for range concurrent {
 		asking.Go(func() {
-			for failed.Load() == nil && time.Now().Before(end) {
+			for again := true; again; again = failed.Load() == nil && time.Now().Before(end) {
 				if err := ask(question); err != nil {
 					failed.CompareAndSwap(nil, &err)
 					return

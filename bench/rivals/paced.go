@@ -80,6 +80,9 @@ func measurePaced(e *env, o options, streams, rate int) []paced {
 				runtime.GC()
 				cpu := load.CPUTime()
 				r, delays, err := s.pace(rate, o.paced/pacedRounds, paceLimits(o.paced/pacedRounds))
+				if err == nil && r.arrived() == 0 {
+					err = errNothing
+				}
 				if err != nil {
 					return err
 				}

@@ -8,7 +8,7 @@ import (
 
 // bounds end a measurement of a rival that stands still. No sound rival comes near them.
 type bounds struct {
-	open  time.Duration // to open the streams of a session, and to warm them up
+	open  time.Duration // to open the streams of a session
 	close time.Duration // to end them
 	all   time.Duration // for everything in one cell
 	run   limits
@@ -102,7 +102,7 @@ func (s *seat) note(text string) {
 // over reports whether the rival is left out of the rest of the cell.
 func (s *seat) over() bool { return s.failures >= maxFailures }
 
-// open opens a session if there is none. The first one is warmed up.
+// open opens a session if there is none. It warms up the first one that is sound.
 func (s *seat) open() error {
 	if s.session != nil {
 		return nil
@@ -118,11 +118,11 @@ func (s *seat) open() error {
 		return err
 	}
 	s.session = opened
-	if s.warm {
-		return nil
+	if !s.warm {
+		err = s.warmUp(opened)
+		s.warm = err == nil
 	}
-	s.warm = true
-	return s.warmUp(opened)
+	return err
 }
 
 // prepare opens a session for the next run. It reports whether the rival is still in the cell.

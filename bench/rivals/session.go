@@ -264,21 +264,22 @@ func (s *session) watch(l limits, start func(producers *sync.WaitGroup)) (run, e
 
 	all := int64(math.MaxInt64) // the value of s.arrived at the end of the run, when it is known
 	ending := produced
-	seen, since := arrived, began
+	seen, last, since := arrived, began, began // since: nothing has happened
 	for pause := 20 * time.Microsecond; ; pause = min(2*pause, time.Millisecond) {
 		if now := s.arrived.Load(); now != seen {
-			seen, since = now, time.Now()
+			last = time.Now()
+			seen, since = now, last
 		}
 		if seen >= all {
 			lost = s.lost.Load() - lost
-			return run{sent: int(all - arrived), lost: int(lost), took: since.Sub(began)}, nil
+			return run{sent: int(all - arrived), lost: int(lost), took: last.Sub(began)}, nil
 		}
 		select {
 		case err := <-s.failed:
 			s.halt()
 			return run{}, err
 		case <-ending:
-			ending = nil
+			ending, since = nil, time.Now()
 			all = arrived + s.sent() - sent
 			continue
 		case <-time.After(pause):
@@ -288,7 +289,7 @@ func (s *session) watch(l limits, start func(producers *sync.WaitGroup)) (run, e
 			// The records may still come, and would then count twice.
 			s.halt()
 			lost = s.lost.Load() - lost + all - seen
-			return run{sent: int(all - arrived), lost: int(lost), took: since.Sub(began)}, nil
+			return run{sent: int(all - arrived), lost: int(lost), took: last.Sub(began)}, nil
 		case known && quiet >= l.patience:
 			s.halt()
 			return run{}, fmt.Errorf("%d of %d records are missing after %v without any", all-seen, all-arrived, l.patience)
@@ -319,6 +320,9 @@ func (s *session) spent() bool {
 	return s.stopping.Load() || s.broke.Load() != nil
 }
 
+// errNothing says that a run has no figure.
+var errNothing = errors.New("no record arrived")
+
 // warmUp makes short runs that are not measured: buffers are allocated, windows grow, caches fill. It returns an estimate of
 // the time per record.
 func (s *session) warmUp(l limits) (time.Duration, error) {
@@ -330,7 +334,7 @@ func (s *session) warmUp(l limits) (time.Duration, error) {
 			return 0, err
 		}
 		if r.arrived() == 0 {
-			return 0, errors.New("no record arrived")
+			return 0, errNothing
 		}
 		per = max(r.took/time.Duration(r.arrived()), 1)
 		if r.took > 40*time.Millisecond || s.spent() {
