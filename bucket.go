@@ -125,8 +125,11 @@ const (
 // acceptNext pushes a sequenced packet without rare flags, if it is the next one and there is memory for it. Otherwise it does nothing,
 // and accept finds the reason. Only the mux calls it.
 func (b *bucket) acceptNext(data []byte, lent *slab.Slab) bool {
-	if len(data) < PacketHeaderSize ||
-		binary.BigEndian.Uint64(data) != b.acceptWord || binary.BigEndian.Uint64(data[8:]) != packetTail(b.expect, uint32(len(data))) ||
+	if len(data) < PacketHeaderSize {
+		return false
+	}
+	word, tail := binary.BigEndian.Uint64(data), binary.BigEndian.Uint64(data[8:])
+	if word != b.acceptWord || word == 0 || tail != packetTail(b.expect, uint32(len(data))) ||
 		int32(b.expect-b.grantedPackets.Load()) >= 0 || b.received+uint64(len(data)) > b.open.Load() {
 		return false
 	}

@@ -2,6 +2,7 @@ package stream
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -113,6 +114,7 @@ func TestBucketEndsByAStrangersFirstMessage(t *testing.T) {
 		"another version":    append([]byte{PacketMagic, 0x21}, testPacket(7, 0)[2:]...),
 		"an envelope":        testPacketFlags(PacketSeq|PacketEnv, 7, 0, testData("a")),
 		"a marked envelope":  testPacketFlags(PacketSeq|PacketEnv|PacketMark, 7, 0, testData("a")),
+		"a word of zeros":    binary.BigEndian.AppendUint64(make([]byte, 8), packetTail(0, PacketHeaderSize)), // as acceptWord has before bind
 		"all bits of a byte": append([]byte{0xF5}, bytes.Repeat([]byte{0xFF}, PacketHeaderSize)...),
 	} {
 		b := testBucket(32, 1<<20)
