@@ -43,7 +43,8 @@ func TestExamplesPrintWhatTheySay(t *testing.T) {
 		for _, name := range examples {
 			t.Run(pkg+"/"+name, func(t *testing.T) {
 				cmd := exec.Command(binary, "-test.run=^"+name+"$", "-test.v", "-test.timeout="+patience.String())
-				cmd.Env = append(os.Environ(), "NATS_URL="+streamtest.Run(t).URL())
+				cmd.Env = append(os.Environ(), "NATS_URL="+streamtest.Run(t).URL(),
+					"GORACE=atexit_sleep_ms=0") // a race build sleeps for a second otherwise when it exits
 				out, err := cmd.CombinedOutput()
 				if err != nil || !strings.Contains(string(out), "--- PASS: "+name+" ") {
 					t.Errorf("%v\n%s", err, out)
