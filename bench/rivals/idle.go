@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"runtime/debug"
 	"time"
 
 	"github.com/natsstream/stream/internal/load"
@@ -51,6 +52,7 @@ func measureIdle(e *env, h holder, n int, hold time.Duration) idle {
 		found.Reason = err.Error()
 		return found
 	}
+	debug.FreeOSMemory() // memory of earlier cells is not resident because of these streams
 	before, start := inUse(), time.Now()
 	s, err := open(n)
 	if err != nil {
