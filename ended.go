@@ -101,7 +101,7 @@ func (o *outbox) remember(s *session) {
 		failed: end.kind == endPeerClosed,
 	}
 	copy(e.token[:], s.token())
-	if s.closeRead(end) || s.role == lifecycle.Handler && s.recv.readDone.Load() {
+	if s.closeRead(end) || s.role == lifecycle.Handler && s.readDone() {
 		e.credit = s.bucket.credit()
 	} else {
 		e.code = uint16(s.send.Load().packer.closing.Code)

@@ -209,7 +209,7 @@ func (h *handling) run() {
 
 // returned closes the stream of a handler that returned with end.
 func (h *handling) returned(end CloseError) {
-	h.session.nobodyReads.Store(true) // before CLOSE is published: the outbox acts on the answer to it
+	h.session.recv.readLock.Or(gateUnread) // before CLOSE is published: the outbox acts on the answer to it
 	h.session.leave()
 	closed, ok := h.w.closeReturned(end)
 	switch {

@@ -333,7 +333,7 @@ func (s *session) result() error {
 		if cause := s.stream.ctx.endCause(); cause != nil {
 			err = cause
 		}
-		if err == io.EOF || err == ErrClosed && s.recv.readDone.Load() {
+		if err == io.EOF || err == ErrClosed && s.readDone() {
 			return nil
 		}
 		return err

@@ -13,7 +13,7 @@ import (
 
 // leaving returns the code of the RESET when the user of this end leaves.
 func (s *session) leaving() int {
-	if s.role == lifecycle.Consumer && s.recv.readDone.Load() && s.send.Load() == nil {
+	if s.role == lifecycle.Consumer && s.readDone() && s.send.Load() == nil {
 		return CloseNormalClosure // everything was read, and nothing was written
 	}
 	return CloseCanceled
@@ -24,10 +24,10 @@ func (s *session) leaving() int {
 // the caller calls release.
 func (s *session) detachIfDone() bool {
 	snd := s.send.Load()
-	if s.role != lifecycle.Consumer || !s.recv.readDone.Load() || snd == nil || !snd.packer.closed.Load() {
+	if s.role != lifecycle.Consumer || !s.readDone() || snd == nil || !snd.packer.closed.Load() {
 		return false
 	}
-	s.nobodyReads.Store(true)
+	s.recv.readLock.Or(gateUnread)
 	s.mark(workPackets) // the last publish may have failed, and no writer will try again
 	return true
 }
@@ -44,7 +44,7 @@ func (s *session) detach(reason string) bool {
 		s.release(&ending{err: ErrClosed})
 		return true
 	}
-	s.nobodyReads.Store(true)
+	s.recv.readLock.Or(gateUnread)
 	s.leave()
 	s.stream.endContext(ErrClosed)
 	s.mark(workPackets | workSettle)
@@ -106,7 +106,7 @@ func (s *session) canceled() {
 		s.release(&ending{err: contextError(s.recv.parent)})
 		return
 	}
-	if s.role == lifecycle.Consumer && s.nobodyReads.Load() {
+	if s.role == lifecycle.Consumer && s.nobodyReads() {
 		return // the user left before, and the outbox ends the rest
 	}
 	e := &ending{kind: endLocal, err: contextError(s.recv.parent), reset: CloseError{Code: s.leaving()}}
@@ -130,7 +130,7 @@ func (s *session) release(e *ending) {
 	s.releaseWindow()
 	if s.role == lifecycle.Consumer {
 		cause := e.err
-		if e.kind == endPeerDone && s.recv.readDone.Load() {
+		if e.kind == endPeerDone && s.readDone() {
 			cause = io.EOF // the CLOSE that was read counts, not the RESET after it
 		}
 		s.stream.endContext(cause)

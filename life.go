@@ -27,7 +27,7 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 	if do&lifecycle.FailWrites != 0 {
 		snd.packer.cancel(ErrOneWay)
 	}
-	if do&lifecycle.Probe != 0 && s.out.life.pings == 0 && !s.nobodyReads.Load() && o.connected() { // HandlerReturned may not be in the table yet
+	if do&lifecycle.Probe != 0 && s.out.life.pings == 0 && !s.nobodyReads() && o.connected() { // HandlerReturned may not be in the table yet
 		o.ping(s) // a consumer that never wrote may have read everything and left
 	}
 	if do&lifecycle.Release != 0 {
@@ -54,10 +54,10 @@ func (o *outbox) step(s *session, event lifecycle.Event) {
 
 // settle raises the events of the reader and the handler of s. The outbox calls it.
 func (o *outbox) settle(s *session) {
-	if s.recv.readDone.Load() && s.out.state.Recv == lifecycle.Reading {
+	if s.readDone() && s.out.state.Recv == lifecycle.Reading {
 		o.step(s, lifecycle.CloseRead)
 	}
-	if s.nobodyReads.Load() && s.out.state.Phase == lifecycle.Live {
+	if s.nobodyReads() && s.out.state.Phase == lifecycle.Live {
 		switch {
 		case s.role == lifecycle.Handler && s.out.state.Recv != lifecycle.Unread:
 			o.step(s, lifecycle.HandlerReturned)
@@ -76,7 +76,7 @@ func (o *outbox) settle(s *session) {
 // still send. The RESET that stops the consumer must come after the acknowledgement. A consumer that waits for credit
 // would otherwise wait for AckTimeout. The outbox calls it.
 func (s *session) unheard() bool {
-	return s.role == lifecycle.Handler && s.nobodyReads.Load() && !s.recv.readDone.Load() && // neither may be in the table yet
+	return s.role == lifecycle.Handler && s.nobodyReads() && !s.readDone() && // neither may be in the table yet
 		s.out.state.Phase == lifecycle.Live && s.out.state.Send == lifecycle.Closing && s.out.life.pinged <= s.send.Load().unacked.closed
 }
 
@@ -116,7 +116,7 @@ func (o *outbox) release(s *session) {
 	switch {
 	case s.role != lifecycle.Consumer:
 		s.releaseWindow()
-	case s.closeRead(e) || s.nobodyReads.Load(): // otherwise the reader does this when it reads the end
+	case s.closeRead(e) || s.nobodyReads(): // otherwise the reader does this when it reads the end
 		s.release(e)
 	}
 }
@@ -124,11 +124,11 @@ func (o *outbox) release(s *session) {
 // sendReset sends the RESET of an ended stream when the connection is up. The outbox calls it.
 func (o *outbox) sendReset(s *session) {
 	e := s.end.Load()
-	through := s.out.state.Send == lifecycle.Closing && s.recv.readDone.Load() && e == o.ep.gone.Load() // everything was sent and read
+	through := s.out.state.Send == lifecycle.Closing && s.readDone() && e == o.ep.gone.Load() // everything was sent and read
 	if e.reset.Code != 0 && s.out.peer != "" && !through {
 		switch {
 		case o.connected():
-			if s.role == lifecycle.Consumer && s.recv.readDone.Load() {
+			if s.role == lifecycle.Consumer && s.readDone() {
 				o.sendCredit(s, 0) // acknowledges CLOSE, which RESET does not
 			}
 			o.sendEnd(s, e.reset)

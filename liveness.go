@@ -355,7 +355,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		f.Scarce = o.scarce()
 		f.Unacked = !s.peerTakesJSON() && !q.Empty()
 		f.Stalled = !f.Unacked && (q.waits || snd.packer.stalled())
-		f.Failed = s.nobodyReads.Load() && q.failed != nil
+		f.Failed = s.nobodyReads() && q.failed != nil
 		f.Silent = s.role != lifecycle.Consumer && q.Next() == 0 && l.heard == 0 || s.unnamed()
 	}
 	return f

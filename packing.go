@@ -287,7 +287,7 @@ const wasteful = 2
 // the RESET must come after the acknowledgement.
 func (pk *packer) closeSoon() bool {
 	s := pk.session
-	return s.role == lifecycle.Handler && !s.recv.readDone.Load() && s.bucket.ring.Pushed() > 0
+	return s.role == lifecycle.Handler && !s.readDone() && s.bucket.ring.Pushed() > 0
 }
 
 // publishHeld publishes a CLOSE that was held back, because the handler goes on.

@@ -20,9 +20,6 @@ type receiver struct {
 	parent    context.Context // ends the stream when it ends, also for records that arrived before
 	maxRecord uint64
 	held      atomic.Int64 // bytes of the endpoint's budget that packets of this stream have
-	// readDone is true if this direction is over and the stream is not: the reader read a normal CLOSE and the other direction
-	// goes on, or this end takes no records. A CLOSE that ends the whole stream does not set it.
-	readDone atomic.Bool
 
 	// readLock has gateReading while a read is on its slow path, where it may wait. Another read then always gets an
 	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
@@ -31,7 +28,8 @@ type receiver struct {
 	// from then on. gateDropping is set while packets that nobody reads are dropped. gatePeeking is set while Ready reads, and
 	// waits for nothing. The other gates keep reads off the fast path: the read deadline has passed
 	// (gateLate), Ready has read a record ahead (gateAhead), a hook waits for the first record (gateFirst), Read has left a rest
-	// (gateRest), or the current packet is lent (gateLent). gateLent stops only reads whose user keeps the record.
+	// (gateRest), or the current packet is lent (gateLent). gateLent stops only reads whose user keeps the record. gateDone and
+	// gateUnread are here because there is room: see readDone and nobodyReads.
 	readLock atomic.Uint32
 
 	published atomic.Uint32 // of records, modulo 2^32: see publishCount
@@ -60,6 +58,8 @@ const (
 	gateFirst
 	gateRest
 	gateLent
+	gateDone
+	gateUnread
 )
 
 // A use is what the user of a read may do with its record. It is the set of gates that stop the fast path of the read.
@@ -292,7 +292,7 @@ func (s *session) endedNow() error {
 		e := s.end.Load()
 		switch {
 		case s.role != lifecycle.Consumer || e != nil && e.kind == endLocal:
-		case s.nobodyReads.Load(): // the user has left since the look above, and the stream may not have ended yet
+		case s.nobodyReads(): // the user has left since the look above, and the stream may not have ended yet
 			s.dropUnread(ErrClosed)
 			return s.recv.done
 		default: // the peer's end came first, but records before it are not read any more
@@ -412,8 +412,8 @@ func (s *session) takeClose(code int, text string, half bool) error {
 	}
 	s.dropUnread(io.EOF)
 	s.releaseWindow()
-	s.recv.readDone.Store(true)
-	if e := s.end.Load(); e != nil { // the outbox may have ended the stream before readDone was stored; otherwise it sees readDone
+	s.recv.readLock.Or(gateDone)
+	if e := s.end.Load(); e != nil { // the outbox may have ended the stream before gateDone was set; otherwise it sees gateDone
 		s.release(e)
 	}
 	s.markLater(workSettle)

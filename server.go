@@ -275,7 +275,7 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 	}
 	if json {
 		session.recv.done = io.EOF
-		session.recv.readDone.Store(true)
+		session.recv.readLock.Or(gateDone)
 	}
 	if ob := s.ep.observer; ob != nil {
 		ob.opened(session, m.Subject, 2)

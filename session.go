@@ -31,8 +31,7 @@ type session struct {
 	stream *Stream                // at the consumer's end
 	ctx    *lazyContext           // of the Request
 
-	recv        receiver    // the receive half as its user sees it
-	nobodyReads atomic.Bool // the handler returned, or the consumer detached: records that still arrive are not read
+	recv receiver // the receive half as its user sees it
 
 	// The outbox's queue. pending holds the marked work; a session is queued exactly while it is not zero.
 	pending  atomic.Uint32
@@ -108,6 +107,13 @@ func (s *session) limitOpening(until time.Time) {
 	}
 }
 
+// readDone reports whether this direction is over and the stream is not: the reader read a normal CLOSE and the other direction goes
+// on, or this end takes no records. It does not report a CLOSE that ends the whole stream.
+func (s *session) readDone() bool { return s.recv.readLock.Load()&gateDone != 0 }
+
+// nobodyReads reports whether the handler returned, or the consumer detached. Records that still arrive are not read then.
+func (s *session) nobodyReads() bool { return s.recv.readLock.Load()&gateUnread != 0 }
+
 // endKind is the meaning of an end for arrived records, for a running handler, and for the peer.
 type endKind uint8
 
@@ -174,7 +180,7 @@ func (s *session) requestEnd(e *ending) bool {
 
 // closeRead reports whether the peer's CLOSE was read before the stream ended with e.
 func (s *session) closeRead(e *ending) bool {
-	return e.kind == endPeerClosed || s.role == lifecycle.Consumer && (e.kind == endComplete || s.recv.readDone.Load())
+	return e.kind == endPeerClosed || s.role == lifecycle.Consumer && (e.kind == endComplete || s.readDone())
 }
 
 // endContexts ends the contexts of writers and handlers, and the gathering of a request. A second call does nothing.

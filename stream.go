@@ -283,7 +283,7 @@ func (st *Stream) endWith(part bool, tell CloseError) {
 	switch {
 	case part && s.detachIfDone():
 		s.release(&ending{err: ErrClosed})
-	case s.nobodyReads.Load(): // it left before
+	case s.nobodyReads(): // it left before
 	default:
 		s.endLocally(&ending{kind: endLocal, err: ErrClosed, reset: tell})
 		s.leave() // the stream may have ended before, and records that arrived can still be read

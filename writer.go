@@ -64,7 +64,7 @@ func (c *Client) NewWriter(subject string) *Writer {
 		err = refused.err
 	default:
 		w := c.ep.newProducer(lifecycle.Writer, c.ep.ctx, subject, offer, err != nil, 0)
-		w.session.recv.readDone.Store(true)
+		w.session.recv.readLock.Or(gateDone)
 		if ob := c.ep.observer; ob != nil {
 			ob.opened(w.session, "", 1)
 		}
@@ -77,14 +77,17 @@ func (c *Client) NewWriter(subject string) *Writer {
 	return w
 }
 
+// producer is a producer's end, in one piece of memory.
+type producer struct {
+	session session
+	Writer
+	request lazyContext // not in the Request, whose data would stay in memory as long as the session
+}
+
 // newProducer makes a producer's end toward subject. Its writes end with ctx. window is the first window for records of
 // the consumer, 0 if it sends none.
 func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subject string, offer Token, json bool, window uint64) *Writer {
-	p := new(struct {
-		session session
-		Writer
-		request lazyContext // not in the Request, whose data would stay in memory as long as the session
-	})
+	p := new(producer)
 	w, s := &p.Writer, &p.session
 	s.ctx = &p.request
 	s.init(ep, role, initialPackets, max(window, minWindow))
