@@ -38,8 +38,8 @@ func (s *session) move() *move {
 	return nil
 }
 
-// crossing returns the state that s has only as a stream across accounts. It returns nil if s is no such stream, or if a consumer
-// does not know that yet.
+// crossing returns the state that s has only as a stream across accounts. It returns nil if s is no such stream, or if
+// a consumer does not know that yet.
 func (s *session) crossing() *crossing {
 	if x := s.extras.Load(); x != nil {
 		return x.whereabouts.crossing
@@ -64,8 +64,8 @@ func (o *outbox) setPeer(s *session, subject string) {
 	}
 }
 
-// challenge asks the peer of s to prove that it receives at subject. A peer can make this end send only these packets to a subject
-// that is not its own, and only one for each period that a challenge waits for its answer.
+// challenge asks the peer of s to prove that it receives at subject. A peer can make this end send only these packets
+// to a subject that is not its own, and only one for each period that a challenge waits for its answer.
 func (o *outbox) challenge(s *session, subject string) {
 	now := o.ep.now()
 	if m := s.move(); m != nil && now-m.at < o.patience(s, m) || !o.connected() {
@@ -155,7 +155,8 @@ func (o *outbox) prove(s *session) {
 	o.challenge(s, s.out.peer)
 }
 
-// withhold returns the part of a CREDIT that counts before the peer of s has proved its address, and keeps the rest until then.
+// withhold returns the part of a CREDIT that counts before the peer of s has proved its address, and keeps the rest
+// until then.
 func (o *outbox) withhold(s *session, c Credit, missing bool) (Credit, bool) {
 	if s.isProved() {
 		return c, missing

@@ -101,9 +101,9 @@ type partial struct {
 	flags FrameFlags
 }
 
-// assemble returns the record that begins with p. The pieces count in the endpoint's budget until the last one was read.
-// Without room assemble waits, and the peer gets no credit meanwhile. At the read deadline it keeps the pieces for the next
-// read. The returned record belongs to the user.
+// assemble returns the record that begins with p. The pieces count in the endpoint's budget until the last one was
+// read. Without room assemble waits, and the peer gets no credit meanwhile. At the read deadline it keeps the pieces
+// for the next read. The returned record belongs to the user.
 func (s *session) assemble(p partial) (record []byte, flags FrameFlags, err error) {
 	defer func() {
 		if err == errReadDeadline {

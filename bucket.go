@@ -40,7 +40,8 @@ type bucket struct {
 	park ring.Parker        // the reader waits here; the mux, and the goroutine that ends the stream, wake it
 	ring ring.Ring[arrival] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
 
-	// The credit granted to the peer: stored by the reader, read by the mux (to see an overrun) and by the outbox (to send it).
+	// The credit granted to the peer: stored by the reader, read by the mux (to see an overrun) and by the outbox (to
+	// send it).
 	grantedBytes atomic.Uint64
 
 	// Owned by the reader.
@@ -122,8 +123,8 @@ const (
 	violation         // the stream cannot go on; the error has the reason
 )
 
-// acceptNext pushes a sequenced packet without rare flags, if it is the next one and there is memory for it. Otherwise it does nothing,
-// and accept finds the reason. Only the mux calls it.
+// acceptNext pushes a sequenced packet without rare flags, if it is the next one and there is memory for it. Otherwise
+// it does nothing, and accept finds the reason. Only the mux calls it.
 func (b *bucket) acceptNext(data []byte, lent *slab.Slab) bool {
 	if len(data) < PacketHeaderSize {
 		return false
@@ -144,8 +145,8 @@ func (b *bucket) push(data []byte, lent *slab.Slab) {
 	b.park.Wake()
 }
 
-// accept checks a sequenced packet of any kind, and pushes it if it is the next one. With room it accepts a packet for which memory was
-// taken just now. Only the mux calls it. It allocates only if it fails.
+// accept checks a sequenced packet of any kind, and pushes it if it is the next one. With room it accepts a packet for
+// which memory was taken just now. Only the mux calls it. It allocates only if it fails.
 func (b *bucket) accept(data []byte, lent *slab.Slab, room bool) (verdict, *CloseError) {
 	h, body, err := ParsePacketHeader(data)
 	if err != nil {
@@ -204,8 +205,9 @@ func (b *bucket) acceptControl(data []byte, own uint64) (verdict, *CloseError) {
 	return accepted, nil
 }
 
-// shouldAskForGap reports whether to ask for the missing packets now. Packets keep coming for a round trip after one is found
-// missing. So there is one request for each missing packet, and a further one only if the first was not answered in time.
+// shouldAskForGap reports whether to ask for the missing packets now. Packets keep coming for a round trip after one is
+// found missing. So there is one request for each missing packet, and a further one only if the first was not answered
+// in time.
 func (b *bucket) shouldAskForGap(now, patience int64) bool {
 	if b.dropped.Load() { // the reader asks, when there is room
 		return false
@@ -261,8 +263,8 @@ func onlyClose(body []byte) bool {
 	return err == nil && f.Type == FrameClose && len(rest) == 0
 }
 
-// acceptJSON queues a message of a peer that speaks only the fallback. Such a peer knows no flow control. So the queue has a
-// limit, and the stream ends with CloseTooSlow if the peer exceeds it.
+// acceptJSON queues a message of a peer that speaks only the fallback. Such a peer knows no flow control. So the queue
+// has a limit, and the stream ends with CloseTooSlow if the peer exceeds it.
 func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 	switch b.form.Load() {
 	case formPackets:
@@ -295,10 +297,11 @@ func (b *bucket) consume(n int, ack bool) bool {
 	return leftPackets <= int32(b.windowPackets-b.windowPackets/4) || leftBytes <= int64(b.window.Bytes-b.window.Bytes/4)
 }
 
-// resize changes the windows if they limited the sender since the last grant: the sender asked for credit. They grow only if the reader
-// ran dry as well, because a window that grew because of a slow reader would only cost memory. If the last packet of the credit arrives
-// with all the others, the reader consumes it, which is a grant, and runs dry afterwards. So limited outlives the grant. largest is the
-// most bytes of the window, and free the memory left for packets. Reader only.
+// resize changes the windows if they limited the sender since the last grant: the sender asked for credit. They grow
+// only if the reader ran dry as well, because a window that grew because of a slow reader would only cost memory. If
+// the last packet of the credit arrives with all the others, the reader consumes it, which is a grant, and runs dry
+// afterwards. So limited outlives the grant. largest is the most bytes of the window, and free the memory left for
+// packets. Reader only.
 func (b *bucket) resize(windows *flow.Windows, largest uint64, free int64) {
 	windows.Resize(&b.window, b.ranDry, largest, free)
 	if b.ranDry && b.windowPackets < maxPackets {
@@ -306,8 +309,8 @@ func (b *bucket) resize(windows *flow.Windows, largest uint64, free int64) {
 	}
 }
 
-// grant grants the peer a window beyond the consumed packets. ack reports that the packet consumed last used up the credit. A limit never
-// goes back, so a window that shrank takes effect when the peer has used its credit. Reader only.
+// grant grants the peer a window beyond the consumed packets. ack reports that the packet consumed last used up the
+// credit. A limit never goes back, so a window that shrank takes effect when the peer has used its credit. Reader only.
 func (b *bucket) grant(ack bool) {
 	b.limited, b.ranDry, b.window.Packet = ack, false, 0
 	if next := b.consumed.packets + uint32(b.windowPackets); int32(next-b.consumed.limit) > 0 {

@@ -6,8 +6,8 @@ import (
 )
 
 // This file bounds the memory of packets that have arrived and were not read. A peer may use all its credit, and the
-// windows of all streams may add up to more than MaxBuffered. So the mux takes memory out of the budget when packets arrive,
-// and the reader gives it back. A packet that finds no room is dropped, and repaired like one that was lost.
+// windows of all streams may add up to more than MaxBuffered. So the mux takes memory out of the budget when packets
+// arrive, and the reader gives it back. A packet that finds no room is dropped, and repaired like one that was lost.
 //
 // A stream takes memory in steps, and the first minWindow bytes of each are free, so that most packets cost the mux one
 // comparison. The mux may accept packets up to bucket.open, and they take no memory of the budget up to bucket.free.
@@ -56,8 +56,8 @@ func (s *session) admit(n uint64) bool {
 	}
 }
 
-// headroom returns how many bytes a stream takes beyond its need, if it has held bytes already. It has roomStep bytes in the end, which
-// settle leaves to it, unless it needs more.
+// headroom returns how many bytes a stream takes beyond its need, if it has held bytes already. It has roomStep bytes
+// in the end, which settle leaves to it, unless it needs more.
 func headroom(held, need uint64) uint64 {
 	if held+need < roomStep {
 		return min(held, roomStep-held-need)
@@ -105,8 +105,8 @@ func (s *session) releaseWindow() {
 	s.giveBackAll()
 }
 
-// consumed accounts for the current packet, which was read to its end. It grants the peer more, and gives memory back, if that is due. It
-// reports whether it has granted.
+// consumed accounts for the current packet, which was read to its end. It grants the peer more, and gives memory back,
+// if that is due. It reports whether it has granted.
 func (s *session) consumed() (granted bool) {
 	b := &s.bucket
 	if granted = b.consume(len(s.recv.data), s.recv.ackWanted); granted {
@@ -122,7 +122,8 @@ func (s *session) consumed() (granted bool) {
 	return granted
 }
 
-// ranDry notes that the reader found no packet. The stream needs no memory then, and there is room for a packet that was dropped.
+// ranDry notes that the reader found no packet. The stream needs no memory then, and there is room for a packet that
+// was dropped.
 func (s *session) ranDry() {
 	b := &s.bucket
 	b.ranDry = true
@@ -152,8 +153,8 @@ func newWindows(budget int64) *flow.Windows {
 	return flow.NewWindows(minWindow, uint64(budget/growthPart))
 }
 
-// makeRoom accepts a packet that is within the credit of s, if there is memory for it. A stream that has less than minWindow
-// may have one packet in any case, so that none stands still. Called by the mux alone.
+// makeRoom accepts a packet that is within the credit of s, if there is memory for it. A stream that has less than
+// minWindow may have one packet in any case, so that none stands still. Called by the mux alone.
 func (s *session) makeRoom(data []byte, lent *slab.Slab) (verdict, *CloseError) {
 	b := &s.bucket
 	if !s.admit(uint64(len(data))) && b.received >= b.open.Load() {

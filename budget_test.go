@@ -108,7 +108,8 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 	}
 }
 
-// Many large records at once all arrive, at a consumer and at handlers, and hold no more than the budget and one record.
+// Many large records at once all arrive, at a consumer and at handlers, and hold no more than the budget and one
+// record.
 func TestManyLargeRecordsArrive(t *testing.T) {
 	const streams, size, budget = 20, 3 << 20, 4 << 20
 	const most = budget + 9*size/4 + maxChunk
@@ -171,7 +172,8 @@ func TestManyLargeRecordsArrive(t *testing.T) {
 	}
 }
 
-// Records that are never completed give way to those that wait: their streams end with 1013, and the others' records arrive.
+// Records that are never completed give way to those that wait: their streams end with 1013, and the others' records
+// arrive.
 func TestUnfinishedRecordsGiveWay(t *testing.T) {
 	const size, budget = 1 << 20, 4 << 20
 	for _, c := range []struct {
@@ -311,8 +313,9 @@ func openRaw(t *testing.T, params ClientParams) (m *memoryPair, s *Stream) {
 	return m, s
 }
 
-// While a record is put together it takes what has arrived of it; then its reader has no more than the record. Small pieces,
-// and packets padded with skipped frames, take a few times the memory of their content, even if the budget allows more.
+// While a record is put together it takes what has arrived of it; then its reader has no more than the record. Small
+// pieces, and packets padded with skipped frames, take a few times the memory of their content, even if the budget
+// allows more.
 func TestReassemblyTakesWhatArrived(t *testing.T) {
 	const size, each = 4200 << 10, 100 << 10
 	pieces := func(n, each int, pad ...Frame) (packets [][]byte) {
@@ -468,7 +471,8 @@ func cut(n int, next func() int) (pieces [][]byte) {
 	return pieces
 }
 
-// A record is put together with work and memory in proportion to its size, whatever its pieces and their packets look like.
+// A record is put together with work and memory in proportion to its size, whatever its pieces and their packets look
+// like.
 func TestAssemblyIsLinear(t *testing.T) {
 	const size = 1 << 20
 	r := rand.New(rand.NewPCG(1, 2))
@@ -618,8 +622,8 @@ func memoryOf(w *Writer) (n, written int64) {
 	return n, written
 }
 
-// What a producer keeps for a peer that grants without end and acknowledges nothing is counted as it lies in memory. It is
-// bounded by the window, and by the budget for all streams together, whatever the records are like.
+// What a producer keeps for a peer that grants without end and acknowledges nothing is counted as it lies in memory. It
+// is bounded by the window, and by the budget for all streams together, whatever the records are like.
 func TestKeptPacketsAreCountedAndBounded(t *testing.T) {
 	const window, budget = 256 << 10, 4 << 20
 	for name, c := range map[string]struct {
@@ -697,7 +701,8 @@ func TestKeptPacketsAreCountedAndBounded(t *testing.T) {
 	}
 }
 
-// A consumer that acknowledges a packet now and then is waited for, but neither for hours nor while others need the memory.
+// A consumer that acknowledges a packet now and then is waited for, but neither for hours nor while others need the
+// memory.
 func TestTrickledAcknowledgementsEndTheStream(t *testing.T) {
 	const packets, every = 2000, 4 * time.Second
 	for name, c := range map[string]struct {
@@ -794,7 +799,8 @@ func TestFallbackObjectTooLargeIsRefused(t *testing.T) {
 	}
 }
 
-// A message's header lies in the same memory as its data, and nobody bounds it. A record that waits to be read is a copy.
+// A message's header lies in the same memory as its data, and nobody bounds it. A record that waits to be read is a
+// copy.
 func TestHeaderIsNotKeptWithPayload(t *testing.T) {
 	for name, payload := range map[string][]byte{
 		"packet":   testPacket(7, 0, testData("hello")),
@@ -943,9 +949,9 @@ func TestEndedStreamsAreRememberedInBounds(t *testing.T) {
 	}
 }
 
-// The allocator puts a header of 8 bytes before an object of more than 512 bytes with pointers. It has a size class for 768 bytes, and
-// the next is for 896. It has one for 1408, and the next is for 1536. Every idle stream costs the difference if one of the two
-// types grows beyond its class.
+// The allocator puts a header of 8 bytes before an object of more than 512 bytes with pointers. It has a size class for
+// 768 bytes, and the next is for 896. It has one for 1408, and the next is for 1536. Every idle stream costs the
+// difference if one of the two types grows beyond its class.
 func TestEndsFitTheirSizeClasses(t *testing.T) {
 	const header = 8
 	for _, end := range []struct {
@@ -963,8 +969,9 @@ func TestEndsFitTheirSizeClasses(t *testing.T) {
 	}
 }
 
-// The mux looks at the first fields of a session for each packet. They lie on two cache lines, and its end of the ring on the
-// next. The allocator aligns a Stream, and a session with its Writer, to cache lines, and puts a header before it.
+// The mux looks at the first fields of a session for each packet. They lie on two cache lines, and its end of the ring
+// on the next. The allocator aligns a Stream, and a session with its Writer, to cache lines, and puts a header before
+// it.
 func TestMuxFieldsLieTogether(t *testing.T) {
 	const line, header = 64, 8
 	var s session
@@ -1020,7 +1027,8 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 	}
 }
 
-// A stream that nobody reads any more gives back the packets that arrived for it, however long the application refers to it.
+// A stream that nobody reads any more gives back the packets that arrived for it, however long the application refers
+// to it.
 func TestStreamsThatWereLeftKeepNoPackets(t *testing.T) {
 	const streams, record = 50, 100_000
 	for name, c := range map[string]struct {
@@ -1140,8 +1148,8 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// The data and the headers of a request are kept while its handler runs, and no longer, although the stream may wait for its
-// consumer.
+// The data and the headers of a request are kept while its handler runs, and no longer, although the stream may wait
+// for its consumer.
 func TestDataOfARequestIsFreedWithItsHandler(t *testing.T) {
 	const requests, size = 100, 200_000
 	synctest.Test(t, func(t *testing.T) {

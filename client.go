@@ -21,38 +21,40 @@ const RequestChanLen = 16
 // ClientParams configure a [Client]. The zero value of every field except Conn selects the default that its comment
 // names. A time must be at least 1 ms.
 type ClientParams struct {
-	// Conn is the connection to use. The client neither closes nor drains it. To receive permission errors, the client puts a
-	// handler in front of the connection's error handler. If you set a handler of your own, set it before NewClient.
+	// Conn is the connection to use. The client neither closes nor drains it. To receive permission errors, the client
+	// puts a handler in front of the connection's error handler. If you set a handler of your own, set it before
+	// NewClient.
 	Conn *nats.Conn
-	// Codec is the encoding of objects that Open and OpenMsg request from producers: MsgPack by default. OpenStream always
-	// requests JSON.
+	// Codec is the encoding of objects that Open and OpenMsg request from producers: MsgPack by default. OpenStream
+	// always requests JSON.
 	Codec Codec
-	// Window is the most bytes by which the producer of one stream may be ahead of its reader. It is rounded down to a power
-	// of two. It is 4 MiB by default, and at least 4 KiB. A stream starts with a window of at most 256 KiB, which grows when
-	// it is used up. One packet may exceed the window.
+	// Window is the most bytes by which the producer of one stream may be ahead of its reader. It is rounded down to a
+	// power of two. It is 4 MiB by default, and at least 4 KiB. A stream starts with a window of at most 256 KiB, which
+	// grows when it is used up. One packet may exceed the window.
 	Window int
 	// MaxBuffered is the budget in bytes for the packets of all streams that arrived and were not read: 64 MiB by
 	// default. The first 4 KiB of each stream are not counted. A packet that finds no room is dropped, and
 	// retransmitted when there is room. The windows of busy streams share an eighth of the budget, and idle streams use
 	// nothing of it. The more streams are open, the smaller the windows that new streams begin with, down to 4 KiB.
 	//
-	// The budget also covers the received pieces of records that are being assembled. A record that finds no room waits, in
-	// the read that assembles it, and its sender stops. One record at a time may exceed MaxBuffered. A record that does not
-	// proceed while others wait ends its stream with CloseTryAgainLater.
+	// The budget also covers the received pieces of records that are being assembled. A record that finds no room
+	// waits, in the read that assembles it, and its sender stops. One record at a time may exceed MaxBuffered. A record
+	// that does not proceed while others wait ends its stream with CloseTryAgainLater.
 	//
-	// A second budget of the same size covers the packets that writers keep until peers acknowledge them. As that budget is
-	// used up, each stream may keep fewer bytes, down to one packet, and writes wait.
+	// A second budget of the same size covers the packets that writers keep until peers acknowledge them. As that
+	// budget is used up, each stream may keep fewer bytes, down to one packet, and writes wait.
 	//
-	// Messages of fallback peers are in neither budget. SECURITY.md in the repository lists all memory outside the budgets.
+	// Messages of fallback peers are in neither budget. SECURITY.md in the repository lists all memory outside the
+	// budgets.
 	MaxBuffered int
 	// MaxRecordSize is the largest record, in bytes, that is sent or received. The default is 16 MiB, or MaxBuffered if
 	// that is less, but at least 256 KiB. A value above 256 KiB may not exceed MaxBuffered: a record in pieces has to
 	// fit into MaxBuffered together with its stream's packets. Leave a quarter of MaxBuffered for these.
 	MaxRecordSize int
-	// FallbackBuffer is the most bytes by which a producer that speaks only the JSON fallback may be ahead of its reader:
-	// 64 MiB by default. Such a producer knows no flow control. If it exceeds the limit, its stream ends with CloseTooSlow.
-	// A message below 64 bytes counts as 64 bytes, because of the memory that each message takes. At least 1,024 messages
-	// always fit.
+	// FallbackBuffer is the most bytes by which a producer that speaks only the JSON fallback may be ahead of its
+	// reader: 64 MiB by default. Such a producer knows no flow control. If it exceeds the limit, its stream ends with
+	// CloseTooSlow. A message below 64 bytes counts as 64 bytes, because of the memory that each message takes. At
+	// least 1,024 messages always fit.
 	FallbackBuffer int
 
 	// Interceptors are put around Open, OpenMsg, OpenStream and OpenMany, the first one outermost. NewClient calls each
@@ -62,12 +64,12 @@ type ClientParams struct {
 	// returns an error without a call, it opens none. Panics pass through to the caller of Open.
 	Interceptors []func(OpenFunc) OpenFunc
 
-	// Hooks are called for each stream that the client opens, and for each Writer that it makes; see [Hooks]. Their panics are logged
-	// to slog.Default().
+	// Hooks are called for each stream that the client opens, and for each Writer that it makes; see [Hooks]. Their
+	// panics are logged to slog.Default().
 	Hooks Hooks
 
-	// KeepAlive is how long a peer may be silent on all its streams before this end sends it a PING: 500 ms by default. One
-	// PING serves all streams between two ends, for any number of streams.
+	// KeepAlive is how long a peer may be silent on all its streams before this end sends it a PING: 500 ms by default.
+	// One PING serves all streams between two ends, for any number of streams.
 	KeepAlive time.Duration
 	// PeerTimeout is how long a peer may be silent on all its streams before these end with [CloseAbnormalClosure]. The
 	// default is KeepAlive plus the smaller of 3.3 s and ResumeTimeout: 3.8 s if both have their defaults. If KeepAlive
@@ -75,8 +77,8 @@ type ClientParams struct {
 	// ms later than these times, and later still while data that was sent before a PING is on its way. [WithKeepAlive],
 	// [Stream.SetPeerTimeout] and [Writer.SetPeerTimeout] set the timeout of one stream.
 	PeerTimeout time.Duration
-	// AckTimeout is how long this end waits for an acknowledgement or an answer before it asks the peer for it, repeatedly if
-	// necessary: 250 ms by default. Set it longer than a round trip between the peers.
+	// AckTimeout is how long this end waits for an acknowledgement or an answer before it asks the peer for it,
+	// repeatedly if necessary: 250 ms by default. Set it longer than a round trip between the peers.
 	AckTimeout time.Duration
 	// ResumeTimeout is 5 s by default. It bounds three times, after which the stream ends with CloseAbnormalClosure:
 	//
@@ -156,13 +158,13 @@ func (p ClientParams) withDefaults() (ClientParams, error) {
 // window. This end sends packets of at most flow.MaxPacket.
 const onePacket = singleSize - PacketHeaderSize - FrameHeaderSize
 
-// never is the longest time that a parameter may be, two years. Even 64 times that, added to a time since the start, does
-// not overflow. No timeout is computed with a larger factor.
+// never is the longest time that a parameter may be, two years. Even 64 times that, added to a time since the start,
+// does not overflow. No timeout is computed with a larger factor.
 const never time.Duration = 1 << 56
 
-// Client opens streams over one NATS connection, and makes writers for requests that arrived on it. All its streams share
-// one wildcard subscription. Several clients may share a connection. Close a client that is no longer used. A Client is
-// safe for use by many goroutines at once.
+// Client opens streams over one NATS connection, and makes writers for requests that arrived on it. All its streams
+// share one wildcard subscription. Several clients may share a connection. Close a client that is no longer used. A
+// Client is safe for use by many goroutines at once.
 type Client struct {
 	Conn *nats.Conn // as given to NewClient; do not change
 
@@ -171,8 +173,8 @@ type Client struct {
 	intercepted OpenFunc // open with the interceptors around it; nil without interceptors
 }
 
-// NewClient returns a client on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection;
-// the error of the subscription; an error that names the invalid field of params.
+// NewClient returns a client on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil
+// connection; the error of the subscription; an error that names the invalid field of params.
 func NewClient(params ClientParams) (*Client, error) {
 	if params.Conn == nil {
 		return nil, noConnection("ClientParams.Conn", "set it to what nats.Connect returns")
@@ -309,10 +311,10 @@ func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
 	return ep.maxPayload.Load()
 }
 
-// OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the producer
-// writes with WriteObject arrive as JSON. The channel is closed when the stream ends. At any end except normal closure, the
-// last result holds the error. If ctx ends, the last result holds the error of ctx, and records that the caller has not
-// received may be dropped. A caller that stops reading must end ctx. Errors are those of [Client.Open].
+// OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the
+// producer writes with WriteObject arrive as JSON. The channel is closed when the stream ends. At any end except normal
+// closure, the last result holds the error. If ctx ends, the last result holds the error of ctx, and records that the
+// caller has not received may be dropped. A caller that stops reading must end ctx. Errors are those of [Client.Open].
 func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
 	s, err := c.openMsg(ctx, &nats.Msg{Subject: subj, Data: data}, []OpenOption{withCodec(JSON)})
 	if err != nil {
@@ -348,9 +350,9 @@ func forward(ctx context.Context, s *Stream, ch chan *concurrency.AsyncResult[[]
 	}
 }
 
-// sendLast sends the last result of a stream after its context ended. The caller may have stopped reading. If the channel
-// stays full, sendLast drops all results in it to make room. It does not drop only some, because a gap between two records
-// would be worse. Recv does not return records that arrived before the end of its context either.
+// sendLast sends the last result of a stream after its context ended. The caller may have stopped reading. If the
+// channel stays full, sendLast drops all results in it to make room. It does not drop only some, because a gap between
+// two records would be worse. Recv does not return records that arrived before the end of its context either.
 func sendLast(ch chan *concurrency.AsyncResult[[]byte], last *concurrency.AsyncResult[[]byte]) {
 	timeout := time.NewTimer(abandonedAfter)
 	defer timeout.Stop()

@@ -15,8 +15,9 @@ import (
 // limit refuses and cuts nothing.
 const unknownPayload = math.MaxInt32
 
-// lookAtMaxPayload remembers the max_payload of the connection's server. The server may change it with any INFO, and nats.go
-// does not report that. lookAtMaxPayload takes the connection's lock, so only the endpoint's own goroutines call it.
+// lookAtMaxPayload remembers the max_payload of the connection's server. The server may change it with any INFO, and
+// nats.go does not report that. lookAtMaxPayload takes the connection's lock, so only the endpoint's own goroutines
+// call it.
 func (ep *endpoint) lookAtMaxPayload() {
 	n := ep.conn.MaxPayload()
 	if n <= 0 {
@@ -42,8 +43,8 @@ func (ep *endpoint) send(subject, reply string, data []byte) error {
 	return ep.conn.Publish(subject, reply, data)
 }
 
-// publish publishes a message that is not a stream's data. A failure is counted and does not end the stream: credit is sent
-// again after a reconnect, and a connection that accepts no more bytes is noticed otherwise.
+// publish publishes a message that is not a stream's data. A failure is counted and does not end the stream: credit is
+// sent again after a reconnect, and a connection that accepts no more bytes is noticed otherwise.
 func (ep *endpoint) publish(subject, reply string, data []byte) error {
 	err := ep.send(subject, reply, data)
 	if err != nil {

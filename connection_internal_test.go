@@ -128,7 +128,8 @@ func TestMaxPayloadChangesUnderStreams(t *testing.T) {
 	}
 }
 
-// A packet that was published once keeps its number. If it is missed when the server does not take it any more, it goes in fragments.
+// A packet that was published once keeps its number. If it is missed when the server does not take it any more, it goes
+// in fragments.
 func TestLostPacketBeyondShrunkMaxPayloadGoesInFragments(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -659,7 +660,8 @@ func TestLostRequestIsMissedAtAnyMoment(t *testing.T) {
 	}
 }
 
-// A request, or its answer, that is lost with the consumer's own connection: the answer comes again, the request does not.
+// A request, or its answer, that is lost with the consumer's own connection: the answer comes again, the request does
+// not.
 func TestLostAnswerIsRepeatedAndLostRequestIsNot(t *testing.T) {
 	const down = time.Second
 	for name, answer := range map[string]bool{"request": false, "answer": true} {

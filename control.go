@@ -137,8 +137,8 @@ func (s *session) answered() {
 	}
 }
 
-// bind raises the events of a consumer's new send half, and of a producer that speaks the fallback. A request of OpenMany is answered
-// by its first responder, and ends with its gathering.
+// bind raises the events of a consumer's new send half, and of a producer that speaks the fallback. A request of
+// OpenMany is answered by its first responder, and ends with its gathering.
 func (o *outbox) bind(s *session) {
 	if g := s.gathering(); g != nil && g.request == s {
 		s.out.life.took = 0 // no answer is missing after a reconnect
@@ -162,9 +162,9 @@ func (o *outbox) bind(s *session) {
 	}
 }
 
-// resetUnknown answers a packet that belongs to no stream with a RESET. The answer carries the sender's own number, which only
-// that sender knows. Such packets are rare, a first packet or a PING, and the inbound ring bounds those that wait for an
-// answer.
+// resetUnknown answers a packet that belongs to no stream with a RESET. The answer carries the sender's own number,
+// which only that sender knows. Such packets are rare, a first packet or a PING, and the inbound ring bounds those that
+// wait for an answer.
 func (o *outbox) resetUnknown(c control) {
 	if c.absent { // nobody received the request of a stream that has ended
 		o.settleRequest(c.session)
@@ -188,7 +188,8 @@ var (
 	enoughResponders = []byte("the consumer takes no more responders")
 )
 
-// takeControl acts on the frames of a control packet; docs/PROTOCOL.md section 5. An error that it returns ends the stream.
+// takeControl acts on the frames of a control packet; docs/PROTOCOL.md section 5. An error that it returns ends the
+// stream.
 func (o *outbox) takeControl(s *session, packet []byte) *CloseError {
 	h, b, err := ParsePacketHeader(packet)
 	if err != nil || len(b) == 0 {
@@ -428,8 +429,8 @@ func (o *outbox) sendEnd(s *session, e CloseError) {
 	}
 }
 
-// sendControl publishes one control frame to the peer of s. Its sequence number is that of the packet to be published next, new or
-// retransmitted, so that the peer notices if it missed any packet before.
+// sendControl publishes one control frame to the peer of s. Its sequence number is that of the packet to be published
+// next, new or retransmitted, so that the peer notices if it missed any packet before.
 func (o *outbox) sendControl(s *session, reply string, f Frame) { o.tellAt(s, s.out.peer, reply, f) }
 
 // tellAt sends control frames as sendControl does, to a subject that may not be the address of the peer.

@@ -10,9 +10,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file finds out which subjects of a server are not served because the connection has too many subscriptions: NATS's refusal
-// for max_subscriptions names no subject. NATS's error callback runs doubt. The goroutine of an examination runs the rest. It starts
-// with a refusal, and ends when every registration is heard.
+// This file finds out which subjects of a server are not served because the connection has too many subscriptions:
+// NATS's refusal for max_subscriptions names no subject. NATS's error callback runs doubt. The goroutine of an
+// examination runs the rest. It starts with a refusal, and ends when every registration is heard.
 
 // doubts are the refusals that name no subject.
 type doubts struct {
@@ -25,8 +25,8 @@ type doubts struct {
 func newDoubts() doubts { return doubts{news: make(chan struct{}, 1)} }
 
 const (
-	// suspicion is how long after it was sent a subscription may still be refused. By default, nats.go gives up a write to the
-	// connection after this time.
+	// suspicion is how long after it was sent a subscription may still be refused. By default, nats.go gives up a write
+	// to the connection after this time.
 	suspicion = time.Minute
 
 	maxTrials = 64 // subscriptions at once that look for free room
@@ -82,7 +82,8 @@ func (x *examination) run() {
 	}
 }
 
-// fresh returns how many refusals came that no round has looked at. It is negative while refusals of trials are not reported yet.
+// fresh returns how many refusals came that no round has looked at. It is negative while refusals of trials are not
+// reported yet.
 func (x *examination) fresh() int64 { return x.server.doubts.count.Load() - x.own - x.seen }
 
 // next returns the time of the next round. fresh reports that refusals came which no round has looked at.
@@ -120,8 +121,8 @@ func (x *examination) over() bool {
 	return true
 }
 
-// round suspends the registrations that NATS may have refused, and resumes as many as there is room for. It reports whether nothing
-// is left to do.
+// round suspends the registrations that NATS may have refused, and resumes as many as there is room for. It reports
+// whether nothing is left to do.
 func (x *examination) round() (done bool) {
 	ep := x.server.ep
 	x.last = time.Now()
@@ -169,8 +170,8 @@ func (x *examination) round() (done bool) {
 	return len(waiting) == 0 && x.again.IsZero()
 }
 
-// suspend ends the subscriptions that NATS may have refused. It returns all registrations that wait for room, in the order in which they
-// were made. refused is the time of the first of the refusals.
+// suspend ends the subscriptions that NATS may have refused. It returns all registrations that wait for room, in the
+// order in which they were made. refused is the time of the first of the refusals.
 func (x *examination) suspend(fresh bool, refused *time.Time) (waiting []*Registration) {
 	s := x.server
 	connected := s.ep.connected.Load()
@@ -261,8 +262,8 @@ func (x *examination) guess() {
 		"error", nats.ErrMaxSubscriptionsExceeded)
 }
 
-// awaitsRoom waits until NATS has no subscription of r, and reports whether r waits for room only. If there are other reasons, r is
-// doubted again when it subscribes.
+// awaitsRoom waits until NATS has no subscription of r, and reports whether r waits for room only. If there are other
+// reasons, r is doubted again when it subscribes.
 func (r *Registration) awaitsRoom() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// This file has the deadlines of reads and writes. Any goroutine sets one. When its time has come, a goroutine of package time
-// runs expire.
+// This file has the deadlines of reads and writes. Any goroutine sets one. When its time has come, a goroutine of
+// package time runs expire.
 
 // deadlineError is the error of a call after its deadline. It implements net.Error.
 type deadlineError struct{ text string }
@@ -26,8 +26,8 @@ var (
 	errRestFollows error = &deadlineError{"stream: write deadline exceeded within a record: do not repeat it, because its rest is sent as the peer grants credit"}
 )
 
-// deadline is the time after which the reads or the writes of a session fail. It has a timer only while the time is in the
-// future, and the outbox stops that at the end of the stream.
+// deadline is the time after which the reads or the writes of a session fail. It has a timer only while the time is in
+// the future, and the outbox stops that at the end of the stream.
 type deadline struct {
 	session *session
 	write   bool
@@ -54,7 +54,8 @@ func (d *deadline) set(at time.Time) error {
 	return nil
 }
 
-// lookLocked compares the deadline with the time, wakes the calls for which it has come, and sets the timer if it has not.
+// lookLocked compares the deadline with the time, wakes the calls for which it has come, and sets the timer if it has
+// not.
 func (d *deadline) lookLocked() {
 	left := time.Until(d.at)
 	d.applyLocked(!d.at.IsZero() && left <= 0)
@@ -106,7 +107,8 @@ func (d *deadline) stop() {
 	}
 }
 
-// endDeadlines stops the timers of s, which has ended. A record that is kept between two reads gives its bytes back to the budget.
+// endDeadlines stops the timers of s, which has ended. A record that is kept between two reads gives its bytes back to
+// the budget.
 func (s *session) endDeadlines() {
 	x := s.extras.Load()
 	if x == nil {

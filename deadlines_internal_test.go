@@ -102,7 +102,8 @@ func TestReadDeadlineEndsEachRead(t *testing.T) {
 	}
 }
 
-// A deadline in the past wakes a call that waits, one in the future that was moved does not, and the zero time clears it.
+// A deadline in the past wakes a call that waits, one in the future that was moved does not, and the zero time clears
+// it.
 func TestDeadlineChangesForWaitingCalls(t *testing.T) {
 	for _, write := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -211,8 +212,8 @@ func TestDeadlinesLeaveNothingBehind(t *testing.T) {
 	})
 }
 
-// A read of a record in pieces that ends at its deadline keeps the pieces: the next read returns the whole record. The bytes go back to
-// the budget, also if no read follows.
+// A read of a record in pieces that ends at its deadline keeps the pieces: the next read returns the whole record. The
+// bytes go back to the budget, also if no read follows.
 func TestReadDeadlineKeepsPiecesOfARecord(t *testing.T) {
 	for _, last := range []string{"read", "Close", "reset"} {
 		t.Run(last, func(t *testing.T) {
@@ -350,8 +351,8 @@ func TestReadyLooksAhead(t *testing.T) {
 	})
 }
 
-// If the deadline passes when a part of a record was sent, Write returns the length of the record together with the error. The rest of
-// the record is sent before any other record.
+// If the deadline passes when a part of a record was sent, Write returns the length of the record together with the
+// error. The rest of the record is sent before any other record.
 func TestWriteDeadlineWithinARecordSendsAllOfIt(t *testing.T) {
 	for _, object := range []bool{false, true} {
 		for _, try := range []bool{false, true} {
@@ -414,7 +415,8 @@ func TestWriteDeadlineWithinARecordSendsAllOfIt(t *testing.T) {
 	}
 }
 
-// The end of a stream drops the rest of a record, ends the wait for it, and the consumer does not take the part for a record.
+// The end of a stream drops the rest of a record, ends the wait for it, and the consumer does not take the part for a
+// record.
 func TestStreamEndsWithinTheRestOfARecord(t *testing.T) {
 	for _, end := range []string{"consumer closes", "handler returns", "server closes"} {
 		t.Run(end, func(t *testing.T) {
@@ -461,7 +463,8 @@ func TestStreamEndsWithinTheRestOfARecord(t *testing.T) {
 	}
 }
 
-// Before the producer has answered, nothing can be sent. A deadline ends that wait as any other, and makes no send half.
+// Before the producer has answered, nothing can be sent. A deadline ends that wait as any other, and makes no send
+// half.
 func TestWriteDeadlineBeforeTheFirstPacket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})

@@ -13,8 +13,8 @@ import (
 // still unanswered AckTimeout later, and if the refusal cannot mean a request to another subject. The outbox owns
 // denials.
 type denials struct {
-	// requested holds the subjects of requests that were published lately, with their times. A refusal that names one of them
-	// needs no attribution: no mapping hid its subject, and its stream may have ended before.
+	// requested holds the subjects of requests that were published lately, with their times. A refusal that names one
+	// of them needs no attribution: no mapping hid its subject, and its stream may have ended before.
 	requested map[string]int64
 	last      int64 // when the last request was published, 0 if none was
 	pending   []denial
@@ -28,7 +28,8 @@ type denial struct {
 }
 
 const (
-	// A refusal comes a round trip after the publish. AckTimeout is meant to be longer than that; a busy connection may take more.
+	// A refusal comes a round trip after the publish. AckTimeout is meant to be longer than that; a busy connection may
+	// take more.
 	denialWindow = 4 // times AckTimeout
 
 	maxRequested = 1 << 10 // subjects that are remembered
@@ -78,9 +79,9 @@ type waiting struct {
 	asked   int64 // when the request was published
 }
 
-// attribute returns the subject of the requests that a refusal at the given time is about: the only subject with requests that
-// were published within window before it. It returns false if there is none. It also returns false if there are several, and
-// undecided is true then.
+// attribute returns the subject of the requests that a refusal at the given time is about: the only subject with
+// requests that were published within window before it. It returns false if there is none. It also returns false if
+// there are several, and undecided is true then.
 func attribute(requests []waiting, at, window int64) (subject string, ok, undecided bool) {
 	for _, r := range requests {
 		switch {

@@ -8,12 +8,13 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file passes packets that come to the token of a request of OpenMany to the streams of their senders; docs/PROTOCOL.md section
-// 2.8. The mux runs it. It makes the stream of a new responder at once, because a packet that had to wait for that would be lost. So it
-// allocates and takes locks, which are held for moments, once for each responder.
+// This file passes packets that come to the token of a request of OpenMany to the streams of their senders;
+// docs/PROTOCOL.md section 2.8. The mux runs it. It makes the stream of a new responder at once, because a packet that
+// had to wait for that would be lost. So it allocates and takes locks, which are held for moments, once for each
+// responder.
 
-// divert handles a packet, or a message of the fallback, that came to the token of s, if that is the token of a request of OpenMany. It
-// reports whether it is.
+// divert handles a packet, or a message of the fallback, that came to the token of s, if that is the token of a request
+// of OpenMany. It reports whether it is.
 func (ep *endpoint) divert(s *session, m *nats.Msg) bool {
 	g := s.gathering()
 	if g == nil || g.request != s || len(m.Data) == 0 {
@@ -48,8 +49,8 @@ type route struct {
 	wait    int64  // the time from then to the next time
 }
 
-// tellAgain sends the PING with the stream's own token again if the sender still uses the token of the request. The first one or the
-// proof may have been lost. A sender that never moves is told ever more rarely.
+// tellAgain sends the PING with the stream's own token again if the sender still uses the token of the request. The
+// first one or the proof may have been lost. A sender that never moves is told ever more rarely.
 func (g *gathering) tellAgain(sender uint64) {
 	ep, to := g.request.ep, g.routes[sender]
 	now := ep.clock.Load()
@@ -63,8 +64,8 @@ func (g *gathering) tellAgain(sender uint64) {
 	}
 }
 
-// meet returns the subject of the stream for a sender that was not heard before. It returns an empty string if there is none, because the
-// sender refuses the request, is not wanted, or has not said where it receives.
+// meet returns the subject of the stream for a sender that was not heard before. It returns an empty string if there is
+// none, because the sender refuses the request, is not wanted, or has not said where it receives.
 func (ep *endpoint) meet(g *gathering, h PacketHeader, body []byte, m *nats.Msg) string {
 	if f, _, err := ParseFrame(body); err == nil && h.Flags&PacketSeq == 0 && f.Type == FrameReset {
 		g.refuse(h.Sender, &CloseError{Code: int(f.Code), Text: string(f.Payload)})
@@ -122,8 +123,8 @@ func (g *gathering) admit(sender uint64, peer string) string {
 	return s.reply
 }
 
-// refuse notes that a responder ended its stream in its first packet. Senders that refused are remembered, so that a repeated
-// packet does not count. Strangers can invent them, so there is a bound.
+// refuse notes that a responder ended its stream in its first packet. Senders that refused are remembered, so that a
+// repeated packet does not count. Strangers can invent them, so there is a bound.
 func (g *gathering) refuse(sender uint64, err error) {
 	if _, known := g.routes[sender]; known {
 		return

@@ -1,13 +1,13 @@
-// Package stream carries streams of records over core NATS. A consumer opens a stream with a request. Both ends then send any
-// number of records, until each closes its direction.
+// Package stream carries streams of records over core NATS. A consumer opens a stream with a request. Both ends then
+// send any number of records, until each closes its direction.
 //
 // # Terms
 //
-// A record is a slice of bytes, or an object that the library encodes. The consumer is the end that sends the request, and
-// reads a [Stream]. The producer is the end that answers it, and writes to a [Writer]. A [Client] opens streams for
-// consumers, a [Server] calls a [Handler] for each request, and a [Request] is the request together with the records that the
-// consumer sends after it. Each Client and Server uses one NATS connection, and one subscription for the packets of all its
-// streams. They may share the connection.
+// A record is a slice of bytes, or an object that the library encodes. The consumer is the end that sends the request,
+// and reads a [Stream]. The producer is the end that answers it, and writes to a [Writer]. A [Client] opens streams for
+// consumers, a [Server] calls a [Handler] for each request, and a [Request] is the request together with the records
+// that the consumer sends after it. Each Client and Server uses one NATS connection, and one subscription for the
+// packets of all its streams. They may share the connection.
 //
 // # A first stream
 //
@@ -39,16 +39,17 @@
 // # Both directions, and objects
 //
 // The consumer sends records with [Stream.Write], and half-closes with [Stream.CloseSend]. The handler reads them with
-// [Request.Recv] until [io.EOF], while it may write. WriteObject and RecvObject of these types send and receive Go values, in
-// the [Codec] that the client chose.
+// [Request.Recv] until [io.EOF], while it may write. WriteObject and RecvObject of these types send and receive Go
+// values, in the [Codec] that the client chose.
 //
 // # Ends and errors
 //
-// Each direction ends once. A reader gets [io.EOF] if the peer closed normally, and a [*CloseError] with its code and text
-// otherwise. EOF guarantees that every record arrived, once and in order: an incomplete stream ends with another error. The
-// return value of a Handler ends its stream. The context of a Writer or Request ends if the consumer leaves, and
-// [context.Cause] returns the reason. A stream stays open until the consumer reads to its end, calls [Stream.Close], or ends the
-// context that it gave to [Client.Open]. Give that context a deadline: NATS does not report a request that is lost on its way.
+// Each direction ends once. A reader gets [io.EOF] if the peer closed normally, and a [*CloseError] with its code and
+// text otherwise. EOF guarantees that every record arrived, once and in order: an incomplete stream ends with another
+// error. The return value of a Handler ends its stream. The context of a Writer or Request ends if the consumer leaves,
+// and [context.Cause] returns the reason. A stream stays open until the consumer reads to its end, calls
+// [Stream.Close], or ends the context that it gave to [Client.Open]. Give that context a deadline: NATS does not report
+// a request that is lost on its way.
 //
 // # Flow control and limits
 //
@@ -59,8 +60,8 @@
 //
 // # Around all streams
 //
-// Interceptors of [ClientParams] and [ServerParams] run code around every [Client.Open] and every [Handler], for authorization
-// or tracing. [Hooks] report what happens to each stream, and [Stats] and [Totals] count it.
+// Interceptors of [ClientParams] and [ServerParams] run code around every [Client.Open] and every [Handler], for
+// authorization or tracing. [Hooks] report what happens to each stream, and [Stats] and [Totals] count it.
 //
 // # Deadlines
 //
@@ -86,14 +87,15 @@
 //   - [github.com/natsstream/stream/streamslog] logs the opening, the end, retransmissions and reconnects of streams.
 //   - [github.com/natsstream/stream/streambench] measures the library against your NATS server.
 //
-// The folders streamgrpc, streamnet, streamotel and streamprom are modules of their own. They carry gRPC and net.Conn over
-// streams, and export traces and metrics. The module [github.com/natsstream/stream/streamtest] has NATS servers and network
-// faults for tests. [Server.AddService] shows a server to NATS tools.
+// The folders streamgrpc, streamnet, streamotel and streamprom are modules of their own. They carry gRPC and net.Conn
+// over streams, and export traces and metrics. The module [github.com/natsstream/stream/streamtest] has NATS servers
+// and network faults for tests. [Server.AddService] shows a server to NATS tools.
 //
 // # The original API
 //
-// [NewWriter], [Client.OpenStream] and package [github.com/natsstream/stream/concurrency] keep programs of the original library
-// working. Peers that speak only its JSON protocol are served in both directions, without acknowledgements and without credit.
+// [NewWriter], [Client.OpenStream] and package [github.com/natsstream/stream/concurrency] keep programs of the original
+// library working. Peers that speak only its JSON protocol are served in both directions, without acknowledgements and
+// without credit.
 //
 // # For implementers
 //

@@ -41,7 +41,8 @@ func TestReadmeBlocksStandInTheExamples(t *testing.T) {
 	}
 }
 
-// TestLinksOfDocumentsLeadSomewhere follows the relative links of the documents at the root and below docs and examples.
+// TestLinksOfDocumentsLeadSomewhere follows the relative links of the documents at the root and below docs and
+// examples.
 func TestLinksOfDocumentsLeadSomewhere(t *testing.T) {
 	var documents []string
 	for _, pattern := range []string{"*.md", "docs/*.md", "examples/*.md"} {

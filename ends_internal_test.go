@@ -87,8 +87,8 @@ func TestViolationEndsTheHandlersContext(t *testing.T) {
 	})
 }
 
-// A call that returns the end of the stream returns after the contexts have ended, also if the goroutine that ends the stream
-// has only just begun to.
+// A call that returns the end of the stream returns after the contexts have ended, also if the goroutine that ends the
+// stream has only just begun to.
 func TestContextsHaveEndedIfCallsFail(t *testing.T) {
 	for name, call := range map[string]func(w *Writer) error{
 		"Write": func(w *Writer) error { _, err := w.Write([]byte("x")); return err },
@@ -183,7 +183,8 @@ func TestCloseWaitsForTheHandlersResult(t *testing.T) {
 	}
 }
 
-// A look at a CLOSE that is held back which comes late says that the process stood still: the handler gets its time again.
+// A look at a CLOSE that is held back which comes late says that the process stood still: the handler gets its time
+// again.
 func TestCloseWaitsAgainAfterAStandstill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ep := fakeClient(t, newRecorder(nil), ClientParams{}).ep
@@ -209,7 +210,8 @@ func TestCloseWaitsAgainAfterAStandstill(t *testing.T) {
 	})
 }
 
-// A handler that closes and returns nil at once sends its records and CLOSE in one packet, and does not say that it reads on.
+// A handler that closes and returns nil at once sends its records and CLOSE in one packet, and does not say that it
+// reads on.
 func TestCloseOfAHandlerThatReturnsCostsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -532,8 +534,8 @@ func TestCloseSendToAWriterWorks(t *testing.T) {
 	})
 }
 
-// A handler that closes with an error and goes on reading hears soon that its consumer has left, also if the consumer's words
-// after the CLOSE are lost.
+// A handler that closes with an error and goes on reading hears soon that its consumer has left, also if the consumer's
+// words after the CLOSE are lost.
 func TestHandlerHearsAfterItsErrorThatItsConsumerLeft(t *testing.T) {
 	for lost := range 4 {
 		for _, first := range []string{"", "a record"} {

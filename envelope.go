@@ -10,7 +10,8 @@ import (
 	"github.com/natsstream/stream/internal/flow"
 )
 
-// This file sends packets of several streams to one peer in one message, an envelope; docs/PROTOCOL.md section 4.3. The outbox runs all of it.
+// This file sends packets of several streams to one peer in one message, an envelope; docs/PROTOCOL.md section 4.3. The
+// outbox runs all of it.
 
 // envelopes are those that an outbox fills now.
 type envelopes struct {
@@ -44,15 +45,16 @@ const (
 	envelopeToken = "e"
 	// maxEnveloped bounds a packet in an envelope. A message costs about as much as a copy of this size.
 	maxEnveloped = 2 << 10
-	// maxEnclosed is how many packets all open envelopes hold together, and maxOpen how many of these there are, before they are sent.
+	// maxEnclosed is how many packets all open envelopes hold together, and maxOpen how many of these there are, before
+	// they are sent.
 	maxEnclosed = 1 << 10
 	maxOpen     = 1 << 6
 	// trialPatience is how many AckTimeouts the answer to a trial may take before the next one.
 	trialPatience = 4
 )
 
-// tellsEnvelopes notes that another stream to p began. From the second one on, this end tells p that it receives envelopes. It says
-// so again whenever the streams have doubled, because the message may be lost.
+// tellsEnvelopes notes that another stream to p began. From the second one on, this end tells p that it receives
+// envelopes. It says so again whenever the streams have doubled, because the message may be lost.
 func (p *remote) tellsEnvelopes() {
 	if n := len(p.streams); n >= 2 && n&(n-1) == 0 {
 		p.enveloping().tells = true
@@ -66,9 +68,10 @@ func (p *remote) enveloping() *enveloping {
 	return p.envelopes
 }
 
-// send publishes a packet to the peer of s, or puts a copy of it into the envelope to that peer. snd is the sender of a packet of
-// records, nil for other packets. With alone, the packet has a message of its own. send returns where the packet ends in its
-// envelope, 0 if it was published. A packet in an envelope is published before any later packet to the same peer.
+// send publishes a packet to the peer of s, or puts a copy of it into the envelope to that peer. snd is the sender of a
+// packet of records, nil for other packets. With alone, the packet has a message of its own. send returns where the
+// packet ends in its envelope, 0 if it was published. A packet in an envelope is published before any later packet to
+// the same peer.
 func (o *outbox) send(s *session, snd *sender, reply string, data []byte, alone bool) (end int, err error) {
 	if p := s.remote.Load(); p != nil && p.envelopes != nil {
 		e := p.envelopes
@@ -96,8 +99,8 @@ func (o *outbox) mayEnclose(e *enveloping, s *session) bool {
 	return true
 }
 
-// try sends an envelope that asks the peer of s for an answer. It has no records: NATS may refuse it, or the peer may not receive at
-// its subject.
+// try sends an envelope that asks the peer of s for an answer. It has no records: NATS may refuse it, or the peer may
+// not receive at its subject.
 func (o *outbox) try(e *enveloping, s *session) {
 	now := o.ep.now()
 	if s.reply == "" || e.tried != 0 && now-e.tried < trialPatience*o.ep.times.Ack {
@@ -133,9 +136,9 @@ func (o *outbox) knowsEnvelopes(s *session) {
 	}
 }
 
-// envelopeDenied handles a subject that NATS does not let this end publish to. It reports whether it is one of envelopes. Then this end
-// sends none as long as its connection lasts, because its user probably may only answer. The streams retransmit the packets that
-// were in it.
+// envelopeDenied handles a subject that NATS does not let this end publish to. It reports whether it is one of
+// envelopes. Then this end sends none as long as its connection lasts, because its user probably may only answer. The
+// streams retransmit the packets that were in it.
 func (o *outbox) envelopeDenied(subject string) bool {
 	name, ok := strings.CutSuffix(subject, "."+envelopeToken)
 	p := o.remotes[name]
@@ -147,7 +150,8 @@ func (o *outbox) envelopeDenied(subject string) bool {
 	return true
 }
 
-// enclose puts a copy of a packet into the envelope to the peer of s. It returns 0 if envelopes to that peer have to be smaller.
+// enclose puts a copy of a packet into the envelope to the peer of s. It returns 0 if envelopes to that peer have to be
+// smaller.
 func (o *outbox) enclose(e *enveloping, s *session, snd *sender, data []byte) (end int) {
 	size := envelopedHead + len(data)
 	if e.buf != nil && e.n+size > e.most {
@@ -188,9 +192,9 @@ func (o *outbox) sendEnvelopes() {
 	o.envelopes.open, o.envelopes.packets = o.envelopes.open[:0], 0
 }
 
-// sendEnvelope publishes e, or its only packet, if e is open. It stays on the list of open ones until that is emptied. A publish that
-// fails is a loss: each stream repairs its own. The connection may have broken since the packets were put in. Then nats.go would keep
-// the message for a server that may take less.
+// sendEnvelope publishes e, or its only packet, if e is open. It stays on the list of open ones until that is emptied.
+// A publish that fails is a loss: each stream repairs its own. The connection may have broken since the packets were
+// put in. Then nats.go would keep the message for a server that may take less.
 func (o *outbox) sendEnvelope(e *enveloping) {
 	if e.buf == nil {
 		return
@@ -245,8 +249,8 @@ func (o *outbox) envelopePassed(s *session, q *unackedPackets) {
 	q.inside = 0
 }
 
-// envelopeLost records that the peer misses p, if p came in an envelope, was not dropped with earlier packets, and this end's
-// connection is no reason for the loss.
+// envelopeLost records that the peer misses p, if p came in an envelope, was not dropped with earlier packets, and this
+// end's connection is no reason for the loss.
 func (snd *sender) envelopeLost(p *packet) {
 	s, q := snd.session, &snd.unacked
 	if p.enveloped == 0 || q.Cursor() != q.Acked() || p.connection != s.ep.outbox.connection.Load() {

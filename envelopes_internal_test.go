@@ -19,8 +19,8 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
-// envelopedPeer has the writers of one client, and plays the one peer of all of them. The peer announces that it receives envelopes. It
-// answers trials and acknowledges packets.
+// envelopedPeer has the writers of one client, and plays the one peer of all of them. The peer announces that it
+// receives envelopes. It answers trials and acknowledges packets.
 type envelopedPeer struct {
 	t       *testing.T
 	c       *Client
@@ -198,7 +198,8 @@ func TestPacketsThatWaitTogetherShareAMessage(t *testing.T) {
 	})
 }
 
-// No packet overtakes another one of its stream, in envelopes and beside them. Large packets go alone, and so does CLOSE.
+// No packet overtakes another one of its stream, in envelopes and beside them. Large packets go alone, and so does
+// CLOSE.
 func TestEnvelopesKeepTheOrderOfEachStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const streams = 8
@@ -416,8 +417,8 @@ func TestTrialsAreRepeated(t *testing.T) {
 	})
 }
 
-// A hostile producer that names the inbox of another program as its own cannot have envelopes sent there: it does not know the answer
-// to the trial.
+// A hostile producer that names the inbox of another program as its own cannot have envelopes sent there: it does not
+// know the answer to the trial.
 func TestStatementOfAnotherIsNoProof(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newEnvelopedPeer(t, 4)
@@ -451,8 +452,8 @@ func envelopeOf(streams []*Stream, seq uint32, size int) []byte {
 	return b
 }
 
-// A packet that waits for its reader does not keep its envelope in memory. The budget of its stream counts the packet. On a fast
-// connection the packet keeps a slab until the reader goes on. Slabs have a bound of their own.
+// A packet that waits for its reader does not keep its envelope in memory. The budget of its stream counts the packet.
+// On a fast connection the packet keeps a slab until the reader goes on. Slabs have a bound of their own.
 func TestWaitingPacketsDoNotKeepEnvelopes(t *testing.T) {
 	conn := fake.New()
 	conn.Requested = func(*nats.Msg) error { return nil }
@@ -601,8 +602,8 @@ func TestEnvelopesAllocateNothing(t *testing.T) {
 	}
 }
 
-// FuzzEnvelope compares the decoder of envelopes with a naive model. Encoding the decoded packets gives the same bytes. Each stream
-// gets its own packets, and no input causes a panic.
+// FuzzEnvelope compares the decoder of envelopes with a naive model. Encoding the decoded packets gives the same bytes.
+// Each stream gets its own packets, and no input causes a panic.
 func FuzzEnvelope(f *testing.F) {
 	conn := fake.New()
 	conn.Requested = func(*nats.Msg) error { return nil }

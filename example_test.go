@@ -102,8 +102,8 @@ func ExampleCloseError() {
 	// 4000 no such job
 }
 
-// Records in both directions: the consumer sends numbers, the handler answers with their sum so far. Each side closes its
-// own direction.
+// Records in both directions: the consumer sends numbers, the handler answers with their sum so far. Each side closes
+// its own direction.
 func ExampleStream_Write() {
 	client, server, stop := connect()
 	defer stop()
@@ -189,8 +189,8 @@ func ExampleClient_Open_noResponders() {
 	// Prints: true
 }
 
-// Each server that handles a subject outside a queue group answers with a stream of its own. All answer here, so the third one ends the
-// wait for more. The minimum makes it an error if one is missing.
+// Each server that handles a subject outside a queue group answers with a stream of its own. All answer here, so the
+// third one ends the wait for more. The minimum makes it an error if one is missing.
 func ExampleClient_OpenMany() {
 	client, server, stop := connect()
 	defer stop()
@@ -226,7 +226,8 @@ func ExampleClient_OpenMany() {
 	// Rome: 5 bicycles
 }
 
-// A request that surely reached no handler, because nobody serves its subject or all servers are full, can be sent again.
+// A request that surely reached no handler, because nobody serves its subject or all servers are full, can be sent
+// again.
 func ExampleWithRetry() {
 	client, server, stop := connect()
 	defer stop()
@@ -469,8 +470,8 @@ func shutdown(ctx context.Context, server *stream.Server, client *stream.Client,
 	return err
 }
 
-// How to end a program: first the server, then the client, then the connection. A handler without an end of its own returns
-// when its server drains.
+// How to end a program: first the server, then the client, then the connection. A handler without an end of its own
+// returns when its server drains.
 func Example_shutdown() {
 	client, server, stop := connect()
 	defer stop()
@@ -512,8 +513,8 @@ func Example_shutdown() {
 	// <nil>
 }
 
-// The records of a stream as one run of bytes: a Stream is an io.Reader and an io.WriterTo, a Writer is an io.Writer and
-// an io.ReaderFrom, so io.Copy works at both ends.
+// The records of a stream as one run of bytes: a Stream is an io.Reader and an io.WriterTo, a Writer is an io.Writer
+// and an io.ReaderFrom, so io.Copy works at both ends.
 func ExampleStream_WriteTo() {
 	client, server, stop := connect()
 	defer stop()

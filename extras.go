@@ -9,7 +9,8 @@ import (
 
 // This file has the state that few streams need. Any goroutine may make it; its fields name their owners.
 
-// extras is the state of a session that few streams need. It is made on first use, so that it costs other streams a pointer.
+// extras is the state of a session that few streams need. It is made on first use, so that it costs other streams a
+// pointer.
 type extras struct {
 	read, write deadline
 

@@ -26,8 +26,9 @@ func fallbackRecord(maxPayload int) int {
 	return min(coalesceSize, max(1, jsonwire.MaxRecord(maxPayload)))
 }
 
-// parseJSON decodes a message of a fallback peer. It returns a record, the end of the stream, or, for an invalid message, the
-// error to end the stream with. A record is decoded in place: it is a sub-slice of NATS's buffer, as with a binary peer.
+// parseJSON decodes a message of a fallback peer. It returns a record, the end of the stream, or, for an invalid
+// message, the error to end the stream with. A record is decoded in place: it is a sub-slice of NATS's buffer, as with
+// a binary peer.
 func parseJSON(b []byte) (record []byte, end, broken *CloseError) {
 	record, c, err := jsonwire.Parse(b)
 	switch {

@@ -750,8 +750,8 @@ func TestLargeAndSmallRecordsTakeTurns(t *testing.T) {
 		m.handle(t, "small", send(1000))
 		large, small := m.open(t, "large"), m.open(t, "small")
 		synctest.Wait()
-		// While the connection is down both fill their credit. All is sent when it comes back, by one goroutine: in which
-		// order depends on nothing else.
+		// While the connection is down both fill their credit. All is sent when it comes back, by one goroutine: in
+		// which order depends on nothing else.
 		m.back.Set(nats.RECONNECTING)
 		synctest.Wait()
 		m.server.ep.maxPayload.Store(piece) // so that many pieces fit the credit
@@ -845,8 +845,8 @@ func TestControlFloodTakesItsShare(t *testing.T) {
 	})
 }
 
-// Control packets and reply subjects that wait for an outbox which is held in a publish take no more than a bound in bytes,
-// those of strangers a quarter of it.
+// Control packets and reply subjects that wait for an outbox which is held in a publish take no more than a bound in
+// bytes, those of strangers a quarter of it.
 func TestControlWordsAreBoundedInBytes(t *testing.T) {
 	long := strings.Repeat("r", 4000)
 	for name, c := range map[string]struct {
@@ -995,8 +995,8 @@ func TestControlTakesTurnsWithStreams(t *testing.T) {
 	})
 }
 
-// A CREDIT that changes nothing, and a request that repeats another, cost the same however much the peer left unacknowledged: the
-// outbox looks at none of the packets.
+// A CREDIT that changes nothing, and a request that repeats another, cost the same however much the peer left
+// unacknowledged: the outbox looks at none of the packets.
 func TestRepeatedControlLooksAtNoPacket(t *testing.T) {
 	const packets = 1000
 	p, err := ClientParams{AckTimeout: time.Hour}.withDefaults()
@@ -1050,8 +1050,8 @@ func TestOneWayIsLearnedBesideAFlood(t *testing.T) {
 	_ = s.Close()
 }
 
-// Where the mux is faster than the outbox, control packets are dropped and counted, as NATS may lose them, and streams go on:
-// what they said is asked for.
+// Where the mux is faster than the outbox, control packets are dropped and counted, as NATS may lose them, and streams
+// go on: what they said is asked for.
 func TestFullInboundRingDropsAndGoesOn(t *testing.T) {
 	busy, idle := make(chan struct{}), make(chan struct{})
 	conn := newRecorder(func(_ int, data []byte) error {
@@ -1129,8 +1129,8 @@ func TestFullInboundRingDropsAndGoesOn(t *testing.T) {
 	}
 }
 
-// A message that no stream takes, and a request that is refused, is answered with one message at most, and not at all if it names no
-// subject for that.
+// A message that no stream takes, and a request that is refused, is answered with one message at most, and not at all
+// if it names no subject for that.
 func TestStrangersAreAnsweredOnce(t *testing.T) {
 	const n, inbox = 200, "_SINBOX.stranger.~1m5I00000000001"
 	open := nats.Header{headerOpen: {"~1m5I"}}

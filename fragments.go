@@ -17,7 +17,8 @@ type fragments struct {
 	whole  []byte // the bytes that arrived; the capacity is the length of the packet
 	held   uint64 // bytes of the budget that the packet takes
 
-	// Number of the packet, and how many bytes of it have arrived; 0 if none have. Stored by the mux and read by the outbox.
+	// Number of the packet, and how many bytes of it have arrived; 0 if none have. Stored by the mux and read by the
+	// outbox.
 	progress atomic.Uint64
 }
 

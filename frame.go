@@ -43,9 +43,9 @@ type PacketHeader struct {
 	Length uint32 // bytes of the whole packet, this header included
 }
 
-// Allows reports whether a packet with header h may contain a frame of type t. A packet with [PacketSeq] may contain DATA,
-// CLOSE and META. A packet without it may contain RESET, CREDIT, PING, CHALLENGE, RESPONSE, RESUME, FRAGMENT and PROGRESS. Both
-// may contain skippable types.
+// Allows reports whether a packet with header h may contain a frame of type t. A packet with [PacketSeq] may contain
+// DATA, CLOSE and META. A packet without it may contain RESET, CREDIT, PING, CHALLENGE, RESPONSE, RESUME, FRAGMENT and
+// PROGRESS. Both may contain skippable types.
 func (h PacketHeader) Allows(t FrameType) bool {
 	set := uint32(controlTypes)
 	if h.Flags&PacketSeq != 0 {
@@ -70,7 +70,8 @@ type Fragment struct {
 	Question uint32 // repeated by the answer
 }
 
-// Codec is an encoding of objects. The zero value, CodecDefault, selects the default of the parameter that it is used for.
+// Codec is an encoding of objects. The zero value, CodecDefault, selects the default of the parameter that it is used
+// for.
 type Codec uint8
 
 const (
@@ -92,8 +93,8 @@ func (c Codec) String() string {
 	return "Codec(" + strconv.Itoa(int(c)) + ")"
 }
 
-// Token is the last element of a reply subject. To the mux of the peer that made it, it names the stream of a message. To
-// the other end, it states the protocol version, the codec and the initial window of that peer.
+// Token is the last element of a reply subject. To the mux of the peer that made it, it names the stream of a message.
+// To the other end, it states the protocol version, the codec and the initial window of that peer.
 type Token struct {
 	Codec      Codec  // how the peer wants objects: JSON or MsgPack
 	LogPackets uint8  // the initial window is 1<<LogPackets packets, at most 31
@@ -101,8 +102,8 @@ type Token struct {
 	ID         uint64 // random; zero in an offer
 }
 
-// Errors of the parsers. A parser returns one of these, or an error with more detail that matches one under [errors.Is]. All
-// of them are made once, so that invalid input causes no allocation.
+// Errors of the parsers. A parser returns one of these, or an error with more detail that matches one under
+// [errors.Is]. All of them are made once, so that invalid input causes no allocation.
 var (
 	// ErrTruncated: fewer bytes than a header has.
 	ErrTruncated = errors.New("stream: header cut short")
@@ -122,8 +123,8 @@ var (
 	ErrPayload = errors.New("stream: invalid frame payload")
 	// ErrMisplaced: a frame in a packet that may not contain it; see PacketHeader.Allows.
 	ErrMisplaced = errors.New("stream: frame in the wrong kind of packet")
-	// ErrToken: the text is not a token, or not an offer. The reply subject of a peer that speaks the JSON fallback ends
-	// with no token.
+	// ErrToken: the text is not a token, or not an offer. The reply subject of a peer that speaks the JSON fallback
+	// ends with no token.
 	ErrToken = errors.New("stream: not a token")
 )
 
@@ -164,10 +165,10 @@ var (
 	errTokenID          error = &wireError{ErrToken, "id is not a 64-bit number in base 62"}
 )
 
-// AppendPacket appends a whole packet, the header and then the frames, to dst and returns the extended slice. It ignores
-// h.Length and writes the length of the packet. It does not check the other fields and the frames, as [AppendPacketHeader]
-// and [AppendFrame] do not. No payload may overlap the free capacity of dst. AppendPacket panics if the packet is longer
-// than 4,294,967,295 bytes, the largest length the header can hold.
+// AppendPacket appends a whole packet, the header and then the frames, to dst and returns the extended slice. It
+// ignores h.Length and writes the length of the packet. It does not check the other fields and the frames, as
+// [AppendPacketHeader] and [AppendFrame] do not. No payload may overlap the free capacity of dst. AppendPacket panics
+// if the packet is longer than 4,294,967,295 bytes, the largest length the header can hold.
 func AppendPacket(dst []byte, h PacketHeader, frames ...Frame) []byte {
 	n := uint64(PacketHeaderSize)
 	for _, f := range frames {
@@ -184,9 +185,9 @@ func AppendPacket(dst []byte, h PacketHeader, frames ...Frame) []byte {
 	return dst
 }
 
-// AppendFrame appends f, header and payload, to dst and returns the extended slice. It does not check f: it also appends a
-// frame that [ParseFrame] would refuse. f.Payload must not overlap the free capacity of dst. AppendFrame panics if the
-// payload is longer than 4,294,967,295 bytes, the largest length the header can hold.
+// AppendFrame appends f, header and payload, to dst and returns the extended slice. It does not check f: it also
+// appends a frame that [ParseFrame] would refuse. f.Payload must not overlap the free capacity of dst. AppendFrame
+// panics if the payload is longer than 4,294,967,295 bytes, the largest length the header can hold.
 func AppendFrame(dst []byte, f Frame) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, frameWord(f.Type, f.Flags, f.Code, frameLen(len(f.Payload))))
 	return append(dst, f.Payload...)
@@ -205,9 +206,9 @@ func frameLen(n int) uint32 {
 // skippable types are returned as they are, with any flags, code and payload. ParseFrame does not know the packet: use
 // [PacketHeader.Allows] to check whether the packet may contain the frame.
 //
-// The error is [ErrTruncated], [ErrLength], [ErrFrameType], [ErrFlags], [ErrCode] or [ErrPayload], the first in this order
-// that applies. With an error, f and rest are zero: a packet cannot be parsed behind a bad frame. ParseFrame allocates
-// nothing.
+// The error is [ErrTruncated], [ErrLength], [ErrFrameType], [ErrFlags], [ErrCode] or [ErrPayload], the first in this
+// order that applies. With an error, f and rest are zero: a packet cannot be parsed behind a bad frame. ParseFrame
+// allocates nothing.
 func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 	if len(b) < FrameHeaderSize {
 		return Frame{}, nil, ErrTruncated
@@ -234,8 +235,8 @@ const envelopedHead = TokenSize
 // putEnvelopeHeader writes the header of an envelope of n bytes, header included, to b[:PacketHeaderSize].
 func putEnvelopeHeader(b []byte, n int) { putPacketHeader(b, PacketEnv, 0, 0, n) }
 
-// openEnvelope checks an envelope: its header, and that it consists of whole packets behind tokens. It looks into no packet. It
-// returns the part for nextEnveloped, and the number of packets in it, which is at least 1.
+// openEnvelope checks an envelope: its header, and that it consists of whole packets behind tokens. It looks into no
+// packet. It returns the part for nextEnveloped, and the number of packets in it, which is at least 1.
 func openEnvelope(b []byte) (body []byte, packets int, err error) {
 	if len(b) < PacketHeaderSize {
 		return nil, 0, ErrTruncated
@@ -270,15 +271,16 @@ func openEnvelope(b []byte) (body []byte, packets int, err error) {
 	}
 }
 
-// nextEnveloped takes the next packet off the front of a part that openEnvelope returned. The packet has no more capacity.
+// nextEnveloped takes the next packet off the front of a part that openEnvelope returned. The packet has no more
+// capacity.
 func nextEnveloped(body []byte) (token, packet, rest []byte) {
 	packet = body[envelopedHead:]
 	n := uint32(binary.BigEndian.Uint64(packet[8:]))
 	return body[:envelopedHead], packet[:n:n], packet[n:]
 }
 
-// AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. It writes every codec other than JSON
-// as MsgPack, and a window beyond the largest value as that value.
+// AppendToken appends the [TokenSize] characters of t to dst and returns the extended slice. It writes every codec
+// other than JSON as MsgPack, and a window beyond the largest value as that value.
 func AppendToken(dst []byte, t Token) []byte {
 	dst = AppendOffer(dst, t)
 	var id [TokenSize - OfferSize]byte
@@ -300,9 +302,9 @@ func AppendOffer(dst []byte, t Token) []byte {
 		base62Digits[min(t.LogPackets, maxLogPackets)], base62Digits[min(t.LogBytes, maxLogBytes)])
 }
 
-// ParseToken parses a token. [AppendToken] writes the result back to exactly the text that ParseToken accepted. The error is
-// [ErrVersion] for a token of another version of the protocol, of any length, and [ErrToken] for any other text that is not
-// a token. ParseToken allocates nothing.
+// ParseToken parses a token. [AppendToken] writes the result back to exactly the text that ParseToken accepted. The
+// error is [ErrVersion] for a token of another version of the protocol, of any length, and [ErrToken] for any other
+// text that is not a token. ParseToken allocates nothing.
 func ParseToken(s string) (Token, error) {
 	t, err := parseOffer(s, TokenSize)
 	if err != nil {
@@ -320,8 +322,8 @@ func ParseToken(s string) (Token, error) {
 	return t, nil
 }
 
-// ParseOffer reads an offer: the first [OfferSize] characters of a token and nothing behind them. The ID of the result is
-// zero. Errors are those of [ParseToken].
+// ParseOffer reads an offer: the first [OfferSize] characters of a token and nothing behind them. The ID of the result
+// is zero. Errors are those of [ParseToken].
 func ParseOffer(s string) (Token, error) { return parseOffer(s, OfferSize) }
 
 // parseOffer reads the offer at the front of s, which must be size characters long.

@@ -94,7 +94,8 @@ func (s *session) nobodyAnswered() bool {
 	return s.bucket.form.Load() == formUnknown
 }
 
-// stalled ends the gathering if no responder came for the time that the options set. Time without a connection does not count.
+// stalled ends the gathering if no responder came for the time that the options set. Time without a connection does not
+// count.
 func (g *gathering) stalled() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -113,7 +114,8 @@ func (g *gathering) stalled() {
 	g.endLocked(io.EOF)
 }
 
-// endLocked ends the gathering with err, io.EOF if it was not interrupted. The outbox then ends the session of the request; see ending.
+// endLocked ends the gathering with err, io.EOF if it was not interrupted. The outbox then ends the session of the
+// request; see ending.
 func (g *gathering) endLocked(err error) {
 	if least := g.options.many.minimum; err == io.EOF && g.answered < least {
 		err = &TooFewRespondersError{Minimum: least, Answered: g.answered, Refused: g.refused, Err: g.refusal}
@@ -132,8 +134,8 @@ func (g *gathering) tellLocked() {
 	g.news = make(chan struct{})
 }
 
-// ending returns the end of the request's session if the gathering is over and the user has got all streams, nil otherwise. Until then the
-// session waits for the end of the context, which ends the streams that the user has not got.
+// ending returns the end of the request's session if the gathering is over and the user has got all streams, nil
+// otherwise. Until then the session waits for the end of the context, which ends the streams that the user has not got.
 func (g *gathering) ending() *ending {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -147,8 +149,8 @@ func (g *gathering) ending() *ending {
 	return e
 }
 
-// requestEnded ends the gathering with the end of the request's session, unless it was over before. An end by the user, by the context
-// or with the client also ends the streams that the user has not got yet.
+// requestEnded ends the gathering with the end of the request's session, unless it was over before. An end by the user,
+// by the context or with the client also ends the streams that the user has not got yet.
 func (g *gathering) requestEnded(e *ending) {
 	g.mu.Lock()
 	if g.over == nil {
@@ -166,8 +168,9 @@ func (g *gathering) requestEnded(e *ending) {
 	}
 }
 
-// leave takes the token of s out of use. The token of the request stays until all responders' streams have ended, because packets that a
-// responder has sent to it may still be under way, and a responder of another implementation may use it for long.
+// leave takes the token of s out of use. The token of the request stays until all responders' streams have ended,
+// because packets that a responder has sent to it may still be under way, and a responder of another implementation may
+// use it for long.
 func (g *gathering) leave(s *session) {
 	if s == g.request {
 		if g.left.Swap(true) {
@@ -181,7 +184,8 @@ func (g *gathering) leave(s *session) {
 	}
 }
 
-// next returns the next stream. With neither a stream nor an error, more may come: then the channel is closed at the next change.
+// next returns the next stream. With neither a stream nor an error, more may come: then the channel is closed at the
+// next change.
 func (g *gathering) next() (*Stream, <-chan struct{}, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -196,7 +200,8 @@ func (g *gathering) next() (*Stream, <-chan struct{}, error) {
 	return st, nil, nil
 }
 
-// close ends the gathering for its user, and returns the streams of all responders that are open. Others may be among them.
+// close ends the gathering for its user, and returns the streams of all responders that are open. Others may be among
+// them.
 func (g *gathering) close() (all []*Stream) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -212,7 +217,8 @@ func (g *gathering) close() (all []*Stream) {
 	return all
 }
 
-// TooFewRespondersError is the error of [Responders.Next] if fewer responders answered than [WithMinResponders] asks for.
+// TooFewRespondersError is the error of [Responders.Next] if fewer responders answered than [WithMinResponders] asks
+// for.
 type TooFewRespondersError struct {
 	Minimum  int   // as asked for
 	Answered int   // responders, whose streams Next has returned

@@ -24,14 +24,15 @@ import (
 // result of the handler ends the stream:
 //
 //   - nil, or a bare [*CloseError] with [CloseNormalClosure]: the normal end. The consumer reads [io.EOF].
-//   - an error that is or wraps a *CloseError with another valid code: that code and the text of the *CloseError, without the
-//     text around it.
+//   - an error that is or wraps a *CloseError with another valid code: that code and the text of the *CloseError,
+//     without the text around it.
 //   - an error that wraps [ErrRecordTooLarge]: [CloseMessageTooBig] and the error's text.
-//   - any other error: [CloseInternalServerErr] and the error's text. Among these are errors that wrap or join a *CloseError with
-//     CloseNormalClosure, and a nil *CloseError in a variable of type error.
+//   - any other error: [CloseInternalServerErr] and the error's text. Among these are errors that wrap or join a
+//     *CloseError with CloseNormalClosure, and a nil *CloseError in a variable of type error.
 //   - a panic: CloseInternalServerErr. The panic is logged.
 //
-// The text of a returned error is sent to the consumer. To keep internals private, return a *CloseError with the text to reveal.
+// The text of a returned error is sent to the consumer. To keep internals private, return a *CloseError with the text
+// to reveal.
 //
 // A relay that returns the error of another stream passes on the code of that stream: its consumer reads, for example,
 // [CloseAbnormalClosure] or [CloseTryAgainLater] as if this server had sent it. To hide the code, return an error of
@@ -41,8 +42,8 @@ import (
 // failed, the consumer reads the normal end. The server then logs the failure, and counts it in
 // [Stats].UnreportedErrors.
 //
-// If both ends write before they read, both wait for credit when the windows are full, until a deadline ends the stream. Let
-// one end read first, or read and write in two goroutines.
+// If both ends write before they read, both wait for credit when the windows are full, until a deadline ends the
+// stream. Let one end read first, or read and write in two goroutines.
 //
 // When the consumer leaves or its deadline passes, the context of r ends and writes to w fail. The handler should
 // return then. Use neither r nor w after the handler has returned. Records of the consumer that the handler did not
@@ -102,7 +103,8 @@ func (r *Request) Draining() <-chan struct{} { return r.draining }
 // The library never reuses the record's memory. A small record that is kept keeps its packet of up to 32 KiB in memory.
 func (r *Request) Recv() ([]byte, error) { return r.session.recvRecord(forever) }
 
-// Next is [Request.Recv] with a record that is valid only until the next read, or until the handler returns; see [Stream.Next].
+// Next is [Request.Recv] with a record that is valid only until the next read, or until the handler returns; see
+// [Stream.Next].
 func (r *Request) Next() ([]byte, error) { return r.session.recvRecord(untilNext) }
 
 // RecvRecord is [Request.Recv] with the codec of the record; see [Stream.RecvRecord].
@@ -165,8 +167,8 @@ func (s *Server) handle(h *handling) {
 func (s *Server) rest() (h *handling) {
 	if s.resting.Add(1) <= maxResting {
 		unused := *s.unused.Load()
-		// The outbox disarms the ticker before it calls dismiss. So either the ticker is found disarmed here, or dismiss closes
-		// the channel.
+		// The outbox disarms the ticker before it calls dismiss. So either the ticker is found disarmed here, or
+		// dismiss closes the channel.
 		if s.ep.ticker.Armed() {
 			select {
 			case h = <-s.next:
@@ -222,7 +224,8 @@ func (h *handling) returned(end CloseError) {
 	}
 }
 
-// call calls the handler and returns how its stream ends. It recovers panics, also those of the Error method of the result.
+// call calls the handler and returns how its stream ends. It recovers panics, also those of the Error method of the
+// result.
 func (h *handling) call() (end CloseError) {
 	defer func() {
 		if v := recover(); v != nil {

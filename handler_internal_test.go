@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Handlers that wait for each other all run, however many there are. Of their goroutines few rest afterwards, and none when the
-// server has no stream.
+// Handlers that wait for each other all run, however many there are. Of their goroutines few rest afterwards, and none
+// when the server has no stream.
 func TestManyHandlersRunAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})

@@ -22,7 +22,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// TestMain fails the run if a goroutine is left after all tests, and stops it at a transition that the table of lifecycles lacks.
+// TestMain fails the run if a goroutine is left after all tests, and stops it at a transition that the table of
+// lifecycles lacks.
 func TestMain(m *testing.M) {
 	lifecycle.Strict = true
 	goleak.VerifyTestMain(m)
@@ -306,8 +307,8 @@ func stuckOutbox(t *testing.T) (c *Client, conn *recorder, stick, release func()
 	return c, conn, stick, func() { close(idle) }
 }
 
-// silent opens streams on subject, each from a client of its own, and keeps their consumers from saying anything: tell says it
-// for them.
+// silent opens streams on subject, each from a client of its own, and keeps their consumers from saying anything: tell
+// says it for them.
 func (m *memoryPair) silent(t *testing.T, subject string, n int) (streams []*Stream, tell func(s *Stream, f Frame)) {
 	t.Helper()
 	for range n {
@@ -331,8 +332,8 @@ func (m *memoryPair) silent(t *testing.T, subject string, n int) (streams []*Str
 	}
 }
 
-// newCountedClient makes a client on a connection of which count returns how much was published to a subject. In the end no
-// goroutine of the client may be left.
+// newCountedClient makes a client on a connection of which count returns how much was published to a subject. In the
+// end no goroutine of the client may be left.
 func newCountedClient(t *testing.T) (c *Client, conn *fake.Conn, count func(subject string) int64) {
 	t.Helper()
 	before := goleak.IgnoreCurrent()
@@ -517,8 +518,8 @@ func openForAnHour(t *testing.T, m *memoryPair, subject string) *Stream {
 
 var errFaulty = errors.New("publish failed")
 
-// newFaulty returns a recorder, which takes requests as well, and a client on it. As many of the next publishes fail as the
-// test tells fail. In the end nothing may be left of the client's streams.
+// newFaulty returns a recorder, which takes requests as well, and a client on it. As many of the next publishes fail as
+// the test tells fail. In the end nothing may be left of the client's streams.
 func newFaulty(t *testing.T) (conn *recorder, c *Client, fail func(n int)) {
 	t.Helper()
 	var failures atomic.Int64

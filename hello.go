@@ -60,8 +60,8 @@ func (h *hellos) expect(s *session) {
 	h.arm()
 }
 
-// greet sends the hellos that are due. The outbox calls it when it is idle, because packets that handlers wrote make most
-// hellos needless.
+// greet sends the hellos that are due. The outbox calls it when it is idle, because packets that handlers wrote make
+// most hellos needless.
 func (o *outbox) greet() {
 	h := &o.hellos
 	h.due.Store(false)

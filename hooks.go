@@ -11,18 +11,19 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file passes events of streams to the user's hooks. Any goroutine reports an event, which neither waits nor calls the user. A goroutine
-// of the endpoint calls the hooks; it exists only if there are any.
+// This file passes events of streams to the user's hooks. Any goroutine reports an event, which neither waits nor calls
+// the user. A goroutine of the endpoint calls the hooks; it exists only if there are any.
 
-// Hooks are functions that a [Client] or [Server] calls when something happens to one of its streams: for logs, metrics and
-// traces. Each may be nil. A stream pays nothing for hooks that are not set.
+// Hooks are functions that a [Client] or [Server] calls when something happens to one of its streams: for logs, metrics
+// and traces. Each may be nil. A stream pays nothing for hooks that are not set.
 //
 // One goroutine of the client or server calls all of its hooks, one after the other, in the order of the events. So a
 // hook that waits delays later calls of hooks, and delays no stream. If more than 16,384 events wait, further ones are
 // dropped, and DroppedEvents of [Stats] counts them. Closed is never dropped: each stream that was reported by Opened
 // is reported by Closed once. A panic of a hook is logged, and the next event follows.
 //
-// Close of the client or server ends all streams, and waits up to 2 s for the hooks that report this. A hook must not call it.
+// Close of the client or server ends all streams, and waits up to 2 s for the hooks that report this. A hook must not
+// call it.
 type Hooks struct {
 	// Opened reports that a consumer has called Open, that a request has reached a handler, or that [NewWriter] has
 	// made a [Writer]. With [WithRetry], each request is a stream of its own. With [Client.OpenMany], each responder

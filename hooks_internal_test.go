@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// A hook that blocks holds no stream, and Close of the client waits for it for a while. Events that find no room are counted. A stream whose
-// Opened was dropped is not reported at all, and every other one is reported closed once.
+// A hook that blocks holds no stream, and Close of the client waits for it for a while. Events that find no room are
+// counted. A stream whose Opened was dropped is not reported at all, and every other one is reported closed once.
 func TestHooksThatBlockHoldNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})

@@ -11,8 +11,8 @@ import (
 // random is the source of the numbers that name streams and their ends.
 var random randomNumbers
 
-// randomNumbers draws numbers from the system's cryptographic source, many at once: a draw costs a call of the system, and each
-// stream takes four numbers.
+// randomNumbers draws numbers from the system's cryptographic source, many at once: a draw costs a call of the system,
+// and each stream takes four numbers.
 type randomNumbers struct {
 	mu    sync.Mutex
 	left  []byte // of bytes, not used yet

@@ -13,10 +13,10 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// inbox is the one wildcard subscription of an endpoint, and whether the NATS server delivers to it. A server that refuses the
-// subscription, or drops it at a reload, reports that some time later, by an error on the connection. While the inbox is
-// refused, all streams end and none begins, because no packet would arrive. The watcher subscribes again until the server
-// accepts.
+// inbox is the one wildcard subscription of an endpoint, and whether the NATS server delivers to it. A server that
+// refuses the subscription, or drops it at a reload, reports that some time later, by an error on the connection. While
+// the inbox is refused, all streams end and none begins, because no packet would arrive. The watcher subscribes again
+// until the server accepts.
 //
 // The watcher runs look, probe and renew. The mux runs receive. NATS's error callback runs denied, doubt and muted.
 // Calls of the user run confirm and onChange. The goroutine of an examination runs room and cannotProbe.
@@ -49,8 +49,8 @@ const (
 	probeTimeout = 2 * time.Second        // for the server to answer
 	probeDelay   = 250 * time.Millisecond // for the mux to take all messages that arrived. A probe that takes longer is not lost
 
-	// A refused subject is subscribed to again after a quarter of the time that it has been refused for, within these bounds: a
-	// reload that goes wrong is often mended at once, and each try is an error in the server's log.
+	// A refused subject is subscribed to again after a quarter of the time that it has been refused for, within these
+	// bounds: a reload that goes wrong is often mended at once, and each try is an error in the server's log.
 	minRenewal = 25 * time.Millisecond
 	maxRenewal = 5 * time.Second
 )
@@ -98,8 +98,8 @@ func (b *inbox) onChange(f func(error)) {
 	}
 }
 
-// denied records that the server does not let this end subscribe to its inbox. It is called once for each error, but the
-// watcher may have seen the error before.
+// denied records that the server does not let this end subscribe to its inbox. It is called once for each error, but
+// the watcher may have seen the error before.
 func (b *inbox) denied(err error) {
 	b.mu.Lock()
 	seen := b.known == err
@@ -110,8 +110,8 @@ func (b *inbox) denied(err error) {
 	}
 }
 
-// confirm checks, once and while the connection is up, whether the server has refused the inbox. A server that subscribes to
-// its subjects without this check would receive requests that it cannot serve.
+// confirm checks, once and while the connection is up, whether the server has refused the inbox. A server that
+// subscribes to its subjects without this check would receive requests that it cannot serve.
 func (b *inbox) confirm() {
 	conn := b.ep.conn
 	if b.confirmed.Load() || conn.Status() != nats.CONNECTED || conn.Flush(probeTimeout) != nil {
@@ -168,8 +168,8 @@ func (b *inbox) heard() {
 	}
 }
 
-// look checks whether messages reach the inbox. If they do not and renew is set, it subscribes again. It returns how long to
-// wait before the next look, 0 to wait for news. The watcher calls it while the connection is up.
+// look checks whether messages reach the inbox. If they do not and renew is set, it subscribes again. It returns how
+// long to wait before the next look, 0 to wait for news. The watcher calls it while the connection is up.
 func (b *inbox) look(renew bool) time.Duration {
 	b.probing.Lock()
 	defer b.probing.Unlock()
@@ -196,19 +196,22 @@ func renewal(since time.Time) time.Duration { return backOff(time.Since(since)) 
 
 func backOff(refused time.Duration) time.Duration { return min(max(refused/4, minRenewal), maxRenewal) }
 
-// silent reports whether messages surely do not reach the inbox. It subscribes to the inbox again if the probe does not arrive.
+// silent reports whether messages surely do not reach the inbox. It subscribes to the inbox again if the probe does not
+// arrive.
 func (b *inbox) silent() bool {
 	n, ok := b.probe()
 	if !ok || b.arrived.Load() >= n {
 		return false
 	}
-	// The end of the subscription waits until all arrived messages are handed over, so the probe cannot be among them any more.
-	// If the probe was only late, the new subscription replaces the old one: messages lost meanwhile are retransmitted.
+	// The end of the subscription waits until all arrived messages are handed over, so the probe cannot be among them
+	// any more. If the probe was only late, the new subscription replaces the old one: messages lost meanwhile are
+	// retransmitted.
 	return b.subscribe() == nil && b.arrived.Load() < n && !b.mute.Load()
 }
 
-// probe publishes a message to the inbox, and waits for it. It returns the number of the probe. ok is false if the result proves
-// nothing: this end may not publish to its inbox, or the connection fails, after which the watcher looks again.
+// probe publishes a message to the inbox, and waits for it. It returns the number of the probe. ok is false if the
+// result proves nothing: this end may not publish to its inbox, or the connection fails, after which the watcher looks
+// again.
 func (b *inbox) probe() (n uint64, ok bool) {
 	ep := b.ep
 	n = b.asked.Add(1)
@@ -238,9 +241,9 @@ func (b *inbox) probe() (n uint64, ok bool) {
 	return n, true
 }
 
-// room returns how many of n more subscriptions the NATS server accepts: it subscribes n times to the subject of the probe, counts the
-// subscriptions to which a probe comes, and unsubscribes. ok is false if the result proves nothing, as that of probe. Any goroutine
-// may call it, except a callback of NATS.
+// room returns how many of n more subscriptions the NATS server accepts: it subscribes n times to the subject of the
+// probe, counts the subscriptions to which a probe comes, and unsubscribes. ok is false if the result proves nothing,
+// as that of probe. Any goroutine may call it, except a callback of NATS.
 func (b *inbox) room(n int) (accepted int, ok bool) {
 	b.probing.Lock()
 	defer b.probing.Unlock()

@@ -12,7 +12,8 @@ import (
 // This file puts interceptors around handlers and around Open. The goroutines that call NewClient, Handle and Open run
 // it. It touches fields that are set once.
 
-// OpenFunc opens a stream, as [Client.OpenMsg] does. The interceptors of [ClientParams] are functions from one OpenFunc to another.
+// OpenFunc opens a stream, as [Client.OpenMsg] does. The interceptors of [ClientParams] are functions from one OpenFunc
+// to another.
 type OpenFunc func(ctx context.Context, msg *nats.Msg, opts ...OpenOption) (*Stream, error)
 
 // errNoStream is returned by Open if an interceptor returned neither a stream nor an error.

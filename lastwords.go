@@ -5,11 +5,12 @@ import "time"
 // This file resets the streams of an endpoint that closes, although its program may exit right after. The goroutine
 // that closes the endpoint runs awaitAnswers, and the outbox runs the rest.
 //
-// A consumer that ends a stream before its producer has answered has no address for a RESET. It sends the RESET as the answer to
-// the producer's first packet, and needs a live endpoint for that. So an endpoint that closes waits a while for such packets.
+// A consumer that ends a stream before its producer has answered has no address for a RESET. It sends the RESET as the
+// answer to the producer's first packet, and needs a live endpoint for that. So an endpoint that closes waits a while
+// for such packets.
 
-// unanswered counts the requests of streams that have ended at this end while their producers could not be reset yet. The outbox
-// owns it.
+// unanswered counts the requests of streams that have ended at this end while their producers could not be reset yet.
+// The outbox owns it.
 type unanswered struct {
 	requests int
 	last     int64 // when the last of them was added
@@ -37,7 +38,8 @@ const (
 	requestSettled                 // the producer was reset, or no producer exists
 )
 
-// countRequest counts the request of s, which has ended, unless the request was settled before the outbox acted on the end.
+// countRequest counts the request of s, which has ended, unless the request was settled before the outbox acted on the
+// end.
 func (o *outbox) countRequest(s *session) {
 	if s.out.requested == requestNotCounted {
 		s.out.requested = requestCounted
@@ -45,8 +47,8 @@ func (o *outbox) countRequest(s *session) {
 	}
 }
 
-// settleRequest records that the producer of a stream that has ended was reset, or that no producer exists. s is nil if the
-// token is out of use. The outbox counted the request before that, if it was to be counted.
+// settleRequest records that the producer of a stream that has ended was reset, or that no producer exists. s is nil if
+// the token is out of use. The outbox counted the request before that, if it was to be counted.
 func (o *outbox) settleRequest(s *session) {
 	if s == nil || s.out.requested == requestCounted {
 		o.unanswered.remove()
@@ -56,7 +58,8 @@ func (o *outbox) settleRequest(s *session) {
 	}
 }
 
-// awaitAnswers returns when the outbox has served all marked sessions and all producers are reset, or after the patience.
+// awaitAnswers returns when the outbox has served all marked sessions and all producers are reset, or after the
+// patience.
 func (o *outbox) awaitAnswers(patience time.Duration) {
 	o.leaving.Store(true)
 	o.park.Wake()

@@ -35,8 +35,8 @@ func (l *lazyContext) get(parent context.Context) context.Context {
 	return l.made.Context
 }
 
-// end ends the context, unless it has ended. A cause of nil is [context.Canceled]. When end returns, the context has ended, also if
-// another goroutine was first.
+// end ends the context, unless it has ended. A cause of nil is [context.Canceled]. When end returns, the context has
+// ended, also if another goroutine was first.
 func (l *lazyContext) end(cause error) (first bool) {
 	if cause == nil {
 		cause = context.Canceled

@@ -66,9 +66,9 @@ func (s *session) unwanted() bool {
 	return e != nil && e.kind == endLocal || s.recv.readLock.Load()&gateLeft != 0
 }
 
-// dropUnwanted drops the packets that wait for the reader, if no read returns another record: the application may refer to the
-// stream for long. If a read is under way, unlockRead drops them. A read that begins later pops no packet, because it looks first
-// whether any is wanted. Any goroutine may call dropUnwanted.
+// dropUnwanted drops the packets that wait for the reader, if no read returns another record: the application may refer
+// to the stream for long. If a read is under way, unlockRead drops them. A read that begins later pops no packet,
+// because it looks first whether any is wanted. Any goroutine may call dropUnwanted.
 func (s *session) dropUnwanted() {
 	for s.unwanted() {
 		old := s.recv.readLock.Load()
@@ -92,8 +92,8 @@ func (s *session) dropUnwanted() {
 	}
 }
 
-// dropLate drops the packet that was pushed just now if the stream has ended meanwhile. The end stores end before it drops packets, and
-// the mux calls dropLate after the push. So one of the two sees the packet.
+// dropLate drops the packet that was pushed just now if the stream has ended meanwhile. The end stores end before it
+// drops packets, and the mux calls dropLate after the push. So one of the two sees the packet.
 func (s *session) dropLate() {
 	if s.end.Load() != nil {
 		s.dropUnwanted()
@@ -162,8 +162,8 @@ func (w *watch) run() {
 	}
 }
 
-// takeBack keeps the goroutine from starting, or waits until it has started. Without the wait, a loop that opens, cancels and
-// closes streams would start goroutines faster than they run.
+// takeBack keeps the goroutine from starting, or waits until it has started. Without the wait, a loop that opens,
+// cancels and closes streams would start goroutines faster than they run.
 func (w *watch) takeBack() {
 	if !w.stop() {
 		w.pending.Lock()

@@ -17,8 +17,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// The consumer's deadline ends its own calls, and the handler's context with its calls at the same time, by the handler's
-// own clock: also where nothing tells it. The time that the request waited for the connection is not added.
+// The consumer's deadline ends its own calls, and the handler's context with its calls at the same time, by the
+// handler's own clock: also where nothing tells it. The time that the request waited for the connection is not added.
 func TestDeadlineEndsBothEnds(t *testing.T) {
 	const timeout, waited = 1500 * time.Millisecond, 400 * time.Millisecond
 	for name, silent := range map[string]bool{"told": false, "RESET is lost": true} {
@@ -429,8 +429,8 @@ func TestNormalResetByConsumerEndsNormallyIfNothingCanBeLost(t *testing.T) {
 	}
 }
 
-// A consumer that has read everything and closed its own direction may leave: what was lost of its records is repaired, and
-// the handler, which works on, is not stopped.
+// A consumer that has read everything and closed its own direction may leave: what was lost of its records is repaired,
+// and the handler, which works on, is not stopped.
 func TestClosingAfterBothEndsRepairsAndStopsNobody(t *testing.T) {
 	for _, leave := range []struct {
 		name string
@@ -573,8 +573,8 @@ func TestLargeRecordMayBeGivenUpAfterTheEnd(t *testing.T) {
 	})
 }
 
-// closeMeanwhile opens a stream and closes it while the outbox publishes its request. The answer arrives before the outbox
-// acts on the end, because the next publish takes long.
+// closeMeanwhile opens a stream and closes it while the outbox publishes its request. The answer arrives before the
+// outbox acts on the end, because the next publish takes long.
 func (m *memoryPair) closeMeanwhile(t *testing.T, subject string) {
 	t.Helper()
 	var s *Stream
@@ -791,8 +791,8 @@ func TestServerCloseTellsConsumersOfSilentHandlers(t *testing.T) {
 	})
 }
 
-// A server that is closed tells also those consumers that have not heard from their handlers, and counts no session of a
-// handler that does not return.
+// A server that is closed tells also those consumers that have not heard from their handlers, and counts no session of
+// a handler that does not return.
 func TestServerCloseTellsConsumersThatHaveNoAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})

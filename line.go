@@ -132,8 +132,8 @@ func (o *outbox) wait(l *line, s *session) {
 	o.setBusy(l)
 }
 
-// turns holds the sessions that wait on one line. A session that leaves the line stays in its queue until that is swept or the
-// session would have its turn. So each operation takes constant time on average, for any number of sessions.
+// turns holds the sessions that wait on one line. A session that leaves the line stays in its queue until that is swept
+// or the session would have its turn. So each operation takes constant time on average, for any number of sessions.
 type turns struct {
 	quiet, others ring.Ring[*session] // the outbox pushes and pops
 	gone          int                 // sessions in the queues that have left the line

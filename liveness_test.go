@@ -58,8 +58,8 @@ func TestStreamsSurviveAnHourOfSilence(t *testing.T) {
 		if sent != control || back != backControl {
 			t.Errorf("%d and %d messages, of which %d and %d are control packets", sent, back, control, backControl)
 		}
-		// A question and an answer each time, or one answer to two questions at once. One end's question most often spares
-		// the other its own. One question asks for all streams, and a rarer one for each.
+		// A question and an answer each time, or one answer to two questions at once. One end's question most often
+		// spares the other its own. One question asks for all streams, and a rarer one for each.
 		silence := time.Duration(max(streamSilence, int64(streams)*streamQuestion))
 		if most := streams*int(time.Hour/(silence*9/10)) + 2*int(time.Hour/(defaultKeepAlive*9/10)); pings > most || sent+back > int64(2*pings) || sent+back < int64(2*pings-pings/100) {
 			t.Errorf("%d PINGs in %d control packets, want at most %d and an answer to each", pings, sent+back, most)
@@ -174,8 +174,8 @@ func syncSlowly(w interface {
 	return err
 }
 
-// With default parameters a peer that dies is noticed within four seconds, whether NATS knows or not, and whatever the one
-// that is left does.
+// With default parameters a peer that dies is noticed within four seconds, whether NATS knows or not, and whatever the
+// one that is left does.
 func TestDeadPeerIsNoticedSoon(t *testing.T) {
 	ends := map[string]struct {
 		handler  func(w *Writer, r *Request) error // until the end
@@ -303,8 +303,8 @@ func TestWriterAnswersPing(t *testing.T) {
 	})
 }
 
-// A stream that has come to its end is given up when nothing is acknowledged any longer, not while what was sent arrives bit
-// by bit.
+// A stream that has come to its end is given up when nothing is acknowledged any longer, not while what was sent
+// arrives bit by bit.
 func TestEndIsKeptWhileItArrives(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		conn := newRecorder(nil)
@@ -400,7 +400,8 @@ func TestActiveStreamSendsNoPing(t *testing.T) {
 	}
 }
 
-// An end whose process stood still, or whose clock was set, has not heard its peers meanwhile: that is no silence of theirs.
+// An end whose process stood still, or whose clock was set, has not heard its peers meanwhile: that is no silence of
+// theirs.
 func TestStandstillIsNoSilence(t *testing.T) {
 	for _, jump := range []time.Duration{time.Second, 6 * time.Second, time.Minute, 24 * time.Hour} {
 		for _, consumer := range []bool{true, false} { // whose clock jumps
@@ -699,8 +700,8 @@ func TestFewOfManyUnansweredQuestionsAreRepeated(t *testing.T) {
 	})
 }
 
-// After a reconnect, idle streams ask as the peer answers. They do not fill a slow line with questions. Each asks in the end. The same
-// holds for streams whose last packets are not acknowledged.
+// After a reconnect, idle streams ask as the peer answers. They do not fill a slow line with questions. Each asks in
+// the end. The same holds for streams whose last packets are not acknowledged.
 func TestIdleStreamsAskInTurnAfterAReconnect(t *testing.T) {
 	type params struct {
 		delay      time.Duration
@@ -927,7 +928,8 @@ func TestRemoteNameIsTheSubjectWithoutToken(t *testing.T) {
 	}
 }
 
-// Streams of one end share the knowledge about it. Ends that cannot be told apart by their subjects are asked each on its own.
+// Streams of one end share the knowledge about it. Ends that cannot be told apart by their subjects are asked each on
+// its own.
 func TestStreamsOfOneEndAreAskedTogether(t *testing.T) {
 	ep := &endpoint{ctx: t.Context(), started: time.Now(), times: liveness.Intervals{KeepAlive: 1e9, Ack: 1e8, Resume: 1e9, Disconnect: 1e9}}
 	ep.outbox.init(ep)

@@ -20,8 +20,8 @@ const (
 	metaEOL  = "\r\n"
 )
 
-// ErrHeader is returned by SetHeader and SetTrailer for headers that cannot be sent. The text of the error gives the reason.
-// Nothing was sent, and the writer stays usable.
+// ErrHeader is returned by SetHeader and SetTrailer for headers that cannot be sent. The text of the error gives the
+// reason. Nothing was sent, and the writer stays usable.
 var ErrHeader = errors.New("stream: headers cannot be sent")
 
 // appendMeta appends h to dst.

@@ -36,8 +36,8 @@ func benchRecords(b *testing.B, f func(n int)) {
 	b.ReportMetric(float64(after.Mallocs-before.Mallocs)/float64(b.N), "mallocs/rec")
 }
 
-// benchConn returns a connection that swallows all messages. If a writer publishes a packet and acks is set, it plays the
-// consumer: it grants credit, through the mux, every 16 packets and for marks.
+// benchConn returns a connection that swallows all messages. If a writer publishes a packet and acks is set, it plays
+// the consumer: it grants credit, through the mux, every 16 packets and for marks.
 func benchConn(acks bool) *fake.Conn {
 	conn := fake.New()
 	var (
@@ -98,8 +98,8 @@ func benchPacket(size, records int) ([]byte, int) {
 	return AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 1}, frames...), records
 }
 
-// setPacketSeq writes the whole second word of the header at once: a word that is read as a whole and was just written in parts
-// waits for both.
+// setPacketSeq writes the whole second word of the header at once: a word that is read as a whole and was just written
+// in parts waits for both.
 func setPacketSeq(p []byte, seq uint32) {
 	binary.BigEndian.PutUint64(p[8:], packetTail(seq, uint32(len(p))))
 }
@@ -277,8 +277,8 @@ func (t *gate) during(f func()) {
 	}
 }
 
-// BenchmarkWriteAhead is Write while the outbox waits in a publish, packets that fill included. Unlike BenchmarkWrite it does
-// not depend on when the outbox comes for a packet, which is another at each run.
+// BenchmarkWriteAhead is Write while the outbox waits in a publish, packets that fill included. Unlike BenchmarkWrite
+// it does not depend on when the outbox comes for a packet, which is another at each run.
 func BenchmarkWriteAhead(b *testing.B) {
 	for _, size := range benchSizes {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {

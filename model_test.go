@@ -28,7 +28,8 @@ import (
 // each direction of each stream the records that were written and how it was closed, and of the network what it did.
 //
 //   - The records that were read are a prefix of those that were written.
-//   - A direction ends normally, or with its writer's code, only after everything that was written, and only if closed so.
+//   - A direction ends normally, or with its writer's code, only after everything that was written, and only if closed
+//     so.
 //   - Any other error has a reason: a consumer that left, a deadline that passed, an outage that took too long.
 //   - Calls return when their context ends, and in the end all of them do.
 //   - Nothing is left: sessions, reserved bytes, handlers, goroutines.
@@ -488,8 +489,8 @@ func (s *modelStream) giveBack(code int) {
 	close(e.stopped)
 }
 
-// leave makes the consumer leave: code 0 by its context, 4001 by Close, any other by CloseWithCode. With code 1000 that closes
-// its direction too.
+// leave makes the consumer leave: code 0 by its context, 4001 by Close, any other by CloseWithCode. With code 1000 that
+// closes its direction too.
 func (s *modelStream) leave(code int) {
 	s.r.mu.Lock()
 	if s.leftAt.IsZero() {
@@ -795,8 +796,9 @@ func (s *modelStream) mayBeLostLocked() bool {
 	return harm >= modelParams.ResumeTimeout-2*modelParams.AckTimeout
 }
 
-// closingTime is the most that Close may take now, when nobody has anything to do and the connections are up: AckTimeout for a
-// client with a request that its producer has not answered, of a stream that is open or ended within the last AckTimeout.
+// closingTime is the most that Close may take now, when nobody has anything to do and the connections are up:
+// AckTimeout for a client with a request that its producer has not answered, of a stream that is open or ended within
+// the last AckTimeout.
 func (r *modelRun) closingTime() time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()

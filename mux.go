@@ -110,8 +110,9 @@ func (ep *endpoint) receiveElsewhere(m *nats.Msg, lent *slab.Slab) {
 	ep.receiveUnknown(nil, m)
 }
 
-// receiveEnvelope passes each packet of an envelope to its stream, as if it had come alone. It passes none of a broken envelope. A packet
-// of a few bytes must not keep the whole envelope in memory, so each gets memory of its own, or shares that of a slab, which is bounded.
+// receiveEnvelope passes each packet of an envelope to its stream, as if it had come alone. It passes none of a broken
+// envelope. A packet of a few bytes must not keep the whole envelope in memory, so each gets memory of its own, or
+// shares that of a slab, which is bounded.
 func (ep *endpoint) receiveEnvelope(m *nats.Msg, lent *slab.Slab) {
 	body, packets, err := openEnvelope(m.Data)
 	if err != nil {
@@ -153,14 +154,15 @@ func (m *enveloped) init(prefix string) {
 	m.subject, m.token = unsafe.String(unsafe.SliceData(b), len(b)), b[len(prefix):]
 }
 
-// mayTake reports whether the bucket of s takes m if it is the next packet. All other data is copied out of lent memory: control
-// packets wait for the outbox, and messages of the fallback are decoded in place.
+// mayTake reports whether the bucket of s takes m if it is the next packet. All other data is copied out of lent
+// memory: control packets wait for the outbox, and messages of the fallback are decoded in place.
 func (s *session) mayTake(m *nats.Msg) bool {
 	return s.role != lifecycle.Writer && len(m.Data) >= PacketHeaderSize && m.Data[0] == PacketMagic && m.Data[1]&byte(PacketSeq) != 0 && len(m.Header) == 0
 }
 
-// receiveUnknown handles a message for an unknown token, or for session s, which has ended. If the message has a reply subject,
-// the sender gets a RESET: a consumer that left before the first packet came could not send one. docs/PROTOCOL.md section 9.3.
+// receiveUnknown handles a message for an unknown token, or for session s, which has ended. If the message has a reply
+// subject, the sender gets a RESET: a consumer that left before the first packet came could not send one.
+// docs/PROTOCOL.md section 9.3.
 func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
 	if m.Subject[len(ep.prefix):] == probeToken {
 		ep.inbox.receive(m.Data)

@@ -53,8 +53,9 @@ func decodeObject(p []byte, flags, asked FrameFlags, v any) error {
 	return nil
 }
 
-// objectError is the error of an object that cannot be decoded. It wraps an error that methods of the user may have returned. It
-// matches the same errors as the wrapped one, except errors that report the end of a stream, because the stream goes on.
+// objectError is the error of an object that cannot be decoded. It wraps an error that methods of the user may have
+// returned. It matches the same errors as the wrapped one, except errors that report the end of a stream, because the
+// stream goes on.
 type objectError struct {
 	text string
 	err  error

@@ -621,7 +621,8 @@ func TestRefusedInboxRecovers(t *testing.T) {
 	}
 }
 
-// A refusal that names no subject ends nothing, if the inbox is heard after all: the server refused another subscription.
+// A refusal that names no subject ends nothing, if the inbox is heard after all: the server refused another
+// subscription.
 func TestAnotherRefusedSubscriptionEndsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, delay := range []time.Duration{0, 10 * time.Millisecond, 2 * time.Second} { // more than AckTimeout
@@ -816,8 +817,8 @@ func limitedServer(t *testing.T, limit int64, subjects int) (*Server, *limitedCo
 	return s, conn, all
 }
 
-// While NATS refuses registrations without naming them, the server tries again ever more rarely, with one subscription. The first
-// registrations get the room.
+// While NATS refuses registrations without naming them, the server tries again ever more rarely, with one subscription.
+// The first registrations get the room.
 func TestCrowdedRegistrationsTryAgain(t *testing.T) {
 	for _, outage := range []time.Duration{10 * time.Millisecond, time.Second, time.Minute, time.Hour} {
 		t.Run(outage.String(), func(t *testing.T) {
@@ -855,7 +856,8 @@ func TestCrowdedRegistrationsTryAgain(t *testing.T) {
 	}
 }
 
-// A refusal that names no subject is about another subscription of the connection, if the registrations have had their answers.
+// A refusal that names no subject is about another subscription of the connection, if the registrations have had their
+// answers.
 func TestOldRegistrationsAreNotDoubted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, conn, all := limitedServer(t, 100, 3)
@@ -876,7 +878,8 @@ func TestOldRegistrationsAreNotDoubted(t *testing.T) {
 	})
 }
 
-// lateConn has a NATS server that answers late. nats.go notes a refusal when the server answers, and reports it later still.
+// lateConn has a NATS server that answers late. nats.go notes a refusal when the server answers, and reports it later
+// still.
 type lateConn struct {
 	*fake.Conn
 	answers, reports time.Duration

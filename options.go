@@ -69,8 +69,8 @@ func WithOpenTimeout(d time.Duration) OpenOption {
 // answer. If the stream has ended with an error that is not Retryable, Open returns the stream as well, and its reads
 // return the error. Do not change the data of the request before Open returns.
 //
-// Further errors of Open: the last refusal, after r.Attempts; the error of the context, or [ErrOpenTimeout], together with the
-// last refusal if Open waited to repeat the request; an error for negative fields of r.
+// Further errors of Open: the last refusal, after r.Attempts; the error of the context, or [ErrOpenTimeout], together
+// with the last refusal if Open waited to repeat the request; an error for negative fields of r.
 func WithRetry(r Retry) OpenOption {
 	return func(o *openOptions) {
 		r, err := r.withDefaults()

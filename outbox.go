@@ -31,7 +31,8 @@ type outbox struct {
 	inbound   ring.Ring[control] // mux pushes, outbox pops
 	acted     atomic.Uint64      // bytes ever popped from inbound, stored by the outbox
 
-	// Work outside any session that does not come from the mux: requests that a Server refuses, subjects that NATS denied.
+	// Work outside any session that does not come from the mux: requests that a Server refuses, subjects that NATS
+	// denied.
 	mu               sync.Mutex // guards the two fields below
 	outOfStream      []outOfStream
 	outOfStreamBytes int // of their subjects

@@ -650,8 +650,8 @@ func TestRefusalTouchesOnlyItsStreams(t *testing.T) {
 	}
 }
 
-// Streams do not wait for all refused requests and refused publishes that are there: the outbox does a few of them, and then
-// serves the streams that have something to send.
+// Streams do not wait for all refused requests and refused publishes that are there: the outbox does a few of them, and
+// then serves the streams that have something to send.
 func TestRefusalsTakeTurnsWithStreams(t *testing.T) {
 	const streams, refusals = 5, 3000
 	synctest.Test(t, func(t *testing.T) {
@@ -744,8 +744,8 @@ func TestRefusalsAreBounded(t *testing.T) {
 	}
 }
 
-// However many streams wait for a slow peer, each waits, has its turn or leaves with a constant amount of work, and they have their
-// turns in order.
+// However many streams wait for a slow peer, each waits, has its turn or leaves with a constant amount of work, and
+// they have their turns in order.
 func TestWaitingStreamsTakeTurnsInConstantWork(t *testing.T) {
 	const n = 10_000
 	random := rand.New(rand.NewPCG(1, 2))

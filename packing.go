@@ -54,7 +54,8 @@ type packer struct {
 	trailer      []byte        // the headers of SetTrailer, in META form
 	closing      CloseError    // the code and reason in CLOSE. After CLOSE was sealed, the outbox reads it, half and soon without the lock
 
-	// held is set while a handler has closed the stream and CLOSE is not written yet: the handler may still fail. Stored with the lock held.
+	// held is set while a handler has closed the stream and CLOSE is not written yet: the handler may still fail.
+	// Stored with the lock held.
 	held   atomic.Bool
 	closed atomic.Bool // CLOSE was written: no records after it. Stored with the lock held
 
@@ -74,7 +75,8 @@ func (pk *packer) coalesceLimit() int {
 	return min(coalesceSize, pk.packetLimit())
 }
 
-// packetLimit returns the most bytes that a packet may hold: the server's max_payload, or fewer if the line to the peer is slow.
+// packetLimit returns the most bytes that a packet may hold: the server's max_payload, or fewer if the line to the peer
+// is slow.
 func (pk *packer) packetLimit() int {
 	p := int(pk.packetSize.Load())
 	if p == 0 {
@@ -92,7 +94,8 @@ func (pk *packer) openLocked(n int) {
 	pk.resetFastLocked()
 }
 
-// growLocked moves the open packet into a buffer of at least n bytes. A stream under load has large packets in few steps.
+// growLocked moves the open packet into a buffer of at least n bytes. A stream under load has large packets in few
+// steps.
 func (pk *packer) growLocked(n int) {
 	pk.moveLocked(max(n, min(growthFactor*len(pk.open.buf), coalesceSize)))
 	pk.resetFastLocked()
@@ -124,8 +127,8 @@ func (pk *packer) freeLocked(n uint64) {
 	}
 }
 
-// spaceLocked returns the next n bytes of the open packet. If n bytes do not fit, it seals the packet and opens another. It
-// returns nil if there is no credit for that.
+// spaceLocked returns the next n bytes of the open packet. If n bytes do not fit, it seals the packet and opens
+// another. It returns nil if there is no credit for that.
 func (pk *packer) spaceLocked(n int) []byte {
 	if pk.open != nil {
 		limit := pk.coalesceLimit()
@@ -152,8 +155,8 @@ func (pk *packer) spaceLocked(n int) []byte {
 	return b
 }
 
-// singleLimit returns the largest payload that travels in one frame. It follows the server's max_payload. While most of the
-// budget for kept packets is in use, pieces are smaller, because every stream may open one packet.
+// singleLimit returns the largest payload that travels in one frame. It follows the server's max_payload. While most of
+// the budget for kept packets is in use, pieces are smaller, because every stream may open one packet.
 func (pk *packer) singleLimit() int {
 	ep, size := pk.session.ep, singleSize
 	if ep.kept.Load() > ep.budget-ep.budget/4 {
@@ -162,7 +165,8 @@ func (pk *packer) singleLimit() int {
 	return max(1, min(size, pk.packetLimit())-PacketHeaderSize-FrameHeaderSize)
 }
 
-// appendSomeLocked appends the pieces of p for which there is credit, and returns the rest of p. The caller has the turn.
+// appendSomeLocked appends the pieces of p for which there is credit, and returns the rest of p. The caller has the
+// turn.
 func (pk *packer) appendSomeLocked(p []byte, flags FrameFlags) (rest []byte) {
 	for more := FlagMore; len(p) > 0; {
 		n := min(len(p), pk.singleLimit())
@@ -183,8 +187,8 @@ func (pk *packer) appendSomeLocked(p []byte, flags FrameFlags) (rest []byte) {
 	return p
 }
 
-// keepRestLocked keeps a copy of the rest of a record, because its writer does not wait. The turn goes on until sendRestLocked has
-// appended all of it.
+// keepRestLocked keeps a copy of the rest of a record, because its writer does not wait. The turn goes on until
+// sendRestLocked has appended all of it.
 func (pk *packer) keepRestLocked(rest []byte, flags FrameFlags) {
 	x := pk.session.extra()
 	x.rest, x.restFlags = bytes.Clone(rest), flags
@@ -232,7 +236,8 @@ func (pk *packer) wakeLocked() {
 	}
 }
 
-// over reports whether the stream or its context ended. The context that the user gave ends first; those below it follow.
+// over reports whether the stream or its context ended. The context that the user gave ends first; those below it
+// follow.
 func (pk *packer) over() bool {
 	return pk.session.end.Load() != nil || pk.session.recv.parent.Err() != nil || pk.ctx.Err() != nil
 }
@@ -384,8 +389,8 @@ func (pk *packer) hasOpenLocked() bool {
 	return pk.open != nil && (!pk.turn || pk.encoding) && pk.n != PacketHeaderSize
 }
 
-// sealOpenLocked seals the open packet for the outbox, which has published all sealed ones: while the outbox is busy, the packet
-// fills. If there is no record to publish, the next one marks the session again.
+// sealOpenLocked seals the open packet for the outbox, which has published all sealed ones: while the outbox is busy,
+// the packet fills. If there is no record to publish, the next one marks the session again.
 func (pk *packer) sealOpenLocked() {
 	if !pk.hasOpenLocked() {
 		pk.queued = false
@@ -424,8 +429,8 @@ func offered(t Token) credited {
 // halfLogPackets keeps a first credit below half of the sequence numbers, which are compared by their distance.
 const halfLogPackets = 30
 
-// grantLocked takes a grant of the consumer, which acknowledged n more packets with buffers of memory bytes. Grants are absolute, so an old or
-// repeated one changes nothing.
+// grantLocked takes a grant of the consumer, which acknowledged n more packets with buffers of memory bytes. Grants are
+// absolute, so an old or repeated one changes nothing.
 func (pk *packer) grantLocked(n uint32, memory uint64, granted credited) {
 	pk.acked += n
 	pk.freeLocked(memory)

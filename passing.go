@@ -63,7 +63,8 @@ func (snd *sender) holdsAgain(p *packet) bool {
 	return sizes.Doubts(len(p.buf)) && !sizes.Fails(len(p.buf), s.ep.clock.Load())
 }
 
-// tries reports whether to ask for the acknowledgement of p, number seq, at once: p is new and larger than all that passed.
+// tries reports whether to ask for the acknowledgement of p, number seq, at once: p is new and larger than all that
+// passed.
 func (snd *sender) tries(p *packet, seq uint32) bool {
 	q, l := &snd.unacked, snd.session.out.line
 	if seq != q.Next() || !l.sizes.Doubts(len(p.buf)) {

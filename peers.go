@@ -21,7 +21,8 @@ func (p *peers) init() {
 	p.more = make(map[uint64]map[*session]struct{})
 }
 
-// target returns the subject that s publishes to: that of its peer. Until a consumer knows its peer, it is that of its request.
+// target returns the subject that s publishes to: that of its peer. Until a consumer knows its peer, it is that of its
+// request.
 func (s *session) target() string {
 	if s.out.peer == "" && s.role == lifecycle.Consumer {
 		return s.out.subject

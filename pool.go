@@ -7,20 +7,20 @@ import (
 	"github.com/natsstream/stream/internal/poison"
 )
 
-// Buffers of the send side come from pools, one for each size class. From getPacket on, a packet belongs to the Writer that
-// opened it. A sealed packet belongs to the outbox, which returns it with putPacket after it was acknowledged or its writer
-// ended. Only the outbox returns sealed packets, so none is reused while it is being published.
-// Received packets are never pooled: they are NATS's own buffers, and the user's records are sub-slices of them.
+// Buffers of the send side come from pools, one for each size class. From getPacket on, a packet belongs to the Writer
+// that opened it. A sealed packet belongs to the outbox, which returns it with putPacket after it was acknowledged or
+// its writer ended. Only the outbox returns sealed packets, so none is reused while it is being published. Received
+// packets are never pooled: they are NATS's own buffers, and the user's records are sub-slices of them.
 
-// Packet sizes. A coalescing packet grows to coalesceSize. A record that does not fit into it travels alone in a packet of
-// up to singleSize. A larger record is cut into pieces (docs/PROTOCOL.md section 6).
+// Packet sizes. A coalescing packet grows to coalesceSize. A record that does not fit into it travels alone in a packet
+// of up to singleSize. A larger record is cut into pieces (docs/PROTOCOL.md section 6).
 const (
 	coalesceSize = 32 << 10
 	singleSize   = 256<<10 + PacketHeaderSize + FrameHeaderSize
 )
 
-// packetClasses are the buffer sizes. A sealed packet keeps its whole buffer until it is acknowledged. So there is a class
-// near each size of a lone record: above 4 KiB at most a quarter of the buffer is not used.
+// packetClasses are the buffer sizes. A sealed packet keeps its whole buffer until it is acknowledged. So there is a
+// class near each size of a lone record: above 4 KiB at most a quarter of the buffer is not used.
 var packetClasses = [...]int{
 	512, 1 << 10, 2 << 10, 4 << 10,
 	5 << 10, 6 << 10, 7 << 10, 8 << 10, 10 << 10, 12 << 10, 14 << 10, 16 << 10, 20 << 10, 24 << 10, 28 << 10, coalesceSize,
@@ -63,8 +63,8 @@ func getPacket(n int) *packet {
 	return &packet{buf: make([]byte, n), class: unpooled}
 }
 
-// putPacket returns p to its pool. It panics on a second return of the same packet: the buffer would have two owners, and
-// records of one stream would appear in packets of another.
+// putPacket returns p to its pool. It panics on a second return of the same packet: the buffer would have two owners,
+// and records of one stream would appear in packets of another.
 func putPacket(p *packet) {
 	if p.free {
 		panic("stream: packet returned to the pool twice")

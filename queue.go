@@ -4,8 +4,8 @@ package stream
 // once.
 //
 // session.pending is a set of work bits. The goroutine that sets the first bit pushes the session on the queue. The
-// outbox clears all bits when it begins to serve. So a session is on the queue at most once, and work that is marked while it is
-// being served brings it back.
+// outbox clears all bits when it begins to serve. So a session is on the queue at most once, and work that is marked
+// while it is being served brings it back.
 
 // Kinds of work, bits of session.pending.
 const (

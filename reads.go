@@ -11,8 +11,8 @@ import (
 
 // This file has the reads of Stream and Request. The reader runs them.
 //
-// A read either lends its record until the next read, or gives it to the user for ever. Next, Read, WriteTo and RecvObject lend it,
-// and Recv and All give it. Memory that was only lent may be used again.
+// A read either lends its record until the next read, or gives it to the user for ever. Next, Read, WriteTo and
+// RecvObject lend it, and Recv and All give it. Memory that was only lent may be used again.
 
 // recvRecord returns the next record, for use u.
 func (s *session) recvRecord(u use) ([]byte, error) {

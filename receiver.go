@@ -24,12 +24,12 @@ type receiver struct {
 	// readLock has gateReading while a read is on its slow path, where it may wait. Another read then always gets an
 	// error. Two reads that both have a record at hand are detected by busy, a plain flag, as Go's maps detect
 	// concurrent writes. Exact detection costs a locked instruction (Attiya et al., "Laws of Order", POPL 2011), more
-	// than the rest of Recv. Race builds pay for it. When the user leaves, gateLeft is set: reads return ErrClosed
-	// from then on. gateDropping is set while packets that nobody reads are dropped. gatePeeking is set while Ready reads, and
-	// waits for nothing. The other gates keep reads off the fast path: the read deadline has passed
-	// (gateLate), Ready has read a record ahead (gateAhead), a hook waits for the first record (gateFirst), Read has left a rest
-	// (gateRest), or the current packet is lent (gateLent). gateLent stops only reads whose user keeps the record. gateDone and
-	// gateUnread are here because there is room: see readDone and nobodyReads.
+	// than the rest of Recv. Race builds pay for it. When the user leaves, gateLeft is set: reads return ErrClosed from
+	// then on. gateDropping is set while packets that nobody reads are dropped. gatePeeking is set while Ready reads,
+	// and waits for nothing. The other gates keep reads off the fast path: the read deadline has passed (gateLate),
+	// Ready has read a record ahead (gateAhead), a hook waits for the first record (gateFirst), Read has left a rest
+	// (gateRest), or the current packet is lent (gateLent). gateLent stops only reads whose user keeps the record.
+	// gateDone and gateUnread are here because there is room: see readDone and nobodyReads.
 	readLock atomic.Uint32
 
 	published atomic.Uint32 // of records, modulo 2^32: see publishCount
@@ -100,8 +100,8 @@ func (s *session) own(record []byte) []byte {
 	return s.ownPacket(len(record))
 }
 
-// ownPacket moves the current packet out of lent memory, and returns the record of n bytes that was just taken from it. The rest of the
-// packet probably has more records.
+// ownPacket moves the current packet out of lent memory, and returns the record of n bytes that was just taken from it.
+// The rest of the packet probably has more records.
 func (s *session) ownPacket(n int) []byte {
 	r := &s.recv
 	r.data = bytes.Clone(r.data)

@@ -42,8 +42,8 @@ func (snd *sender) recut(p *packet, limit int) bool {
 	return true
 }
 
-// cutPacket distributes the frames of a packet over packets of at most limit bytes. It cuts DATA frames that are too large, and
-// reports false if another frame is.
+// cutPacket distributes the frames of a packet over packets of at most limit bytes. It cuts DATA frames that are too
+// large, and reports false if another frame is.
 func cutPacket(p []byte, limit int) (pieces [][]byte, ok bool) {
 	h, body, err := ParsePacketHeader(p)
 	room := limit - PacketHeaderSize - FrameHeaderSize

@@ -17,8 +17,8 @@ import (
 // The callbacks of NATS run change and refuse, which do not wait. settle calls NATS: HandleQueue runs it for the first
 // time, and goroutines of its own run it later.
 
-// Registration is a subject that a [Server] serves, made by [Server.Handle] or [Server.HandleQueue]. It is safe for use by
-// many goroutines at once.
+// Registration is a subject that a [Server] serves, made by [Server.Handle] or [Server.HandleQueue]. It is safe for use
+// by many goroutines at once.
 type Registration struct {
 	server         *Server
 	subject, queue string
@@ -50,12 +50,12 @@ type Registration struct {
 	deaf      bool          // NATS refuses a subscription outside the queue group
 }
 
-// confirmation is how long a subscription must last after a refusal to count as accepted. NATS refuses within a round trip, and nats.go
-// reports that a moment later.
+// confirmation is how long a subscription must last after a refusal to count as accepted. NATS refuses within a round
+// trip, and nats.go reports that a moment later.
 const confirmation = time.Second
 
-// minStay is the shortest time for which a server stays in a queue group before it leaves because it is full. Without it,
-// short handlers would make the server leave and return all the time.
+// minStay is the shortest time for which a server stays in a queue group before it leaves because it is full. Without
+// it, short handlers would make the server leave and return all the time.
 const minStay = 100 * time.Millisecond
 
 // suspension is a set of reasons for which a registration has no subscription.
@@ -69,14 +69,14 @@ const (
 	suspendedStopped                        // for good: by Stop, Drain or Close, or because NATS accepts no more subscriptions
 )
 
-// Handle serves the requests on subject with h. The subject may have wildcards. Messages that are no requests, such as packets
-// of streams, are dropped and counted in [Stats].DroppedStray. If the first element of subject is a wildcard, all messages on
-// subjects that begin with $ or _ are dropped, too.
+// Handle serves the requests on subject with h. The subject may have wildcards. Messages that are no requests, such as
+// packets of streams, are dropped and counted in [Stats].DroppedStray. If the first element of subject is a wildcard,
+// all messages on subjects that begin with $ or _ are dropped, too.
 //
 // If several servers handle the same subject, each of them gets every request. The consumer reads from the first that
-// answers, or from all of them with [Client.OpenMany]. [Server.HandleQueue] distributes the requests instead. A request that
-// is sent before the NATS server knows the subscription fails with [nats.ErrNoResponders]: call [nats.Conn.Flush] to wait for
-// the NATS server.
+// answers, or from all of them with [Client.OpenMany]. [Server.HandleQueue] distributes the requests instead. A request
+// that is sent before the NATS server knows the subscription fails with [nats.ErrNoResponders]: call [nats.Conn.Flush]
+// to wait for the NATS server.
 //
 // Errors: those of [nats.Conn.Subscribe]; [ErrServerClosed] after the server's end; an error if h is nil, or if an
 // interceptor of [ServerParams] returns nil for it.
@@ -84,8 +84,8 @@ func (s *Server) Handle(subject string, h Handler) (*Registration, error) {
 	return s.HandleQueue(subject, "", h)
 }
 
-// HandleQueue is [Server.Handle] as a member of a queue group: NATS gives each request to one member. A server that is full
-// leaves its groups until it has room, unless [ServerParams].StayWhenFull is set.
+// HandleQueue is [Server.Handle] as a member of a queue group: NATS gives each request to one member. A server that is
+// full leaves its groups until it has room, unless [ServerParams].StayWhenFull is set.
 func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, error) {
 	if h == nil {
 		return nil, errors.New("stream: Handle needs a handler, it got nil")
@@ -130,9 +130,10 @@ func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, e
 	return r, nil
 }
 
-// Stop ends the registration: no further requests on its subject reach the handler. Requests that NATS has delivered before
-// are served, and running handlers go on. Stop returns when NATS has confirmed the end of the subscription, within 2 s. It does
-// not wait for handlers, so a handler may call it. A second call, or one after the server's end, does nothing.
+// Stop ends the registration: no further requests on its subject reach the handler. Requests that NATS has delivered
+// before are served, and running handlers go on. Stop returns when NATS has confirmed the end of the subscription,
+// within 2 s. It does not wait for handlers, so a handler may call it. A second call, or one after the server's end,
+// does nothing.
 func (r *Registration) Stop() {
 	if changing := r.change(suspendedStopped, 0); changing != nil {
 		<-changing
@@ -186,8 +187,9 @@ func (r *Registration) retry(n int) {
 	}
 }
 
-// confirm forgets refusal number n if NATS accepted the subscription that was made after it, at since. The answer to the flush comes
-// behind a refusal, and nats.go notes a refusal before it takes that answer. It may report the refusal later.
+// confirm forgets refusal number n if NATS accepted the subscription that was made after it, at since. The answer to
+// the flush comes behind a refusal, and nats.go notes a refusal before it takes that answer. It may report the refusal
+// later.
 func (r *Registration) confirm(n int, since time.Time) {
 	s := r.server
 	stale := func() bool {
@@ -224,9 +226,9 @@ func (r *Registration) heeds() suspension {
 	return ^suspension(0)
 }
 
-// change adds and removes reasons, and starts a goroutine that subscribes or unsubscribes if necessary. It returns a channel
-// that is closed when the goroutine is done, nil if there is nothing to do. change itself does not call NATS, so callbacks of
-// NATS may call it, with Server.mu held.
+// change adds and removes reasons, and starts a goroutine that subscribes or unsubscribes if necessary. It returns a
+// channel that is closed when the goroutine is done, nil if there is nothing to do. change itself does not call NATS,
+// so callbacks of NATS may call it, with Server.mu held.
 func (r *Registration) change(add, remove suspension) (changing <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -250,8 +252,8 @@ func (r *Registration) change(add, remove suspension) (changing <-chan struct{})
 // settledLocked reports whether there is a subscription exactly if there is no reason against it.
 func (r *Registration) settledLocked() bool { return (r.unsubscribe != nil) == (r.reasons == 0) }
 
-// settle subscribes and unsubscribes until the subscription agrees with the reasons, and closes changing then. The goroutine
-// that made changing calls it.
+// settle subscribes and unsubscribes until the subscription agrees with the reasons, and closes changing then. The
+// goroutine that made changing calls it.
 func (r *Registration) settle() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -353,8 +355,8 @@ func roomFor(maxStreams int) room {
 	return room{handlers: maxStreams, sessions: 2*min(maxStreams, math.MaxInt/4) + lingering}
 }
 
-// spare is the divisor for the part of the room that must be free before a full server returns to its queue groups: an eighth.
-// Without it, a busy server would leave and return with each handler that ends.
+// spare is the divisor for the part of the room that must be free before a full server returns to its queue groups: an
+// eighth. Without it, a busy server would leave and return with each handler that ends.
 const spare = 8
 
 // full reports whether a server with that many handlers and sessions is full. was reports that it was full before: then

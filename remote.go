@@ -14,8 +14,8 @@ import (
 // docs/PROTOCOL.md section 13.2. The outbox runs all of it, except setPeerTimeout and ownPatience, which any goroutine
 // may call.
 
-// remote is the other end of one or more streams: the subjects of these streams there differ only in the token. The outbox owns
-// it. Times are those of the outbox's clock; 0 is never.
+// remote is the other end of one or more streams: the subjects of these streams there differ only in the token. The
+// outbox owns it. Times are those of the outbox's clock; 0 is never.
 type remote struct {
 	name      string // the subjects without their tokens, or a whole subject that has none
 	heard     int64  // on any of the streams
@@ -43,8 +43,8 @@ type remote struct {
 }
 
 const (
-	// streamSilence is the longest silence of a single stream, if there are few streams, and keepAlivesPerStream the same
-	// as a multiple of KeepAlive. A living peer may have lost a stream, if a RESET was lost.
+	// streamSilence is the longest silence of a single stream, if there are few streams, and keepAlivesPerStream the
+	// same as a multiple of KeepAlive. A living peer may have lost a stream, if a RESET was lost.
 	streamSilence       = int64(15 * time.Second)
 	keepAlivesPerStream = 30
 
@@ -104,15 +104,15 @@ func newRemote(name string, now int64) remote {
 	return remote{name: name, heard: now, paid: firstPaid, ahead: firstPaid, least: math.MaxInt64}
 }
 
-// maxIdleRemotes bounds the remotes without streams, because each request can name another peer. A list of streams with more than
-// maxIdleStreams places is not kept.
+// maxIdleRemotes bounds the remotes without streams, because each request can name another peer. A list of streams with
+// more than maxIdleStreams places is not kept.
 const (
 	maxIdleRemotes = 1 << 10
 	maxIdleStreams = 1 << 6
 )
 
-// leaveRemote takes a stream from its peer. Its last packets show that the peer lives, as all do. A peer without streams stays
-// until it is looked at: a consumer that opens one stream after the other uses its record again.
+// leaveRemote takes a stream from its peer. Its last packets show that the peer lives, as all do. A peer without
+// streams stays until it is looked at: a consumer that opens one stream after the other uses its record again.
 func (o *outbox) leaveRemote(s *session) {
 	p := s.remote.Load()
 	if p == nil {
@@ -214,20 +214,23 @@ func (o *outbox) checkRemote(p *remote, now int64) {
 	o.lookAtRemote(p, o.clock.Until(d.Next))
 }
 
-// Each question that p answers pays for another one that repeats a question, asks after a reconnect, or asks about an acknowledgement
-// or credit that is overdue. Otherwise the questions of many streams could fill a slow line, and each would wait too long for its
-// answer behind the others. firstPaid questions may be sent ahead of answers. The number grows up to mostPaid while answers come
-// about as fast as the fastest one did. One question in each AckTimeout is free, and while p is silent, one in each unpaidPart of AckTimeout.
+// Each question that p answers pays for another one that repeats a question, asks after a reconnect, or asks about an
+// acknowledgement or credit that is overdue. Otherwise the questions of many streams could fill a slow line, and each
+// would wait too long for its answer behind the others. firstPaid questions may be sent ahead of answers. The number
+// grows up to mostPaid while answers come about as fast as the fastest one did. One question in each AckTimeout is
+// free, and while p is silent, one in each unpaidPart of AckTimeout.
 const (
 	firstPaid  = 32
 	mostPaid   = 1 << 10
 	unpaidPart = 4
 
-	// slowTrips is how many AckTimeouts longer than the fastest one an answer may take before fewer questions are sent ahead.
+	// slowTrips is how many AckTimeouts longer than the fastest one an answer may take before fewer questions are sent
+	// ahead.
 	slowTrips = 4
 )
 
-// pays notes that p answered a question after trip, and returns how many others that pays for. trip is 0 if it is not known.
+// pays notes that p answered a question after trip, and returns how many others that pays for. trip is 0 if it is not
+// known.
 func (p *remote) pays(trip, ack int64) (n int32) {
 	if trip <= 0 {
 		return p.pay(1)
@@ -244,7 +247,8 @@ func (p *remote) pays(trip, ack int64) (n int32) {
 	return p.pay(1)
 }
 
-// resumes reports whether streams wait to ask p after a reconnect. The questions of the peer, which come at that time, look like answers.
+// resumes reports whether streams wait to ask p after a reconnect. The questions of the peer, which come at that time,
+// look like answers.
 func (p *remote) resumes() bool { return len(p.waiting) > 0 && p.waiting[0].out.places.has(toResume) }
 
 func (p *remote) pay(n int32) int32 {
@@ -261,8 +265,9 @@ func (p *remote) mayRepeat(now, ack int64) bool {
 	return p.paid > 0 || now-p.unpaid >= wait
 }
 
-// repeatAfter returns the time after which a question on a single stream is repeated: twice the time that an answer took last,
-// because questions may queue on a slow line. A lost stream must still be noticed, so it is half of ResumeTimeout at most.
+// repeatAfter returns the time after which a question on a single stream is repeated: twice the time that an answer
+// took last, because questions may queue on a slow line. A lost stream must still be noticed, so it is half of
+// ResumeTimeout at most.
 func (p *remote) repeatAfter(repeat, resume int64) int64 { return max(repeat, min(2*p.trip, resume/2)) }
 
 // repeats records that p is sent a question that has to be paid for.
@@ -351,8 +356,8 @@ func (o *outbox) tickAskers() {
 	})
 }
 
-// speaker returns a stream on which p can be sent a PING, another one each time, or nil if none is found. It records the arrivals
-// on the streams that it looks at.
+// speaker returns a stream on which p can be sent a PING, another one each time, or nil if none is found. It records
+// the arrivals on the streams that it looks at.
 func (o *outbox) speaker(p *remote, now int64) *session {
 	for range min(candidates, len(p.streams)) {
 		p.next = (p.next + 1) % len(p.streams)

@@ -154,7 +154,8 @@ func TestLostResetIsMissed(t *testing.T) {
 	}
 }
 
-// The last words of a stream may be lost, as often as they like within ResumeTimeout: both ends end normally all the same.
+// The last words of a stream may be lost, as often as they like within ResumeTimeout: both ends end normally all the
+// same.
 func TestLostLastWordsEndNormally(t *testing.T) {
 	for _, lost := range []int{1, 2, 3, 5, 10} { // of what the silent end says after its peer closed
 		for _, c := range []struct {
@@ -373,8 +374,8 @@ func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 	})
 }
 
-// Sync returns when everything was acknowledged, however often it had to be sent again, and otherwise when its context or
-// the stream ends.
+// Sync returns when everything was acknowledged, however often it had to be sent again, and otherwise when its context
+// or the stream ends.
 func TestSyncWaitsForAcknowledgements(t *testing.T) {
 	const lossy = 700 * time.Millisecond
 	gone := errors.New("gone")
@@ -457,8 +458,8 @@ func TestSyncWaitsForAcknowledgements(t *testing.T) {
 	})
 }
 
-// Close returns when everything was published. A packet that is lost then is repaired for as long as ResumeTimeout, unless the
-// endpoint is closed meanwhile, which does not wait for it.
+// Close returns when everything was published. A packet that is lost then is repaired for as long as ResumeTimeout,
+// unless the endpoint is closed meanwhile, which does not wait for it.
 func TestEndedStreamIsRepairedUntilResumeTimeout(t *testing.T) {
 	for name, c := range map[string]struct {
 		lossy time.Duration
@@ -584,8 +585,8 @@ func TestEndedStreamAnswersItsPeerAlone(t *testing.T) {
 	})
 }
 
-// An end draws its number from another set than its peer: a RESET with its own number is an answer to it. All 47 bits beside
-// that one are random, so that two producers do not draw the same.
+// An end draws its number from another set than its peer: a RESET with its own number is an answer to it. All 47 bits
+// beside that one are random, so that two producers do not draw the same.
 func TestSenderNumbersOfBothEndsDiffer(t *testing.T) {
 	seen := map[uint64]bool{}
 	ones, zeros := uint64(0), uint64(0)

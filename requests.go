@@ -72,8 +72,8 @@ func parseRequest(m *nats.Msg, pattern, inbox string) (request, error) {
 
 // checkReply returns why an answer must not be written to a request's reply subject, nil if it may.
 //
-// The subject of a binary consumer ends with its token, unless a NATS server has mapped it: then it begins with _R_. NATS and
-// its clients use names with a leading underscore for inboxes, so no service has such a subject.
+// The subject of a binary consumer ends with its token, unless a NATS server has mapped it: then it begins with _R_.
+// NATS and its clients use names with a leading underscore for inboxes, so no service has such a subject.
 func checkReply(reply, pattern string, json bool) error {
 	if err := checkAnswer(reply); err != nil {
 		return err
@@ -90,9 +90,9 @@ func checkReply(reply, pattern string, json bool) error {
 	return nil
 }
 
-// checkAnswer returns why this end must not publish to a subject that a peer named, nil if it may. Publishing to a subject with
-// wildcards closes a pedantic connection. Subjects that begin with $ belong to NATS itself: an answer there could, for
-// instance, acknowledge a message of JetStream.
+// checkAnswer returns why this end must not publish to a subject that a peer named, nil if it may. Publishing to a
+// subject with wildcards closes a pedantic connection. Subjects that begin with $ belong to NATS itself: an answer
+// there could, for instance, acknowledge a message of JetStream.
 func checkAnswer(subject string) error {
 	if !validSubject(subject) || subject[0] == '$' {
 		return fmt.Errorf("stream: reply subject %q cannot be written to: %w", subject, nats.ErrBadSubject)
@@ -100,8 +100,8 @@ func checkAnswer(subject string) error {
 	return nil
 }
 
-// looksLikePacket reports whether b is a packet of this version or of a later one. Later versions keep magic and length in
-// their places.
+// looksLikePacket reports whether b is a packet of this version or of a later one. Later versions keep magic and length
+// in their places.
 func looksLikePacket(b []byte) bool {
 	return len(b) >= PacketHeaderSize && b[0] == PacketMagic && uint64(binary.BigEndian.Uint32(b[PacketHeaderSize-4:])) == uint64(len(b))
 }
@@ -181,7 +181,8 @@ func tooLarge(what string, size, max int64) error {
 	return fmt.Errorf("%s of %d bytes, the server takes %d (max_payload): send less, or raise that limit: %w", what, size, max, nats.ErrMaxPayload)
 }
 
-// setTimeout writes the time until the deadline of ctx into h, as a duration, because the clocks of two machines differ.
+// setTimeout writes the time until the deadline of ctx into h, as a duration, because the clocks of two machines
+// differ.
 func setTimeout(h nats.Header, ctx context.Context) {
 	if deadline, ok := ctx.Deadline(); ok {
 		left := time.Until(deadline)

@@ -118,15 +118,16 @@ func (c *Client) openMany(ctx context.Context, msg *nats.Msg, o openOptions) (*S
 	return c.openOnce(ctx, msg, o)
 }
 
-// Next returns the stream of the next responder, in the order of their first packets. It waits for one until ctx ends. Errors:
+// Next returns the stream of the next responder, in the order of their first packets. It waits for one until ctx ends.
+// Errors:
 //
 //   - [io.EOF] after the last responder. No more are taken.
 //   - A [*TooFewRespondersError] in its place if fewer have answered than [WithMinResponders] asks for.
 //   - [nats.ErrNoResponders] if nobody serves the subject.
 //   - [ErrOpenTimeout] if nobody has answered within the time of [WithOpenTimeout].
 //   - The error of ctx. A later call of Next may return further streams.
-//   - The error of the context given to OpenMany after it ended, [ErrClosed] after [Responders.Close], or [ErrClientClosed]. The
-//     streams that Next has not returned are closed.
+//   - The error of the context given to OpenMany after it ended, [ErrClosed] after [Responders.Close], or
+//     [ErrClientClosed]. The streams that Next has not returned are closed.
 //   - A [*CloseError] with [CloseAbnormalClosure] if the connection was lost for too long.
 //
 // Streams that Next has returned go on, whatever it returns later.

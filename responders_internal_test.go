@@ -214,7 +214,8 @@ func TestRepeatedRefusalsCountOnce(t *testing.T) {
 	})
 }
 
-// A responder moves to the token of its stream, and the request's token gets nothing more. Lost questions, challenges and answers delay that.
+// A responder moves to the token of its stream, and the request's token gets nothing more. Lost questions, challenges
+// and answers delay that.
 func TestRespondersMoveToTheirTokens(t *testing.T) {
 	for _, lost := range []FrameType{0, FramePing, FrameChallenge, FrameResponse} {
 		t.Run(fmt.Sprint("lost ", lost), func(t *testing.T) {
@@ -277,7 +278,8 @@ func TestRespondersMoveToTheirTokens(t *testing.T) {
 	}
 }
 
-// A request costs its responders' streams nothing once they have moved: the session of a stream by Open has no state of a gathering.
+// A request costs its responders' streams nothing once they have moved: the session of a stream by Open has no state of
+// a gathering.
 func TestStreamOfOneResponderHasNoExtras(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := memoryTest(t, ClientParams{})
@@ -294,7 +296,8 @@ func TestStreamOfOneResponderHasNoExtras(t *testing.T) {
 	})
 }
 
-// Any number of responders, any losses, repetitions and outages: each record comes once, in order, on the stream of its responder.
+// Any number of responders, any losses, repetitions and outages: each record comes once, in order, on the stream of its
+// responder.
 func TestRespondersNeverMix(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		n := rapid.IntRange(1, 5).Draw(rt, "responders")
@@ -398,7 +401,8 @@ func TestRespondersNeverMix(t *testing.T) {
 	})
 }
 
-// Any messages at the token of a request: a model of docs/PROTOCOL.md section 2.8 says which streams begin, and with which records.
+// Any messages at the token of a request: a model of docs/PROTOCOL.md section 2.8 says which streams begin, and with
+// which records.
 func TestMessagesAtARequestFollowTheModel(t *testing.T) {
 	type message struct {
 		sender   uint64

@@ -12,7 +12,8 @@ import (
 // This file decides which requests surely reached no handler, and when to repeat them. Any goroutine may run it. It
 // touches no state.
 
-// refusal is the end of a stream that a server without room refused. It arrived before any other packet, so no handler ran.
+// refusal is the end of a stream that a server without room refused. It arrived before any other packet, so no handler
+// ran.
 type refusal struct{ *CloseError }
 
 func (r refusal) Unwrap() error { return r.CloseError }
@@ -22,8 +23,8 @@ func (r refusal) Unwrap() error { return r.CloseError }
 // request, and [CloseTryAgainLater] from a server without room. For every other error Retryable returns false, although
 // the caller may know that the request can be repeated.
 //
-// If several servers get the same request, because they handle its subject outside a queue group, the result is about the
-// server that answered first.
+// If several servers get the same request, because they handle its subject outside a queue group, the result is about
+// the server that answered first.
 func Retryable(err error) bool {
 	if _, ok := errors.AsType[refusal](err); ok {
 		return true
@@ -56,8 +57,8 @@ func (r Retry) withDefaults() (Retry, error) {
 	return r, nil
 }
 
-// wait returns how long to wait after the n-th refusal, counted from 0. The result is random, between half of the time that
-// Retry sets and the whole, so that consumers that were refused together do not return together.
+// wait returns how long to wait after the n-th refusal, counted from 0. The result is random, between half of the time
+// that Retry sets and the whole, so that consumers that were refused together do not return together.
 func (r Retry) wait(n int) time.Duration {
 	d := r.MaxWait
 	if n < 62 && r.Wait <= r.MaxWait>>n {

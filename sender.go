@@ -130,7 +130,8 @@ func (snd *sender) publishNext() progress {
 // attempt failed.
 func (snd *sender) notePublished(retry bool) {
 	pk := snd.packer
-	// Flush sets waiting before it loads published. So either it sees the new number, or the load below sees that it waits.
+	// Flush sets waiting before it loads published. So either it sees the new number, or the load below sees that it
+	// waits.
 	snd.published.Store(snd.unacked.Next())
 	if retry || pk.waiting.Load() {
 		pk.mu.Lock()
@@ -251,9 +252,9 @@ func (snd *sender) probeDue(p *packet) bool {
 		int64(len(p.buf)+header) <= ep.maxPayload.Load() && len(s.out.peer) <= ep.longestPeer()
 }
 
-// markIfDue sets MARK in p if the line needs a measurement, or if p is larger than all that passed. The last packet never
-// gets it, because its acknowledgement may be the last packet of the stream. A packet that is published again may differ
-// from the first time in MARK.
+// markIfDue sets MARK in p if the line needs a measurement, or if p is larger than all that passed. The last packet
+// never gets it, because its acknowledgement may be the last packet of the stream. A packet that is published again may
+// differ from the first time in MARK.
 func (snd *sender) markIfDue(p *packet, seq uint32) {
 	ep, l := snd.session.ep, snd.session.out.line
 	p.buf[1] &^= byte(PacketMark)
@@ -334,8 +335,8 @@ func (snd *sender) backlog() int {
 	return 0
 }
 
-// sentJSON gives a fallback message back at once, because the peer acknowledges nothing. The credit is this end's own bound on
-// the messages that wait to be published, and grows by the message.
+// sentJSON gives a fallback message back at once, because the peer acknowledges nothing. The credit is this end's own
+// bound on the messages that wait to be published, and grows by the message.
 func (snd *sender) sentJSON(p *packet) {
 	pk := snd.packer
 	snd.unacked.Skip()

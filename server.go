@@ -30,25 +30,25 @@ type ServerParams struct {
 	// puts a handler in front of the connection's error handler. If you set a handler of your own, set it before
 	// NewServer.
 	Conn *nats.Conn
-	// MaxStreams is how many handlers may run at the same time, over all subjects: 10,000 by default. The server answers further
-	// requests with CloseTryAgainLater. It does the same while 2*MaxStreams + 16,384 streams are open. A stream counts as open
-	// until its handler has returned and its consumer has acknowledged everything.
+	// MaxStreams is how many handlers may run at the same time, over all subjects: 10,000 by default. The server
+	// answers further requests with CloseTryAgainLater. It does the same while 2*MaxStreams + 16,384 streams are open.
+	// A stream counts as open until its handler has returned and its consumer has acknowledged everything.
 	MaxStreams int
-	// StayWhenFull keeps a full server in its queue groups: it refuses its share of the requests. By default, a full server
-	// leaves its queue groups, so that members with room get the requests. It returns when an eighth of MaxStreams is free, one
-	// stream at least. If all members of a group have left, consumers get nats.ErrNoResponders instead of CloseTryAgainLater.
-	// Subjects outside queue groups are not affected.
+	// StayWhenFull keeps a full server in its queue groups: it refuses its share of the requests. By default, a full
+	// server leaves its queue groups, so that members with room get the requests. It returns when an eighth of
+	// MaxStreams is free, one stream at least. If all members of a group have left, consumers get nats.ErrNoResponders
+	// instead of CloseTryAgainLater. Subjects outside queue groups are not affected.
 	StayWhenFull bool
-	// MaxFallback is how many handlers may serve consumers that speak only the JSON fallback, at the same time and within
-	// MaxStreams. By default it is 0: such requests are refused with [CloseUnsupportedData]. Set it if consumers use the
-	// original API. A fallback consumer acknowledges nothing and answers no PING, so a request of a few bytes can direct a whole
-	// stream at any subject. Writers made by [NewWriter] are not affected.
+	// MaxFallback is how many handlers may serve consumers that speak only the JSON fallback, at the same time and
+	// within MaxStreams. By default it is 0: such requests are refused with [CloseUnsupportedData]. Set it if consumers
+	// use the original API. A fallback consumer acknowledges nothing and answers no PING, so a request of a few bytes
+	// can direct a whole stream at any subject. Writers made by [NewWriter] are not affected.
 	MaxFallback int
 	// FallbackTimeout is how long a stream to a fallback consumer may last, 10 minutes by default. Then it ends with
 	// [CloseDeadlineExceeded], as at a consumer's own deadline.
 	FallbackTimeout time.Duration
-	// Logger gets the panics of handlers, and the errors that handlers return after their consumers have read the normal end.
-	// slog.Default() by default.
+	// Logger gets the panics of handlers, and the errors that handlers return after their consumers have read the
+	// normal end. slog.Default() by default.
 	Logger *slog.Logger
 
 	// Interceptors are put around each handler, the first one outermost. Handle and HandleQueue call each interceptor
@@ -73,8 +73,9 @@ const (
 	defaultFallbackTimeout = 10 * time.Minute
 )
 
-// lingering is how many streams in addition to 2*MaxStreams may wait for the acknowledgement of their end. It is enough for tens of
-// thousands of short handlers in a second on a slow network, and it bounds consumers that never acknowledge.
+// lingering is how many streams in addition to 2*MaxStreams may wait for the acknowledgement of their end. It is enough
+// for tens of thousands of short handlers in a second on a slow network, and it bounds consumers that never
+// acknowledge.
 const lingering = 1 << 14
 
 // Server answers requests with streams, each from a [Handler] in a goroutine of its own. It is safe for use by many
@@ -113,8 +114,8 @@ type Server struct {
 	helpers sync.WaitGroup // the goroutine of an examination, and those of registrations that listen for consumers across accounts
 }
 
-// NewServer returns a server on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil connection; the
-// error of the subscription; an error that names the invalid field of params.
+// NewServer returns a server on params.Conn, which must be open. Errors: [nats.ErrInvalidConnection] for a nil
+// connection; the error of the subscription; an error that names the invalid field of params.
 func NewServer(params ServerParams) (*Server, error) {
 	if params.Conn == nil {
 		return nil, noConnection("ServerParams.Conn", "set it to what nats.Connect returns")
@@ -196,8 +197,8 @@ func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 	}
 }
 
-// inboxChanged ends the server's subscriptions when NATS refuses its inbox, so that other servers get the requests. refused is the
-// reason. With nil, when messages reach the inbox again, it makes the subscriptions again.
+// inboxChanged ends the server's subscriptions when NATS refuses its inbox, so that other servers get the requests.
+// refused is the reason. With nil, when messages reach the inbox again, it makes the subscriptions again.
 func (s *Server) inboxChanged(refused error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -418,9 +419,9 @@ func (s *Server) unsubscribe() {
 	s.checkIdleLocked()
 }
 
-// Close ends the server at once: it accepts no more requests, open streams end with [CloseGoingAway], and handlers' contexts
-// end. Close does not wait for handlers, so a handler may call it. It takes as long as [Client.Close]. The connection stays
-// open. Close never fails. A second Close does nothing.
+// Close ends the server at once: it accepts no more requests, open streams end with [CloseGoingAway], and handlers'
+// contexts end. Close does not wait for handlers, so a handler may call it. It takes as long as [Client.Close]. The
+// connection stays open. Close never fails. A second Close does nothing.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.refusing = true

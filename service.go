@@ -23,9 +23,9 @@ const ServiceQueue = "q"
 //	nats service info NAME
 //	nats service stats NAME
 //
-// It answers requests on subjects below $SRV, in the format of package micro of nats.go. The statistics of an endpoint count
-// handlers that have returned: their number, their errors and panics, and the time they took. Their field data is the [Stats] of
-// the server. A Service is safe for use by many goroutines at once.
+// It answers requests on subjects below $SRV, in the format of package micro of nats.go. The statistics of an endpoint
+// count handlers that have returned: their number, their errors and panics, and the time they took. Their field data is
+// the [Stats] of the server. A Service is safe for use by many goroutines at once.
 type Service struct {
 	server *Server
 	found  *discovery.Service
@@ -36,13 +36,14 @@ type Service struct {
 	stopped   bool
 }
 
-// AddService announces a service to NATS tools. name has letters, digits, dashes and underscores; version has the form 1.2.3.
-// description and metadata are for people. The service has no endpoints before [Service.Handle]. It ends with [Service.Stop],
-// [Server.Drain] or [Server.Close].
+// AddService announces a service to NATS tools. name has letters, digits, dashes and underscores; version has the form
+// 1.2.3. description and metadata are for people. The service has no endpoints before [Service.Handle]. It ends with
+// [Service.Stop], [Server.Drain] or [Server.Close].
 //
 // The server's user needs permission to subscribe to $SRV.> and to answer there, see docs/PROTOCOL.md section 15.
 //
-// Errors: an error that names the invalid argument; those of [nats.Conn.Subscribe]; [ErrServerClosed] after the server's end.
+// Errors: an error that names the invalid argument; those of [nats.Conn.Subscribe]; [ErrServerClosed] after the
+// server's end.
 func (s *Server) AddService(name, version, description string, metadata map[string]string) (*Service, error) {
 	found, err := discovery.NewService(name, version, description, metadata)
 	if err != nil {
@@ -89,14 +90,15 @@ func (v *Service) answer(m *nats.Msg, q discovery.Question) {
 	}
 }
 
-// Handle serves the requests on subject with h, as an endpoint of the service. It is [Server.HandleQueue] with the queue group
-// [ServiceQueue]. name has letters, digits, dashes and underscores, and is unique in the service. Errors: an error for an invalid
-// name; those of [Server.Handle]; [ErrServerClosed] after Stop.
+// Handle serves the requests on subject with h, as an endpoint of the service. It is [Server.HandleQueue] with the
+// queue group [ServiceQueue]. name has letters, digits, dashes and underscores, and is unique in the service. Errors:
+// an error for an invalid name; those of [Server.Handle]; [ErrServerClosed] after Stop.
 func (v *Service) Handle(name, subject string, h Handler) (*Registration, error) {
 	return v.HandleQueue(name, subject, ServiceQueue, h)
 }
 
-// HandleQueue is Handle with another queue group, or none if queue is empty. Each instance of the service then gets each request.
+// HandleQueue is Handle with another queue group, or none if queue is empty. Each instance of the service then gets
+// each request.
 func (v *Service) HandleQueue(name, subject, queue string, h Handler) (*Registration, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -141,8 +143,9 @@ func count(e *discovery.Endpoint, h Handler) Handler {
 	}
 }
 
-// Stop ends the service: tools do not find it any more, and no further requests reach its handlers. Running handlers go on. It
-// returns when NATS has confirmed that, within about 2 s. A second call, or one after the server's end, does nothing.
+// Stop ends the service: tools do not find it any more, and no further requests reach its handlers. Running handlers go
+// on. It returns when NATS has confirmed that, within about 2 s. A second call, or one after the server's end, does
+// nothing.
 func (v *Service) Stop() {
 	v.stopListening()
 	v.mu.Lock()

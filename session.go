@@ -93,7 +93,8 @@ func (s *session) prepare(o *openOptions, most uint64) {
 	x.answered, x.window = o.answered, most
 }
 
-// limitOpening ends s at the given time unless the request was answered. The session is registered, so it may have ended.
+// limitOpening ends s at the given time unless the request was answered. The session is registered, so it may have
+// ended.
 func (s *session) limitOpening(until time.Time) {
 	x := s.extra()
 	timer := time.AfterFunc(time.Until(until), func() {
@@ -107,11 +108,12 @@ func (s *session) limitOpening(until time.Time) {
 	}
 }
 
-// readDone reports whether this direction is over and the stream is not: the reader read a normal CLOSE and the other direction goes
-// on, or this end takes no records. It does not report a CLOSE that ends the whole stream.
+// readDone reports whether this direction is over and the stream is not: the reader read a normal CLOSE and the other
+// direction goes on, or this end takes no records. It does not report a CLOSE that ends the whole stream.
 func (s *session) readDone() bool { return s.recv.readLock.Load()&gateDone != 0 }
 
-// nobodyReads reports whether the handler returned, or the consumer detached. Records that still arrive are not read then.
+// nobodyReads reports whether the handler returned, or the consumer detached. Records that still arrive are not read
+// then.
 func (s *session) nobodyReads() bool { return s.recv.readLock.Load()&gateUnread != 0 }
 
 // endKind is the meaning of an end for arrived records, for a running handler, and for the peer.
@@ -247,8 +249,8 @@ func (s *session) unregister() {
 	}
 }
 
-// controlToken returns the offer in the token of a producer's control subject: the window for the consumer's records. Their objects
-// are in the codec that the request asked for.
+// controlToken returns the offer in the token of a producer's control subject: the window for the consumer's records.
+// Their objects are in the codec that the request asked for.
 func (s *session) controlToken() Token {
 	return Token{Codec: MsgPack, LogPackets: uint8(bits.TrailingZeros(initialPackets)), LogBytes: uint8(bits.TrailingZeros64(s.bucket.grantedBytes.Load()))}
 }

@@ -5,9 +5,9 @@ import "sync/atomic"
 // This file has the counters of an endpoint. They are atomics, or tallies of the mux. The goroutine in which an event
 // happens counts it. Any goroutine may read them.
 
-// Stats are counters of one Client or Server since it was made, and gauges of its present use. Dropped messages are counted
-// by reason. No drop loses a record of a stream without an error on that stream. In JSON the names are in snake case, such as
-// packets_sent.
+// Stats are counters of one Client or Server since it was made, and gauges of its present use. Dropped messages are
+// counted by reason. No drop loses a record of a stream without an error on that stream. In JSON the names are in snake
+// case, such as packets_sent.
 type Stats struct {
 	Streams  int   `json:"streams"`  // streams and writers that the peer can reach now. A request of OpenMany is one more until its last stream has ended
 	Reserved int64 `json:"reserved"` // bytes of packets that arrived and were not read, beyond 4 KiB for each stream, and of records being assembled from pieces

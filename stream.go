@@ -20,8 +20,8 @@ import (
 // may be used by many goroutines at once, also while another reads. All other methods may be called by any goroutine at
 // any time.
 //
-// If the consumer wrote nothing, the stream is over when the producer's end was read. If the handler half-closed to go on
-// reading, the write side stays open until the handler returns.
+// If the consumer wrote nothing, the stream is over when the producer's end was read. If the handler half-closed to go
+// on reading, the write side stays open until the handler returns.
 //
 // A stream stays open until one of these happens:
 //
@@ -88,57 +88,60 @@ func (st *Stream) heed(ctx context.Context) {
 //   - [io.EOF] after [CloseNormalClosure].
 //   - [os.ErrDeadlineExceeded] after the deadline of [Stream.SetReadDeadline]. The stream goes on.
 //   - A [*CloseError] after any other close code.
-//   - The error of the context given to [Client.Open] after it ended. Recv returns it at once, also if records have arrived.
+//   - The error of the context given to [Client.Open] after it ended. Recv returns it at once, also if records have
+//     arrived.
 //   - [nats.ErrNoResponders] if nobody serves the subject.
 //
-// The record is a slice of the packet that it arrived in. The library never reuses the packet, so the caller may keep and
-// change the record. A small record that is kept keeps its packet of up to 32 KiB in memory.
+// The record is a slice of the packet that it arrived in. The library never reuses the packet, so the caller may keep
+// and change the record. A small record that is kept keeps its packet of up to 32 KiB in memory.
 func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord(forever) }
 
-// Next is [Stream.Recv] with a record that is valid only until the next call of the read side, as with [bufio.Scanner.Bytes]. The
-// library may reuse its memory from then on. Copy a record that is needed for longer. Until then the caller may change the record.
+// Next is [Stream.Recv] with a record that is valid only until the next call of the read side, as with
+// [bufio.Scanner.Bytes]. The library may reuse its memory from then on. Copy a record that is needed for longer. Until
+// then the caller may change the record.
 //
-// Read, WriteTo, RecvObject and [io.Copy] take their records in this way. Race builds overwrite a packet after its last record, unless
-// Recv or All returned one of its records, so that a test finds a record that was used for too long.
+// Read, WriteTo, RecvObject and [io.Copy] take their records in this way. Race builds overwrite a packet after its last
+// record, unless Recv or All returned one of its records, so that a test finds a record that was used for too long.
 func (st *Stream) Next() ([]byte, error) { return st.session.recvRecord(untilNext) }
 
-// RecvRecord is [Stream.Recv] with the codec of the record: [JSON] or [MsgPack] of an object, and [CodecDefault] of bytes.
+// RecvRecord is [Stream.Recv] with the codec of the record: [JSON] or [MsgPack] of an object, and [CodecDefault] of
+// bytes.
 func (st *Stream) RecvRecord() ([]byte, Codec, error) { return st.session.recvWithCodec() }
 
-// RecvObject decodes the next record into v, a pointer, by the codec that the record was written with. A record written as
-// bytes is decoded by the codec that this stream requested. RecvObject waits and fails as [Stream.Recv] does. If a record
-// does not decode, only this call fails, with an error that matches neither [io.EOF] nor a [*CloseError]. The next call
-// decodes the next record.
+// RecvObject decodes the next record into v, a pointer, by the codec that the record was written with. A record written
+// as bytes is decoded by the codec that this stream requested. RecvObject waits and fails as [Stream.Recv] does. If a
+// record does not decode, only this call fails, with an error that matches neither [io.EOF] nor a [*CloseError]. The
+// next call decodes the next record.
 //
-// JSON is decoded by encoding/json, and MessagePack in the same way. If the target holds an earlier record, maps keep their
-// entries, slices keep their memory, and interfaces and byte slices get new values. Fields have the names of their json tags
-// in both codecs; see [Writer.WriteObject]. A number that its target cannot hold is an error. Data behind the object is an
-// error, too.
+// JSON is decoded by encoding/json, and MessagePack in the same way. If the target holds an earlier record, maps keep
+// their entries, slices keep their memory, and interfaces and byte slices get new values. Fields have the names of
+// their json tags in both codecs; see [Writer.WriteObject]. A number that its target cannot hold is an error. Data
+// behind the object is an error, too.
 //
-// If the target has no type, such as an any, one byte of the record may take 160 bytes of memory in MessagePack and 80 in
-// JSON. If you do not trust the producer, decode into a struct, or lower MaxRecordSize.
+// If the target has no type, such as an any, one byte of the record may take 160 bytes of memory in MessagePack and 80
+// in JSON. If you do not trust the producer, decode into a struct, or lower MaxRecordSize.
 func (st *Stream) RecvObject(v any) error { return st.session.recvObject(v) }
 
-// All returns an iterator over the records until the stream ends. After normal closure it stops. At any other end, the last
-// pair holds the error. A loop that is left early leaves the stream open.
+// All returns an iterator over the records until the stream ends. After normal closure it stops. At any other end, the
+// last pair holds the error. A loop that is left early leaves the stream open.
 func (st *Stream) All() iter.Seq2[[]byte, error] { return st.session.all() }
 
-// Read implements [io.Reader]. It reads the records as one sequence of bytes, without their boundaries. It waits and fails as
-// [Stream.Recv] does. The next Recv or Next returns the rest of a record that Read has read in part.
+// Read implements [io.Reader]. It reads the records as one sequence of bytes, without their boundaries. It waits and
+// fails as [Stream.Recv] does. The next Recv or Next returns the rest of a record that Read has read in part.
 func (st *Stream) Read(p []byte) (int, error) { return st.session.read(p) }
 
-// WriteTo implements [io.WriterTo]. It writes the records to w, one Write each, until the stream ends. After normal closure
-// it returns nil. Errors: those of [Stream.Recv]; the error of w; [io.ErrShortWrite]; an error for an [io.Writer] that
-// returns a count outside its record.
+// WriteTo implements [io.WriterTo]. It writes the records to w, one Write each, until the stream ends. After normal
+// closure it returns nil. Errors: those of [Stream.Recv]; the error of w; [io.ErrShortWrite]; an error for an
+// [io.Writer] that returns a count outside its record.
 func (st *Stream) WriteTo(w io.Writer) (n int64, err error) { return st.session.writeTo(w) }
 
-// Header returns the headers that the producer set with [Writer.SetHeader], nil if it set none. It waits for the producer's
-// first packet. It belongs to the read side, but consumes no record. If the stream ended with an error before any header or
-// record, Header returns that error, as [Stream.Recv] does. Do not change the map.
+// Header returns the headers that the producer set with [Writer.SetHeader], nil if it set none. It waits for the
+// producer's first packet. It belongs to the read side, but consumes no record. If the stream ended with an error
+// before any header or record, Header returns that error, as [Stream.Recv] does. Do not change the map.
 func (st *Stream) Header() (nats.Header, error) { return st.session.readHeader() }
 
-// Ready reports whether the next read returns at once: a record has arrived as a whole, or the stream has ended. It belongs to
-// the read side. It returns false while another goroutine reads. A read deadline does not change its result.
+// Ready reports whether the next read returns at once: a record has arrived as a whole, or the stream has ended. It
+// belongs to the read side. It returns false while another goroutine reads. A read deadline does not change its result.
 func (st *Stream) Ready() bool { return st.session.ready() }
 
 // SetReadDeadline sets the time after which reads fail instead of waiting. It applies to Recv, Next, RecvRecord,
@@ -147,8 +150,8 @@ func (st *Stream) Ready() bool { return st.session.ready() }
 // deadline, or the zero time for none, reads return the next record, also if a part of it had arrived. A time in the
 // past ends a waiting call at once.
 //
-// SetReadDeadline fails with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any time, by any
-// goroutine. A stream that never had a deadline pays nothing for it.
+// SetReadDeadline fails with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any
+// time, by any goroutine. A stream that never had a deadline pays nothing for it.
 func (st *Stream) SetReadDeadline(t time.Time) error { return st.session.setDeadlines(t, true, false) }
 
 // SetWriteDeadline sets the time after which writes fail instead of waiting; see [Writer.SetWriteDeadline]. It also
@@ -158,8 +161,8 @@ func (st *Stream) SetWriteDeadline(t time.Time) error { return st.session.setDea
 // SetDeadline sets both deadlines: it is [Stream.SetReadDeadline] and [Stream.SetWriteDeadline].
 func (st *Stream) SetDeadline(t time.Time) error { return st.session.setDeadlines(t, true, true) }
 
-// Trailer returns the headers that the producer set with [Writer.SetTrailer], nil if it set none. Before a read has returned
-// [io.EOF] or the producer's [*CloseError], Trailer returns nil. It belongs to the read side.
+// Trailer returns the headers that the producer set with [Writer.SetTrailer], nil if it set none. Before a read has
+// returned [io.EOF] or the producer's [*CloseError], Trailer returns nil. It belongs to the read side.
 func (st *Stream) Trailer() nats.Header {
 	if x := st.session.extras.Load(); x != nil {
 		return x.trailer
@@ -187,13 +190,14 @@ func (st *Stream) send() *Writer {
 	return w
 }
 
-// Write sends p to the producer as one record, which the handler reads from its [Request]. It waits until the producer's
-// first packet has arrived, and then for the producer's credit. It returns len(p) once p was copied: p may be reused at
-// once. Errors:
+// Write sends p to the producer as one record, which the handler reads from its [Request]. It waits until the
+// producer's first packet has arrived, and then for the producer's credit. It returns len(p) once p was copied: p may
+// be reused at once. Errors:
 //
-//   - [ErrClosed] after [Stream.CloseSend] and [Stream.Close], and after the handler returned without an error, because the
-//     handler does not read the record. Reads report how the stream ended.
-//   - Otherwise the error that ended the stream, as [Stream.Recv] returns it; see [Writer.Write] for the end of a context.
+//   - [ErrClosed] after [Stream.CloseSend] and [Stream.Close], and after the handler returned without an error, because
+//     the handler does not read the record. Reads report how the stream ended.
+//   - Otherwise the error that ended the stream, as [Stream.Recv] returns it; see [Writer.Write] for the end of a
+//     context.
 //   - [ErrOneWay] if the producer speaks only the JSON fallback.
 //
 // A successful Write does not mean that the handler has read the record: the handler may return before it does. If that
@@ -203,11 +207,12 @@ func (st *Stream) send() *Writer {
 // A producer made by [NewWriter] accepts no records: the first one ends the stream with [CloseProtocolError].
 func (st *Stream) Write(p []byte) (int, error) { return st.send().Write(p) }
 
-// WriteObject sends v to the producer as one record, in the codec that this stream requested. It returns the length of the
-// encoding. It waits and fails as [Stream.Write] does, and it returns the encoder's error if v cannot be encoded.
+// WriteObject sends v to the producer as one record, in the codec that this stream requested. It returns the length of
+// the encoding. It waits and fails as [Stream.Write] does, and it returns the encoder's error if v cannot be encoded.
 func (st *Stream) WriteObject(v any) (int, error) { return st.send().WriteObject(v) }
 
-// WriteAppend sends one record that encode appends to a packet; see [Writer.WriteAppend]. It waits and fails as [Stream.Write] does.
+// WriteAppend sends one record that encode appends to a packet; see [Writer.WriteAppend]. It waits and fails as
+// [Stream.Write] does.
 func (st *Stream) WriteAppend(encode func(dst []byte) ([]byte, error)) (int, error) {
 	return st.send().WriteAppend(encode)
 }
@@ -221,12 +226,13 @@ func (st *Stream) Flush() error { return st.send().Flush() }
 // Sync returns when the producer's end has acknowledged all records written so far; see [Writer.Sync].
 func (st *Stream) Sync(ctx context.Context) error { return st.send().Sync(ctx) }
 
-// TryWrite sends p to the producer as one record if it need not wait, and reports whether it did; see [Writer.TryWrite].
+// TryWrite sends p to the producer as one record if it need not wait, and reports whether it did; see
+// [Writer.TryWrite].
 func (st *Stream) TryWrite(p []byte) (sent bool, err error) { return st.send().TryWrite(p) }
 
-// CloseSend half-closes the stream: this end sends no more records, and the handler's reads return [io.EOF] after the last
-// one. The read side stays open. CloseSend returns when NATS has accepted all records. It fails as [Stream.Write] does. A
-// second call does nothing.
+// CloseSend half-closes the stream: this end sends no more records, and the handler's reads return [io.EOF] after the
+// last one. The read side stays open. CloseSend returns when NATS has accepted all records. It fails as [Stream.Write]
+// does. A second call does nothing.
 func (st *Stream) CloseSend() error { return st.send().Close() }
 
 // SetPeerTimeout sets how long the producer's end may be silent before the stream ends with [CloseAbnormalClosure].
@@ -251,15 +257,16 @@ func (st *Stream) Close() error {
 	return nil
 }
 
-// CloseWithCode is Close with a code and a reason for the producer. The handler gets them as the cause of its context. If the
-// producer has not answered yet, the handler gets [CloseCanceled] instead, because the address of the producer is not known
-// before its first packet. The code must be from 1000 to 5999. Otherwise CloseWithCode fails with [ErrCloseCode] and the
-// stream stays open. The reason is cut to [MaxReason] bytes.
+// CloseWithCode is Close with a code and a reason for the producer. The handler gets them as the cause of its context.
+// If the producer has not answered yet, the handler gets [CloseCanceled] instead, because the address of the producer
+// is not known before its first packet. The code must be from 1000 to 5999. Otherwise CloseWithCode fails with
+// [ErrCloseCode] and the stream stays open. The reason is cut to [MaxReason] bytes.
 //
-// [CloseNormalClosure] includes [Stream.CloseSend]: all records that were written before arrive. Unacknowledged packets are
-// retransmitted for ResumeTimeout, unless the client is closed. The handler reads [io.EOF] after the last record. If not all
-// records can be sent, the handler gets CloseCanceled instead of io.EOF. This happens if another goroutine is in the middle
-// of a large record, or if the producer is not known yet. With any other code, unacknowledged records are lost.
+// [CloseNormalClosure] includes [Stream.CloseSend]: all records that were written before arrive. Unacknowledged packets
+// are retransmitted for ResumeTimeout, unless the client is closed. The handler reads [io.EOF] after the last record.
+// If not all records can be sent, the handler gets CloseCanceled instead of io.EOF. This happens if another goroutine
+// is in the middle of a large record, or if the producer is not known yet. With any other code, unacknowledged records
+// are lost.
 func (st *Stream) CloseWithCode(code int, text ...string) error {
 	reason, err := closeReason(code, text)
 	if err != nil {

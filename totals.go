@@ -1,7 +1,7 @@
 package stream
 
-// This file counts the records of a stream and their bytes. Readers, writers and the outbox each count their own; any goroutine calls
-// Totals.
+// This file counts the records of a stream and their bytes. Readers, writers and the outbox each count their own; any
+// goroutine calls Totals.
 
 // counted is a number of records and of their bytes.
 type counted struct{ records, bytes uint64 }
@@ -21,8 +21,9 @@ type Totals struct {
 	BytesAcked   uint64 `json:"bytes_acked"`
 }
 
-// Totals returns how much the stream has carried, for example for a progress bar: BytesAcked of an upload, BytesIn of a download. It
-// may be called at any time, by any goroutine. A goroutine that neither reads nor writes gets recent values.
+// Totals returns how much the stream has carried, for example for a progress bar: BytesAcked of an upload, BytesIn of a
+// download. It may be called at any time, by any goroutine. A goroutine that neither reads nor writes gets recent
+// values.
 func (st *Stream) Totals() Totals { return st.session.totals() }
 
 // Totals returns how much the stream has carried, in both directions; see [Stream.Totals].
@@ -53,8 +54,8 @@ func (s *session) count(n int) {
 // publishAfter is the number of records after which a reader publishes their count although it never waits.
 const publishAfter = 1024
 
-// publishCount adds the records that were read since its last call to the endpoint's, so that reads touch nothing that all streams
-// share. The reader calls it when it waits or has read many, and the outbox at the end of the stream.
+// publishCount adds the records that were read since its last call to the endpoint's, so that reads touch nothing that
+// all streams share. The reader calls it when it waits or has read many, and the outbox at the end of the stream.
 func (s *session) publishCount() {
 	n := uint32(s.recv.records.load())
 	if more := int32(n - s.recv.published.Swap(n)); more != 0 { // negative if a later call was faster

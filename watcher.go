@@ -100,8 +100,8 @@ func (ep *endpoint) lost() {
 	}
 }
 
-// reported handles an error that NATS reported. If this end may not publish to a subject, the streams of that subject end. If it
-// may not receive, all streams end.
+// reported handles an error that NATS reported. If this end may not publish to a subject, the streams of that subject
+// end. If it may not receive, all streams end.
 func (ep *endpoint) reported(err error) {
 	d, ok := natsconn.Denied(err)
 	switch {

@@ -15,8 +15,8 @@ import (
 	"github.com/natsstream/stream/internal/natsconn/fake"
 )
 
-// roundTrips returns those that windows are tested with. In a bubble processors take no time, so a round trip of zero would have
-// no rate.
+// roundTrips returns those that windows are tested with. In a bubble processors take no time, so a round trip of zero
+// would have no rate.
 func roundTrips() []time.Duration {
 	if testing.Short() {
 		return []time.Duration{time.Millisecond, 200 * time.Millisecond}
@@ -315,8 +315,8 @@ func unread(s *session) (n int) {
 	}
 }
 
-// The mux takes memory for the packets of a stream whose reader keeps up only at the beginning. From then on the reader leaves the
-// stream what the next packets need.
+// The mux takes memory for the packets of a stream whose reader keeps up only at the beginning. From then on the reader
+// leaves the stream what the next packets need.
 func TestReaderThatKeepsUpKeepsItsMemory(t *testing.T) {
 	for _, size := range []int{100, 1 << 10, 16 << 10, 32 << 10} {
 		conn := benchConn(false)
@@ -342,8 +342,8 @@ func TestReaderThatKeepsUpKeepsItsMemory(t *testing.T) {
 	}
 }
 
-// A peer that sends all it was granted at once, on many streams that nobody reads, does not make this end hold more than
-// its budget, the free bytes of each stream, and a packet.
+// A peer that sends all it was granted at once, on many streams that nobody reads, does not make this end hold more
+// than its budget, the free bytes of each stream, and a packet.
 func TestFloodIsBounded(t *testing.T) {
 	const budget, streams, packets, packet = 4 << 20, 100, 20, 100_000
 	synctest.Test(t, func(t *testing.T) {
@@ -390,8 +390,8 @@ func TestFloodIsBounded(t *testing.T) {
 	})
 }
 
-// Packets that found no room are sent again when there is some. All records arrive in order, and nobody's stream ends meanwhile,
-// although their handlers returned long before anybody read.
+// Packets that found no room are sent again when there is some. All records arrive in order, and nobody's stream ends
+// meanwhile, although their handlers returned long before anybody read.
 func TestDroppedForWantOfRoomIsRepaired(t *testing.T) {
 	const budget, streams, records, size = 1 << 20, 40, 200, 1000
 	synctest.Test(t, func(t *testing.T) {
@@ -439,8 +439,8 @@ func TestDroppedForWantOfRoomIsRepaired(t *testing.T) {
 	})
 }
 
-// A packet that finds no room has passed whatever lies between the two ends. So its size is not suspected, it is sent again as a
-// whole, and a stream whose packets pass only in fragments does not end, however long its reader pauses.
+// A packet that finds no room has passed whatever lies between the two ends. So its size is not suspected, it is sent
+// again as a whole, and a stream whose packets pass only in fragments does not end, however long its reader pauses.
 func TestWantOfRoomIsNoFaultOfSizes(t *testing.T) {
 	const budget, records = 1 << 20, 30
 	for _, c := range []struct {
@@ -505,8 +505,8 @@ func TestWantOfRoomIsNoFaultOfSizes(t *testing.T) {
 	}
 }
 
-// Fragments of packets that never become complete take at most the budget, and one packet for each stream. Repeated beginnings take
-// nothing more, and the end of the streams gives everything back.
+// Fragments of packets that never become complete take at most the budget, and one packet for each stream. Repeated
+// beginnings take nothing more, and the end of the streams gives everything back.
 func TestFloodOfFragmentsIsBounded(t *testing.T) {
 	const budget, streams = 1 << 20, 50
 	synctest.Test(t, func(t *testing.T) {

@@ -15,9 +15,9 @@ import (
 // This file has Writer, the user's view of a send half. Goroutines that write run it, except newProducer, which the
 // callbacks of NATS run for a handler. Functions with the suffix Locked need the lock of the packer.
 
-// Writer is the producer's end of a stream. It packs records into packets. The outbox publishes the packets, keeps them until
-// the consumer's end has acknowledged them, and retransmits lost ones. A Writer is safe for use by many goroutines at once;
-// records of one goroutine keep their order.
+// Writer is the producer's end of a stream. It packs records into packets. The outbox publishes the packets, keeps them
+// until the consumer's end has acknowledged them, and retransmits lost ones. A Writer is safe for use by many
+// goroutines at once; records of one goroutine keep their order.
 //
 // A record that is written while the stream is idle leaves at once. While the outbox is busy, records gather in the
 // open packet and share a NATS message. No timer is involved.
@@ -38,9 +38,9 @@ type Writer struct {
 	packer // with the lock
 }
 
-// NewWriter returns the producer's end of the stream for a request with the reply subject subject. It neither blocks nor
-// sends, and may be called in a NATS callback. client may be the client that opened the stream. The writer accepts no records
-// from the consumer and does not see the headers of the request: use a [Server] for these.
+// NewWriter returns the producer's end of the stream for a request with the reply subject subject. It neither blocks
+// nor sends, and may be called in a NATS callback. client may be the client that opened the stream. The writer accepts
+// no records from the consumer and does not see the headers of the request: use a [Server] for these.
 func NewWriter(client *Client, subject string) *Writer { return client.NewWriter(subject) }
 
 // NewWriter returns the producer's end of a stream, as the function [NewWriter] does.
@@ -129,8 +129,8 @@ const (
 )
 
 // SetPeerTimeout sets how long the consumer's end may be silent before the stream ends with [CloseAbnormalClosure], as
-// [Stream.SetPeerTimeout] does for the producer's end. A consumer that speaks only the JSON fallback answers no PING, so its
-// silence cannot be detected.
+// [Stream.SetPeerTimeout] does for the producer's end. A consumer that speaks only the JSON fallback answers no PING,
+// so its silence cannot be detected.
 func (w *Writer) SetPeerTimeout(d time.Duration) {
 	if w.unusable == nil {
 		w.session.setPeerTimeout(d)
@@ -151,14 +151,15 @@ func (w *Writer) Context() context.Context { return w.ctx }
 // consumer's credit is used up, until the writer's context ends. Errors:
 //
 //   - [ErrClosed] after [Writer.Close], and after the consumer left with [CloseNormalClosure].
-//   - [ErrRecordTooLarge] for a record above MaxRecordSize. A handler that returns it ends the stream with [CloseMessageTooBig].
+//   - [ErrRecordTooLarge] for a record above MaxRecordSize. A handler that returns it ends the stream with
+//     [CloseMessageTooBig].
 //   - [os.ErrDeadlineExceeded] after the deadline of [Writer.SetWriteDeadline]. The stream goes on.
-//   - Otherwise the error that ended the stream, as reads return it. After the end of a context it matches both the cause and
-//     [context.Canceled] or [context.DeadlineExceeded].
+//   - Otherwise the error that ended the stream, as reads return it. After the end of a context it matches both the
+//     cause and [context.Canceled] or [context.DeadlineExceeded].
 //
-// After any call has returned the end of the stream, every later Write fails. A Write just after the end of the context may
-// still succeed if the open packet has room. Its record is not sent. The next [Writer.Flush], [Writer.Sync], [Writer.Close],
-// or Write that needs a new packet returns the error.
+// After any call has returned the end of the stream, every later Write fails. A Write just after the end of the context
+// may still succeed if the open packet has room. Its record is not sent. The next [Writer.Flush], [Writer.Sync],
+// [Writer.Close], or Write that needs a new packet returns the error.
 func (w *Writer) Write(p []byte) (int, error) { return w.write(p, FlagRaw) }
 
 func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
@@ -230,8 +231,8 @@ func (w *Writer) checkSize(n int) error {
 	return nil
 }
 
-// appendLocked appends one DATA frame. If the open packet has no room, it opens a new one. It may wait for credit. Meanwhile
-// records of other goroutines may go first, unless the turn is mine.
+// appendLocked appends one DATA frame. If the open packet has no room, it opens a new one. It may wait for credit.
+// Meanwhile records of other goroutines may go first, unless the turn is mine.
 func (w *Writer) appendLocked(p []byte, flags FrameFlags, mine bool) error {
 	b, err := w.frameLocked(FrameHeaderSize+len(p), mine)
 	if err != nil {
@@ -245,8 +246,8 @@ func (w *Writer) appendLocked(p []byte, flags FrameFlags, mine bool) error {
 
 // appendPiecesLocked cuts a record that fits no packet. It holds the turn, so that no other record comes between.
 //
-// Of a record in pieces, all is sent or nothing. If the write deadline passes after the first piece, the outbox appends the
-// rest as credit arrives, and the turn ends with the last piece.
+// Of a record in pieces, all is sent or nothing. If the write deadline passes after the first piece, the outbox appends
+// the rest as credit arrives, and the turn ends with the last piece.
 func (w *Writer) appendPiecesLocked(p []byte, flags FrameFlags) error {
 	w.turn = true
 	for rest := p; ; {
@@ -309,12 +310,13 @@ func (w *Writer) waitCreditLocked(mine bool) error {
 	return w.lateLocked()
 }
 
-// ReadFrom sends the bytes of r until [io.EOF]: the bytes of each read are one record. It returns the number of bytes sent.
-// Errors: those of r and of [Writer.Write]; [io.ErrNoProgress] if 100 reads in a row return no bytes and no error; an error for
-// a Reader that returns a count outside its buffer.
+// ReadFrom sends the bytes of r until [io.EOF]: the bytes of each read are one record. It returns the number of bytes
+// sent. Errors: those of r and of [Writer.Write]; [io.ErrNoProgress] if 100 reads in a row return no bytes and no
+// error; an error for a Reader that returns a count outside its buffer.
 //
-// With ReadFrom, io.Copy(w, r) reads straight into buffers of the packet size. If r has a WriteTo method, as a bytes.Reader has,
-// io.Copy calls that instead, and it may write all bytes as one record. Call ReadFrom directly for such an r.
+// With ReadFrom, io.Copy(w, r) reads straight into buffers of the packet size. If r has a WriteTo method, as a
+// bytes.Reader has, io.Copy calls that instead, and it may write all bytes as one record. Call ReadFrom directly for
+// such an r.
 func (w *Writer) ReadFrom(r io.Reader) (n int64, err error) {
 	p := getPacket(coalesceSize)
 	defer putPacket(p)
@@ -407,8 +409,8 @@ func (w *Writer) SetHeader(h nats.Header) error {
 	return nil
 }
 
-// SetTrailer sends h to the consumer with the end of the stream. [Stream.Trailer] returns it there. The last call before
-// Close counts. h may be changed afterwards. A consumer that speaks only the JSON fallback gets no trailers.
+// SetTrailer sends h to the consumer with the end of the stream. [Stream.Trailer] returns it there. The last call
+// before Close counts. h may be changed afterwards. A consumer that speaks only the JSON fallback gets no trailers.
 //
 // Errors: [ErrHeader] if h cannot be sent; [ErrClosed] after Close; the error that ended the stream.
 func (w *Writer) SetTrailer(h nats.Header) error {

@@ -5,8 +5,9 @@ import "context"
 // This file waits for written records: until NATS has accepted them (Flush), or the peer has acknowledged them (Sync).
 // Writers run it.
 
-// Flush returns when NATS has accepted all records written so far, or when the writer's context ends. After [Writer.Close] in a
-// handler, it also waits until NATS has accepted the end of the stream. It returns the error that ended the stream, if any.
+// Flush returns when NATS has accepted all records written so far, or when the writer's context ends. After
+// [Writer.Close] in a handler, it also waits until NATS has accepted the end of the stream. It returns the error that
+// ended the stream, if any.
 func (w *Writer) Flush() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -22,8 +23,8 @@ func (w *Writer) Flush() error {
 	return w.flushLocked(true)
 }
 
-// flushLocked seals the open packet and waits until the outbox has published it. With timed, it waits no longer than the write
-// deadline.
+// flushLocked seals the open packet and waits until the outbox has published it. With timed, it waits no longer than
+// the write deadline.
 func (w *Writer) flushLocked(timed bool) error {
 	if !w.closed.Load() { // after CLOSE the end may be the normal one
 		if err := w.failedLocked(); err != nil {
@@ -59,11 +60,11 @@ func (w *Writer) publishedLocked(target uint32) bool {
 	return int32(w.sender.published.Load()-w.shifted-target) >= 0
 }
 
-// Sync returns nil when the peer's end has acknowledged all records written so far. Acknowledged records have been received,
-// but perhaps not been read. After Close, Sync also waits for the acknowledgement of the end of the stream. Errors: the error
-// of ctx if it ends first; the error that ended the stream. Records may have been received in spite of an error, because the
-// last acknowledgement may have been lost. A peer that speaks only the JSON fallback acknowledges nothing: Sync is
-// [Writer.Flush] then.
+// Sync returns nil when the peer's end has acknowledged all records written so far. Acknowledged records have been
+// received, but perhaps not been read. After Close, Sync also waits for the acknowledgement of the end of the stream.
+// Errors: the error of ctx if it ends first; the error that ended the stream. Records may have been received in spite
+// of an error, because the last acknowledgement may have been lost. A peer that speaks only the JSON fallback
+// acknowledges nothing: Sync is [Writer.Flush] then.
 func (w *Writer) Sync(ctx context.Context) error {
 	if ctx == nil {
 		return noContext("Sync")

@@ -10,10 +10,10 @@ import (
 // This file encodes the objects of a Writer, and makes the messages for a fallback consumer. Writers run it, with the
 // lock held or with the turn.
 
-// WriteObject sends v as one record in the codec that the consumer requested, JSON or MessagePack. It returns the length of the
-// encoding. It blocks and fails as [Writer.Write] does. An error of the encoder does not change the stream, and matches
-// neither [ErrClosed] nor a [*CloseError]. WriteObject does not recover panics of methods of v. Methods that encode v must not
-// write to the same Writer.
+// WriteObject sends v as one record in the codec that the consumer requested, JSON or MessagePack. It returns the
+// length of the encoding. It blocks and fails as [Writer.Write] does. An error of the encoder does not change the
+// stream, and matches neither [ErrClosed] nor a [*CloseError]. WriteObject does not recover panics of methods of v.
+// Methods that encode v must not write to the same Writer.
 //
 // In both codecs, the json tags set the names, embedding and omission of fields, as in encoding/json. A msgpack tag
 // replaces the json tag. MessagePack ignores the option ",string", and carries the number. It encodes a value by the
@@ -122,8 +122,8 @@ func (w *Writer) tooLarge(v any, n int) error {
 	return fmt.Errorf("%w: %s of %d bytes, MaxRecordSize is %d", ErrRecordTooLarge, name, n, w.session.ep.maxRecord)
 }
 
-// encodeUnlocked runs encode without the lock: methods of the user may take long, and the outbox, which serves all streams, must
-// never wait for them. The caller has the turn.
+// encodeUnlocked runs encode without the lock: methods of the user may take long, and the outbox, which serves all
+// streams, must never wait for them. The caller has the turn.
 func (w *Writer) encodeUnlocked(encode func(dst []byte) (record []byte, spilled bool, err error), dst []byte) ([]byte, bool, error) {
 	w.mu.Unlock()
 	defer func() { // also if the encoder panics
@@ -152,7 +152,8 @@ func (w *Writer) encodeJSONLocked(v any, encode func(dst []byte) (record []byte,
 	return len(record), nil
 }
 
-// appendJSONLocked queues the message for one record. A fallback peer grants no credit, so this end sets the window itself.
+// appendJSONLocked queues the message for one record. A fallback peer grants no credit, so this end sets the window
+// itself.
 func (w *Writer) appendJSONLocked(p []byte, mine bool) error {
 	if err := w.fitsJSON(len(p)); err != nil {
 		return err

@@ -16,8 +16,8 @@ import (
 //
 //   - If nothing of the record is sent, the write returns 0 and the error.
 //   - If the deadline passes when a part of a record larger than a packet was sent, the write returns the length of the
-//     record and the error. Its rest is sent as credit arrives. Meanwhile other writes wait for their turn. Do not repeat
-//     such a write.
+//     record and the error. Its rest is sent as credit arrives. Meanwhile other writes wait for their turn. Do not
+//     repeat such a write.
 //
 // The deadline does not apply to [Writer.Close], [Writer.CloseWithCode], [Writer.Sync] and [Writer.TryWrite].
 // SetWriteDeadline fails with [ErrClosed] or the error of the stream if this end has ended it. It may be called at any
@@ -68,7 +68,8 @@ func (w *Writer) TryWrite(p []byte) (sent bool, err error) {
 	return true, nil
 }
 
-// tryPiecesLocked appends a record in pieces as far as there is credit, and keeps the rest. It reports whether it began.
+// tryPiecesLocked appends a record in pieces as far as there is credit, and keeps the rest. It reports whether it
+// began.
 func (w *Writer) tryPiecesLocked(p []byte) bool {
 	w.turn = true
 	rest := w.appendSomeLocked(p, FlagRaw)

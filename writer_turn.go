@@ -41,8 +41,8 @@ func (w *Writer) lateLocked() error {
 // waitLocked waits until something changes. It releases the lock meanwhile.
 func (w *Writer) waitLocked() error { return w.sleepLocked(w.announceLocked()) }
 
-// announceLocked announces that the caller is about to sleep. A caller that checks its condition between the announcement and
-// the sleep misses no change.
+// announceLocked announces that the caller is about to sleep. A caller that checks its condition between the
+// announcement and the sleep misses no change.
 func (w *Writer) announceLocked() (wake <-chan struct{}) {
 	if w.wake == nil {
 		w.wake = make(chan struct{})
@@ -62,8 +62,8 @@ func (w *Writer) sleepLocked(wake <-chan struct{}) error {
 	}
 }
 
-// failedLocked returns the error that ended the stream, or the error of the last publish. It returns an error of a publish only
-// once: the packet is kept, and the next call tries again.
+// failedLocked returns the error that ended the stream, or the error of the last publish. It returns an error of a
+// publish only once: the packet is kept, and the next call tries again.
 func (w *Writer) failedLocked() error {
 	switch {
 	case w.unusable != nil:

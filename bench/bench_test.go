@@ -138,8 +138,8 @@ func BenchmarkIdle(b *testing.B) {
 	})
 }
 
-// BenchmarkKeepAlive measures the processor time that idle streams take, so that each end knows that the other lives. An
-// operation takes about 25 s.
+// BenchmarkKeepAlive measures the processor time that idle streams take, so that each end knows that the other lives.
+// An operation takes about 25 s.
 func BenchmarkKeepAlive(b *testing.B) {
 	streams, d := 100_000, 15*time.Second
 	if testing.Short() {

@@ -461,8 +461,8 @@ func (p *program) json() []byte {
 	}
 }
 
-// receiver is the model: a receiver of docs/PROTOCOL.md, written down once more without regard to speed. Nothing is read before
-// all has arrived, so no credit is given beyond the first.
+// receiver is the model: a receiver of docs/PROTOCOL.md, written down once more without regard to speed. Nothing is
+// read before all has arrived, so no credit is given beyond the first.
 type receiver struct {
 	window, maxRecord, fallback int
 	packets                     uint32

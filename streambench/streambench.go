@@ -1,5 +1,5 @@
-// Package streambench measures the library against your own NATS server, in the form that benchstat reads. Put it into a test of
-// your own module, and track its figures as those of any other benchmark:
+// Package streambench measures the library against your own NATS server, in the form that benchstat reads. Put it into
+// a test of your own module, and track its figures as those of any other benchmark:
 //
 //	func BenchmarkStream(b *testing.B) {
 //		streambench.Run(b, streambench.Params{URL: os.Getenv("NATS_URL")})
@@ -17,10 +17,10 @@
 //
 // The names and units are part of the API. If they change, the changelog of the release states it.
 //
-// Producer and consumer run in the process of the benchmark, with a connection each. Each record carries its number. A run in
-// which a record was lost, repeated, cut or reordered fails. The units are ns/op (a record, or a stream for Open), MB/s (of
-// records), cpu-ns/rec (processor time of this process), mallocs/rec (allocations of this process), and p50-ns and p99-ns
-// (percentiles of the time per operation).
+// Producer and consumer run in the process of the benchmark, with a connection each. Each record carries its number. A
+// run in which a record was lost, repeated, cut or reordered fails. The units are ns/op (a record, or a stream for
+// Open), MB/s (of records), cpu-ns/rec (processor time of this process), mallocs/rec (allocations of this process), and
+// p50-ns and p99-ns (percentiles of the time per operation).
 package streambench
 
 import (
@@ -44,11 +44,12 @@ const MinSize = load.MinSize
 type Params struct {
 	// URL is the address of the NATS server: nats.DefaultURL by default.
 	URL string
-	// Options are those of the two connections of a benchmark, for example credentials. streambench sets the error handler, and
-	// fails a run in which a connection reports an error.
+	// Options are those of the two connections of a benchmark, for example credentials. streambench sets the error
+	// handler, and fails a run in which a connection reports an error.
 	Options []nats.Option
-	// Subject is a prefix of the request subjects of the benchmarks, without a dot at its end: streambench by default. The user
-	// needs permission to subscribe to Subject.> and to publish there, and the permissions that a consumer and a producer need.
+	// Subject is a prefix of the request subjects of the benchmarks, without a dot at its end: streambench by default.
+	// The user needs permission to subscribe to Subject.> and to publish there, and the permissions that a consumer and
+	// a producer need.
 	Subject string
 	// Sizes are the sizes of records in bytes, at least MinSize: 16, 128, 1024 and 16384 by default.
 	Sizes []int

@@ -279,8 +279,8 @@ func TestCancellationReachesTheServer(t *testing.T) {
 	}
 }
 
-// A service may answer before its client has sent everything. The client's next message fails with io.EOF then, and the status is
-// that of the service.
+// A service may answer before its client has sent everything. The client's next message fails with io.EOF then, and the
+// status is that of the service.
 func TestServiceMayEndFirst(t *testing.T) {
 	_, c := serveFunctions(t, &functions{input: func(s testgrpc.TestService_StreamingInputCallServer) error {
 		if _, err := s.Recv(); err != nil {

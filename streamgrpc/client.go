@@ -22,8 +22,8 @@ import (
 // defaultMaxRecv is the largest message that is received, if no option says otherwise. It is that of gRPC.
 const defaultMaxRecv = 4 << 20
 
-// ClientConn makes calls over the streams of a client. It takes the place of a *grpc.ClientConn in the constructors of generated
-// stubs. It is safe for use by many goroutines at once.
+// ClientConn makes calls over the streams of a client. It takes the place of a *grpc.ClientConn in the constructors of
+// generated stubs. It is safe for use by many goroutines at once.
 type ClientConn struct {
 	streams  *stream.Client
 	prefix   string
@@ -83,8 +83,8 @@ func (c *ClientConn) Invoke(ctx context.Context, method string, args, reply any,
 	return c.invoke(ctx, method, args, reply, c.dummy, c.options(opts)...)
 }
 
-// NewStream begins a streaming call. Generated stubs call it. The call ends as one of gRPC does: if ctx ends, or if RecvMsg
-// returned an error.
+// NewStream begins a streaming call. Generated stubs call it. The call ends as one of gRPC does: if ctx ends, or if
+// RecvMsg returned an error.
 func (c *ClientConn) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	return c.open(ctx, desc, c.dummy, method, c.options(opts)...)
 }
@@ -166,8 +166,8 @@ func codecOf(name string) encoding.CodecV2 {
 // serversPatience is how long a call that nobody answered waits to hear if there are servers.
 const serversPatience = 2 * time.Second
 
-// noResponders returns the status of a call that reached no server: servers that do not have the service answer on a subject of
-// their own.
+// noResponders returns the status of a call that reached no server: servers that do not have the service answer on a
+// subject of their own.
 func (c *ClientConn) noResponders(ctx context.Context, cause error) error {
 	ctx, cancel := context.WithTimeout(ctx, serversPatience)
 	defer cancel()

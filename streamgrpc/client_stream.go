@@ -21,12 +21,12 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// inlineSize is the largest message that travels in the request of its call. A larger one follows as a record, which has no limit
-// of the NATS server's.
+// inlineSize is the largest message that travels in the request of its call. A larger one follows as a record, which
+// has no limit of the NATS server's.
 const inlineSize = 64 << 10
 
-// clientStream is a call at its client. One goroutine may send and another may receive, as with gRPC. Header may be called by a
-// third.
+// clientStream is a call at its client. One goroutine may send and another may receive, as with gRPC. Header may be
+// called by a third.
 type clientStream struct {
 	conn    *ClientConn
 	subject string
@@ -103,7 +103,8 @@ func (s *clientStream) apply(opts []grpc.CallOption) error {
 	return nil
 }
 
-// withCredentials returns md with the metadata of the call's credentials, or an error if gRPC does not allow one of the entries.
+// withCredentials returns md with the metadata of the call's credentials, or an error if gRPC does not allow one of the
+// entries.
 func (s *clientStream) withCredentials(ctx context.Context, md metadata.MD) (metadata.MD, error) {
 	copied := false
 	for _, o := range s.credentials {
@@ -202,7 +203,8 @@ var _ net.Addr = address("")
 
 func (s *clientStream) Context() context.Context { return s.ctx }
 
-// SendMsg sends m, and may block while the server does not read. It returns io.EOF if the call has ended; RecvMsg has its status.
+// SendMsg sends m, and may block while the server does not read. It returns io.EOF if the call has ended; RecvMsg has
+// its status.
 func (s *clientStream) SendMsg(m any) error {
 	if s.sendDone || s.sent && !s.desc.ClientStreams {
 		return status.Error(codes.Internal, "SendMsg after CloseSend, or a second message of a call that takes one")
@@ -283,7 +285,8 @@ func (s *clientStream) Trailer() metadata.MD {
 	return s.trailer
 }
 
-// RecvMsg receives the next message into m. It returns io.EOF at the end of a call whose status is OK, and the status otherwise.
+// RecvMsg receives the next message into m. It returns io.EOF at the end of a call whose status is OK, and the status
+// otherwise.
 func (s *clientStream) RecvMsg(m any) error {
 	s.reading <- struct{}{}
 	defer func() { <-s.reading }()
@@ -321,7 +324,8 @@ func (s *clientStream) RecvMsg(m any) error {
 	return nil
 }
 
-// next returns the next record that is a message, or nil at the end of the call, whose result is in ended. The reader runs it.
+// next returns the next record that is a message, or nil at the end of the call, whose result is in ended. The reader
+// runs it.
 func (s *clientStream) next() []byte {
 	for s.ended == nil {
 		if record := s.read(); record != nil {

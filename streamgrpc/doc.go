@@ -1,5 +1,6 @@
-// Package streamgrpc carries gRPC calls over streams. Generated stubs and service implementations run unchanged: a client gets a
-// [ClientConn] in place of a grpc.ClientConn, and services register with a [Server] in place of a grpc.Server.
+// Package streamgrpc carries gRPC calls over streams. Generated stubs and service implementations run unchanged: a
+// client gets a [ClientConn] in place of a grpc.ClientConn, and services register with a [Server] in place of a
+// grpc.Server.
 //
 //	conn := streamgrpc.NewClientConn(client)      // client is a *stream.Client
 //	greeter := pb.NewGreeterClient(conn)
@@ -13,25 +14,28 @@
 //
 // # As with gRPC
 //
-// All four kinds of calls; metadata, also of keys that end in -bin; headers and trailers; status with details; deadlines and
-// cancellation; interceptors and stats handlers of grpc at both ends; health and reflection, whose packages take the Server; codecs that
-// are registered with package encoding. Trailers and details have no limit but that of a record, MaxRecordSize of the peer.
+// All four kinds of calls; metadata, also of keys that end in -bin; headers and trailers; status with details;
+// deadlines and cancellation; interceptors and stats handlers of grpc at both ends; health and reflection, whose
+// packages take the Server; codecs that are registered with package encoding. Trailers and details have no limit but
+// that of a record, MaxRecordSize of the peer.
 //
-// These call options have their effect: Header, Trailer, Peer, OnFinish, WaitForReady, MaxCallRecvMsgSize, MaxCallSendMsgSize,
-// PerRPCCredentials, CallContentSubtype, ForceCodec and ForceCodecV2.
+// These call options have their effect: Header, Trailer, Peer, OnFinish, WaitForReady, MaxCallRecvMsgSize,
+// MaxCallSendMsgSize, PerRPCCredentials, CallContentSubtype, ForceCodec and ForceCodecV2.
 //
 // # Differences
 //
 //   - A service must be registered for its calls to reach the server, and is reachable from then on. There is no Serve.
-//   - A call has no connection of its own. The address of the peer is a subject, at both ends, and the peer has no AuthInfo. Metadata at the
-//     server have no :authority, user-agent and content-type. The options CallAuthority, StaticMethod and MaxRetryRPCBufferSize do
-//     nothing, and stats handlers get the events of calls but none of connections.
-//   - Credentials of calls travel as metadata. They are refused if they demand transport security, unless [WithTransportSecurity] says that
-//     the connections to NATS have it.
-//   - There is no compression. A call with [grpc.UseCompressor] fails with codes.Unimplemented, and [grpc.SetSendCompressor] fails at the
-//     server. A call with the deprecated option CallCustomCodec fails in the same way: use ForceCodec.
-//   - There are no service configs, so nothing is retried. WaitForReady repeats calls that reached no server until their context ends.
-//     [stream.Retryable] tells if a failed call surely did not run.
+//   - A call has no connection of its own. The address of the peer is a subject, at both ends, and the peer has no
+//     AuthInfo. Metadata at the server have no :authority, user-agent and content-type. The options CallAuthority,
+//     StaticMethod and MaxRetryRPCBufferSize do nothing, and stats handlers get the events of calls but none of
+//     connections.
+//   - Credentials of calls travel as metadata. They are refused if they demand transport security, unless
+//     [WithTransportSecurity] says that the connections to NATS have it.
+//   - There is no compression. A call with [grpc.UseCompressor] fails with codes.Unimplemented, and
+//     [grpc.SetSendCompressor] fails at the server. A call with the deprecated option CallCustomCodec fails in the same
+//     way: use ForceCodec.
+//   - There are no service configs, so nothing is retried. WaitForReady repeats calls that reached no server until
+//     their context ends. [stream.Retryable] tells if a failed call surely did not run.
 //   - The metadata of a client must fit into a NATS message: max_payload of the NATS server, 1 MiB by default.
 //
 // # Codes

@@ -16,7 +16,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// A deadline and a cancellation end both ends of each kind of call, though neither end sends or receives at that time, or both do.
+// A deadline and a cancellation end both ends of each kind of call, though neither end sends or receives at that time,
+// or both do.
 func TestContextsEndEachKindOfCall(t *testing.T) {
 	ended := make(chan error, 1)
 	wait := func(ctx context.Context) error {
@@ -104,8 +105,8 @@ func TestContextsEndEachKindOfCall(t *testing.T) {
 	}
 }
 
-// Stop, and Drain of the stream.Server, are the GracefulStop of a grpc.Server: running calls end with their results, and new ones go to
-// another member or fail with codes.Unavailable.
+// Stop, and Drain of the stream.Server, are the GracefulStop of a grpc.Server: running calls end with their results,
+// and new ones go to another member or fail with codes.Unavailable.
 func TestStopAndDrainAreGraceful(t *testing.T) {
 	running, release := make(chan struct{}, 2), make(chan struct{})
 	p, c := serveFunctions(t, &functions{

@@ -18,7 +18,8 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// cases are gRPC's interoperability cases that need neither TLS nor credentials of a cloud. Each ends the program if it fails.
+// cases are gRPC's interoperability cases that need neither TLS nor credentials of a cloud. Each ends the program if it
+// fails.
 var cases = []struct {
 	name string
 	run  func(ctx context.Context, c *ClientConn) error

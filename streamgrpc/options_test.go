@@ -107,8 +107,8 @@ func TestOptionsWithoutMeaning(t *testing.T) {
 	}
 }
 
-// Header and trailer reach the options and methods of each kind of call, also of one that fails, with any bytes in keys that end in
-// -bin.
+// Header and trailer reach the options and methods of each kind of call, also of one that fails, with any bytes in keys
+// that end in -bin.
 func TestHeadersAndTrailersOfEachKind(t *testing.T) {
 	sent := func(where string) metadata.MD {
 		return metadata.MD{"where": {where}, "some-bin": {"", "\x00\x01\xfe\xff", strings.Repeat("\n", 1000)}, "empty": {""}}

@@ -16,8 +16,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// serverStream is a call at its server. One goroutine may send and another may receive, as with gRPC. The one that sends also sets
-// the header and the trailer.
+// serverStream is a call at its server. One goroutine may send and another may receive, as with gRPC. The one that
+// sends also sets the header and the trailer.
 type serverStream struct {
 	server    *Server
 	writer    *stream.Writer

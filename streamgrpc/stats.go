@@ -11,7 +11,8 @@ import (
 	"google.golang.org/grpc/stats"
 )
 
-// This file reports the events of a call to the handlers of package stats, as grpc does. Without handlers it does nothing.
+// This file reports the events of a call to the handlers of package stats, as grpc does. Without handlers it does
+// nothing.
 
 // watched is a call as its handlers see it. The goroutines of the call use it, as grpc's handlers allow.
 type watched struct {

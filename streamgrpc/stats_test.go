@@ -184,7 +184,8 @@ func TestStatsHandlersGetTheEventsOfGRPC(t *testing.T) {
 	}
 }
 
-// Each call that began has an end: one that reached no server, one that nobody reads any longer, and one whose service panicked.
+// Each call that began has an end: one that reached no server, one that nobody reads any longer, and one whose service
+// panicked.
 func TestStatsHandlersGetTheEndOfEachCall(t *testing.T) {
 	client, server := newRecorder(), newRecorder()
 	p := run(t, WithStatsHandlers(client), WithPrefix("end"))

@@ -170,8 +170,8 @@ func parseStatus(b []byte) (trailer metadata.MD, status []byte, err error) {
 	return trailer, status, err
 }
 
-// fields calls f for each field of the encoded message b: with v for a number, and with data for bytes. Fields of other types are
-// skipped, as unknown fields are.
+// fields calls f for each field of the encoded message b: with v for a number, and with data for bytes. Fields of other
+// types are skipped, as unknown fields are.
 func fields(b []byte, f func(number protowire.Number, v uint64, data []byte) error) error {
 	for len(b) > 0 {
 		number, kind, n := protowire.ConsumeTag(b)
@@ -209,8 +209,8 @@ func validKey(k string) bool {
 	})
 }
 
-// checkMetadata returns an error for metadata that gRPC does not allow: keys with other characters, keys that gRPC reserves, and
-// values that are not printable ASCII, unless their key ends in -bin.
+// checkMetadata returns an error for metadata that gRPC does not allow: keys with other characters, keys that gRPC
+// reserves, and values that are not printable ASCII, unless their key ends in -bin.
 func checkMetadata(md metadata.MD) error {
 	for k, values := range md {
 		if !validKey(k) {

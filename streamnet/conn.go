@@ -62,8 +62,8 @@ type Conn struct {
 
 var _ net.Conn = (*Conn)(nil)
 
-// recordSize is the most bytes of a record. It is more than the buffers of io.Copy have, and fits into a packet. So a reader seldom
-// waits for a second packet of a record.
+// recordSize is the most bytes of a record. It is more than the buffers of io.Copy have, and fits into a packet. So a
+// reader seldom waits for a second packet of a record.
 const recordSize = 60 << 10
 
 // enter begins a call that uses the stream, unless Close was called. leave ends it.
@@ -79,8 +79,8 @@ func (c *Conn) enter() error {
 
 func (c *Conn) leave() { c.calls.Done() }
 
-// Read reads bytes of the other end. It returns [io.EOF] after all of them, when the other end has called Close or CloseWrite. Other
-// errors are of type [*net.OpError].
+// Read reads bytes of the other end. It returns [io.EOF] after all of them, when the other end has called Close or
+// CloseWrite. Other errors are of type [*net.OpError].
 func (c *Conn) Read(p []byte) (int, error) {
 	if err := c.enter(); err != nil {
 		return 0, c.failed("read", err)
@@ -157,7 +157,8 @@ func (c *Conn) LocalAddr() net.Addr { return c.local }
 // RemoteAddr returns the [Addr] of the other end.
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
 
-// SetDeadline sets the deadlines of reads and writes, as [net.Conn] defines it. The stream goes on after an error of a deadline.
+// SetDeadline sets the deadlines of reads and writes, as [net.Conn] defines it. The stream goes on after an error of a
+// deadline.
 func (c *Conn) SetDeadline(t time.Time) error {
 	return c.setDeadline(func() error { return errors.Join(c.r.SetReadDeadline(t), c.w.SetWriteDeadline(t)) })
 }
@@ -195,15 +196,15 @@ func (c *Conn) failed(op string, err error) error {
 	return &net.OpError{Op: op, Net: "nats", Source: c.local, Addr: c.remote, Err: err}
 }
 
-// closedUnwritten ends the stream of a dialing end that was closed and had written nothing. A handler would take CloseNormalClosure for
-// the end of a stream that lacks records.
+// closedUnwritten ends the stream of a dialing end that was closed and had written nothing. A handler would take
+// CloseNormalClosure for the end of a stream that lacks records.
 var closedUnwritten = &stream.CloseError{Code: 4998}
 
 // Dial connects to a listener on subject. It returns when a server has accepted the stream of the connection, which may
 // still wait for Accept there. ctx bounds Dial and not the connection. opts are those of [stream.Client.Open].
 //
-// Errors are of type [*net.OpError], and wrap those of Open: [github.com/nats-io/nats.go.ErrNoResponders] if nobody listens, and
-// errors for which [stream.Retryable] is true if no server has room.
+// Errors are of type [*net.OpError], and wrap those of Open: [github.com/nats-io/nats.go.ErrNoResponders] if nobody
+// listens, and errors for which [stream.Retryable] is true if no server has room.
 func Dial(ctx context.Context, client *stream.Client, subject string, opts ...stream.OpenOption) (*Conn, error) {
 	c := &Conn{remote: Addr{subject}}
 	whole, cancel := context.WithCancelCause(context.WithoutCancel(ctx))

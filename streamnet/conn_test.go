@@ -152,7 +152,8 @@ func TestConnectionsHaveOneGoroutine(t *testing.T) {
 	}
 }
 
-// All bytes arrive before the end, also those that were written just before Close, in either direction, at once and with half-close.
+// All bytes arrive before the end, also those that were written just before Close, in either direction, at once and
+// with half-close.
 func TestCloseSendsWhatWasWritten(t *testing.T) {
 	e := newEnds(t, streamtest.Run(t).URL())
 	l := e.listen(t, "bytes")
@@ -250,7 +251,8 @@ func TestDialReportsRefusals(t *testing.T) {
 	}
 }
 
-// Close of a listener ends Accept and the connections that wait, and no other one. An end that goes away is an error, not io.EOF.
+// Close of a listener ends Accept and the connections that wait, and no other one. An end that goes away is an error,
+// not io.EOF.
 func TestListenerEnds(t *testing.T) {
 	e := newEnds(t, streamtest.Run(t).URL())
 	l := e.listen(t, "svc")

@@ -1,5 +1,6 @@
-// Package streamnet carries connections over NATS: a [net.Conn] is a stream, and a [net.Listener] is a subject of a server. Programs
-// that speak over connections, such as net/http, gRPC or TLS, run over NATS without a change of their own.
+// Package streamnet carries connections over NATS: a [net.Conn] is a stream, and a [net.Listener] is a subject of a
+// server. Programs that speak over connections, such as net/http, gRPC or TLS, run over NATS without a change of their
+// own.
 //
 //	listener, err := streamnet.Listen(server, "web") // server is a *stream.Server
 //	go http.Serve(listener, handler)

@@ -18,8 +18,8 @@ type Listener struct {
 
 var _ net.Listener = (*Listener)(nil)
 
-// Listen serves subject with connections. Each takes one of MaxStreams of the server, from the time it arrives: a connection that
-// waits for Accept counts as well. Errors are those of [stream.Server.Handle].
+// Listen serves subject with connections. Each takes one of MaxStreams of the server, from the time it arrives: a
+// connection that waits for Accept counts as well. Errors are those of [stream.Server.Handle].
 func Listen(server *stream.Server, subject string) (*Listener, error) {
 	return ListenQueue(server, subject, "")
 }
@@ -69,8 +69,8 @@ func (l *Listener) Accept() (net.Conn, error) {
 	return nil, &net.OpError{Op: "accept", Net: "nats", Addr: l.addr, Err: net.ErrClosed}
 }
 
-// Close ends the listener. Connections that were accepted go on, and those that wait end. Close returns when NATS has confirmed
-// the end of the subscription, within 2 s. A second Close returns [net.ErrClosed].
+// Close ends the listener. Connections that were accepted go on, and those that wait end. Close returns when NATS has
+// confirmed the end of the subscription, within 2 s. A second Close returns [net.ErrClosed].
 func (l *Listener) Close() error {
 	err := error(&net.OpError{Op: "close", Net: "nats", Addr: l.addr, Err: net.ErrClosed})
 	l.once.Do(func() {

@@ -1,5 +1,6 @@
-// Package streamotel reports streams to OpenTelemetry: one span for each stream at each end, never one for a record, and metrics.
-// The context of the consumer's span travels in the headers of the request, so the span of the producer is its child.
+// Package streamotel reports streams to OpenTelemetry: one span for each stream at each end, never one for a record,
+// and metrics. The context of the consumer's span travels in the headers of the request, so the span of the producer is
+// its child.
 //
 //	client, err := stream.NewClient(stream.ClientParams{
 //		Conn:         nc,
@@ -28,11 +29,12 @@
 //
 //   - stream.client.duration, stream.server.duration: histogram of the lives of streams in seconds
 //   - stream.client.active, stream.server.active: how many streams are open
-//   - stream.client.records, stream.server.records: counter of records, with the attribute stream.direction, received or sent
+//   - stream.client.records, stream.server.records: counter of records, with the attribute stream.direction, received
+//     or sent
 //   - stream.client.bytes, stream.server.bytes: the same in bytes
 //
-// They have the attributes messaging.system, messaging.destination.name and error.type. A subject with a changing part makes as
-// many series as the part has values: shorten it by [WithSubject].
+// They have the attributes messaging.system, messaging.destination.name and error.type. A subject with a changing part
+// makes as many series as the part has values: shorten it by [WithSubject].
 package streamotel
 
 import (
@@ -77,7 +79,8 @@ func WithPropagator(p propagation.TextMapPropagator) Option {
 	return func(c *config) { c.propagator = p }
 }
 
-// WithSubject sets a function that returns the subject to report. Let it replace parts that change, such as the number of an order.
+// WithSubject sets a function that returns the subject to report. Let it replace parts that change, such as the number
+// of an order.
 func WithSubject(f func(subject string) string) Option { return func(c *config) { c.subject = f } }
 
 // observer reports the streams of one end.
@@ -183,8 +186,8 @@ func Client(opts ...Option) func(stream.OpenFunc) stream.OpenFunc {
 	}
 }
 
-// Server returns an interceptor for [stream.ServerParams] that reports the streams of handlers. A handler finds its span by
-// trace.SpanFromContext in the context of its request.
+// Server returns an interceptor for [stream.ServerParams] that reports the streams of handlers. A handler finds its
+// span by trace.SpanFromContext in the context of its request.
 func Server(opts ...Option) func(stream.Handler) stream.Handler {
 	o := newObserver("server", trace.SpanKindServer, opts)
 	return func(next stream.Handler) stream.Handler {

@@ -14,12 +14,13 @@
 //
 //   - stream_opened_total: streams that were opened
 //   - stream_open: streams that are open
-//   - stream_closed_total, with the label code: streams that have ended, 1000 for the normal end, and the close code otherwise. Other
-//     values are no_responders, deadline_exceeded, canceled, closed (the consumer left before the end), and error.
+//   - stream_closed_total, with the label code: streams that have ended, 1000 for the normal end, and the close code
+//     otherwise. Other values are no_responders, deadline_exceeded, canceled, closed (the consumer left before the
+//     end), and error.
 //   - stream_duration_seconds: histogram of the lives of streams
 //   - stream_first_record_seconds: histogram of the time until the first record
-//   - stream_received_bytes_total, stream_sent_bytes_total, stream_received_records_total, stream_sent_records_total: of streams that
-//     have ended
+//   - stream_received_bytes_total, stream_sent_bytes_total, stream_received_records_total, stream_sent_records_total:
+//     of streams that have ended
 //   - stream_retransmitted_packets_total
 //   - stream_reconnects_total: streams that went on after a reconnect of this end
 //
@@ -32,7 +33,8 @@
 //   - stream_endpoint_sent_packets_total, stream_endpoint_sent_packet_bytes_total, and the same for received
 //   - stream_endpoint_received_records_total
 //   - stream_endpoint_sent_envelopes_total, stream_endpoint_received_envelopes_total
-//   - stream_endpoint_resent_packets_total, stream_endpoint_unsent_control_total, stream_endpoint_unreported_errors_total
+//   - stream_endpoint_resent_packets_total, stream_endpoint_unsent_control_total,
+//     stream_endpoint_unreported_errors_total
 //   - stream_endpoint_dropped_total, with the label reason
 //
 // The folder grafana beside this package has a dashboard with all of these metrics.
@@ -65,10 +67,12 @@ const other = "other"
 // Option configures [New].
 type Option func(*Metrics)
 
-// WithSubject sets a function that returns the subject to report. Let it replace parts that change, such as the number of an order.
+// WithSubject sets a function that returns the subject to report. Let it replace parts that change, such as the number
+// of an order.
 func WithSubject(f func(subject string) string) Option { return func(m *Metrics) { m.subject = f } }
 
-// WithDurationBuckets sets the bounds of the histograms, in seconds: from 1 ms to 1,000 s, three for each power of ten, by default.
+// WithDurationBuckets sets the bounds of the histograms, in seconds: from 1 ms to 1,000 s, three for each power of ten,
+// by default.
 func WithDurationBuckets(seconds []float64) Option { return func(m *Metrics) { m.buckets = seconds } }
 
 // Metrics is a prometheus.Collector of streams. It is safe for use by many goroutines at once.

@@ -1,4 +1,5 @@
-// Package streamslog logs the opening, the end, retransmissions and reconnects of streams, with log/slog. It never logs a record.
+// Package streamslog logs the opening, the end, retransmissions and reconnects of streams, with log/slog. It never logs
+// a record.
 //
 //	logs := streamslog.New(slog.Default())
 //
@@ -58,11 +59,12 @@ const (
 // Option configures [New].
 type Option func(*logs)
 
-// WithSubject sets a function that returns the subject to log. Let it hide parts that must not be in a log, such as names of persons.
+// WithSubject sets a function that returns the subject to log. Let it hide parts that must not be in a log, such as
+// names of persons.
 func WithSubject(f func(subject string) string) Option { return func(l *logs) { l.subject = f } }
 
-// New returns hooks that log to logger, or to [slog.Default] if logger is nil. Any number of clients and servers may share them. To tell
-// these apart, give each hooks of its own, with a logger that has an attribute.
+// New returns hooks that log to logger, or to [slog.Default] if logger is nil. Any number of clients and servers may
+// share them. To tell these apart, give each hooks of its own, with a logger that has an attribute.
 func New(logger *slog.Logger, opts ...Option) stream.Hooks {
 	if logger == nil {
 		logger = slog.Default()

@@ -15,9 +15,10 @@ import (
 // childEnv in the environment makes a test binary run as a server instead of its tests.
 const childEnv = "STREAMTEST_SERVER"
 
-// A Process runs the test's own binary again, because that binary has the server linked and nothing has to be installed. The
-// binary must become a server before its main runs, or it would run the tests. So this is an init function, and test packages
-// need no TestMain. Packages that are initialised before this one run their init in the child too.
+// A Process runs the test's own binary again, because that binary has the server linked and nothing has to be
+// installed. The binary must become a server before its main runs, or it would run the tests. So this is an init
+// function, and test packages need no TestMain. Packages that are initialised before this one run their init in the
+// child too.
 func init() {
 	if os.Getenv(childEnv) == "" {
 		return
@@ -36,8 +37,8 @@ type order struct {
 	Fixed bool // Port overrides Steps
 }
 
-// A report is a line that the child writes to its standard output, after reportMark. The child reports an error before it
-// ends, the port when it accepts connections, and then an answer to each line of its input.
+// A report is a line that the child writes to its standard output, after reportMark. The child reports an error before
+// it ends, the port when it accepts connections, and then an answer to each line of its input.
 type report struct {
 	Error   string
 	Port    int
@@ -116,8 +117,8 @@ const (
 	lameDuckGrace    = 100 * time.Millisecond
 )
 
-// fatalLogger receives the error that ends a server, most likely that its port is taken. Without it, the parent would wait
-// for the server in vain.
+// fatalLogger receives the error that ends a server, most likely that its port is taken. Without it, the parent would
+// wait for the server in vain.
 type fatalLogger struct{}
 
 func (fatalLogger) Fatalf(format string, args ...any) {

@@ -9,8 +9,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Cluster is a NATS cluster of processes. Each node has a route to each other node. All routes pass through proxies, so that
-// their latency can be set. The methods of a Cluster may be called concurrently.
+// Cluster is a NATS cluster of processes. Each node has a route to each other node. All routes pass through proxies, so
+// that their latency can be set. The methods of a Cluster may be called concurrently.
 type Cluster struct {
 	nodes  []*Process
 	routes []*Proxy // one for each node; the other nodes connect to it through its proxy
@@ -74,8 +74,8 @@ func RunCluster(tb testing.TB, n int, opts ...Option) *Cluster {
 	return c
 }
 
-// Await returns when all running nodes are connected to each other, for example after a Restart. It returns an error after
-// 20 s, or after 1 s for a paused node.
+// Await returns when all running nodes are connected to each other, for example after a Restart. It returns an error
+// after 20 s, or after 1 s for a paused node.
 func (c *Cluster) Await() error {
 	for end := time.Now().Add(clusterTimeout); ; time.Sleep(5 * time.Millisecond) {
 		var missing string
@@ -110,8 +110,8 @@ func (c *Cluster) running() (running []*Process) {
 // Node returns node i, counted from 0.
 func (c *Cluster) Node(i int) *Process { return c.nodes[i] }
 
-// Route returns the proxy through which the other nodes connect to node i. The nodes decide which of two nodes connects to
-// the other. Cut and Reset break routes, which come back after about a second.
+// Route returns the proxy through which the other nodes connect to node i. The nodes decide which of two nodes connects
+// to the other. Cut and Reset break routes, which come back after about a second.
 func (c *Cluster) Route(i int) *Proxy { return c.routes[i] }
 
 // DelayRoutes sets the latency of all routes, one way. 20 ms is usual between regions that are not far apart. Zero, the
@@ -131,8 +131,8 @@ func (c *Cluster) URLs(first int) []string {
 	return urls
 }
 
-// Dial returns a new connection to node i, or to the next node that accepts one. Options and the duty to close are those of
-// [Server.Dial].
+// Dial returns a new connection to node i, or to the next node that accepts one. Options and the duty to close are
+// those of [Server.Dial].
 func (c *Cluster) Dial(i int, opts ...nats.Option) (*nats.Conn, error) {
 	return dial(strings.Join(c.URLs(i), ","), append([]nats.Option{nats.DontRandomize()}, opts...))
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// WithConfig reads text as a NATS configuration file, so that a test can use a documented configuration word for word. It
-// changes the options that text names, and adds accounts and users to the present ones. If text is no configuration,
+// WithConfig reads text as a NATS configuration file, so that a test can use a documented configuration word for word.
+// It changes the options that text names, and adds accounts and users to the present ones. If text is no configuration,
 // [Start] and [StartProcess] return an error. Outside of them, WithConfig panics instead.
 //
 //	srv := streamtest.Run(t, streamtest.WithConfig(`
@@ -27,12 +27,12 @@ func WithConfig(text string) Option {
 	}
 }
 
-// recorders holds a *recorder for each *server.Options to which options are being applied. An Option has no other argument,
-// and it cannot return an error.
+// recorders holds a *recorder for each *server.Options to which options are being applied. An Option has no other
+// argument, and it cannot return an error.
 var recorders sync.Map
 
-// A recorder takes values of WithConfig for which server.Options has no field: its error, and the text itself if the server
-// will run in another process. A parsed configuration could not be sent to that process.
+// A recorder takes values of WithConfig for which server.Options has no field: its error, and the text itself if the
+// server will run in another process. A parsed configuration could not be sent to that process.
 type recorder struct {
 	remote bool
 	texts  []string
@@ -70,8 +70,8 @@ type step struct {
 	Fields map[string]json.RawMessage `json:",omitempty"`
 }
 
-// record applies opts to o and returns the steps by which another process gets the same options. It fails if an option sets
-// an interface or a function, because these cannot be sent to that process.
+// record applies opts to o and returns the steps by which another process gets the same options. It fails if an option
+// sets an interface or a function, because these cannot be sent to that process.
 func record(o *server.Options, opts []Option) ([]step, error) {
 	r := &recorder{remote: true}
 	recorders.Store(o, r)

@@ -1,6 +1,6 @@
 // Package streamtest provides NATS servers for tests of streams, connections to them, and faults of the network between
-// them. The servers choose their own ports. They need no files and no installed binary. The package is a module of its own, so
-// that only tests that use it require the NATS server.
+// them. The servers choose their own ports. They need no files and no installed binary. The package is a module of its
+// own, so that only tests that use it require the NATS server.
 //
 //	func TestTail(t *testing.T) {
 //		srv := streamtest.Run(t)
@@ -8,13 +8,13 @@
 //		...
 //	}
 //
-// A server, cluster, proxy or interceptor that a function Run… starts ends with the test. The function Start… of the same
-// name is for programs.
+// A server, cluster, proxy or interceptor that a function Run… starts ends with the test. The function Start… of the
+// same name is for programs.
 //
 // # Servers
 //
-// [Run] starts a server in the test's process, in a few milliseconds. [RunProcess] starts one in a process of its own, which
-// can be killed, paused, shut down, and started again at the same address, also with other limits:
+// [Run] starts a server in the test's process, in a few milliseconds. [RunProcess] starts one in a process of its own,
+// which can be killed, paused, shut down, and started again at the same address, also with other limits:
 //
 //	srv := streamtest.RunProcess(t)
 //	nc := srv.Connect(t)
@@ -43,9 +43,9 @@
 //
 // # Messages
 //
-// [RunInterceptor] starts a proxy that parses the protocol of NATS clients, and applies rules to each message. A rule is
-// ready-made, such as [Drop], [Duplicate], [Reorder] and [Corrupt], or a function of the test. An interceptor can also forge
-// messages.
+// [RunInterceptor] starts a proxy that parses the protocol of NATS clients, and applies rules to each message. A rule
+// is ready-made, such as [Drop], [Duplicate], [Reorder] and [Corrupt], or a function of the test. An interceptor can
+// also forge messages.
 //
 //	rng := rand.New(rand.NewPCG(1, 2))
 //	i := streamtest.RunInterceptor(t, srv.URL(),

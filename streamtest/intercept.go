@@ -23,19 +23,19 @@ type Message struct {
 type Verdict struct {
 	Drop   bool // it does not arrive
 	Copies int  // additional copies, which arrive at once
-	// Hold is the number of messages of the same connection and direction that overtake this one. A held message is also
-	// released when no message passes for about 5 ms. Other parts of the protocol overtake it too, so a Flush of the client
-	// does not wait for it.
+	// Hold is the number of messages of the same connection and direction that overtake this one. A held message is
+	// also released when no message passes for about 5 ms. Other parts of the protocol overtake it too, so a Flush of
+	// the client does not wait for it.
 	Hold int
 }
 
-// A Rule decides about a message. It may change the message's Subject, Reply, Header and Data. The message and its bytes belong
-// to the rule until it returns: a rule that keeps bytes for longer must copy them. An [Interceptor] calls its rules one at a
-// time, for all its connections. A rule may call Inject, which sends before the current message.
+// A Rule decides about a message. It may change the message's Subject, Reply, Header and Data. The message and its
+// bytes belong to the rule until it returns: a rule that keeps bytes for longer must copy them. An [Interceptor] calls
+// its rules one at a time, for all its connections. A rule may call Inject, which sends before the current message.
 //
-// The ready-made rules take a probability p, from 0 to 1, and a random source. With the same seed they decide the same about
-// the same messages in the same order. Rules of one Interceptor may share a source. Rules of several Interceptors, and
-// goroutines, must not.
+// The ready-made rules take a probability p, from 0 to 1, and a random source. With the same seed they decide the same
+// about the same messages in the same order. Rules of one Interceptor may share a source. Rules of several
+// Interceptors, and goroutines, must not.
 type Rule func(m *Message) Verdict
 
 // Counts are the numbers of messages that an [Interceptor] has handled so far.
@@ -50,8 +50,8 @@ type Counts struct {
 // Interceptor is a proxy for NATS clients that lets rules decide about each message. All other bytes pass unchanged.
 // Its methods may be called concurrently.
 //
-// Give clients the option nats.IgnoreDiscoveredServers. Otherwise a server that announces its own address leads them around
-// the interceptor. TLS cannot pass.
+// Give clients the option nats.IgnoreDiscoveredServers. Otherwise a server that announces its own address leads them
+// around the interceptor. TLS cannot pass.
 type Interceptor struct {
 	relay
 
@@ -84,8 +84,8 @@ func RunInterceptor(tb testing.TB, target string, rules ...Rule) *Interceptor {
 	return i
 }
 
-// SetRules replaces the rules. They see each message in turn. If one drops it, the next ones do not see it. Their copies add up,
-// and the longest hold counts. When SetRules returns, no old rule runs, so a rule must not call it.
+// SetRules replaces the rules. They see each message in turn. If one drops it, the next ones do not see it. Their
+// copies add up, and the longest hold counts. When SetRules returns, no old rule runs, so a rule must not call it.
 func (i *Interceptor) SetRules(rules ...Rule) {
 	i.decide.Lock()
 	defer i.decide.Unlock()
@@ -99,9 +99,9 @@ func (i *Interceptor) Counts() Counts {
 	return i.counts
 }
 
-// Inject sends a forged message and returns the number of copies sent. No rule sees it. A message to the server is published
-// on connection m.Conn, or on the oldest one if that is 0. A message to clients is delivered to each subscription that
-// matches its subject, of connection m.Conn, or of all connections if that is 0.
+// Inject sends a forged message and returns the number of copies sent. No rule sees it. A message to the server is
+// published on connection m.Conn, or on the oldest one if that is 0. A message to clients is delivered to each
+// subscription that matches its subject, of connection m.Conn, or of all connections if that is 0.
 func (i *Interceptor) Inject(m Message) (copies int) {
 	for _, l := range i.all() {
 		if m.Conn != 0 && m.Conn != l.id {

@@ -85,8 +85,8 @@ func (t *tap) run(src net.Conn, i *Interceptor) error {
 	}
 }
 
-// parse reads a control line. It returns false if no message follows the line. It records the subscriptions that SUB and
-// UNSUB change. A size that is not a number is returned as -1.
+// parse reads a control line. It returns false if no message follows the line. It records the subscriptions that SUB
+// and UNSUB change. A size that is not a number is returned as -1.
 func (t *tap) parse(line []byte, m *Message) (header, total int, ok bool) {
 	var fields [6][]byte
 	f := fields[:0]

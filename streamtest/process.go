@@ -12,9 +12,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Process is a NATS server in a process of its own. It can be killed, stopped, paused, and started again at the same address.
-// In all other respects it is like a [Server]. It needs no binary except the test's own, and does not outlive the test. Its
-// methods may be called concurrently. Methods that change its state wait for each other.
+// Process is a NATS server in a process of its own. It can be killed, stopped, paused, and started again at the same
+// address. In all other respects it is like a [Server]. It needs no binary except the test's own, and does not outlive
+// the test. Its methods may be called concurrently. Methods that change its state wait for each other.
 type Process struct {
 	port int
 
@@ -24,7 +24,8 @@ type Process struct {
 	child *child // the last one started
 }
 
-// StartProcess starts a server and returns when it accepts connections. The caller ends it with [Process.Kill] or [Process.Stop].
+// StartProcess starts a server and returns when it accepts connections. The caller ends it with [Process.Kill] or
+// [Process.Stop].
 //
 // An option may set values that can be sent to another process, such as numbers, texts and users. It may set neither a
 // *tls.Config nor an interface: use [WithConfig] for these. Options are called in this process.
@@ -77,33 +78,34 @@ func (p *Process) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
 	return connect(tb, p.URL(), opts)
 }
 
-// Kill ends the server as a crash does, without notice to clients, and returns when the server has ended. It does nothing if
-// the server has ended before.
+// Kill ends the server as a crash does, without notice to clients, and returns when the server has ended. It does
+// nothing if the server has ended before.
 func (p *Process) Kill() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.child.kill()
 }
 
-// Stop shuts the server down and returns when it has ended. It resumes a paused server first, and kills a server that does not
-// end within ten seconds. It does nothing if the server has ended before.
+// Stop shuts the server down and returns when it has ended. It resumes a paused server first, and kills a server that
+// does not end within ten seconds. It does nothing if the server has ended before.
 func (p *Process) Stop() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.child.stop()
 }
 
-// LameDuck starts the lame duck mode of the server: it announces its end to clients, refuses new connections, closes the present
-// ones after 100 ms, spread over a second, and ends. LameDuck returns at once; [Process.Wait] returns when the server has ended.
-// It returns an error if no server runs, and errors.ErrUnsupported on systems without such signals.
+// LameDuck starts the lame duck mode of the server: it announces its end to clients, refuses new connections, closes
+// the present ones after 100 ms, spread over a second, and ends. LameDuck returns at once; [Process.Wait] returns when
+// the server has ended. It returns an error if no server runs, and errors.ErrUnsupported on systems without such
+// signals.
 func (p *Process) LameDuck() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.child.lameDuck()
 }
 
-// Pause stops the server from running until [Process.Resume]. Its connections stay open and nothing is read from them. On Linux
-// nothing runs when Pause returns, and elsewhere very soon after. Errors are those of LameDuck.
+// Pause stops the server from running until [Process.Resume]. Its connections stay open and nothing is read from them.
+// On Linux nothing runs when Pause returns, and elsewhere very soon after. Errors are those of LameDuck.
 func (p *Process) Pause() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -125,8 +127,8 @@ func (p *Process) Wait() {
 	<-c.done
 }
 
-// Restart starts the server again at the same address and returns when it accepts connections. It applies opts after the
-// earlier options. It stops a running server first. After an error no server runs, and Restart can be tried again.
+// Restart starts the server again at the same address and returns when it accepts connections. It applies opts after
+// the earlier options. It stops a running server first. After an error no server runs, and Restart can be tried again.
 func (p *Process) Restart(opts ...Option) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -145,8 +147,8 @@ func (p *Process) Restart(opts ...Option) error {
 	return nil
 }
 
-// SlowConsumers returns how many connections the server has closed since its last start because they did not read fast enough.
-// It returns an error if the server does not answer within a second.
+// SlowConsumers returns how many connections the server has closed since its last start because they did not read fast
+// enough. It returns an error if the server does not answer within a second.
 func (p *Process) SlowConsumers() (int64, error) {
 	r, err := p.ask()
 	return r.Slow, err
@@ -169,8 +171,8 @@ func (p *Process) ask() (report, error) {
 	return p.child.ask()
 }
 
-// freePort returns a free port of 127.0.0.1. It is below the ports that systems give to outgoing connections. Otherwise such a
-// connection could take it while the server is down.
+// freePort returns a free port of 127.0.0.1. It is below the ports that systems give to outgoing connections. Otherwise
+// such a connection could take it while the server is down.
 func freePort() (int, error) {
 	var err error
 	for range 100 {

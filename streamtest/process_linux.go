@@ -11,8 +11,8 @@ import (
 // but not while it is paused.
 func startTied(cmd *exec.Cmd) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	// The kernel kills it at the end of the thread that started it. A goroutine that is locked to its thread ends the thread
-	// with itself, and the caller's goroutine may be locked.
+	// The kernel kills it at the end of the thread that started it. A goroutine that is locked to its thread ends the
+	// thread with itself, and the caller's goroutine may be locked.
 	started := make(chan error)
 	go func() { started <- cmd.Start() }()
 	return <-started

@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-// Proxy is a TCP proxy that imitates the faults of networks. It does not parse the bytes. By default it passes all bytes at
-// once. A setting holds for all present and later connections. Its methods may be called concurrently.
+// Proxy is a TCP proxy that imitates the faults of networks. It does not parse the bytes. By default it passes all
+// bytes at once. A setting holds for all present and later connections. Its methods may be called concurrently.
 //
-// Give clients the option nats.IgnoreDiscoveredServers. Otherwise a server that announces its own address leads them around
-// the proxy.
+// Give clients the option nats.IgnoreDiscoveredServers. Otherwise a server that announces its own address leads them
+// around the proxy.
 type Proxy struct {
 	relay
 	faults atomic.Pointer[faults]
@@ -27,8 +27,8 @@ type faults struct {
 	changed chan struct{} // closed when this has been replaced
 }
 
-// StartProxy starts a proxy to target, which is host:port or a NATS URL. It listens on a free port of 127.0.0.1. The caller
-// ends it with Close. It is no error if nothing listens at target: connections are reset then.
+// StartProxy starts a proxy to target, which is host:port or a NATS URL. It listens on a free port of 127.0.0.1. The
+// caller ends it with Close. It is no error if nothing listens at target: connections are reset then.
 func StartProxy(target string) (*Proxy, error) {
 	p := &Proxy{}
 	p.faults.Store(&faults{changed: make(chan struct{})})
@@ -49,14 +49,16 @@ func RunProxy(tb testing.TB, target string) *Proxy {
 	return p
 }
 
-// Cut closes all connections in the orderly way. The proxy drops the bytes that it holds. New connections can be made at once.
+// Cut closes all connections in the orderly way. The proxy drops the bytes that it holds. New connections can be made
+// at once.
 func (p *Proxy) Cut() {
 	for _, l := range p.all() {
 		l.cut()
 	}
 }
 
-// Reset closes all connections with a TCP reset. The proxy drops the bytes that it holds. New connections can be made at once.
+// Reset closes all connections with a TCP reset. The proxy drops the bytes that it holds. New connections can be made
+// at once.
 func (p *Proxy) Reset() {
 	for _, l := range p.all() {
 		l.reset()
@@ -66,8 +68,9 @@ func (p *Proxy) Reset() {
 // Refuse sets whether new connections are reset as soon as they are made. Existing connections remain.
 func (p *Proxy) Refuse(refuse bool) { p.refuse.Store(refuse) }
 
-// BlackHole stops the given direction until [Proxy.Heal]. Connections remain open, and new ones can be made. Sent bytes are held
-// until the system's buffers are full. Then the sender's writes block. Neither bytes nor the end of a connection get through.
+// BlackHole stops the given direction until [Proxy.Heal]. Connections remain open, and new ones can be made. Sent bytes
+// are held until the system's buffers are full. Then the sender's writes block. Neither bytes nor the end of a
+// connection get through.
 func (p *Proxy) BlackHole(dir Direction) {
 	p.change(dir, func(f *faults, d Direction) { f.hole[d] = true })
 }
@@ -77,14 +80,14 @@ func (p *Proxy) Heal() {
 	p.change(Both, func(f *faults, d Direction) { f.hole[d] = false })
 }
 
-// Delay makes every byte of the given direction arrive d later. It does not limit throughput up to about 32 MiB on the way.
-// Zero, the default, is no delay. The new delay also holds for bytes on the way, which stay in order.
+// Delay makes every byte of the given direction arrive d later. It does not limit throughput up to about 32 MiB on the
+// way. Zero, the default, is no delay. The new delay also holds for bytes on the way, which stay in order.
 func (p *Proxy) Delay(dir Direction, d time.Duration) {
 	p.change(dir, func(f *faults, dir Direction) { f.delay[dir] = d })
 }
 
-// Throttle lets at most bytesPerSecond of each connection through in the given direction. Zero, the default, or less is no
-// limit.
+// Throttle lets at most bytesPerSecond of each connection through in the given direction. Zero, the default, or less is
+// no limit.
 func (p *Proxy) Throttle(dir Direction, bytesPerSecond int) {
 	p.change(dir, func(f *faults, d Direction) { f.rate[d] = max(0, bytesPerSecond) })
 }
@@ -201,8 +204,8 @@ func (p *Proxy) write(l *link, dir Direction, q <-chan chunk) {
 	}
 }
 
-// pass waits until bytes that were read at the given time may pass. It returns false if the link ends before. The zero time
-// stands for bytes that were not read yet.
+// pass waits until bytes that were read at the given time may pass. It returns false if the link ends before. The zero
+// time stands for bytes that were not read yet.
 func (p *Proxy) pass(l *link, dir Direction, at time.Time) bool {
 	for {
 		f := p.faults.Load()

@@ -133,7 +133,8 @@ func (r *relay) Addr() string { return r.ln.Addr().String() }
 // URL returns the address for clients, for nats.Connect.
 func (r *relay) URL() string { return "nats://" + r.Addr() }
 
-// Close resets all connections, accepts no more, and returns when all goroutines have ended. A second call does nothing.
+// Close resets all connections, accepts no more, and returns when all goroutines have ended. A second call does
+// nothing.
 func (r *relay) Close() {
 	_ = r.ln.Close()
 	r.cancel()

@@ -12,8 +12,8 @@ import (
 	"github.com/natsstream/stream/fastconn"
 )
 
-// readyTimeout is how long Start waits for the server to accept connections. A start takes milliseconds; the limit is for an
-// overloaded machine.
+// readyTimeout is how long Start waits for the server to accept connections. A start takes milliseconds; the limit is
+// for an overloaded machine.
 const readyTimeout = 10 * time.Second
 
 // An Option changes a server before it starts, in this process or in one of its own.
@@ -24,8 +24,8 @@ func WithMaxPayload(bytes int32) Option {
 	return func(o *server.Options) { o.MaxPayload = bytes }
 }
 
-// WithOptions lets tweak change any option of the server, after this package has set its defaults. [Start] and [Run] apply their
-// options in order.
+// WithOptions lets tweak change any option of the server, after this package has set its defaults. [Start] and [Run]
+// apply their options in order.
 func WithOptions(tweak func(*server.Options)) Option {
 	return tweak
 }
@@ -71,14 +71,14 @@ func (s *Server) URL() string {
 	return s.raw.ClientURL()
 }
 
-// Dial returns a new connection to the server. The connection tries to reconnect every 50 ms, without end, because NATS's
-// default of two seconds is long for tests. The given options override this. The caller closes the connection.
+// Dial returns a new connection to the server. The connection tries to reconnect every 50 ms, without end, because
+// NATS's default of two seconds is long for tests. The given options override this. The caller closes the connection.
 func (s *Server) Dial(opts ...nats.Option) (*nats.Conn, error) {
 	return dial(s.URL(), opts)
 }
 
-// connections is the environment variable that selects the kind of connections. If it is fast, all have the option of package fastconn,
-// so that tests can run over both kinds.
+// connections is the environment variable that selects the kind of connections. If it is fast, all have the option of
+// package fastconn, so that tests can run over both kinds.
 const connections = "STREAMTEST_CONNECTIONS"
 
 func dial(urls string, opts []nats.Option) (*nats.Conn, error) {
@@ -94,8 +94,8 @@ func dial(urls string, opts []nats.Option) (*nats.Conn, error) {
 	return nc, nil
 }
 
-// Connect is [Server.Dial] for a test: the connection is closed at its end, before a server of [Run] ends. If it cannot be made,
-// the test fails at once.
+// Connect is [Server.Dial] for a test: the connection is closed at its end, before a server of [Run] ends. If it cannot
+// be made, the test fails at once.
 func (s *Server) Connect(tb testing.TB, opts ...nats.Option) *nats.Conn {
 	tb.Helper()
 	return connect(tb, s.URL(), opts)

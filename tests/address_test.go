@@ -12,8 +12,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// A peer says by the reply subjects of its packets where it receives. It may move, and then proves that it receives at the new
-// subject before anything but a challenge goes there.
+// A peer says by the reply subjects of its packets where it receives. It may move, and then proves that it receives at
+// the new subject before anything but a challenge goes there.
 
 // rawPeer is an end of a stream that the test plays: the bytes that a library's end sends to it, and where to answer.
 type rawPeer struct {
@@ -101,7 +101,8 @@ func serveChatter(t *testing.T, p *pair, params stream.ServerParams) *service {
 	return s
 }
 
-// victims are given to library ends by peers that acknowledge without end. Each gets a few challenges and no other message.
+// victims are given to library ends by peers that acknowledge without end. Each gets a few challenges and no other
+// message.
 func TestPeerCannotRedirectItsStream(t *testing.T) {
 	const packets = 2000
 	flood := func(t *testing.T, r *rawPeer, acked func() uint32) {
@@ -203,8 +204,9 @@ func TestRequestCannotDirectAStreamElsewhere(t *testing.T) {
 	}
 }
 
-// A producer names the subject at which it receives. The consumer sends few bytes there until the owner of the subject has answered
-// a challenge. More credit and repeated questions of the producer do not change that. After the answer everything is sent.
+// A producer names the subject at which it receives. The consumer sends few bytes there until the owner of the subject
+// has answered a challenge. More credit and repeated questions of the producer do not change that. After the answer
+// everything is sent.
 func TestProducerCannotDirectAnUploadElsewhere(t *testing.T) {
 	const first, packet = 64 << 10, 16 + 8 + 10_000
 	p := newPair(t)
@@ -413,10 +415,11 @@ func TestHeadersOfPacketsAreIgnored(t *testing.T) {
 	wantEOF(t, s)
 }
 
-// A stream across accounts whose mapped subjects are gone is asked for by the subject of its request. Here the test plays one
-// end, with subjects that look as if a NATS server had mapped them.
+// A stream across accounts whose mapped subjects are gone is asked for by the subject of its request. Here the test
+// plays one end, with subjects that look as if a NATS server had mapped them.
 
-// mapped returns a subject that looks mapped: it ends with no token. NATS does not let a client use _R_ in a reply subject.
+// mapped returns a subject that looks mapped: it ends with no token. NATS does not let a client use _R_ in a reply
+// subject.
 func mapped(name string) string { return "_M_." + name + "." + nats.NewInbox()[len("_INBOX."):] }
 
 // crossedConsumer opens a stream on "svc" by hand, with a mapped reply subject, and returns the name that the producer

@@ -266,8 +266,8 @@ func TestServerRestartNeverFeignsCompleteness(t *testing.T) {
 	}
 }
 
-// With default parameters, handlers of a consumer whose process is gone notice that soon, also those that only read: NATS
-// says that nobody receives the question, and one question asks for all.
+// With default parameters, handlers of a consumer whose process is gone notice that soon, also those that only read:
+// NATS says that nobody receives the question, and one question asks for all.
 func TestKilledConsumerIsNoticedSoon(t *testing.T) {
 	p := newPair(t)
 	s := newService(t, p, stream.ServerParams{})

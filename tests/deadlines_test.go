@@ -88,8 +88,8 @@ func recvTimed(r *rand.Rand, recv func() ([]byte, error), ready func() bool, set
 	}
 }
 
-// Deadlines that pass at any moment lose no record and repeat none, of any size, in both directions, with little memory, and while
-// another goroutine changes them.
+// Deadlines that pass at any moment lose no record and repeat none, of any size, in both directions, with little
+// memory, and while another goroutine changes them.
 func TestDeadlinesLoseNoRecord(t *testing.T) {
 	records, most := scaled(100), singleLimit/2
 	p := newPair(t, pairOptions{consumer: stream.ClientParams{MaxBuffered: 2 << 20, MaxRecordSize: 1 << 20}})
@@ -124,8 +124,8 @@ func TestDeadlinesLoseNoRecord(t *testing.T) {
 	})
 }
 
-// Setting deadlines of both directions from several goroutines, while others read, write, look ahead and close, is no race and leaves
-// nothing.
+// Setting deadlines of both directions from several goroutines, while others read, write, look ahead and close, is no
+// race and leaves nothing.
 func TestDeadlinesMayBeSetAtAnyTime(t *testing.T) {
 	p, _ := newServed(t, stream.ServerParams{}, echo)
 	inParallel(t, 4, func(i int, r *rand.Rand) {

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// usersModules are all modules in the build list of a program that imports packages stream, fastconn and typed. A change here is a
-// change for every user. docs/DESIGN.md says why each is here.
+// usersModules are all modules in the build list of a program that imports packages stream, fastconn and typed. A
+// change here is a change for every user. docs/DESIGN.md says why each is here.
 var usersModules = []string{
 	"example.org/user",
 	"github.com/natsstream/stream",

@@ -360,8 +360,8 @@ func TestHandlerErrorIsNeverANormalEnd(t *testing.T) {
 	}
 }
 
-// A relay that returns the error of the stream it reads from, or writes to, does not end its own stream normally, whatever
-// the handler of the other stream did.
+// A relay that returns the error of the stream it reads from, or writes to, does not end its own stream normally,
+// whatever the handler of the other stream did.
 func TestRelayOfAFailedStreamFails(t *testing.T) {
 	p := newPair(t)
 	s := newService(t, p, stream.ServerParams{})
@@ -638,8 +638,8 @@ func TestHandlerThatClosesAndFailsIsReported(t *testing.T) {
 	}
 }
 
-// An honest Close of a handler reaches the consumer while the handler goes on, in any way it does so. The handler's error
-// after that is logged and counted.
+// An honest Close of a handler reaches the consumer while the handler goes on, in any way it does so. The handler's
+// error after that is logged and counted.
 func TestCloseOfAHandlerThatGoesOnArrives(t *testing.T) {
 	goesOn := map[string]func(w *stream.Writer, r *stream.Request, over chan struct{}){
 		"reads": func(_ *stream.Writer, r *stream.Request, _ chan struct{}) { _, _ = r.Recv() },
@@ -721,8 +721,8 @@ func TestHandlerThatClosesAndReturnsNilIsNoFailure(t *testing.T) {
 	}
 }
 
-// A consumer that only writes hears soon that its handler has returned, long before AckTimeout, whether the handler read some
-// records, none, or sent some.
+// A consumer that only writes hears soon that its handler has returned, long before AckTimeout, whether the handler
+// read some records, none, or sent some.
 func TestUploadHearsAtOnceThatItsHandlerReturned(t *testing.T) {
 	const ack = 20 * time.Second
 	p := newPair(t, pairOptions{consumer: stream.ClientParams{AckTimeout: ack}})
@@ -937,8 +937,8 @@ func TestWriteAndCloseSendWaitForTheProducer(t *testing.T) {
 	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
 }
 
-// A handler may close its direction first and go on reading, whether its consumer wrote before it read io.EOF, writes its
-// first record afterwards, or has nothing to say.
+// A handler may close its direction first and go on reading, whether its consumer wrote before it read io.EOF, writes
+// its first record afterwards, or has nothing to say.
 func TestHandlerMayCloseFirstAndReadOn(t *testing.T) {
 	p := newPair(t)
 	s := newService(t, p, stream.ServerParams{})
@@ -1030,7 +1030,8 @@ func TestHandlerMayCloseFirstAndReadOn(t *testing.T) {
 	}
 }
 
-// A handler that is still at work when both directions have ended normally is not stopped: its context ends when it returns.
+// A handler that is still at work when both directions have ended normally is not stopped: its context ends when it
+// returns.
 func TestHandlerAtWorkAfterTheEndIsNotStopped(t *testing.T) {
 	p := newPair(t)
 	s := newService(t, p, stream.ServerParams{KeepAlive: 100 * time.Millisecond, ResumeTimeout: 100 * time.Millisecond})

@@ -20,7 +20,8 @@ import (
 // connections are the kinds of connection that carry envelopes.
 var connections = map[string][]nats.Option{"ordinary connection": nil, "fast connection": {fastconn.Enable()}}
 
-// crowd is a number of streams of one client to one server, which the test writes to one record at a time, at both ends.
+// crowd is a number of streams of one client to one server, which the test writes to one record at a time, at both
+// ends.
 type crowd struct {
 	client  *stream.Client
 	server  *service
@@ -64,7 +65,8 @@ func newCrowd(t testing.TB, p *pair, n int, client, server []nats.Option) *crowd
 	return c
 }
 
-// rounds sends records on all streams in both directions, one on each and then the next on each, and checks what arrives.
+// rounds sends records on all streams in both directions, one on each and then the next on each, and checks what
+// arrives.
 func (c *crowd) rounds(t testing.TB, n int) {
 	t.Helper()
 	waitFor(t, "records of many streams", func() {
@@ -135,8 +137,8 @@ func TestSlowStreamsShareMessages(t *testing.T) {
 	}
 }
 
-// Streams of several responders to one request share messages as well, if the responders have one endpoint, although the packets of all
-// of them come to the token of the request at first.
+// Streams of several responders to one request share messages as well, if the responders have one endpoint, although
+// the packets of all of them come to the token of the request at first.
 func TestRespondersOfOneEndShareMessages(t *testing.T) {
 	const streams, rounds = 20, 50
 	p := newPair(t)
@@ -218,7 +220,8 @@ func exchangeOne(t testing.TB, c *crowd, i, k int) {
 	}
 }
 
-// A peer that does not say that it receives envelopes gets none. This one is of an earlier version: it skips the statement.
+// A peer that does not say that it receives envelopes gets none. This one is of an earlier version: it skips the
+// statement.
 func TestPeersThatDoNotKnowEnvelopesGetNone(t *testing.T) {
 	const streams, rounds = 40, 10
 	p := newPair(t)
@@ -282,8 +285,8 @@ func TestPeersThatDoNotKnowEnvelopesGetNone(t *testing.T) {
 	}
 }
 
-// Envelopes need no permission beyond those of docs/PROTOCOL.md section 15. Ends that may only answer, and streams across accounts,
-// send each packet alone.
+// Envelopes need no permission beyond those of docs/PROTOCOL.md section 15. Ends that may only answer, and streams
+// across accounts, send each packet alone.
 func TestEnvelopesNeedNoFurtherPermission(t *testing.T) {
 	for _, c := range []struct {
 		recipe    string

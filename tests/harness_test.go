@@ -30,11 +30,12 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// patience is how long a test waits for something that must happen. It takes milliseconds; the limit is for a machine that is
-// out of breath.
+// patience is how long a test waits for something that must happen. It takes milliseconds; the limit is for a machine
+// that is out of breath.
 const patience = 30 * time.Second
 
-// pairOptions change the pair that newPair makes. The zero value is a default server, two connections and two default clients.
+// pairOptions change the pair that newPair makes. The zero value is a default server, two connections and two default
+// clients.
 type pairOptions struct {
 	server             []streamtest.Option
 	producer, consumer stream.ClientParams // newPair sets Conn
@@ -161,8 +162,8 @@ func checkLeaks(t testing.TB) {
 // atOnce has the names of the tests with a concurrent group of subtests.
 var atOnce sync.Map
 
-// concurrent is a group of subtests that run at the same time, four at most: NATS gives a connection two seconds to begin. It
-// is for subtests that wait longer than they compute.
+// concurrent is a group of subtests that run at the same time, four at most: NATS gives a connection two seconds to
+// begin. It is for subtests that wait longer than they compute.
 type concurrent struct {
 	t     *testing.T
 	tests sync.WaitGroup
@@ -516,8 +517,8 @@ func soakRounds() int {
 	return 20_000
 }
 
-// liveHeap returns the bytes of all live objects, except receive buffers, which have a bound of their own. A pool keeps what it has over
-// one collection.
+// liveHeap returns the bytes of all live objects, except receive buffers, which have a bound of their own. A pool keeps
+// what it has over one collection.
 func liveHeap() int64 {
 	for range 3 {
 		runtime.GC()
@@ -565,16 +566,17 @@ func verifyFootprint(t *testing.T, p *pair, n int, f func(n int)) {
 		(took / time.Duration(n)).Round(100*time.Nanosecond), heap, heapAfter, runtime.NumGoroutine())
 }
 
-// fillEnded makes p's ends remember as many ended streams as they have room for. The memory for these grows while streams end, and a
-// test that compares heaps would take that growth for a leak.
+// fillEnded makes p's ends remember as many ended streams as they have room for. The memory for these grows while
+// streams end, and a test that compares heaps would take that growth for a leak.
 func fillEnded(t *testing.T, p *pair) {
 	t.Helper()
 	serve(t, p, "ended", func(w *stream.Writer, _ *nats.Msg) { closeWriter(t, w) })
 	endMany(t, p.consumer, "ended")
 }
 
-// endMany opens streams on subject, reads them to their normal end, and so fills the memory for ended streams at both ends. That
-// memory doubles when it is full, up to 16,384 streams. Under the race detector heaps are not compared, and endMany does nothing.
+// endMany opens streams on subject, reads them to their normal end, and so fills the memory for ended streams at both
+// ends. That memory doubles when it is full, up to 16,384 streams. Under the race detector heaps are not compared, and
+// endMany does nothing.
 func endMany(t *testing.T, c *stream.Client, subject string) {
 	t.Helper()
 	if race.Enabled {
@@ -882,7 +884,8 @@ func refusedWith(t testing.TB, p *pair, subject string) (err error) {
 
 func nothing(*stream.Writer, *stream.Request) error { return nil }
 
-// newService makes a server for a test. At the end of the test, where it passed, no stream and no reserved byte may be left.
+// newService makes a server for a test. At the end of the test, where it passed, no stream and no reserved byte may be
+// left.
 func newService(t testing.TB, p *pair, params stream.ServerParams, opts ...nats.Option) *service {
 	t.Helper()
 	nc, err := p.server.Dial(opts...)
@@ -1032,8 +1035,8 @@ func encoded(codec stream.Codec, v any) []byte {
 	return b
 }
 
-// TestMain fails the run if a goroutine is left after all tests, and stops it at a transition that the table of lifecycles
-// lacks. checkLeaks looks for goroutines after each test.
+// TestMain fails the run if a goroutine is left after all tests, and stops it at a transition that the table of
+// lifecycles lacks. checkLeaks looks for goroutines after each test.
 func TestMain(m *testing.M) {
 	lifecycle.Strict = true
 	goleak.VerifyTestMain(m)

@@ -49,8 +49,8 @@ func only(all, some string) []string {
 
 type key struct{}
 
-// The first interceptor is outermost, at both ends. An interceptor of a server passes values through the context of the request, and one
-// of a client sets headers, also for OpenStream.
+// The first interceptor is outermost, at both ends. An interceptor of a server passes values through the context of the
+// request, and one of a client sets headers, also for OpenStream.
 func TestInterceptorsSurroundInOrder(t *testing.T) {
 	var did trace
 	around := func(name string) func(stream.Handler) stream.Handler {

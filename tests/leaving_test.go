@@ -165,8 +165,8 @@ func TestLeavingEndsTheHandlersContext(t *testing.T) {
 	eventually(t, "the server holds nothing", func() bool { s := s.Stats(); return s.Streams == 0 && s.Reserved == 0 })
 }
 
-// A consumer that has read everything and sent nothing may leave in any way: a handler that closed first and reads on sees
-// the end of its records, not an error.
+// A consumer that has read everything and sent nothing may leave in any way: a handler that closed first and reads on
+// sees the end of its records, not an error.
 func TestLeavingAfterTheEndIsNoError(t *testing.T) {
 	p := newPair(t)
 	s := newService(t, p, stream.ServerParams{})
@@ -490,7 +490,8 @@ func (c *leavingContext) Err() error {
 	return c.Context.Err()
 }
 
-// A read may find the end of its context when the consumer has just left in another goroutine. The consumer has left then.
+// A read may find the end of its context when the consumer has just left in another goroutine. The consumer has left
+// then.
 func TestReadsFailIfTheContextEndsAfterLeaving(t *testing.T) {
 	reads := map[string]func(*stream.Stream) error{
 		"Read":       func(s *stream.Stream) error { return errOf(s.Read(make([]byte, 1))) },
@@ -983,8 +984,8 @@ func TestSoakOfCanceledContextsLeavesNothing(t *testing.T) {
 	}
 }
 
-// Who opens and cancels in a loop never waits for anything but what the context's end makes run, in goroutines: they do not
-// pile up.
+// Who opens and cancels in a loop never waits for anything but what the context's end makes run, in goroutines: they do
+// not pile up.
 func TestCanceledOpensDoNotPileUp(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -1006,8 +1007,8 @@ func TestCanceledOpensDoNotPileUp(t *testing.T) {
 			if err := p.producer.Conn.Flush(); err != nil {
 				t.Fatal(err)
 			}
-			// While the collector frees the stacks of goroutines that have ended, NumGoroutine counts these as well: 100,000
-			// after a test that had so many.
+			// While the collector frees the stacks of goroutines that have ended, NumGoroutine counts these as well:
+			// 100,000 after a test that had so many.
 			runtime.GC()
 			defer debug.SetGCPercent(debug.SetGCPercent(-1))
 			before, most := runtime.NumGoroutine(), atomic.Int64{}

@@ -166,8 +166,8 @@ func TestSlowReaderHoldsBackItsProducer(t *testing.T) {
 				}
 			}
 			wantEOF(t, s)
-			// A packet is consumed when the read after its last record begins, so the records that were read and not consumed
-			// counts as lead too: the bound is exact.
+			// A packet is consumed when the read after its last record begins, so the records that were read and not
+			// consumed counts as lead too: the bound is exact.
 			limit := int64(window+fullPacket) / (size + stream.FrameHeaderSize)
 			t.Logf("largest lead %d records, limit %d", lead.Load(), limit)
 			if lead.Load() > limit {
@@ -681,8 +681,8 @@ func TestIdleStreamTakesLittleMemory(t *testing.T) {
 			defer cancel()
 			streams := make([]*stream.Stream, 0, n)
 			heap, goroutines := heapInUse(), runtime.NumGoroutine()
-			// What the producer and the NATS server in this process allocate for each request lies between what stays. How
-			// much of that is free at the end depends on when the collector ran, so it runs often.
+			// What the producer and the NATS server in this process allocate for each request lies between what stays.
+			// How much of that is free at the end depends on when the collector ran, so it runs often.
 			defer debug.SetGCPercent(debug.SetGCPercent(10))
 			for range n {
 				s, err := p.consumer.Open(ctx, subject, nil)

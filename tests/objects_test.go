@@ -155,8 +155,8 @@ func (f fails) EncodeMsgpack(*msgpack.Encoder) error      { return f.err }
 func (f *fails) UnmarshalJSON([]byte) error               { return f.err }
 func (f *fails) DecodeMsgpack(dec *msgpack.Decoder) error { _ = dec.Skip(); return f.err }
 
-// A method of an object that fails does not look like the end of the stream, whatever error it returns. Its error is found
-// all the same.
+// A method of an object that fails does not look like the end of the stream, whatever error it returns. Its error is
+// found all the same.
 func TestErrorsOfObjectsAreNoEnds(t *testing.T) {
 	ends := []error{
 		io.EOF, stream.ErrClosed, stream.ErrClientClosed, stream.ErrServerClosed, stream.ErrConcurrentRecv, stream.ErrOneWay,

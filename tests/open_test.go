@@ -524,9 +524,9 @@ func TestFirstOfTwoRespondersIsHeardAlone(t *testing.T) {
 	}
 }
 
-// A stream has one producer. Its packets carry a sender number of 47 random bits, and its first packet and its questions name a
-// control subject that no other producer has. Packets of two producers never become one stream, not even if both have drawn
-// the same number.
+// A stream has one producer. Its packets carry a sender number of 47 random bits, and its first packet and its
+// questions name a control subject that no other producer has. Packets of two producers never become one stream, not
+// even if both have drawn the same number.
 
 // controlSubject returns a producer's control subject whose token has the given id.
 func controlSubject(id uint64) string {
@@ -885,8 +885,8 @@ func TestManyStreamsAtOnceArrive(t *testing.T) {
 	waitFor(t, "all streams", wg.Wait)
 }
 
-// A stream that is opened, carries one record and ends allocates little beside what NATS takes for its three messages, which is
-// about 32 times.
+// A stream that is opened, carries one record and ends allocates little beside what NATS takes for its three messages,
+// which is about 32 times.
 func TestShortStreamsAllocateLittle(t *testing.T) {
 	p, _ := newServed(t, stream.ServerParams{}, func(w *stream.Writer, r *stream.Request) error {
 		_, err := w.Write(r.Data)

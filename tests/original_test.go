@@ -221,7 +221,8 @@ func TestOpenStreamEndsWithItsConnection(t *testing.T) {
 	_ = w.Close()
 }
 
-// The last result of OpenStream has the error of any end but the normal one. The results before it are the first records.
+// The last result of OpenStream has the error of any end but the normal one. The results before it are the first
+// records.
 func TestOpenStreamReportsEveryEnd(t *testing.T) {
 	p := newPair(t)
 	s := newService(t, p, stream.ServerParams{})

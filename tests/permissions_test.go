@@ -125,8 +125,8 @@ func TestPermissionRecipesLetStreamsPass(t *testing.T) {
 	}
 }
 
-// verifyResponders lets the producer's user serve a subject twice, and uses the streams of both. Their handlers must learn the tokens of
-// their streams by the permissions that the recipe gives.
+// verifyResponders lets the producer's user serve a subject twice, and uses the streams of both. Their handlers must
+// learn the tokens of their streams by the permissions that the recipe gives.
 func verifyResponders(t *testing.T, p *pair, alice *stream.Client, srv *service) {
 	t.Helper()
 	servers := []*service{srv, newService(t, p, stream.ServerParams{}, user("producer")...)}
@@ -643,8 +643,8 @@ func TestStreamsAcrossAccountsSurviveReconnects(t *testing.T) {
 	}
 }
 
-// A permission for the inbox goes by a reload and comes back, while the connection is up. The client and the server report the
-// permission meanwhile, and work again soon after.
+// A permission for the inbox goes by a reload and comes back, while the connection is up. The client and the server
+// report the permission meanwhile, and work again soon after.
 func TestInboxPermissionGoesAndComesBack(t *testing.T) {
 	config := func(producer, alice string) string {
 		return fmt.Sprintf(`authorization { users: [
@@ -767,7 +767,8 @@ func TestMemberThatCannotServeLeavesItsGroup(t *testing.T) {
 	})
 }
 
-// The server refuses a subscription without saying which. If it is the inbox, streams end, and none begins until there is room.
+// The server refuses a subscription without saying which. If it is the inbox, streams end, and none begins until there
+// is room.
 func TestRefusedInboxBySubscriptionLimitRecovers(t *testing.T) {
 	group := newConcurrent(t)
 	defer group.Wait()
@@ -830,7 +831,8 @@ func TestRefusedInboxBySubscriptionLimitRecovers(t *testing.T) {
 	}
 }
 
-// If it is another subscription of the connection, no stream notices, also if the client may not write to its own inbox.
+// If it is another subscription of the connection, no stream notices, also if the client may not write to its own
+// inbox.
 func TestRefusedOtherSubscriptionHarmsNobody(t *testing.T) {
 	p := newRestricted(t, `accounts { A {
 		users: [ { user: producer, password: secret-of-producer }
@@ -970,8 +972,8 @@ func (c *crowded) expect(t *testing.T, when string, n int) {
 	}
 }
 
-// The NATS server refuses subscriptions of a Server without saying which. Registrations that are not heard say so, and the others serve.
-// All serve soon after there is room.
+// The NATS server refuses subscriptions of a Server without saying which. Registrations that are not heard say so, and
+// the others serve. All serve soon after there is room.
 func TestRegistrationsRefusedBySubscriptionLimitRecover(t *testing.T) {
 	for _, queue := range []string{"", "q"} {
 		t.Run(fmt.Sprintf("reloads, queue group %q", queue), func(t *testing.T) {
@@ -1004,7 +1006,8 @@ func TestRegistrationsRefusedBySubscriptionLimitRecover(t *testing.T) {
 	}
 }
 
-// A server that may not publish to its own inbox cannot find out which of its subscriptions is refused. It tries all again.
+// A server that may not publish to its own inbox cannot find out which of its subscriptions is refused. It tries all
+// again.
 func TestRefusedRegistrationsRecoverWithoutProbes(t *testing.T) {
 	const toConsumers = "_SINBOX.alice.>"
 	c, _ := newCrowded(t, crowdedConfig(4, toConsumers), 0)

@@ -251,8 +251,8 @@ func TestRecordsOfRecvStayAsTheyAre(t *testing.T) {
 	}
 }
 
-// Every read may follow every other one on one stream. The records of Recv and All are never overwritten. The others are checked
-// before the next read.
+// Every read may follow every other one on one stream. The records of Recv and All are never overwritten. The others
+// are checked before the next read.
 func TestReadsOfAllKindsMix(t *testing.T) {
 	sizes := []int{0, 1, 16, 100, 1000, 20 << 10, 40 << 10, 300 << 10}
 	count := scaled(3000)
@@ -366,9 +366,9 @@ func TestRecordsOfNextAreOverwritten(t *testing.T) {
 	wantEOF(t, s)
 }
 
-// Write copies: a caller may use its buffer again at once, also if a record is cut into pieces. The buffers of packets go
-// back to their pools only after their last use, and the records of a reader are never overwritten. Builds with -race or
-// -tags poison overwrite each buffer that goes back.
+// Write copies: a caller may use its buffer again at once, also if a record is cut into pieces. The buffers of packets
+// go back to their pools only after their last use, and the records of a reader are never overwritten. Builds with
+// -race or -tags poison overwrite each buffer that goes back.
 func TestWriteCopiesAndReadsAreNotOverwritten(t *testing.T) {
 	sizes := []int{0, 1, 16, 100, 1000, 5000, 32 << 10, 40 << 10, 256 << 10, 300 << 10, 700 << 10}
 	rounds := scaled(400)
@@ -808,7 +808,8 @@ func TestReadFromSendsWhatItReads(t *testing.T) {
 	})
 }
 
-// ReadFrom ends with an error for a Reader that counts wrongly or makes no progress, and sends nothing that it did not read.
+// ReadFrom ends with an error for a Reader that counts wrongly or makes no progress, and sends nothing that it did not
+// read.
 func TestReadFromFailsForAFaultyReader(t *testing.T) {
 	p := newPair(t)
 	for _, c := range []struct {
@@ -854,7 +855,8 @@ func TestReadFromFailsForAFaultyReader(t *testing.T) {
 	}
 }
 
-// The buffers of ReadFrom come from a pool. A Reader that counts bytes that it did not write sends none of other streams.
+// The buffers of ReadFrom come from a pool. A Reader that counts bytes that it did not write sends none of other
+// streams.
 func TestReadFromSendsNoBytesOfOtherStreams(t *testing.T) {
 	p := newPair(t)
 	secret := bytes.Repeat([]byte("secret"), 5000)
@@ -993,8 +995,8 @@ func TestConcurrentWritesKeepTheirOrder(t *testing.T) {
 	}
 }
 
-// Under load neither Write nor Recv allocates: the allocations of NATS and the endpoint for a packet are shared by hundreds of
-// records. Race builds allocate on their own account and only count the records.
+// Under load neither Write nor Recv allocates: the allocations of NATS and the endpoint for a packet are shared by
+// hundreds of records. Race builds allocate on their own account and only count the records.
 func TestWriteAndRecvAllocateNothing(t *testing.T) {
 	p := newPair(t)
 	w, s := newWriterStream(t, p)

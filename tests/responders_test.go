@@ -26,7 +26,8 @@ import (
 // stall is for tests in which the last responder ends the gathering.
 var stall = stream.WithStallTimeout(patience)
 
-// newServices makes n servers, each on a connection of its own, that serve "all" with what handler returns for their numbers.
+// newServices makes n servers, each on a connection of its own, that serve "all" with what handler returns for their
+// numbers.
 func newServices(t testing.TB, p *pair, n int, params stream.ServerParams, handler func(i int) stream.Handler) (all []*service) {
 	t.Helper()
 	for i := range n {
@@ -521,8 +522,8 @@ func TestInterceptorsAndHooksSeeResponders(t *testing.T) {
 	}
 }
 
-// A stranger's messages to the request's subject: they begin no stream without a place to answer to, they count once, and however many
-// senders they invent, memory has a bound.
+// A stranger's messages to the request's subject: they begin no stream without a place to answer to, they count once,
+// and however many senders they invent, memory has a bound.
 func TestStrangersBeginFewStreams(t *testing.T) {
 	p := newPair(t)
 	subject, requests := rawRequests(t, p)
@@ -571,8 +572,9 @@ func TestStrangersBeginFewStreams(t *testing.T) {
 	runtime.KeepAlive(streams)
 }
 
-// A producer that never moves to the token of its stream is served at that of the request, for as long as it sends. Its packets reach its
-// own stream, lost, repeated and out of order, also after the gathering and all other streams have ended.
+// A producer that never moves to the token of its stream is served at that of the request, for as long as it sends. Its
+// packets reach its own stream, lost, repeated and out of order, also after the gathering and all other streams have
+// ended.
 func TestResponderMayStayAtTheRequest(t *testing.T) {
 	p := newPair(t)
 	subject, requests := rawRequests(t, p)

@@ -553,14 +553,14 @@ func TestQueueGroupSharesRequests(t *testing.T) {
 	}
 }
 
-// A handler's subscription also receives messages that are no requests, and the reply subject of a request is not always
-// one to write to.
+// A handler's subscription also receives messages that are no requests, and the reply subject of a request is not
+// always one to write to.
 
 // restless are times that make both ends ask each other often.
 var restless = stream.ClientParams{KeepAlive: 20 * time.Millisecond, AckTimeout: 10 * time.Millisecond}
 
-// A wildcard may cover the inboxes of both ends, so that the handler receives every packet of its own streams. Each request
-// still runs it once.
+// A wildcard may cover the inboxes of both ends, so that the handler receives every packet of its own streams. Each
+// request still runs it once.
 func TestWildcardHandlerRunsOncePerRequest(t *testing.T) {
 	group := newConcurrent(t)
 	defer group.Wait()
@@ -656,8 +656,8 @@ func TestWildcardHandlerLeavesJetStreamAlone(t *testing.T) {
 	}
 }
 
-// JetStream acknowledges a request on a subject that one of its streams keeps. Nobody takes that for an answer, whichever comes
-// first, nor its refusal.
+// JetStream acknowledges a request on a subject that one of its streams keeps. Nobody takes that for an answer,
+// whichever comes first, nor its refusal.
 func TestJetStreamAcknowledgementIsNoAnswer(t *testing.T) {
 	p := newRestricted(t, fmt.Sprintf("jetstream { store_dir: %q }", t.TempDir()))
 	srv := newService(t, p, stream.ServerParams{})

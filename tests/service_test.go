@@ -16,7 +16,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// discover sends a question below $SRV and decodes all answers that arrive before the services have answered a later question.
+// discover sends a question below $SRV and decodes all answers that arrive before the services have answered a later
+// question.
 func discover[T any](t *testing.T, nc *nats.Conn, want int, verb micro.Verb, to ...string) []T {
 	t.Helper()
 	to = append(to, "", "")

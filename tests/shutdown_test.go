@@ -380,7 +380,8 @@ func TestClosedConnectionEndsItsStreams(t *testing.T) {
 	})
 }
 
-// A producer whose connection is closed cannot say so. The consumer has the records that were sent, and its own context.
+// A producer whose connection is closed cannot say so. The consumer has the records that were sent, and its own
+// context.
 func TestClosedConnectionOfProducerLosesNothingSent(t *testing.T) {
 	p := newPair(t)
 	flushed := make(chan struct{})
@@ -716,8 +717,8 @@ func TestDoneTellsWhy(t *testing.T) {
 	})
 }
 
-// A connection that drains receives nothing any longer, so its streams cannot go on. Both peers hear so at once, and not after
-// PeerTimeout as of a process that died.
+// A connection that drains receives nothing any longer, so its streams cannot go on. Both peers hear so at once, and
+// not after PeerTimeout as of a process that died.
 func TestDrainedConnectionTellsPeers(t *testing.T) {
 	goingAway := &stream.CloseError{Code: stream.CloseGoingAway}
 	const streams = 20

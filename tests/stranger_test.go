@@ -20,8 +20,8 @@ import (
 )
 
 // Bytes from a stranger. Anybody who may publish to a reply subject can send anything: random bytes, packets of another
-// stream, JSON of every wrong shape. The stream that they hit ends with an error that has a close code, or the mux drops and
-// counts them. Nothing panics, a length field takes no memory, and no other stream notices.
+// stream, JSON of every wrong shape. The stream that they hit ends with an error that has a close code, or the mux
+// drops and counts them. Nothing panics, a length field takes no memory, and no other stream notices.
 
 // rawLength writes into the header of b, where it is there as a whole, how long b is.
 func rawLength(b []byte) []byte {
@@ -477,8 +477,8 @@ func TestStrangersMessageToAProducerHarmsOneStream(t *testing.T) {
 	}
 }
 
-// TestRandomBytesAreDropped sends random bytes, and packets with some bytes changed, into one open stream. As long as the
-// sender's number differs they are all dropped and counted.
+// TestRandomBytesAreDropped sends random bytes, and packets with some bytes changed, into one open stream. As long as
+// the sender's number differs they are all dropped and counted.
 func TestRandomBytesAreDropped(t *testing.T) {
 	p := newPair(t)
 	w, other := newWriterStream(t, p)

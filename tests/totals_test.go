@@ -15,8 +15,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// Totals count each record once, of any size and kind, with its own bytes and no others, at both ends and in both directions. They are exact
-// for the goroutine that reads or writes, in the middle of a packet as well.
+// Totals count each record once, of any size and kind, with its own bytes and no others, at both ends and in both
+// directions. They are exact for the goroutine that reads or writes, in the middle of a packet as well.
 func TestTotalsCountRecords(t *testing.T) {
 	sizes := []int{0, 1, 100, 100, 100, coalesceLimit, coalesceLimit + 1, singleLimit, singleLimit + 1, 3 * singleLimit, 7}
 	var read stream.Totals

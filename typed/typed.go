@@ -80,8 +80,8 @@ func WithOpenOptions(opts ...stream.OpenOption) Option {
 	return func(o *options) { o.open = append(o.open, opts...) }
 }
 
-// Stream is the consumer's end of a stream. Its methods may be called as those of [stream.Stream]: one goroutine may receive while
-// others send.
+// Stream is the consumer's end of a stream. Its methods may be called as those of [stream.Stream]: one goroutine may
+// receive while others send.
 type Stream[Req, Rec any] struct {
 	raw   *stream.Stream
 	codec Codec
@@ -192,7 +192,8 @@ func (s *ServerStream[Req, Rec]) Send(v Rec) error {
 	return e.result(err)
 }
 
-// Recv returns the next record of the consumer. It waits and fails as [stream.Request.Recv] does: [io.EOF] comes after CloseSend.
+// Recv returns the next record of the consumer. It waits and fails as [stream.Request.Recv] does: [io.EOF] comes after
+// CloseSend.
 func (s *ServerStream[Req, Rec]) Recv() (Req, error) { return recv[Req](s.raw.Next, s.codec) }
 
 // All returns an iterator over the consumer's records, as [stream.Request.All] does. It also stops after a record that
@@ -205,7 +206,8 @@ func (s *ServerStream[Req, Rec]) Raw() (*stream.Request, *stream.Writer) { retur
 // Codec returns the codec of the records.
 func (s *ServerStream[Req, Rec]) Codec() Codec { return s.codec }
 
-// DecodeError is the error of a record that does not decode. The stream goes on. It does not match errors that end streams.
+// DecodeError is the error of a record that does not decode. The stream goes on. It does not match errors that end
+// streams.
 type DecodeError struct {
 	Codec string // name of the codec
 	Size  int    // bytes of the record
@@ -243,8 +245,8 @@ func (e *encoding[T]) append(dst []byte) ([]byte, error) {
 	return b, err
 }
 
-// result returns the error of a send whose write returned err. An error of the codec is not wrapped, because one that is io.EOF would
-// look like an end.
+// result returns the error of a send whose write returned err. An error of the codec is not wrapped, because one that
+// is io.EOF would look like an end.
 func (e *encoding[T]) result(err error) error {
 	if e.err != nil {
 		return fmt.Errorf("typed: encode a %T as %s: %v", e.v, e.codec.Name(), e.err)

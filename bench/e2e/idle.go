@@ -105,8 +105,8 @@ func inUse() (heap, stack, goroutines float64) {
 	return float64(m.HeapInuse), float64(m.StackInuse), float64(runtime.NumGoroutine())
 }
 
-// KeepAlive measures the cost of liveness checks for n idle streams: the processor time of both ends and of the NATS server
-// between them, as a part of the time that passes, which is about d.
+// KeepAlive measures the cost of liveness checks for n idle streams: the processor time of both ends and of the NATS
+// server between them, as a part of the time that passes, which is about d.
 func KeepAlive(env *Env, n int, d time.Duration) (_ float64, err error) {
 	conns, err := load.DialPair(env)
 	if err != nil {

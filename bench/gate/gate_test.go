@@ -71,8 +71,8 @@ func writeFiles(t *testing.T, dir string, files map[string]string) {
 	}
 }
 
-// repository makes a git repository of a module with a benchmark in its root and in its folder part, and returns its folder. The
-// benchmarks report a time, so that the test depends on no clock.
+// repository makes a git repository of a module with a benchmark in its root and in its folder part, and returns its
+// folder. The benchmarks report a time, so that the test depends on no clock.
 func repository(t *testing.T, file string) string {
 	t.Helper()
 	dir := t.TempDir()

@@ -98,8 +98,8 @@ func judge(base, head figures) (alarms []alarm, compared int) {
 	return alarms, compared
 }
 
-// judged reports whether a figure is judged. Allocations per operation are whole numbers. They are judged only if the benchmark
-// does not report the exact number.
+// judged reports whether a figure is judged. Allocations per operation are whole numbers. They are judged only if the
+// benchmark does not report the exact number.
 func judged(side figures, at figure) bool {
 	switch at.unit {
 	case unitTime, unitMallocs:

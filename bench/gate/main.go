@@ -3,19 +3,21 @@
 //	go run . BASE             # fails if the working tree is slower than revision BASE, or allocates more
 //	go run . -compare BASE    # prints the tables of benchstat, and judges nothing
 //
-// It builds the test binaries of both once and runs them in turn, so that a change of the machine's mood falls on both alike.
+// It builds the test binaries of both once and runs them in turn, so that a change of the machine's mood falls on both
+// alike.
 //
-// The gate measures three times. The first is a control: the base against itself. Any alarm there is false, and the gate prints
-// it, so that you know how far to trust the others. The second compares the base with the working tree. If that raises alarms,
-// a third run repeats it. The gate fails on an alarm that both runs raise. An alarm is a benchmark with
+// The gate measures three times. The first is a control: the base against itself. Any alarm there is false, and the
+// gate prints it, so that you know how far to trust the others. The second compares the base with the working tree. If
+// that raises alarms, a third run repeats it. The gate fails on an alarm that both runs raise. An alarm is a benchmark
+// with
 //
 //   - more than 0.001 allocations per record above the base, or more allocations per operation, or
 //   - more than 5 % more time per operation,
 //
 // of the medians, if a Mann-Whitney U test finds the difference significant with p < 0.001.
 //
-// With -out the figures are kept in the format of Go benchmarks, a file for each side of each run. The exit code is 1 if the
-// gate fails, and 2 if it could not measure.
+// With -out the figures are kept in the format of Go benchmarks, a file for each side of each run. The exit code is 1
+// if the gate fails, and 2 if it could not measure.
 package main
 
 import (
@@ -32,7 +34,8 @@ import (
 	"time"
 )
 
-// minCount is how many runs the gate needs of each side. With fewer, the test finds no difference significant with p < 0.001.
+// minCount is how many runs the gate needs of each side. With fewer, the test finds no difference significant with p <
+// 0.001.
 const minCount = 7
 
 var errSlower = errors.New("the working tree is slower than the base, or allocates more")

@@ -109,8 +109,8 @@ func (m *measurement) clean() {
 	}
 }
 
-// run measures a and b in turn and returns the files with their figures. The side that goes second finds a warmer machine, so the
-// two change places in each round.
+// run measures a and b in turn and returns the files with their figures. The side that goes second finds a warmer
+// machine, so the two change places in each round.
 func (m *measurement) run(name string, a, b side) (fileA, fileB string, err error) {
 	if err := os.MkdirAll(m.out, 0o755); err != nil {
 		return "", "", err

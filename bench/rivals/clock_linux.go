@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A clock wakes one goroutine in a fixed rhythm. time.Sleep is late by up to a millisecond in an idle process, many times the
-// latency that is to be measured. A timer of the kernel wakes the goroutine like a message that arrives.
+// A clock wakes one goroutine in a fixed rhythm. time.Sleep is late by up to a millisecond in an idle process, many
+// times the latency that is to be measured. A timer of the kernel wakes the goroutine like a message that arrives.
 type clock struct {
 	timer *os.File
 	buf   [8]byte

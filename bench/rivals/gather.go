@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// A gatherer pairs the two ends of streams: the consumer opens stream i with i as its question, and the producer's handler
-// hands over its sender.
+// A gatherer pairs the two ends of streams: the consumer opens stream i with i as its question, and the producer's
+// handler hands over its sender.
 type gatherer[T any] struct {
 	arrived chan arrival[T]
 	done    chan struct{} // closed when the handlers may return

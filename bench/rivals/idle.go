@@ -10,7 +10,8 @@ import (
 	"github.com/natsstream/stream/internal/load"
 )
 
-// idle is the memory of one idle stream at both ends together, with the NATS server's share, and the work that idle streams make.
+// idle is the memory of one idle stream at both ends together, with the NATS server's share, and the work that idle
+// streams make.
 type idle struct {
 	Name        string
 	Streams     int

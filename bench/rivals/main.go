@@ -1,6 +1,6 @@
-// Command rivals measures the library beside other ways to stream records: plain NATS, a loop of nats.Request, RequestMany of
-// orbit.go, psrpc, a JetStream ordered consumer, grpc-go, connect-go, yamux, quic-go, the original design, and a bare TCP relay
-// as the ceiling.
+// Command rivals measures the library beside other ways to stream records: plain NATS, a loop of nats.Request,
+// RequestMany of orbit.go, psrpc, a JetStream ordered consumer, grpc-go, connect-go, yamux, quic-go, the original
+// design, and a bare TCP relay as the ceiling.
 //
 //	go run .            # everything, about half an hour; writes tables and charts into ../../docs
 //	go run . -plan      # prints the cells, and how long they take
@@ -9,9 +9,9 @@
 //	go run . -draw      # tables and charts again, from the results that are stored
 //	go run . -cells 'paced/streams=1000' -rivals nats   # a part of it; writes nothing
 //
-// All rivals run in this one process and take turns in short slices. Each record carries its number and that of its stream,
-// and its reader checks both. A rival that loses a record without saying so, or stands still, is shown with that. If the
-// library does, the exit status is 1.
+// All rivals run in this one process and take turns in short slices. Each record carries its number and that of its
+// stream, and its reader checks both. A rival that loses a record without saying so, or stands still, is shown with
+// that. If the library does, the exit status is 1.
 package main
 
 import (
@@ -126,7 +126,8 @@ func (c command) run(o options) error {
 	return errors.Join(found.charts(dir), found.write(filepath.Join(c.docs, "BENCHMARKS.md")), found.faults())
 }
 
-// measureAll measures the cells that found lacks, and stores the finished ones in a file. An interrupt ends the process.
+// measureAll measures the cells that found lacks, and stores the finished ones in a file. An interrupt ends the
+// process.
 func measureAll(temp string, o options, cells []cell, found *results, unfinished string) error {
 	if kept, err := readResults(unfinished); err == nil && len(found.Cells) == 0 {
 		fmt.Fprintf(os.Stderr, "%s has %d cells of an interrupted run. -resume would go on with it; this run replaces it.\n", unfinished, len(kept.Cells))

@@ -101,7 +101,8 @@ func openAsker(a asker, e *env) (func([]byte) error, func(), error) {
 	return x.ask, x.closer, err
 }
 
-// askFor lets concurrent goroutines ask for d, each at least once, and returns how many answers came. It waits for the last ones no longer than patience.
+// askFor lets concurrent goroutines ask for d, each at least once, and returns how many answers came. It waits for the
+// last ones no longer than patience.
 func askFor(ask func([]byte) error, concurrent int, d, patience time.Duration) (int, error) {
 	question := make([]byte, 128)
 	var n atomic.Int64

@@ -13,8 +13,8 @@ import (
 	"github.com/natsstream/stream/internal/load"
 )
 
-// paced is the latency of one rival at a given load: the time from when a record was due until its reader had it. A record
-// that waits because the one before it was late counts from when it was due (coordinated omission).
+// paced is the latency of one rival at a given load: the time from when a record was due until its reader had it. A
+// record that waits because the one before it was late counts from when it was due (coordinated omission).
 type paced struct {
 	Rival              string
 	Size               int
@@ -29,10 +29,11 @@ type paced struct {
 
 const (
 	pacedSize = 128
-	// grain is the shortest period of a pace. At higher rates several records are due together. Each wake-up by a timer may cost 6 µs
-	// of processor time on a virtual machine, which would be a core at 100,000 records/s.
+	// grain is the shortest period of a pace. At higher rates several records are due together. Each wake-up by a timer
+	// may cost 6 µs of processor time on a virtual machine, which would be a core at 100,000 records/s.
 	grain = 100 * time.Microsecond
-	// pacedRounds is into how many runs the time of a paced cell is divided for each rival. Between them the others run.
+	// pacedRounds is into how many runs the time of a paced cell is divided for each rival. Between them the others
+	// run.
 	pacedRounds = 3
 )
 
@@ -123,7 +124,8 @@ func measurePaced(e *env, o options, streams, rate int) []paced {
 	return found
 }
 
-// paceLimits returns the limits of a paced run of d. A rival that is too slow for the pace has shown that after twice d.
+// paceLimits returns the limits of a paced run of d. A rival that is too slow for the pace has shown that after twice
+// d.
 func paceLimits(d time.Duration) limits {
 	l := limitsOf(d)
 	l.sending = 2*d + time.Second
@@ -136,8 +138,8 @@ type samples struct {
 	delays []int64 // nanoseconds
 }
 
-// pace sends rate records per second for d, the streams in turn, and returns the delay of each. A rival that is too slow sends
-// fewer.
+// pace sends rate records per second for d, the streams in turn, and returns the delay of each. A rival that is too
+// slow sends fewer.
 func (s *session) pace(rate int, d time.Duration, l limits) (run, []int64, error) {
 	n := int(d.Seconds() * float64(rate))
 	together := max(1, int(grain.Seconds()*float64(rate)))

@@ -126,7 +126,8 @@ func resume(file, flags string) (*results, error) {
 	return found, nil
 }
 
-// save stores the results, so that tables and charts can be made again without a run. An interrupted run leaves the file as it was.
+// save stores the results, so that tables and charts can be made again without a run. An interrupted run leaves the
+// file as it was.
 func (r *results) save(file string) error {
 	b, err := json.MarshalIndent(r, "", "\t")
 	if err != nil {

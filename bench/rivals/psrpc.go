@@ -13,8 +13,8 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// These timeouts are longer than the default of 3 s, which a busy machine may exceed. A send may lose its acknowledgement, and
-// then fails before the run counts as one that stands still.
+// These timeouts are longer than the default of 3 s, which a busy machine may exceed. A send may lose its
+// acknowledgement, and then fails before the run counts as one that stands still.
 const (
 	psrpcOpenTimeout = 30 * time.Second
 	psrpcSendTimeout = patience - time.Second

@@ -21,7 +21,8 @@ type rival struct {
 	unbounded bool
 	// shared: one goroutine produces for all streams, because they share one buffer or are cheaper that way.
 	shared bool
-	// lossy: records may be lost without an error. The harness counts them. Of any other rival a lost record is an error.
+	// lossy: records may be lost without an error. The harness counts them. Of any other rival a lost record is an
+	// error.
 	lossy bool
 	// stalls: the rival may lose an acknowledgement on a busy machine, and its stream stands still then.
 	stalls bool

@@ -22,7 +22,8 @@ func testEnv(t *testing.T) *env {
 	return e
 }
 
-// Each rival delivers every record of several runs over the same streams, also records that are larger than its buffers.
+// Each rival delivers every record of several runs over the same streams, also records that are larger than its
+// buffers.
 func TestRivalsDeliverEveryRecord(t *testing.T) {
 	e := testEnv(t)
 	for _, r := range rivals() {

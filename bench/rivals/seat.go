@@ -34,8 +34,8 @@ func boundsOf(each, all time.Duration) bounds {
 	return bounds{open: openLimit, close: closeLimit, all: openLimit + 3*all, run: limitsOf(each)}
 }
 
-// within returns the result of f, or an error if f takes longer than d. late disposes of a value that comes after that, which
-// may be zero.
+// within returns the result of f, or an error if f takes longer than d. late disposes of a value that comes after that,
+// which may be zero.
 func within[T any](d time.Duration, what string, f func() (T, error), late func(T)) (T, error) {
 	type result struct {
 		value T

@@ -12,7 +12,8 @@ import (
 	"github.com/natsstream/stream/internal/load"
 )
 
-// A record begins with its number, the number of its stream, and, if it has room for that, the time at which it was due.
+// A record begins with its number, the number of its stream, and, if it has room for that, the time at which it was
+// due.
 const (
 	minSize   = 16
 	timedSize = 24
@@ -24,8 +25,8 @@ const (
 	// windowBytes and windowRecords bound the records of a rival without flow control that are on their way.
 	windowBytes   = 2 << 20
 	windowRecords = 8 << 10
-	// slowWindow bounds the records on their way if each stream sends now and then. It is smaller than the number of streams:
-	// no stream ever has two records that could share a packet.
+	// slowWindow bounds the records on their way if each stream sends now and then. It is smaller than the number of
+	// streams: no stream ever has two records that could share a packet.
 	slowWindow = 1000
 )
 
@@ -97,8 +98,8 @@ func newSession(e *env, r rival, size, streams int, m mode) (*session, error) {
 	return s, nil
 }
 
-// ended takes note that a reader returned. Before the session closes, its stream broke off: the records that a lossy rival
-// still sends on it are lost, and for any other rival that is an error.
+// ended takes note that a reader returned. Before the session closes, its stream broke off: the records that a lossy
+// rival still sends on it are lost, and for any other rival that is an error.
 func (s *session) ended(err error) {
 	if s.closing.Load() {
 		return
@@ -252,8 +253,8 @@ type limits struct {
 
 func (l limits) longest() time.Duration { return 2*l.sending + 2*l.patience }
 
-// watch starts the producers, and returns when all of their records have arrived, or are known to be lost. The session is halted
-// afterwards if it cannot go on.
+// watch starts the producers, and returns when all of their records have arrived, or are known to be lost. The session
+// is halted afterwards if it cannot go on.
 func (s *session) watch(l limits, start func(producers *sync.WaitGroup)) (run, error) {
 	var producers sync.WaitGroup
 	arrived, lost, sent := s.arrived.Load(), s.lost.Load(), s.sent()
@@ -323,8 +324,8 @@ func (s *session) spent() bool {
 // errNothing says that a run has no figure.
 var errNothing = errors.New("no record arrived")
 
-// warmUp makes short runs that are not measured: buffers are allocated, windows grow, caches fill. It returns an estimate of
-// the time per record.
+// warmUp makes short runs that are not measured: buffers are allocated, windows grow, caches fill. It returns an
+// estimate of the time per record.
 func (s *session) warmUp(l limits) (time.Duration, error) {
 	n := max(200, 4*len(s.lanes))
 	var per time.Duration

@@ -82,8 +82,8 @@ func always(int) bool { return true }
 
 func after(k int) func(int) bool { return func(n int) bool { return n > k } }
 
-// Every run ends by itself, also if records are lost, a producer is held up, a stream breaks off, or the rival is too slow. A
-// rival that may lose records is shown with its share. Any other fails.
+// Every run ends by itself, also if records are lost, a producer is held up, a stream breaks off, or the rival is too
+// slow. A rival that may lose records is shown with its share. Any other fails.
 func TestRunsEndByThemselves(t *testing.T) {
 	short := limits{sending: time.Minute, patience: 2 * time.Second, tail: time.Second}
 	hasty := short
@@ -171,8 +171,8 @@ var testBounds = bounds{
 
 func noWarmUp(*session) error { return nil }
 
-// A session that fails is replaced. Its rival keeps the figures of its other runs, with a note. It is left out after a third
-// failure.
+// A session that fails is replaced. Its rival keeps the figures of its other runs, with a note. It is left out after a
+// third failure.
 func TestFailedRunsAreRepeatedWithAnotherSession(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opened := 0
@@ -243,8 +243,8 @@ func TestLossesAreNoFailures(t *testing.T) {
 	})
 }
 
-// A rival whose streams do not open in time, or do not end, is left behind with a note, and the run goes on. Streams that open
-// too late are closed.
+// A rival whose streams do not open in time, or do not end, is left behind with a note, and the run goes on. Streams
+// that open too late are closed.
 func TestStuckRivalsAreLeftBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stuck := make(chan struct{})

@@ -225,8 +225,8 @@ func selfSigned() (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 }
 
-// relayRival is the ceiling, no protocol at all: a goroutine in the place of a NATS server copies bytes from the producer's
-// connection to the consumer's. All streams share the two connections.
+// relayRival is the ceiling, no protocol at all: a goroutine in the place of a NATS server copies bytes from the
+// producer's connection to the consumer's. All streams share the two connections.
 func relayRival() rival {
 	return rival{name: "relay", settings: "bare TCP through a relay that copies bytes, records with a length prefix through buffers of 32 KiB", shared: true, open: openRelay}
 }

@@ -17,8 +17,8 @@ type file struct {
 	size int64
 }
 
-// textFiles returns the largest text files below dir, largest first; all of them if limit is 0. Links, and folders with a
-// name that begins with a dot, are left out. The content of a file decides whether it is text.
+// textFiles returns the largest text files below dir, largest first; all of them if limit is 0. Links, and folders with
+// a name that begins with a dot, are left out. The content of a file decides whether it is text.
 func textFiles(dir string, limit int) ([]file, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

@@ -1,5 +1,5 @@
-// Command demo streams real files, line by line, from a producer to a consumer through a NATS server, and shows that the
-// received lines equal the sent ones.
+// Command demo streams real files, line by line, from a producer to a consumer through a NATS server, and shows that
+// the received lines equal the sent ones.
 //
 //	go run ./examples/demo                                # an embedded server, the largest files of the Go tree
 //	go run ./examples/demo -url nats://127.0.0.1:4222     # your own server

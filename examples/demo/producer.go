@@ -26,8 +26,8 @@ type sum struct {
 // hashBuffer is how many bytes of lines are hashed at once: SHA-256 is slow on a few bytes at a time.
 const hashBuffer = 32 << 10
 
-// producer serves files. It answers a request that names a file on <subject>.lines with a stream of the file's lines, and
-// on <subject>.sum with the sum of the last finished stream of that file.
+// producer serves files. It answers a request that names a file on <subject>.lines with a stream of the file's lines,
+// and on <subject>.sum with the sum of the last finished stream of that file.
 type producer struct {
 	nc     *nats.Conn
 	client *stream.Client

@@ -1,5 +1,5 @@
-// Command resume uploads a file that survives the death of either end. The server says how much of the file is on its disk, before
-// the upload and during it. A client that starts again sends the rest only.
+// Command resume uploads a file that survives the death of either end. The server says how much of the file is on its
+// disk, before the upload and during it. A client that starts again sends the rest only.
 //
 //	go run ./examples/resume -serve DIR -url nats://127.0.0.1:4222
 //	go run ./examples/resume -url nats://127.0.0.1:4222 FILE
@@ -70,15 +70,15 @@ type announcement struct {
 	Size int64
 }
 
-// progress is a record of the server: first what it has, then what it has on its disk meanwhile, and at the end that the file is
-// whole.
+// progress is a record of the server: first what it has, then what it has on its disk meanwhile, and at the end that
+// the file is whole.
 type progress struct {
 	Stored int64
 	Whole  bool
 }
 
-// upload sends the part of a file that the server does not have, and calls report for each progress. It returns how many bytes it
-// sent.
+// upload sends the part of a file that the server does not have, and calls report for each progress. It returns how
+// many bytes it sent.
 func upload(ctx context.Context, client *stream.Client, file string, report func(progress)) (sent int64, err error) {
 	f, err := os.Open(file)
 	if err != nil {

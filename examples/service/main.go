@@ -1,5 +1,5 @@
-// Command service is a service as it runs in production: it checks a token, heeds the deadlines of its consumers, and ends in peace
-// at SIGTERM. Its running streams come to their ends, and new requests go to other instances.
+// Command service is a service as it runs in production: it checks a token, heeds the deadlines of its consumers, and
+// ends in peace at SIGTERM. Its running streams come to their ends, and new requests go to other instances.
 //
 //	TOKEN=secret go run ./examples/service -url nats://127.0.0.1:4222
 package main
@@ -53,7 +53,8 @@ func authorized(token string, next stream.Handler) stream.Handler {
 // codeUnauthorized is a close code of this service. Codes from 4100 to 4999 belong to applications.
 const codeUnauthorized = 4401
 
-// list is the handler. Its context ends at the deadline of the consumer, which travels with the request, or if the consumer leaves.
+// list is the handler. Its context ends at the deadline of the consumer, which travels with the request, or if the
+// consumer leaves.
 func list(w *stream.Writer, r *stream.Request) error {
 	for i := range orders {
 		select {

@@ -1,5 +1,5 @@
-// Command sse is a gateway from HTTP to a language model: each POST opens a stream, and its records become server-sent events. An
-// error before the first token becomes a status of HTTP. A browser that goes away stops the model.
+// Command sse is a gateway from HTTP to a language model: each POST opens a stream, and its records become server-sent
+// events. An error before the first token becomes a status of HTTP. A browser that goes away stops the model.
 //
 //	go run ./examples/sse
 package main
@@ -50,7 +50,8 @@ func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusRequestEntityTooLarge)
 		return
 	}
-	// The context of the request ends when the browser goes away, and takes the stream and the producer's context with it.
+	// The context of the request ends when the browser goes away, and takes the stream and the producer's context with
+	// it.
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	begin := time.AfterFunc(firstToken, cancel)

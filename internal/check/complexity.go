@@ -9,14 +9,14 @@ import (
 	"slices"
 )
 
-// tooComplex names the functions that are above the limit today, as "package.function" or "package.type.method". Remove a
-// function when it is simpler. Add none.
+// tooComplex names the functions that are above the limit today, as "package.function" or "package.type.method". Remove
+// a function when it is simpler. Add none.
 var tooComplex = map[string]bool{
 	"object.check": true,
 }
 
-// complexity prints the functions with a cyclomatic complexity above limit, except the exceptions. It returns an error if there
-// are some, or if an exception is not above the limit.
+// complexity prints the functions with a cyclomatic complexity above limit, except the exceptions. It returns an error
+// if there are some, or if an exception is not above the limit.
 func complexity(out io.Writer, files []source, limit int, exceptions map[string]bool) error {
 	bad := 0
 	left := maps.Clone(exceptions)
@@ -52,8 +52,8 @@ func complexity(out io.Writer, files []source, limit int, exceptions map[string]
 	return nil
 }
 
-// waysThrough returns the cyclomatic complexity of fn: one, and one more for each branch, loop, case, && and ||. Functions
-// within it count as parts of it.
+// waysThrough returns the cyclomatic complexity of fn: one, and one more for each branch, loop, case, && and ||.
+// Functions within it count as parts of it.
 func waysThrough(fn *ast.FuncDecl) int {
 	n := 1
 	ast.Inspect(fn, func(node ast.Node) bool {

@@ -17,15 +17,16 @@ import (
 	"strings"
 )
 
-// The floor plan is a list in a document. Each line between planBegin and planEnd has the name of a floor and its files, the
-// highest floor first.
+// The floor plan is a list in a document. Each line between planBegin and planEnd has the name of a floor and its
+// files, the highest floor first.
 const (
 	planDocument = "docs/DESIGN.md"
 	planBegin    = "```floors\n"
 	planEnd      = "```\n"
 )
 
-// floors checks that the files of the package in dir call functions and methods only of their own floor and of lower ones.
+// floors checks that the files of the package in dir call functions and methods only of their own floor and of lower
+// ones.
 func floors(out io.Writer, dir string) error {
 	text, err := os.ReadFile(filepath.Join(dir, planDocument))
 	if err != nil {
@@ -112,8 +113,8 @@ func (p floorPlan) problems(files []string, arrows []arrow) (list []string) {
 	return list
 }
 
-// findArrows returns the arrows between the files of one package. Types, fields, constants and variables make no arrows: they
-// are the vocabulary that all floors share.
+// findArrows returns the arrows between the files of one package. Types, fields, constants and variables make no
+// arrows: they are the vocabulary that all floors share.
 func findArrows(fset *token.FileSet, files []*ast.File, imports types.Importer) ([]arrow, error) {
 	info := &types.Info{Uses: make(map[*ast.Ident]types.Object)}
 	config := types.Config{Importer: imports}
@@ -173,8 +174,8 @@ func parsePackage(dir string) (*token.FileSet, []*ast.File, error) {
 	return fset, files, nil
 }
 
-// exportData returns a function that opens the export data of the packages that the package in dir imports. The go command
-// writes them to its build cache.
+// exportData returns a function that opens the export data of the packages that the package in dir imports. The go
+// command writes them to its build cache.
 func exportData(dir string) (func(path string) (io.ReadCloser, error), error) {
 	list := exec.Command("go", "list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}", ".")
 	list.Dir, list.Stderr = dir, os.Stderr

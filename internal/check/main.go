@@ -1,13 +1,13 @@
-// Check holds the Go files of all modules, tests excepted, to limits that go vet and staticcheck do not know. Run it from the
-// root of the repository:
+// Check holds the Go files of all modules, tests excepted, to limits that go vet and staticcheck do not know. Run it
+// from the root of the repository:
 //
 //	go run ./internal/check words [-limit 3] [-worst 10]
 //	go run ./internal/check complexity [-limit 25]
 //	go run ./internal/check floors
 //
-// The check words counts the sentences of comments that contain a word which tends to hide their subject. The check complexity
-// finds functions with too many ways through them, generated code excepted. The check floors holds the files of the root package
-// to the floor plan in docs/DESIGN.md. The exit status is 1 if a limit is exceeded.
+// The check words counts the sentences of comments that contain a word which tends to hide their subject. The check
+// complexity finds functions with too many ways through them, generated code excepted. The check floors holds the files
+// of the root package to the floor plan in docs/DESIGN.md. The exit status is 1 if a limit is exceeded.
 package main
 
 import (

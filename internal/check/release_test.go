@@ -54,8 +54,8 @@ func modules(t *testing.T) (folders []string) {
 	return folders
 }
 
-// The modules of this repository require each other in the version of the next release, because users get them without the replace
-// lines, which only this repository heeds.
+// The modules of this repository require each other in the version of the next release, because users get them without
+// the replace lines, which only this repository heeds.
 func TestModulesRequireTheVersion(t *testing.T) {
 	version, err := os.ReadFile("../../VERSION")
 	if err != nil {

@@ -26,7 +26,8 @@ func (t tally) String() string {
 	return fmt.Sprintf("%5.1f %%  %4d of %4d  %s", t.share(), t.found, t.total, t.path)
 }
 
-// words prints the share of sentences with a vague word, and the worst files. The error says that the share exceeds limit.
+// words prints the share of sentences with a vague word, and the worst files. The error says that the share exceeds
+// limit.
 func words(out io.Writer, files []source, limit float64, worst int) error {
 	all := tally{path: "sentences of comments contain one of what, whoever, whom, whose, else, wherever"}
 	var each []tally

@@ -44,7 +44,8 @@ var (
 	version = regexp.MustCompile(`^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?(\+[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?$`)
 )
 
-// NewService returns a service with an ID of its own. It returns an error for a name or version that tools do not accept.
+// NewService returns a service with an ID of its own. It returns an error for a name or version that tools do not
+// accept.
 func NewService(service, number, description string, metadata map[string]string) (*Service, error) {
 	if !name.MatchString(service) {
 		return nil, fmt.Errorf("the name of a service has letters, digits, dashes and underscores only, it is %q", service)
@@ -91,8 +92,8 @@ type Question struct {
 	Answer  func(data func() any) ([]byte, error)
 }
 
-// Questions returns all questions that a service answers: each of PING, INFO and STATS to all services, to those of its name, and
-// to it alone.
+// Questions returns all questions that a service answers: each of PING, INFO and STATS to all services, to those of its
+// name, and to it alone.
 func (s *Service) Questions() []Question {
 	var all []Question
 	for verb, answer := range map[micro.Verb]func(func() any) any{

@@ -1,8 +1,8 @@
 package flow
 
-// Envelopes holds the sizes of envelopes that pass to one peer. A leaf node may take smaller messages than this end's server, and
-// closes its link over a larger one. So envelopes begin small, and grow as they are acknowledged. The zero Envelopes knows nothing.
-// One goroutine owns it. Times are nanoseconds of one clock.
+// Envelopes holds the sizes of envelopes that pass to one peer. A leaf node may take smaller messages than this end's
+// server, and closes its link over a larger one. So envelopes begin small, and grow as they are acknowledged. The zero
+// Envelopes knows nothing. One goroutine owns it. Times are nanoseconds of one clock.
 type Envelopes struct {
 	proven int   // the largest size that the peer acknowledged
 	passed int64 // when it last acknowledged a packet that came in an envelope
@@ -11,8 +11,8 @@ type Envelopes struct {
 }
 
 const (
-	// FirstEnvelope is the size of envelopes before anything is known: that of control packets, which almost every server and
-	// device passes.
+	// FirstEnvelope is the size of envelopes before anything is known: that of control packets, which almost every
+	// server and device passes.
 	FirstEnvelope = LargeFragment
 	// MaxEnvelope bounds envelopes. Larger messages gain nothing.
 	MaxEnvelope = 32 << 10
@@ -39,8 +39,8 @@ func (e *Envelopes) Passed(size int, now int64) {
 	}
 }
 
-// Lost records that the peer misses a packet which ended at size in its envelope. Messages of any size may be lost, so the loss
-// shows something only if no envelope of that size arrived lately.
+// Lost records that the peer misses a packet which ended at size in its envelope. Messages of any size may be lost, so
+// the loss shows something only if no envelope of that size arrived lately.
 func (e *Envelopes) Lost(size int, now int64) {
 	if size <= e.proven {
 		if now-e.passed < envelopeSilence {

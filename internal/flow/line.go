@@ -1,19 +1,20 @@
-// Package flow decides how much may be on its way between two ends of streams, and keeps the packets that may have to be
-// published again. It knows no frames, no lock and no clock: the outbox reports each packet that it published and each
-// acknowledgement, and asks for the packet to publish next.
+// Package flow decides how much may be on its way between two ends of streams, and keeps the packets that may have to
+// be published again. It knows no frames, no lock and no clock: the outbox reports each packet that it published and
+// each acknowledgement, and asks for the packet to publish next.
 package flow
 
-// Line bounds the bytes that are on their way to one peer, so that they spend little time in queues of the network and of
-// NATS servers. A slow line then delays a question to the peer, or another stream's record, by about queueTarget and not by
-// whole windows.
+// Line bounds the bytes that are on their way to one peer, so that they spend little time in queues of the network and
+// of NATS servers. A slow line then delays a question to the peer, or another stream's record, by about queueTarget and
+// not by whole windows.
 //
-// The rule is delay-based, after LEDBAT (RFC 6817) and BBR (Cardwell et al., "BBR: Congestion-Based Congestion Control",
-// ACM Queue 14(5), 2016). Some packets are marks: the sender asks for the acknowledgement of a mark at once, and measures
-// how long it takes. While the round trip stays near the shortest one seen, the limit doubles. When it grows by more than
-// queueTarget, the limit becomes the bytes that the line carries in that time.
+// The rule is delay-based, after LEDBAT (RFC 6817) and BBR (Cardwell et al., "BBR: Congestion-Based Congestion
+// Control", ACM Queue 14(5), 2016). Some packets are marks: the sender asks for the acknowledgement of a mark at once,
+// and measures how long it takes. While the round trip stays near the shortest one seen, the limit doubles. When it
+// grows by more than queueTarget, the limit becomes the bytes that the line carries in that time.
 //
-// Packets of all streams to a peer travel in order, so an acknowledged mark shows that everything before it has arrived or
-// is lost. A topology that changes breaks the order: then the estimate is wrong for one round trip, and no record is.
+// Packets of all streams to a peer travel in order, so an acknowledged mark shows that everything before it has arrived
+// or is lost. A topology that changes breaks the order: then the estimate is wrong for one round trip, and no record
+// is.
 //
 // S identifies a stream. Times are nanoseconds of one monotonic clock. One goroutine owns a Line.
 type Line[S comparable] struct {
@@ -44,11 +45,12 @@ type mark[S comparable] struct {
 const (
 	second = int64(1e9)
 
-	// queueTarget is how long a packet may wait in queues on its way. It is long beside the jitter of networks and short
-	// beside the patience of users.
+	// queueTarget is how long a packet may wait in queues on its way. It is long beside the jitter of networks and
+	// short beside the patience of users.
 	queueTarget = 300 * second / 1000
 
-	// firstLimit may be on its way before anything is known of a line: 4 s at 16 KiB/s, and seven doublings to Unlimited.
+	// firstLimit may be on its way before anything is known of a line: 4 s at 16 KiB/s, and seven doublings to
+	// Unlimited.
 	firstLimit = 64 << 10
 
 	// minLimit keeps two of the smallest packets on their way.
@@ -67,12 +69,13 @@ const (
 	// becomes slow is noticed soon.
 	restMarks = 100 * second / 1000
 
-	// MinPacket and MaxPacket bound the size of a packet in bytes. The smallest takes a quarter of a second at 16 KiB/s.
+	// MinPacket and MaxPacket bound the size of a packet in bytes. The smallest takes a quarter of a second at 16
+	// KiB/s.
 	MinPacket = 4 << 10
 	MaxPacket = 64 << 10
 
-	// FirstPacket bounds packets before anything is known of a line. It has room for a record of 16 KiB, and takes a second at
-	// 16 KiB/s.
+	// FirstPacket bounds packets before anything is known of a line. It has room for a record of 16 KiB, and takes a
+	// second at 16 KiB/s.
 	FirstPacket = 16<<10 + 64
 
 	// unknownRate is the slowest line that a stream must live through before its rate is measured, in bytes a second.
@@ -121,9 +124,9 @@ func (l *Line[S]) WantsMark(n int, now int64) bool {
 // CanMark reports whether another packet may be a mark.
 func (l *Line[S]) CanMark() bool { return l.out < maxMarks }
 
-// Stuck reports whether the limit holds packets back although no mark is on its way, so that no answer can raise it: the limit
-// shrank below the published bytes. The packet that was published last must then become the mark. Its sender asks for the
-// acknowledgement when that is overdue.
+// Stuck reports whether the limit holds packets back although no mark is on its way, so that no answer can raise it:
+// the limit shrank below the published bytes. The packet that was published last must then become the mark. Its sender
+// asks for the acknowledgement when that is overdue.
 func (l *Line[S]) Stuck() bool { return l.out == 0 && l.limit != Unlimited && l.onTheWay() >= l.limit }
 
 // Mark notes that the packet published last, number seq of stream, was a mark. Its publishing began at now.
@@ -187,8 +190,8 @@ func (l *Line[S]) answer(m mark[S], now int64) {
 	}
 }
 
-// measure takes the rate from the bytes that arrived while the mark was on its way. A line with a queue was busy all that
-// time, so the sample is its rate. Otherwise the line carries at least so much.
+// measure takes the rate from the bytes that arrived while the mark was on its way. A line with a queue was busy all
+// that time, so the sample is its rate. Otherwise the line carries at least so much.
 func (l *Line[S]) measure(m mark[S], trip int64) {
 	sample := uint64(float64(m.sent-m.arrived) * float64(second) / float64(trip))
 	if trip-l.base.min() > queueTarget {
@@ -215,11 +218,12 @@ func (l *Line[S]) Patience() int64 {
 	return int64(float64(l.onTheWay()) / float64(rate) * float64(second))
 }
 
-// Reset begins anew after a reconnect, which may have changed the line. The data that was on its way is lost or has arrived.
+// Reset begins anew after a reconnect, which may have changed the line. The data that was on its way is lost or has
+// arrived.
 func (l *Line[S]) Reset() { *l = Line[S]{limit: firstLimit} }
 
-// shortest is the minimum of samples of the last one to two periods, so that a path which has become longer for good is not
-// taken for a queue for ever.
+// shortest is the minimum of samples of the last one to two periods, so that a path which has become longer for good is
+// not taken for a queue for ever.
 type shortest struct {
 	began       int64
 	last, older int64 // minimum of this period and of the one before, 0 if there is none

@@ -1,8 +1,9 @@
 package flow
 
-// Loss limits the packets that are on their way after a loss. Packets that are lost together were most often too many at once for
-// a server or a connection between the ends, and would be lost again. So the limit is half of the packets that were on their
-// way at the loss. It rises by an eighth each time that as many packets arrived as it allows (after RFC 5681 and RFC 8312).
+// Loss limits the packets that are on their way after a loss. Packets that are lost together were most often too many
+// at once for a server or a connection between the ends, and would be lost again. So the limit is half of the packets
+// that were on their way at the loss. It rises by an eighth each time that as many packets arrived as it allows (after
+// RFC 5681 and RFC 8312).
 //
 // The zero Loss is no limit. All methods belong to one goroutine.
 type Loss struct {
@@ -12,8 +13,8 @@ type Loss struct {
 	asked  bool   // the peer was asked how many of those on their way arrived
 }
 
-// slowness is how many times as many packets have to arrive for a step near the size of the last loss. Below that size steps come
-// fast, because so many packets are known to get through.
+// slowness is how many times as many packets have to arrive for a step near the size of the last loss. Below that size
+// steps come fast, because so many packets are known to get through.
 const slowness = 16
 
 // Limit returns how many packets may be on their way, 0 for any number.
@@ -25,17 +26,17 @@ func (l *Loss) Lost(n uint32) { *l = Loss{limit: max(1, n/2), lostAt: n} }
 // Full reports whether no further packet may be on its way beside n.
 func (l *Loss) Full(n uint32) bool { return l.limit != 0 && n >= l.limit }
 
-// Ask reports whether to ask the peer for an acknowledgement, without which no more packets may be on their way. It returns true
-// once until packets arrive.
+// Ask reports whether to ask the peer for an acknowledgement, without which no more packets may be on their way. It
+// returns true once until packets arrive.
 func (l *Loss) Ask() bool {
 	ask := !l.asked
 	l.asked = true
 	return ask
 }
 
-// Arrived records that n packets were acknowledged, and raises the limit by an eighth, at least one, each time that as many
-// packets arrived as it allows. It raises more slowly from near the size of the last loss up to twice that size. A limit that
-// reaches most is removed. Arrived reports whether there was a limit.
+// Arrived records that n packets were acknowledged, and raises the limit by an eighth, at least one, each time that as
+// many packets arrived as it allows. It raises more slowly from near the size of the last loss up to twice that size. A
+// limit that reaches most is removed. Arrived reports whether there was a limit.
 func (l *Loss) Arrived(n, most uint32) bool {
 	if l.limit == 0 {
 		return false
@@ -55,8 +56,8 @@ func (l *Loss) Arrived(n, most uint32) bool {
 	return true
 }
 
-// Unanswered records that the peer did not answer. If Ask was the reason for the question, the question behind the packets was
-// lost. So not all packets got through, and the limit becomes one less.
+// Unanswered records that the peer did not answer. If Ask was the reason for the question, the question behind the
+// packets was lost. So not all packets got through, and the limit becomes one less.
 func (l *Loss) Unanswered() {
 	if l.asked && l.limit > 1 {
 		l.lostAt = l.limit

@@ -86,8 +86,8 @@ func TestLossArrived(t *testing.T) {
 	}
 }
 
-// TestLossUnanswered: a question behind the packets that was lost means a little less, down to one packet. A question of
-// another kind says nothing.
+// TestLossUnanswered: a question behind the packets that was lost means a little less, down to one packet. A question
+// of another kind says nothing.
 func TestLossUnanswered(t *testing.T) {
 	l := Loss{limit: 2, lostAt: 50, grown: 1}
 	if l.Unanswered(); l.Limit() != 2 {

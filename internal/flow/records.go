@@ -8,11 +8,12 @@ import (
 // Records shares memory among the records that streams put together from pieces. A record that finds no room waits for
 // it, so its stream reads nothing more, gives no credit, and its sender stops.
 //
-//   - A peer's records may hold as much as is free beside them (Choudhury and Hahne, "Dynamic queue length thresholds for
-//     shared-memory packet switches", 1998). So one peer leaves half of the memory to others, two leave a third.
-//   - One record has the ticket. It may hold memory beyond the budget, up to the bound of one record, so it can always be
-//     completed. Then the ticket passes to a record of another peer if there is one: one that waits, or otherwise one that proceeds,
-//     which may have to wait next. A peer without a record that waits at this moment would otherwise miss its turn.
+//   - A peer's records may hold as much as is free beside them (Choudhury and Hahne, "Dynamic queue length thresholds
+//     for shared-memory packet switches", 1998). So one peer leaves half of the memory to others, two leave a third.
+//   - One record has the ticket. It may hold memory beyond the budget, up to the bound of one record, so it can always
+//     be completed. Then the ticket passes to a record of another peer if there is one: one that waits, or otherwise
+//     one that proceeds, which may have to wait next. A peer without a record that waits at this moment would otherwise
+//     miss its turn.
 //   - A record that does not proceed, while others wait, is overdue. See [Records.Overdue].
 //
 // K identifies a stream and P its peer. Times are nanoseconds of one monotonic clock. A Records needs a lock around it.
@@ -38,10 +39,10 @@ type begun[P comparable] struct {
 	asked int64 // when it asked for them
 }
 
-// Bounds of a record that others wait for. The patience is long beside what a peer needs to answer, and the rate is that
-// of a line on which the largest default record takes four minutes. Streams of one peer may share a slow line, on which a
-// packet of one waits for the packets of all others. So if only records of the same peer wait, one proceeds as long as it takes
-// any bytes within a minute.
+// Bounds of a record that others wait for. The patience is long beside what a peer needs to answer, and the rate is
+// that of a line on which the largest default record takes four minutes. Streams of one peer may share a slow line, on
+// which a packet of one waits for the packets of all others. So if only records of the same peer wait, one proceeds as
+// long as it takes any bytes within a minute.
 const (
 	recordPatience          = 10 * second
 	recordPatienceAfterWait = recordPatience / 4
@@ -50,13 +51,14 @@ const (
 	justNow                 = second // longer than a round trip
 )
 
-// NewRecords returns a Records for a budget. It counts in held what the records hold. beside is what others use of the budget.
+// NewRecords returns a Records for a budget. It counts in held what the records hold. beside is what others use of the
+// budget.
 func NewRecords[K, P comparable](budget int64, held, beside *atomic.Int64) Records[K, P] {
 	return Records[K, P]{budget: budget, held: held, beside: beside, begun: make(map[K]*begun[P]), peers: make(map[P]int64)}
 }
 
-// Take takes n bytes for the record of stream k, which peer sends. It reports false if the record has to wait. The bytes are taken
-// when the wait ends.
+// Take takes n bytes for the record of stream k, which peer sends. It reports false if the record has to wait. The
+// bytes are taken when the wait ends.
 func (r *Records[K, P]) Take(k K, peer P, n, now int64) bool {
 	b := r.begun[k]
 	if b == nil {
@@ -79,8 +81,8 @@ func (r *Records[K, P]) Waits(k K) bool {
 	return b != nil && b.want != 0
 }
 
-// Withdraw ends the wait of the record of stream k, which keeps the bytes that it has. It reports whether the record had got
-// its bytes before. Otherwise the stream asks again with Take.
+// Withdraw ends the wait of the record of stream k, which keeps the bytes that it has. It reports whether the record
+// had got its bytes before. Otherwise the stream asks again with Take.
 func (r *Records[K, P]) Withdraw(k K) bool {
 	b := r.begun[k]
 	if b == nil {
@@ -97,7 +99,8 @@ func (r *Records[K, P]) Withdraw(k K) bool {
 // Waiting reports whether any record waits.
 func (r *Records[K, P]) Waiting() bool { return len(r.queue) > 0 }
 
-// Done ends the record of stream k, which is complete or given up. It appends the streams that need not wait any longer to woken.
+// Done ends the record of stream k, which is complete or given up. It appends the streams that need not wait any longer
+// to woken.
 func (r *Records[K, P]) Done(k K, now int64, woken []K) []K {
 	b := r.begun[k]
 	if b == nil {
@@ -140,8 +143,8 @@ func (r *Records[K, P]) Admit(now int64, woken []K) []K {
 	return woken
 }
 
-// Overdue appends the streams to end because their records do not proceed while others wait. A record has a patience, which grows
-// with the bytes that arrived. It is shorter if a record of another peer waits.
+// Overdue appends the streams to end because their records do not proceed while others wait. A record has a patience,
+// which grows with the bytes that arrived. It is shorter if a record of another peer waits.
 func (r *Records[K, P]) Overdue(now int64, overdue []K) []K {
 	if len(r.queue) == 0 {
 		return overdue
@@ -207,8 +210,8 @@ func (r *Records[K, P]) passTicket(now int64) (k K, woken bool) {
 	return k, true
 }
 
-// proceeding returns the largest record that took bytes just now, of another peer than the last with the ticket. It returns zero if
-// there is none.
+// proceeding returns the largest record that took bytes just now, of another peer than the last with the ticket. It
+// returns zero if there is none.
 func (r *Records[K, P]) proceeding(now int64) (largest K) {
 	held := int64(0)
 	for k, b := range r.begun {

@@ -13,8 +13,8 @@ func newRecords(budget int64) (Records[int, string], *atomic.Int64) {
 	return NewRecords[int, string](budget, held, new(atomic.Int64)), held
 }
 
-// TestRecordsShare: a peer takes as much as it leaves free, the first that finds nothing has the ticket, and others wait until
-// something is given back.
+// TestRecordsShare: a peer takes as much as it leaves free, the first that finds nothing has the ticket, and others
+// wait until something is given back.
 func TestRecordsShare(t *testing.T) {
 	r, held := newRecords(100)
 	r.beside.Add(10)
@@ -64,7 +64,8 @@ func TestRecordsAdmit(t *testing.T) {
 	}
 }
 
-// TestRecordsOverdue: a record that does not proceed is overdue only while others wait, and sooner if these are of another peer.
+// TestRecordsOverdue: a record that does not proceed is overdue only while others wait, and sooner if these are of
+// another peer.
 func TestRecordsOverdue(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
@@ -110,8 +111,8 @@ func TestRecordsAfterTheirWait(t *testing.T) {
 	}
 }
 
-// TestTicketGoesRound: the ticket passes to a record of another peer also if that one does not wait at the moment, but not to one that
-// brings nothing.
+// TestTicketGoesRound: the ticket passes to a record of another peer also if that one does not wait at the moment, but
+// not to one that brings nothing.
 func TestTicketGoesRound(t *testing.T) {
 	for _, c := range []struct {
 		name  string
@@ -135,7 +136,8 @@ func TestTicketGoesRound(t *testing.T) {
 	}
 }
 
-// TestRecordsOfOneSlowPeer: records of one peer that take little at a time, on a slow line, are not overdue for each other.
+// TestRecordsOfOneSlowPeer: records of one peer that take little at a time, on a slow line, are not overdue for each
+// other.
 func TestRecordsOfOneSlowPeer(t *testing.T) {
 	r, _ := newRecords(1)
 	r.Take(1, "a", 1, 0) // the ticket
@@ -150,8 +152,8 @@ func TestRecordsOfOneSlowPeer(t *testing.T) {
 	}
 }
 
-// TestRecordsAlwaysProceed: whatever happens, some record need not wait, beyond the budget is no more than one record, and
-// nothing is left at the end.
+// TestRecordsAlwaysProceed: whatever happens, some record need not wait, beyond the budget is no more than one record,
+// and nothing is left at the end.
 func TestRecordsAlwaysProceed(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const budget, most = 1000, 3000

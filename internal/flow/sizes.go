@@ -26,11 +26,11 @@ type Sizes struct {
 const (
 	minute = 60 * second
 
-	// firstWait is short, because the first loss may have had another reason: a reconnect of the peer takes packets of all
-	// sizes. Then the packets are smaller for a minute.
+	// firstWait is short, because the first loss may have had another reason: a reconnect of the peer takes packets of
+	// all sizes. Then the packets are smaller for a minute.
 	firstWait = minute
-	// secondWait is how long a limit lasts that was found again. Each later one lasts twice as long as the one before. A try
-	// can cost all clients of a leaf node their link.
+	// secondWait is how long a limit lasts that was found again. Each later one lasts twice as long as the one before.
+	// A try can cost all clients of a leaf node their link.
 	secondWait  = 10 * minute
 	longestWait = 24 * 60 * minute
 )
@@ -145,8 +145,9 @@ func (m *Passing) Again(seq uint32, size, most int, fresh bool, known *Sizes, no
 	return m.fragment
 }
 
-// silent reports whether nothing was heard of the large fragments: no answer says that something arrived, or that nothing did. If a
-// server on their way closes the link between two servers because of them, the question behind them is lost, too.
+// silent reports whether nothing was heard of the large fragments: no answer says that something arrived, or that
+// nothing did. If a server on their way closes the link between two servers because of them, the question behind them
+// is lost, too.
 func (m *Passing) silent(known *Sizes) bool {
 	return m.sends >= largeTries && m.failures == 0 && m.arrived == 0 && LargeFragment > known.proven
 }
@@ -201,8 +202,8 @@ func (m *Passing) Try(seq uint32, now int64) (first bool) {
 	return true
 }
 
-// Holds reports whether packets of a size that Sizes doubts have to wait: because another one is under way in fragments, or
-// was published longer than patience ago and is not acknowledged.
+// Holds reports whether packets of a size that Sizes doubts have to wait: because another one is under way in
+// fragments, or was published longer than patience ago and is not acknowledged.
 func (m *Passing) Holds(now, patience int64) bool {
 	return m != nil && (m.fragment != 0 || m.doubt && now-m.tried > patience)
 }
@@ -210,8 +211,8 @@ func (m *Passing) Holds(now, patience int64) bool {
 // InFragments reports whether the packet that is missed is under way in fragments.
 func (m *Passing) InFragments() bool { return m != nil && m.fragment != 0 }
 
-// Stuck reports whether nothing of the packet arrives in its smallest form, and returns its size. A packet that is no larger than
-// the questions which were answered does not pass for another reason.
+// Stuck reports whether nothing of the packet arrives in its smallest form, and returns its size. A packet that is no
+// larger than the questions which were answered does not pass for another reason.
 func (m *Passing) Stuck() (size int, stuck bool) {
 	return m.size, m.failures >= smallTries && m.size > QuestionSize && (m.fragment == SmallFragment || m.size <= SmallFragment)
 }

@@ -2,7 +2,8 @@ package flow
 
 import "testing"
 
-// What passed is published as a whole, and what is larger is not for a while after a loss. Then it is tried again, ever more seldom.
+// What passed is published as a whole, and what is larger is not for a while after a loss. Then it is tried again, ever
+// more seldom.
 func TestSizesLimitWhatDoesNotPass(t *testing.T) {
 	var s Sizes
 	want := func(when string, now int64, most int, doubts bool) {
@@ -53,7 +54,8 @@ func TestSizesLimitWhatDoesNotPass(t *testing.T) {
 	}
 }
 
-// Each row is the life of one packet: how it is published each time that the peer misses it, and answers that nothing arrived.
+// Each row is the life of one packet: how it is published each time that the peer misses it, and answers that nothing
+// arrived.
 func TestPassingFormsOfAMissedPacket(t *testing.T) {
 	const whole, large, small = 0, LargeFragment, SmallFragment
 	for _, tt := range []struct {
@@ -102,7 +104,8 @@ func TestPassingFormsOfAMissedPacket(t *testing.T) {
 	}
 }
 
-// If large fragments close the link on their way, the questions behind them are not answered either. Small ones follow soon.
+// If large fragments close the link on their way, the questions behind them are not answered either. Small ones follow
+// soon.
 func TestPassingTakesSmallFragmentsWithoutAnswers(t *testing.T) {
 	for name, tt := range map[string]struct {
 		known    Sizes
@@ -192,7 +195,8 @@ func TestPassingForgivesWhatWasRefused(t *testing.T) {
 	}
 }
 
-// Packets of a size that is doubted wait for the first of them, if its acknowledgement is late, and for one in fragments.
+// Packets of a size that is doubted wait for the first of them, if its acknowledgement is late, and for one in
+// fragments.
 func TestPassingHoldsWhatMayNotPass(t *testing.T) {
 	var none *Passing
 	if none.Holds(0, 0) || none.InFragments() || none.Arrived(0) != 0 {

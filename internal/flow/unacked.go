@@ -2,9 +2,9 @@ package flow
 
 import "iter"
 
-// Unacked holds the published packets of a stream until they are acknowledged, by their sequence numbers, and yields those to
-// publish again. Sequence numbers are modulo 2^32; fewer than 2^31 packets are held at once. It allocates when it has to hold
-// more packets than ever before.
+// Unacked holds the published packets of a stream until they are acknowledged, by their sequence numbers, and yields
+// those to publish again. Sequence numbers are modulo 2^32; fewer than 2^31 packets are held at once. It allocates when
+// it has to hold more packets than ever before.
 //
 // The zero Unacked is empty, and must not be copied once it was used. All methods belong to one goroutine.
 type Unacked[P any] struct {
@@ -68,8 +68,8 @@ func (q *Unacked[P]) Skip() {
 	q.acked, q.cursor = q.next, q.next
 }
 
-// Release handles the acknowledgement of all packets before seq, and calls free for each of them, in order. A seq that cannot be
-// acknowledged now is old, and Release does nothing. It returns the number of released packets.
+// Release handles the acknowledgement of all packets before seq, and calls free for each of them, in order. A seq that
+// cannot be acknowledged now is old, and Release does nothing. It returns the number of released packets.
 func (q *Unacked[P]) Release(seq uint32, free func(P)) (n uint32) {
 	if seq-q.acked > q.next-q.acked {
 		return 0 // old, or half the number space away
@@ -87,9 +87,10 @@ func (q *Unacked[P]) Release(seq uint32, free func(P)) (n uint32) {
 	return n
 }
 
-// Again handles the peer's report that everything from seq on is missing. It returns whether there are packets to publish
-// again. A repeated report for the same seq is ignored until patience has passed, because the answer to the first one may be on
-// its way. lost is the number of packets that were on their way if this is a new loss, and 0 otherwise.
+// Again handles the peer's report that everything from seq on is missing. It returns whether there are packets to
+// publish again. A repeated report for the same seq is ignored until patience has passed, because the answer to the
+// first one may be on its way. lost is the number of packets that were on their way if this is a new loss, and 0
+// otherwise.
 func (q *Unacked[P]) Again(seq uint32, now, patience int64) (again bool, lost uint32) {
 	if seq != q.acked || seq == q.next {
 		return false, 0 // old news

@@ -7,8 +7,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestUnackedHoldsWhatIsNotAcknowledged compares it with a plain list over random operations, also where sequence numbers
-// begin again at 0.
+// TestUnackedHoldsWhatIsNotAcknowledged compares it with a plain list over random operations, also where sequence
+// numbers begin again at 0.
 func TestUnackedHoldsWhatIsNotAcknowledged(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		first := rapid.SampledFrom([]uint32{0, 1, 1<<31 - 5, 1<<32 - 20}).Draw(t, "first")

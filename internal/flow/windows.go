@@ -2,12 +2,12 @@ package flow
 
 import "sync/atomic"
 
-// Windows says how large the windows of the streams of one endpoint are. A window is a promise: it costs no memory until
-// packets arrive. Its size matters in two ways. A window that is smaller than the capacity of the line holds its sender
-// back. And the bytes of all senders on their way should fit into the caches of the processor.
+// Windows says how large the windows of the streams of one endpoint are. A window is a promise: it costs no memory
+// until packets arrive. Its size matters in two ways. A window that is smaller than the capacity of the line holds its
+// sender back. And the bytes of all senders on their way should fit into the caches of the processor.
 //
-// So the windows share a pool, and only busy streams count. A stream is busy if its sender used its credit up in this interval
-// or the one before. Streams that are idle, or need less than their window, hold nobody back.
+// So the windows share a pool, and only busy streams count. A stream is busy if its sender used its credit up in this
+// interval or the one before. Streams that are idle, or need less than their window, hold nobody back.
 //
 // Any goroutine may call First, Gone and Resize. One goroutine calls Turn. NewWindows makes a Windows.
 type Windows struct {
@@ -30,8 +30,8 @@ type Window struct {
 	interval uint32 // when the stream counted as busy last
 }
 
-// Interval is the time in nanoseconds between two calls of Turn: longer than a round trip, in which a busy sender uses its
-// credit up at least once.
+// Interval is the time in nanoseconds between two calls of Turn: longer than a round trip, in which a busy sender uses
+// its credit up at least once.
 const Interval = second / 2
 
 // fewest is how many packets a window holds at least. With fewer, a sender waits for credit after each packet or two.
@@ -44,7 +44,8 @@ func NewWindows(smallest, pool uint64) *Windows {
 	return p
 }
 
-// First counts a new stream and returns its first window: want bytes, or half, a quarter, … of it if many streams are open.
+// First counts a new stream and returns its first window: want bytes, or half, a quarter, … of it if many streams are
+// open.
 func (p *Windows) First(want uint64) uint64 {
 	n := uint64(p.streams.Add(1))
 	for want > p.smallest && want*n > p.pool {
@@ -56,9 +57,9 @@ func (p *Windows) First(want uint64) uint64 {
 // Gone counts a stream less.
 func (p *Windows) Gone() { p.streams.Add(-1) }
 
-// Resize changes the window of a stream after its sender has used its credit up. dry says that the reader waited for packets
-// meanwhile, so the sender could have used more. largest is the most bytes of this window. free is the memory left for packets that
-// arrive, in bytes: windows share at most a quarter of it.
+// Resize changes the window of a stream after its sender has used its credit up. dry says that the reader waited for
+// packets meanwhile, so the sender could have used more. largest is the most bytes of this window. free is the memory
+// left for packets that arrive, in bytes: windows share at most a quarter of it.
 func (p *Windows) Resize(w *Window, dry bool, largest uint64, free int64) {
 	if i := p.interval.Load(); w.interval != i {
 		w.interval = i

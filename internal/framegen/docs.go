@@ -44,8 +44,8 @@ var documents = []struct {
 	{"docs/DESIGN.md", lifecycleDiagrams},
 }
 
-// fillTables replaces the text between the markers of doc by the parts with the names in the markers. Each part must be used
-// exactly once.
+// fillTables replaces the text between the markers of doc by the parts with the names in the markers. Each part must be
+// used exactly once.
 func fillTables(doc []byte, parts map[string]string) ([]byte, error) {
 	open := maps.Clone(parts)
 	var out bytes.Buffer

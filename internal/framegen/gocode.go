@@ -235,7 +235,8 @@ func unpack(l layout, f field, words ...string) string {
 	return f.typ + "(" + expr + ")"
 }
 
-// packetWordOf is packWord for a packet header whose fields are parameters: their names are those of the struct in lower case.
+// packetWordOf is packWord for a packet header whose fields are parameters: their names are those of the struct in
+// lower case.
 func packetWordOf(word int) string {
 	l := packetHeader
 	l.fields = slices.Clone(l.fields)
@@ -448,7 +449,8 @@ func checkFrameCode(w *writer) {
 	w.p("")
 }
 
-// payloadCode writes the codec of a payload that is a layout. what names it in comments, and wrong is the error of another size.
+// payloadCode writes the codec of a payload that is a layout. what names it in comments, and wrong is the error of
+// another size.
 func payloadCode(w *writer, l layout, what, wrong string) {
 	words := l.size() / 8
 	w.p("// Append%s appends %s, %d bytes, to dst and returns the extended slice.", l.goName, what, l.size())

@@ -1,10 +1,9 @@
 // Framegen writes everything that follows mechanically from the description of the wire format in spec.go: the
-// package's frame_gen.go, the byte tables between the markers of docs/PROTOCOL.md, and testdata/vectors.json. It also writes the
-// table of internal/lifecycle into docs/PROTOCOL.md, and draws it in docs/DESIGN.md.
+// package's frame_gen.go, the byte tables between the markers of docs/PROTOCOL.md, and testdata/vectors.json. It also
+// writes the table of internal/lifecycle into docs/PROTOCOL.md, and draws it in docs/DESIGN.md.
 //
-// It runs from the module root, as go generate does. Of the module it imports only internal/lifecycle.
-// So it works while frame_gen.go is missing, and the vectors are computed from the description and not by the code that they
-// test.
+// It runs from the module root, as go generate does. Of the module it imports only internal/lifecycle. So it works
+// while frame_gen.go is missing, and the vectors are computed from the description and not by the code that they test.
 package main
 
 import (

@@ -14,7 +14,8 @@ type field struct {
 	doc   string
 }
 
-// masked reports whether the field is narrower than its Go type: bits that do not fit must not spill into its neighbour.
+// masked reports whether the field is narrower than its Go type: bits that do not fit must not spill into its
+// neighbour.
 func (f field) masked() bool {
 	switch f.typ {
 	case "uint64":
@@ -231,7 +232,8 @@ var (
 // skippable is the bit of a frame type that lets a receiver skip frames it does not know.
 const skippable = 0x80
 
-// typeEnvelopes is a type that receivers without envelopes skip. So no receiver checks more of it than of an unknown type.
+// typeEnvelopes is a type that receivers without envelopes skip. So no receiver checks more of it than of an unknown
+// type.
 var typeEnvelopes = frameType{name: "ENVELOPES", goName: "frameEnvelopes", value: skippable,
 	doc: "empty. The sender receives envelopes", goDoc: "its sender receives envelopes; no payload"}
 

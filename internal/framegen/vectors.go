@@ -127,7 +127,8 @@ func hexOf(b []byte) *string {
 	return &s
 }
 
-// packet returns the bytes of a packet with header v and the frames in body. If v has no length, it writes the true one.
+// packet returns the bytes of a packet with header v and the frames in body. If v has no length, it writes the true
+// one.
 func packet(v values, body []byte) []byte {
 	if _, given := v["length"]; !given {
 		v["length"] = uint64(packetHeader.size() + len(body))

@@ -1,6 +1,7 @@
-// Package jsonwire encodes and decodes the messages of the original protocol, the JSON fallback of docs/PROTOCOL.md section
-// 11: {"type":1,"data":"<base64>"} for a record, {"type":2,"closeError":{"Code":1000,"Text":""}} for the end of a stream.
-// It writes the same bytes as encoding/json and accepts the same messages. Records do not pass through encoding/json.
+// Package jsonwire encodes and decodes the messages of the original protocol, the JSON fallback of docs/PROTOCOL.md
+// section 11: {"type":1,"data":"<base64>"} for a record, {"type":2,"closeError":{"Code":1000,"Text":""}} for the end of
+// a stream. It writes the same bytes as encoding/json and accepts the same messages. Records do not pass through
+// encoding/json.
 //
 // The functions keep nothing. Any goroutine may call them.
 package jsonwire
@@ -53,8 +54,8 @@ func DataSize(n int) int {
 	return len(dataHead) + base64.StdEncoding.EncodedLen(n) + len(dataTail)
 }
 
-// MaxRecord returns the length of the largest record that makes a message of at most size bytes. It is not positive if not
-// even a record of one byte fits.
+// MaxRecord returns the length of the largest record that makes a message of at most size bytes. It is not positive if
+// not even a record of one byte fits.
 func MaxRecord(size int) int { return (size - DataSize(0)) / 4 * 3 }
 
 // AppendClose appends the message for the end of a stream to dst.
@@ -69,11 +70,11 @@ func AppendClose(dst []byte, c Close) []byte {
 // ErrNoCloseError is the error of [Parse] for a message that ends the stream without a close error.
 var ErrNoCloseError = errors.New("close message without closeError")
 
-// Parse decodes one message. For a record it returns record, for the end of a stream it returns end. Any other error than
-// [ErrNoCloseError] means that b is no message of the protocol.
+// Parse decodes one message. For a record it returns record, for the end of a stream it returns end. Any other error
+// than [ErrNoCloseError] means that b is no message of the protocol.
 //
-// A record as this package encodes it is decoded in place: it overwrites the message, and lies in b. It allocates nothing.
-// All other messages go through encoding/json. b is not to be used after Parse.
+// A record as this package encodes it is decoded in place: it overwrites the message, and lies in b. It allocates
+// nothing. All other messages go through encoding/json. b is not to be used after Parse.
 func Parse(b []byte) (record []byte, end *Close, err error) {
 	if data, ok := bytes.CutPrefix(b, []byte(dataHead)); ok {
 		if data, ok := bytes.CutSuffix(data, []byte(dataTail)); ok && bytes.IndexByte(data, '\\') < 0 && bytes.IndexByte(data, '"') < 0 {

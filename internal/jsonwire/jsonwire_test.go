@@ -101,8 +101,8 @@ var messages = []string{
 	`{"type":2,"data":"aGVsbG8=","closeError":{"code":1000,"tExt":"x"}}`, "hello", "\x00", "<&>\u2028\xff", `{"type":1.0}`,
 }
 
-// TestParseReadsWhatEncodingJSONReads compares Parse with encoding/json over messages, and over messages that were changed
-// at random.
+// TestParseReadsWhatEncodingJSONReads compares Parse with encoding/json over messages, and over messages that were
+// changed at random.
 func TestParseReadsWhatEncodingJSONReads(t *testing.T) {
 	rounds := 500
 	if testing.Short() {

@@ -1,9 +1,9 @@
-// Package lifecycle holds the life of a stream at one end as a table: the states of its two halves and of the stream, the events
-// that change them, and the actions of each transition.
+// Package lifecycle holds the life of a stream at one end as a table: the states of its two halves and of the stream,
+// the events that change them, and the actions of each transition.
 //
 // The table is data. The outbox calls [State.On] and carries out the actions. Tests walk the whole table. The tables of
-// docs/PROTOCOL.md section 12 and the drawings of docs/DESIGN.md are generated from it. The package knows no packets, no
-// goroutines and no time.
+// docs/PROTOCOL.md section 12 and the drawings of docs/DESIGN.md are generated from it. The package knows no packets,
+// no goroutines and no time.
 package lifecycle
 
 import (
@@ -98,8 +98,8 @@ const (
 	Forget                        // remove the stream from the outbox's tables and from the server's count
 )
 
-// On returns the state after event e, and the actions to carry out. ok is false for an event that the table does not expect in
-// state s: the state stays, and there are no actions.
+// On returns the state after event e, and the actions to carry out. ok is false for an event that the table does not
+// expect in state s: the state stays, and there are no actions.
 func (s State) On(e Event, r Role) (next State, do Action, ok bool) {
 	for i := range rules {
 		if rule := &rules[i]; rule.matches(s, e, r) {
@@ -112,8 +112,8 @@ func (s State) On(e Event, r Role) (next State, do Action, ok bool) {
 	return s, 0, false
 }
 
-// Strict makes On panic for an event without a rule. Tests set it before they start goroutines: an event that the table lacks is a
-// mistake in the table or in the code that raised it.
+// Strict makes On panic for an event without a rule. Tests set it before they start goroutines: an event that the table
+// lacks is a mistake in the table or in the code that raised it.
 var Strict bool
 
 // sends, recvs are sets of states: bit n stands for state n. A zero set stands for all states.

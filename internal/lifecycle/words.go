@@ -81,7 +81,8 @@ func names(all []string, set uint8) string {
 // Row is one rule in words, for documents.
 type Row struct{ Role, Send, Recv, Phase, Event, Do, ToSend, ToRecv, ToPhase, Why string }
 
-// Rows returns the table in words, in order. A half that a rule does not look at, or does not change, is "any" or empty.
+// Rows returns the table in words, in order. A half that a rule does not look at, or does not change, is "any" or
+// empty.
 func Rows() []Row {
 	rows := make([]Row, len(rules))
 	for i := range rules {

@@ -16,8 +16,8 @@ type Clock struct {
 // NewClock returns a clock. A tick more than limit after the one before shows that the process stood still.
 func NewClock(limit int64) Clock { return Clock{limit: limit, running: true} }
 
-// Tick sets the clock at time now. hears says that this end can hear its peers, and broke that it could not at some time since the
-// last tick.
+// Tick sets the clock at time now. hears says that this end can hear its peers, and broke that it could not at some
+// time since the last tick.
 func (c *Clock) Tick(now int64, hears, broke bool) {
 	reads := c.Now(now)
 	if hears && (broke || !c.running || now-c.at > c.limit) {

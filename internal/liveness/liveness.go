@@ -1,6 +1,6 @@
-// Package liveness decides when a peer is asked for a sign of life, when a peer or a stream is given up, and when to look again.
-// [DecidePeer] decides about the other end, which many streams may share. [Decide] decides about one stream. Both are pure
-// functions over facts. The outbox of package stream gathers the facts and acts.
+// Package liveness decides when a peer is asked for a sign of life, when a peer or a stream is given up, and when to
+// look again. [DecidePeer] decides about the other end, which many streams may share. [Decide] decides about one
+// stream. Both are pure functions over facts. The outbox of package stream gathers the facts and acts.
 //
 // All times are in nanoseconds of a [Clock], which never reads 0; 0 means never.
 package liveness
@@ -8,7 +8,8 @@ package liveness
 // SuspectPings is the number of unanswered questions that make a peer suspect.
 const SuspectPings = 3
 
-// graceAcks times Ack is the time after a standstill of the clock in which nothing is given up: a question and its answer.
+// graceAcks times Ack is the time after a standstill of the clock in which nothing is given up: a question and its
+// answer.
 const graceAcks = 2
 
 // maxBackoff is the largest power of two by which a question about an acknowledgement is delayed.
@@ -119,8 +120,8 @@ func (f *Facts) since(t int64) int64 { return max(t, f.Resumed) }
 // overdue returns the end of Resume if it began at t.
 func (f *Facts) overdue(t int64) int64 { return grace(t+f.Times.Resume, f.Resumed, f.Times) }
 
-// waitForConnection is Decide while the connection is down. It uses Now, Born, Down and the next look, which are times of a
-// clock that does not stop, and no other times.
+// waitForConnection is Decide while the connection is down. It uses Now, Born, Down and the next look, which are times
+// of a clock that does not stop, and no other times.
 func (f *Facts) waitForConnection(d Decision) Decision {
 	down := f.Down
 	if down == 0 { // the outbox has not seen it yet
@@ -205,8 +206,8 @@ func (f *Facts) ask(d Decision) Decision {
 // gone returns the time when a peer that is suspect since t is given up.
 func (f *Facts) gone(t int64) int64 { return max(f.overdue(t), t+f.Patience) + f.queued(t) }
 
-// unconfirmed returns the time when the acknowledgement of CLOSE is given up. Signs of life on this stream do not count here:
-// they may be answers to earlier packets.
+// unconfirmed returns the time when the acknowledgement of CLOSE is given up. Signs of life on this stream do not count
+// here: they may be answers to earlier packets.
 func (f *Facts) unconfirmed() int64 {
 	if f.Others > f.Closed && !f.Scarce {
 		return f.overdue(f.Closed) + behindOthers*f.Times.Resume
@@ -214,8 +215,8 @@ func (f *Facts) unconfirmed() int64 {
 	return f.overdue(f.Closed) + f.queued(f.Closed)
 }
 
-// behindOthers is how many times Resume more a stream may wait for an answer, or for the acknowledgement of CLOSE, if records of
-// the peer arrive on others: it may be behind them on a slow line.
+// behindOthers is how many times Resume more a stream may wait for an answer, or for the acknowledgement of CLOSE, if
+// records of the peer arrive on others: it may be behind them on a slow line.
 const behindOthers = 6
 
 // queued returns by how much queued data on the line prolongs the wait for the answer to a packet sent at t.

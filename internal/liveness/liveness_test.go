@@ -219,8 +219,8 @@ func TestDecidePeer(t *testing.T) {
 	}
 }
 
-// However the looks fall, a peer that is gone is given up in time, one that answers never is, and no next look is in the
-// past.
+// However the looks fall, a peer that is gone is given up in time, one that answers never is, and no next look is in
+// the past.
 func TestPeerBounds(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		answers := rapid.Bool().Draw(t, "answers")

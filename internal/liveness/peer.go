@@ -5,8 +5,8 @@ package liveness
 type PeerFacts struct {
 	Now   int64
 	Times *Intervals
-	// KeepAlive is Times.KeepAlive. It is shorter if a stream asks for that, and longer if there are many peers. Jitter shortens
-	// it.
+	// KeepAlive is Times.KeepAlive. It is shorter if a stream asks for that, and longer if there are many peers. Jitter
+	// shortens it.
 	KeepAlive, Jitter int64
 
 	Heard   int64 // last sign of life, on any stream
@@ -28,8 +28,8 @@ type PeerDecision struct {
 	Next   int64 // when to look again, at the latest
 }
 
-// DecidePeer decides about a peer. A peer that is silent for KeepAlive is asked every Ack. It is given up Patience after the first
-// question.
+// DecidePeer decides about a peer. A peer that is silent for KeepAlive is asked every Ack. It is given up Patience
+// after the first question.
 func DecidePeer(f *PeerFacts) PeerDecision {
 	d := PeerDecision{Next: f.Now + f.KeepAlive}
 	if f.Questions == 0 && !f.Absent {
@@ -66,8 +66,8 @@ func (f *PeerFacts) end() int64 {
 	return end
 }
 
-// grace delays end if the clock has just begun to run again at resumed: after a reconnect or a pause of the process, messages
-// that have arrived are handled first. The delay has a limit, because a connection may never last long enough.
+// grace delays end if the clock has just begun to run again at resumed: after a reconnect or a pause of the process,
+// messages that have arrived are handled first. The delay has a limit, because a connection may never last long enough.
 func grace(end, resumed int64, t *Intervals) int64 {
 	return max(end, min(resumed+graceAcks*t.Ack, end+t.Resume))
 }

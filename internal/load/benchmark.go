@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// BenchmarkSession runs a benchmark of the time per record of a session. open is called once: the session outlives the calls by
-// which the framework finds b.N, so its streams are opened and warmed up once.
+// BenchmarkSession runs a benchmark of the time per record of a session. open is called once: the session outlives the
+// calls by which the framework finds b.N, so its streams are opened and warmed up once.
 func BenchmarkSession(b *testing.B, name string, cfg Config, open func() (Session, error)) {
 	var s Session
 	b.Run(name, func(b *testing.B) {
@@ -35,8 +35,8 @@ func BenchmarkSession(b *testing.B, name string, cfg Config, open func() (Sessio
 	}
 }
 
-// BenchmarkPinger runs a benchmark of operations that follow each other, with the percentiles of their times. open is called
-// once.
+// BenchmarkPinger runs a benchmark of operations that follow each other, with the percentiles of their times. open is
+// called once.
 func BenchmarkPinger(b *testing.B, name string, open func() (Pinger, error)) {
 	var p Pinger
 	b.Run(name, func(b *testing.B) {

@@ -2,8 +2,8 @@ package load
 
 import "sync"
 
-// SlowWindow is how many records of slow streams are in flight at most. It is smaller than the number of streams, so that no
-// stream ever has two records to share a packet.
+// SlowWindow is how many records of slow streams are in flight at most. It is smaller than the number of streams, so
+// that no stream ever has two records to share a packet.
 const SlowWindow = 1000
 
 type slowStreamSession struct {

@@ -12,8 +12,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// streamSession has a goroutine for each stream at each end, as a service would have: one calls Write, the other Recv. Nothing
-// but the library holds the producer back.
+// streamSession has a goroutine for each stream at each end, as a service would have: one calls Write, the other Recv.
+// Nothing but the library holds the producer back.
 type streamSession struct {
 	Pair
 	d        Dialer

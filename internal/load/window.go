@@ -5,12 +5,13 @@ import (
 	"sync/atomic"
 )
 
-// A Window bounds the records on their way from one publisher to its subscribers. Plain NATS has no flow control: a publisher that is
-// faster than its subscribers fills the buffers of the server and of the client until one of them drops messages. With a
-// Window, an implementation without flow control loses nothing, and each of its records can be counted.
+// A Window bounds the records on their way from one publisher to its subscribers. Plain NATS has no flow control: a
+// publisher that is faster than its subscribers fills the buffers of the server and of the client until one of them
+// drops messages. With a Window, an implementation without flow control loses nothing, and each of its records can be
+// counted.
 //
-// The publisher owns sent and seen. It reads the consumers' progress only when it believes that the window is full, and parks
-// on a channel only when it is.
+// The publisher owns sent and seen. It reads the consumers' progress only when it believes that the window is full, and
+// parks on a channel only when it is.
 type Window struct {
 	limit int64
 	sent  int64

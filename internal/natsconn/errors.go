@@ -12,8 +12,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file delivers the errors that NATS reports on a connection, and parses permission errors. nats.go calls the handler on a
-// goroutine of its own.
+// This file delivers the errors that NATS reports on a connection, and parses permission errors. nats.go calls the
+// handler on a goroutine of its own.
 
 // hooks are the error handlers that endpoints have put in front of the users' own, one for each connection.
 var hooks struct {
@@ -41,8 +41,8 @@ func (h *hook) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
 	}
 }
 
-// OnError chains a handler, because a connection has room for one. The last stop of the connection restores the handler that
-// was there before, unless the user has set another meanwhile.
+// OnError chains a handler, because a connection has room for one. The last stop of the connection restores the handler
+// that was there before, unless the user has set another meanwhile.
 func (c conn) OnError(f func(error)) (stop func()) {
 	hooks.Lock()
 	defer hooks.Unlock()

@@ -17,29 +17,30 @@ import (
 // Conn is one NATS connection, as an endpoint uses it. All methods may be called concurrently.
 type Conn interface {
 	// Publish sends data to subject, with a reply subject unless reply is empty. It may block for as long as the
-	// connection does. Only the outbox calls it, and the callback that answers questions about services. The message may wait for
-	// Push or Flush.
+	// connection does. Only the outbox calls it, and the callback that answers questions about services. The message
+	// may wait for Push or Flush.
 	Publish(subject, reply string, data []byte) error
 	// Push sends the published messages that wait. It blocks as Publish does.
 	Push()
 	// PublishMsg sends a message with headers. It blocks as Publish does.
 	PublishMsg(m *nats.Msg) error
-	// Subscribe calls f for one message after the other until unsubscribe has returned. unsubscribe first waits until f has
-	// all messages that the server sent, for at most UnsubscribeTimeout. queue is a queue group, or empty.
+	// Subscribe calls f for one message after the other until unsubscribe has returned. unsubscribe first waits until f
+	// has all messages that the server sent, for at most UnsubscribeTimeout. queue is a queue group, or empty.
 	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
-	// SubscribeInbox is Subscribe for packets of streams. On a fast connection f gets messages out of buffers that are used again:
-	// the message and its subject are valid until f returns, and its data until lent.Release, which must be called once. If lent is
-	// nil, all of it is valid for ever. f runs in the goroutine that reads the connection, so it must not block.
+	// SubscribeInbox is Subscribe for packets of streams. On a fast connection f gets messages out of buffers that are
+	// used again: the message and its subject are valid until f returns, and its data until lent.Release, which must be
+	// called once. If lent is nil, all of it is valid for ever. f runs in the goroutine that reads the connection, so
+	// it must not block.
 	SubscribeInbox(subject string, f func(m *nats.Msg, lent *slab.Slab)) (inbox Inbox, err error)
-	// Flush returns when the server has received all messages that were sent before, and has sent all errors about them, or
-	// after the timeout.
+	// Flush returns when the server has received all messages that were sent before, and has sent all errors about
+	// them, or after the timeout.
 	Flush(timeout time.Duration) error
 	// OnError calls f for each error that the server reports and no call returns, until stop.
 	OnError(f func(error)) (stop func())
 	// StatusChanges delivers changes of status until stop. It drops a change if ten are waiting.
 	StatusChanges() (changes <-chan nats.Status, stop func())
-	// LastError returns the last error that the server reported, which OnError may report a moment later. It is the same
-	// value there.
+	// LastError returns the last error that the server reported, which OnError may report a moment later. It is the
+	// same value there.
 	LastError() error
 	// Status and MaxPayload take the connection's lock, which nats.go holds while a peer takes no bytes. So only the
 	// endpoint's own goroutines call them; calls of the user read the values that the endpoint remembers.
@@ -47,8 +48,8 @@ type Conn interface {
 	MaxPayload() int64
 }
 
-// Inbox is a subscription that SubscribeInbox made. Unsubscribe is that of Subscribe. Fast reports whether its messages take the
-// fast way now.
+// Inbox is a subscription that SubscribeInbox made. Unsubscribe is that of Subscribe. Fast reports whether its messages
+// take the fast way now.
 type Inbox struct {
 	Unsubscribe func()
 	Fast        func() bool
@@ -72,12 +73,13 @@ func New(nc *nats.Conn) Conn {
 	return conn{nc}
 }
 
-// maxSubjects is the largest length of a subject and a reply subject together. Over a longer control line, a NATS server closes
-// the connection, and so all its streams. By default a control line has 4,096 bytes, of which 32 are for sizes.
+// maxSubjects is the largest length of a subject and a reply subject together. Over a longer control line, a NATS
+// server closes the connection, and so all its streams. By default a control line has 4,096 bytes, of which 32 are for
+// sizes.
 const maxSubjects = 4096 - 32
 
-// CheckSubjects returns an error that wraps nats.ErrBadSubject if a subject and a reply subject of n bytes together are too
-// long for a NATS server.
+// CheckSubjects returns an error that wraps nats.ErrBadSubject if a subject and a reply subject of n bytes together are
+// too long for a NATS server.
 func CheckSubjects(n int) error {
 	if n > maxSubjects {
 		return fmt.Errorf("subject and reply subject of %d bytes, a server takes %d: %w", n, maxSubjects, nats.ErrBadSubject)
@@ -95,8 +97,9 @@ func (c conn) Publish(subject, reply string, data []byte) error {
 	return c.nc.PublishRequest(subject, reply, data)
 }
 
-// Publish writes packets between the commands of nats.go if nats.go is connected and would accept the message. A packet may overtake
-// messages that nats.go buffers. Messages of the fallback have no numbers: they all go through nats.go, which keeps their order.
+// Publish writes packets between the commands of nats.go if nats.go is connected and would accept the message. A packet
+// may overtake messages that nats.go buffers. Messages of the fallback have no numbers: they all go through nats.go,
+// which keeps their order.
 func (c *fastConn) Publish(subject, reply string, data []byte) error {
 	packet := len(data) > 0 && data[0] == packetMagic
 	if t := c.tapped(); packet && t != nil && int64(len(data)) <= c.nc.MaxPayload() && CheckSubjects(len(subject)+len(reply)) == nil && t.Publish(subject, reply, data) {

@@ -10,11 +10,12 @@ import (
 
 // This file checks MessagePack from peers and from methods of the user before the msgpack package decodes it.
 
-// MaxDepth is the deepest nesting of maps and arrays in an object. It is that of encoding/json, for both codecs and both
-// ends: an object that can be written can be read.
+// MaxDepth is the deepest nesting of maps and arrays in an object. It is that of encoding/json, for both codecs and
+// both ends: an object that can be written can be read.
 const MaxDepth = 10_000
 
-// maxHops bounds the pointers and interfaces on the way to a value. Between two levels of an object there may be several.
+// maxHops bounds the pointers and interfaces on the way to a value. Between two levels of an object there may be
+// several.
 const maxHops = 4 * MaxDepth
 
 var (
@@ -135,8 +136,8 @@ func isExtension(c byte) bool { return c >= 0xc7 && c <= 0xc9 || c >= 0xd4 && c 
 
 func isContainer(c byte) bool { return c >= 0x80 && c <= 0x9f || c >= 0xdc && c <= 0xdf }
 
-// stackWatch counts the bytes that methods of the user read or write. These methods may follow a cycle, and a program cannot
-// recover from an overflow of the stack. So now and then stackWatch measures how deep the stack is.
+// stackWatch counts the bytes that methods of the user read or write. These methods may follow a cycle, and a program
+// cannot recover from an overflow of the stack. So now and then stackWatch measures how deep the stack is.
 type stackWatch int
 
 const (

@@ -187,8 +187,8 @@ func TestCheckMsgPackAgreesWithDecoder(t *testing.T) {
 	}
 }
 
-// reference decodes p by the msgpack package alone. On processors of 32 bits that package panics at the number of an interned
-// string that does not fit. Decode recovers such panics.
+// reference decodes p by the msgpack package alone. On processors of 32 bits that package panics at the number of an
+// interned string that does not fit. Decode recovers such panics.
 func reference(p []byte, v any) (err error) {
 	defer func() {
 		if r := recover(); r != nil {

@@ -15,11 +15,11 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// This file decodes MessagePack into Go values, in the goroutine that calls Decode. struct.go has structs, loose.go targets
-// without a type.
+// This file decodes MessagePack into Go values, in the goroutine that calls Decode. struct.go has structs, loose.go
+// targets without a type.
 
-// decoder reads one record. No record can exhaust its stack or its memory: it compares lengths with the bytes that are present,
-// and bounds nesting.
+// decoder reads one record. No record can exhaust its stack or its memory: it compares lengths with the bytes that are
+// present, and bounds nesting.
 type decoder struct {
 	p        []byte
 	off      int
@@ -68,8 +68,8 @@ func (d *decoder) free() {
 	decoders.Put(d)
 }
 
-// delegate lets the msgpack package decode the next object. The decoder of that package trusts its input, so the record is
-// checked first.
+// delegate lets the msgpack package decode the next object. The decoder of that package trusts its input, so the record
+// is checked first.
 func (d *decoder) delegate(decode func(*msgpack.Decoder) error) error {
 	if !d.checked {
 		if err := checkAll(d.p, &d.guard.bodies); err != nil {

@@ -108,7 +108,8 @@ func takesPart(f reflect.StructField) bool {
 	return f.IsExported() || f.Anonymous && t.Kind() == reflect.Struct
 }
 
-// parseTag returns the name and the options of a tag. encoding/json decides about a name with quotes or other unusual characters in it.
+// parseTag returns the name and the options of a tag. encoding/json decides about a name with quotes or other unusual
+// characters in it.
 func parseTag(tag string) (name string, options []string) {
 	name, rest, _ := strings.Cut(tag, ",")
 	for _, c := range name {

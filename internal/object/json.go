@@ -5,10 +5,11 @@ import (
 	"sync"
 )
 
-// This file guards encoding/json: it refuses values that would overflow the stack, and values that could not be decoded.
+// This file guards encoding/json: it refuses values that would overflow the stack, and values that could not be
+// decoded.
 
-// encodeJSON encodes v with encoding/json. It refuses values for which that package would overflow the stack, and values
-// that it would write but could not read.
+// encodeJSON encodes v with encoding/json. It refuses values for which that package would overflow the stack, and
+// values that it would write but could not read.
 func (e *Encoder) encodeJSON(v any) error {
 	t := reflect.TypeOf(v)
 	if t != e.lastJSON {
@@ -166,7 +167,8 @@ func walk(v any, depth, hops int) error {
 	return shapeOf(reflect.TypeOf(v)).walk(reflect.ValueOf(v), depth, hops+1)
 }
 
-// walk looks at a value if its type alone does not decide. depth counts maps and arrays, hops all other steps on the way.
+// walk looks at a value if its type alone does not decide. depth counts maps and arrays, hops all other steps on the
+// way.
 func (s *shape) walk(v reflect.Value, depth, hops int) error {
 	if hops > maxHops {
 		return errDepth

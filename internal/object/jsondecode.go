@@ -8,13 +8,13 @@ import (
 	"sync"
 )
 
-// This file guards the decoder of encoding/json, in the goroutine that calls Decode. Since Go 1.27 that decoder overwrites byte slices
-// of the target, and follows a pointer to itself until the stack overflows.
+// This file guards the decoder of encoding/json, in the goroutine that calls Decode. Since Go 1.27 that decoder
+// overwrites byte slices of the target, and follows a pointer to itself until the stack overflows.
 
 var jsonUnmarshalerType = reflect.TypeFor[json.Unmarshaler]()
 
-// jsonOverwrites says that this version of encoding/json writes into the memory of byte slices that the target holds. Programs keep such
-// slices of earlier records.
+// jsonOverwrites says that this version of encoding/json writes into the memory of byte slices that the target holds.
+// Programs keep such slices of earlier records.
 var jsonOverwrites = func() bool {
 	kept := []byte{1}
 	b := kept
@@ -40,8 +40,8 @@ func decodeJSON(p []byte, v any) error {
 	return json.Unmarshal(p, v)
 }
 
-// A detacher replaces the byte slices in a value by copies. It is nil for a type that holds none. It follows no pointer and looks into no
-// list or map, because copies of the value share their elements anyway.
+// A detacher replaces the byte slices in a value by copies. It is nil for a type that holds none. It follows no pointer
+// and looks into no list or map, because copies of the value share their elements anyway.
 type detacher func(v reflect.Value)
 
 var detachers sync.Map // reflect.Type → detacher

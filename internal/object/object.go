@@ -3,14 +3,15 @@
 //
 // JSON is that of encoding/json. MessagePack acts like it:
 //
-//   - Names, embedding, hiding, "-", omitempty and omitzero of json tags hold for both codecs. A msgpack tag stands in for the
-//     json tag; there are as_array, for a field _msgpack, alias:name and noinline as well. The option string of a json tag
-//     is JSON's alone: MessagePack carries the number.
+//   - Names, embedding, hiding, "-", omitempty and omitzero of json tags hold for both codecs. A msgpack tag stands in
+//     for the json tag; there are as_array, for a field _msgpack, alias:name and noinline as well. The option string of
+//     a json tag is JSON's alone: MessagePack carries the number.
 //   - Decoding into a value that is not empty has the same result as with json.Unmarshal.
 //   - A number that the target cannot hold is an error. So are bytes behind the object.
 //
-// Types choose their form in MessagePack by methods, the first of: EncodeMsgpack, MarshalMsgpack, MarshalBinary, MarshalText.
-// Functions registered with msgpack.Register are not called. A json.RawMessage travels as bytes, a json.Number as a string.
+// Types choose their form in MessagePack by methods, the first of: EncodeMsgpack, MarshalMsgpack, MarshalBinary,
+// MarshalText. Functions registered with msgpack.Register are not called. A json.RawMessage travels as bytes, a
+// json.Number as a string.
 package object
 
 import (
@@ -29,8 +30,9 @@ const (
 	MsgPack
 )
 
-// Encoder encodes one object into a given buffer. If that has no room, the encoder moves the object to a buffer of its own.
-// Encoders are reused, because making one costs more than encoding most objects. One goroutine at a time may use an Encoder.
+// Encoder encodes one object into a given buffer. If that has no room, the encoder moves the object to a buffer of its
+// own. Encoders are reused, because making one costs more than encoding most objects. One goroutine at a time may use
+// an Encoder.
 type Encoder struct {
 	buf     []byte // the encoded bytes
 	spilled bool   // buf is the encoder's own
@@ -85,8 +87,8 @@ func (e *Encoder) WriteByte(c byte) error {
 	return nil
 }
 
-// Encode encodes v into dst, or into a buffer of its own if dst has no room; see Spilled. The result belongs to the encoder until
-// Free or the next Encode. A panic of a method of v passes through.
+// Encode encodes v into dst, or into a buffer of its own if dst has no room; see Spilled. The result belongs to the
+// encoder until Free or the next Encode. A panic of a method of v passes through.
 func (e *Encoder) Encode(v any, codec Codec, dst []byte) (b []byte, err error) {
 	if e.spilled {
 		e.spill = e.buf

@@ -697,8 +697,8 @@ func allocated(f func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// An object of which nothing is known takes at most looseMemory bytes for each byte of its record, as the documentation of
-// RecvObject says. An announcement that the record does not keep takes less.
+// An object of which nothing is known takes at most looseMemory bytes for each byte of its record, as the documentation
+// of RecvObject says. An announcement that the record does not keep takes less.
 func TestMemoryOfLooseObjects(t *testing.T) {
 	const size = 1 << 20
 	const looseMemory, looseJSON = 160, 80

@@ -10,7 +10,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
-// This file makes a plan for each type: the functions that encode and decode its values. Goroutines share finished plans.
+// This file makes a plan for each type: the functions that encode and decode its values. Goroutines share finished
+// plans.
 
 // plan is how values of one type are written and read as MessagePack.
 type plan struct {
@@ -69,7 +70,8 @@ var (
 	textUnmarshalerType   = reflect.TypeFor[encoding.TextUnmarshaler]()
 )
 
-// hasMethods reports whether t, or a pointer to it, implements iface. It is false for an interface, because its values decide.
+// hasMethods reports whether t, or a pointer to it, implements iface. It is false for an interface, because its values
+// decide.
 func hasMethods(t, iface reflect.Type) bool {
 	return t.Kind() != reflect.Interface && t.Kind() != reflect.Pointer && reflect.PointerTo(t).Implements(iface)
 }

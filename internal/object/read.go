@@ -160,8 +160,8 @@ func (d *decoder) text(c byte) (b []byte, ok bool, err error) {
 	return b, true, err
 }
 
-// array takes the head of an array. ok is false for any other object, which stays. The caller reads n elements and counts
-// promised down before each.
+// array takes the head of an array. ok is false for any other object, which stays. The caller reads n elements and
+// counts promised down before each.
 func (d *decoder) array(c byte) (n int, ok bool, err error) {
 	size := 0
 	switch {
@@ -176,8 +176,8 @@ func (d *decoder) array(c byte) (n int, ok bool, err error) {
 	return n, true, err
 }
 
-// mapping takes the head of a map. ok is false for any other object, which stays. The caller reads n keys and values and
-// counts promised down by two before each.
+// mapping takes the head of a map. ok is false for any other object, which stays. The caller reads n keys and values
+// and counts promised down by two before each.
 func (d *decoder) mapping(c byte) (n int, ok bool, err error) {
 	size := 0
 	switch {

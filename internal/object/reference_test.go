@@ -148,8 +148,8 @@ func utc(n *node) {
 	}
 }
 
-// Whatever is written and read again, into a new variable or into one that holds an earlier record, is what encoding/json
-// makes of it.
+// Whatever is written and read again, into a new variable or into one that holds an earlier record, is what
+// encoding/json makes of it.
 func TestCodecsAgreeOnRandomRecords(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var want, got, viaJSON node
@@ -231,8 +231,8 @@ func TestDamagedRecords(t *testing.T) {
 	})
 }
 
-// The bytes are those of the msgpack package with json tags, for types that it writes as encoding/json would, and it reads
-// them as RecvObject does.
+// The bytes are those of the msgpack package with json tags, for types that it writes as encoding/json would, and it
+// reads them as RecvObject does.
 func TestMsgPackMatchesThePackage(t *testing.T) {
 	type plain struct {
 		A leaf `json:"a"`

@@ -87,8 +87,8 @@ func (e *Encoder) uint(n uint64) {
 	}
 }
 
-// length writes the length of a map or an array: in its first byte if it is below few, otherwise behind code16 or the code
-// after it.
+// length writes the length of a map or an array: in its first byte if it is below few, otherwise behind code16 or the
+// code after it.
 func (e *Encoder) length(fixed byte, few int, code16 byte, n int) {
 	switch {
 	case n < few:

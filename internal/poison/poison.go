@@ -1,5 +1,5 @@
-// Package poison overwrites memory that was given back, in builds that look for uses after that. These are race builds and
-// builds with the tag poison.
+// Package poison overwrites memory that was given back, in builds that look for uses after that. These are race builds
+// and builds with the tag poison.
 package poison
 
 // Byte is the value of all bytes that were given back.

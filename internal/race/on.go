@@ -2,6 +2,6 @@
 
 package race
 
-// Enabled reports whether the program was built with -race. It is a constant, so the compiler drops the branches that it
-// makes unreachable.
+// Enabled reports whether the program was built with -race. It is a constant, so the compiler drops the branches that
+// it makes unreachable.
 const Enabled = true

@@ -3,19 +3,20 @@ package ring
 import "sync/atomic"
 
 // Parker puts one goroutine, the sleeper, to sleep until another goroutine wakes it. It takes no lock and loses no
-// wake-up. The sleeper announces that it is about to sleep, looks once more for work, and only then waits. A waker first
-// makes its work visible and then calls Wake. Go's atomics are sequentially consistent, so at least one side sees the
-// other: either the sleeper finds the work, or the waker finds the announcement.
+// wake-up. The sleeper announces that it is about to sleep, looks once more for work, and only then waits. A waker
+// first makes its work visible and then calls Wake. Go's atomics are sequentially consistent, so at least one side sees
+// the other: either the sleeper finds the work, or the waker finds the announcement.
 //
 // One goroutine at a time may be the sleeper, and call Announce, Retract and Wait. Any number may call Wake at the same
-// time. The zero Parker is ready for use. It allocates with the first Announce: many streams have readers that never sleep.
+// time. The zero Parker is ready for use. It allocates with the first Announce: many streams have readers that never
+// sleep.
 type Parker struct {
 	asleep atomic.Uint32 // 1 from Announce until the sleeper retracts or a waker takes it back
 	signal chan struct{} // capacity 1: the wake-up of the waker that set asleep back to 0. The store to asleep publishes it
 }
 
-// Announce announces that the caller is about to sleep. The caller then looks for work a last time, and calls Wait if there is
-// none or Retract if there is.
+// Announce announces that the caller is about to sleep. The caller then looks for work a last time, and calls Wait if
+// there is none or Retract if there is.
 func (p *Parker) Announce() {
 	if p.signal == nil {
 		p.signal = make(chan struct{}, 1)

@@ -101,7 +101,8 @@ type segment[T any] struct {
 	slots []T
 }
 
-// newSegment makes a segment of n slots. The first of a Ring is one allocation with its slots, because most streams need no other.
+// newSegment makes a segment of n slots. The first of a Ring is one allocation with its slots, because most streams
+// need no other.
 func newSegment[T any](first, n uint32) *segment[T] {
 	if n != minSlots {
 		return &segment[T]{first: first, slots: make([]T, n)}

@@ -2,8 +2,9 @@
 // used again once all messages that were lent out of it were given back. The goroutine that reads the connection fills
 // a slab, and the readers of messages give them back.
 //
-// A slab that is not given back costs memory only: the garbage collector takes it. A slab that is given back too often would have
-// two owners. So Release panics if it finds that, and builds that look for uses after release overwrite the slab.
+// A slab that is not given back costs memory only: the garbage collector takes it. A slab that is given back too often
+// would have two owners. So Release panics if it finds that, and builds that look for uses after release overwrite the
+// slab.
 package slab
 
 import (
@@ -14,8 +15,8 @@ import (
 	"github.com/natsstream/stream/internal/poison"
 )
 
-// Sizes of slabs in bytes. Size holds four packets of the usual size, 32 KiB, with their control lines. LargeSize holds the largest
-// packet that this library sends.
+// Sizes of slabs in bytes. Size holds four packets of the usual size, 32 KiB, with their control lines. LargeSize holds
+// the largest packet that this library sends.
 const (
 	Size      = 132 << 10
 	LargeSize = 320 << 10
@@ -32,8 +33,8 @@ const (
 // filling is counted in refs while the slab is being filled. It is more than any number of messages.
 const filling = 1 << 40
 
-// Slab is one buffer. The connection that fills it owns Buf up to the messages that it lends. The reader of a message owns its bytes
-// until Release.
+// Slab is one buffer. The connection that fills it owns Buf up to the messages that it lends. The reader of a message
+// owns its bytes until Release.
 type Slab struct {
 	Buf  []byte
 	lent int64        // messages lent since it was taken; the filler's
@@ -53,7 +54,8 @@ var (
 	pools = [...]*pool{{size: Size}, {size: LargeSize}}
 )
 
-// Get returns a slab of at least n bytes for one filler, or nil if n is more than LargeSize or there is no room for another slab.
+// Get returns a slab of at least n bytes for one filler, or nil if n is more than LargeSize or there is no room for
+// another slab.
 func Get(n int) *Slab {
 	for _, p := range pools {
 		if n <= p.size {
@@ -90,11 +92,12 @@ func Live() int64 { return live.Load() }
 // Crowded reports whether slabs take more than half of maxLive. Connections then copy small messages.
 func Crowded() bool { return live.Load() > maxLive/2 }
 
-// Lend counts one more message that a reader will give back. Only the filler calls it, before the reader gets the message.
+// Lend counts one more message that a reader will give back. Only the filler calls it, before the reader gets the
+// message.
 func (s *Slab) Lend() { s.lent++ }
 
-// Restart lets the filler begin again at the start of Buf, where it moves the bytes that are pending, a part of Buf. It does nothing and
-// reports false if not all messages that were lent are back.
+// Restart lets the filler begin again at the start of Buf, where it moves the bytes that are pending, a part of Buf. It
+// does nothing and reports false if not all messages that were lent are back.
 func (s *Slab) Restart(pending []byte) bool {
 	if s.refs.Load() != filling-s.lent {
 		return false

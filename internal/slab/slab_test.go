@@ -99,7 +99,8 @@ func TestSlabsHaveTwoSizes(t *testing.T) {
 	(*slab.Slab)(nil).Release() // of a message in memory of its own
 }
 
-// The memory in slabs has a bound. Slabs that are never given back do not count once the garbage collector has taken them.
+// The memory in slabs has a bound. Slabs that are never given back do not count once the garbage collector has taken
+// them.
 func TestSlabsHaveABound(t *testing.T) {
 	var all []*slab.Slab
 	for {

@@ -22,8 +22,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Dialer makes the tapped connections of one connection of nats.go, one after the other. It resolves the names of servers and does
-// TLS in the place of nats.go, which would otherwise encrypt the bytes that Conn has to parse.
+// Dialer makes the tapped connections of one connection of nats.go, one after the other. It resolves the names of
+// servers and does TLS in the place of nats.go, which would otherwise encrypt the bytes that Conn has to parse.
 type Dialer struct {
 	opts   *nats.Options // those that nats.Connect gets; read when a connection is made
 	under  nats.CustomDialer
@@ -133,7 +133,8 @@ func (d *Dialer) dial(network string, hosts []string) (raw net.Conn, err error) 
 	return nil, err
 }
 
-// multipathTCP returns the option AllowMultipathTCP, which nats.go has since version 1.54. The package builds with older versions, too.
+// multipathTCP returns the option AllowMultipathTCP, which nats.go has since version 1.54. The package builds with
+// older versions, too.
 func multipathTCP(o *nats.Options) *bool {
 	option := reflect.ValueOf(o).Elem().FieldByName("AllowMultipathTCP")
 	if !option.IsValid() {
@@ -200,8 +201,8 @@ func readInfo(raw net.Conn) ([]byte, error) {
 	}
 }
 
-// requiresTLS reports whether nats.go goes on with TLS after the first line of the server. Any other line than INFO, and a server
-// without the TLS that the user wants, is left to nats.go, which reports the error.
+// requiresTLS reports whether nats.go goes on with TLS after the first line of the server. Any other line than INFO,
+// and a server without the TLS that the user wants, is left to nats.go, which reports the error.
 func requiresTLS(info []byte, wanted bool) bool {
 	line, _, _ := bytes.Cut(info, []byte{'\n'})
 	args, ok := bytes.CutPrefix(line, []byte("INFO "))
@@ -257,8 +258,8 @@ func (d *Dialer) handshake(raw net.Conn, address string) (net.Conn, error) {
 	return conn, nil
 }
 
-// serverName returns the name that the certificate of a server must have. The servers of a cluster name each other by address only:
-// they have the name of the server that the connection had before.
+// serverName returns the name that the certificate of a server must have. The servers of a cluster name each other by
+// address only: they have the name of the server that the connection had before.
 func (d *Dialer) serverName(host string) string {
 	if net.ParseIP(host) == nil {
 		return host

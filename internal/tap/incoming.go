@@ -10,7 +10,8 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
-// This file parses the bytes that the server sends, and hands messages out. The goroutine in Conn.Read runs it, which is nats.go's reader.
+// This file parses the bytes that the server sends, and hands messages out. The goroutine in Conn.Read runs it, which
+// is nats.go's reader.
 
 // incoming is the receive buffer of a connection, and the position in the bytes that the server sends.
 type incoming struct {
@@ -46,8 +47,8 @@ const (
 	ownSize   = 64 << 10 // of the connection's own buffer
 )
 
-// next hands messages out, and copies bytes for nats.go to p. It returns how many it copied. A message that comes behind them has to
-// wait, so that nats.go sees them first. If next returns 0, more has to be read.
+// next hands messages out, and copies bytes for nats.go to p. It returns how many it copied. A message that comes
+// behind them has to wait, so that nats.go sees them first. If next returns 0, more has to be read.
 func (in *incoming) next(p []byte) (n int) {
 	defer in.hold(nil)
 	for in.start < in.end && n < len(p) {
@@ -116,7 +117,8 @@ func (in *incoming) next(p []byte) (n int) {
 	return n
 }
 
-// hold takes the lock of sub, and frees that of the subscription before. It counts the messages of the latter for nats.go.
+// hold takes the lock of sub, and frees that of the subscription before. It counts the messages of the latter for
+// nats.go.
 func (in *incoming) hold(sub *Sub) {
 	old := in.held
 	if old == sub {
@@ -183,14 +185,15 @@ func (in *incoming) fill() error {
 	return err
 }
 
-// abandon leaves a message that was read in part to nats.go after the connection failed. It reports false if there is none.
+// abandon leaves a message that was read in part to nats.go after the connection failed. It reports false if there is
+// none.
 func (in *incoming) abandon() bool {
 	in.opaque.Store(true)
 	return in.start < in.end
 }
 
-// limit returns where in buf the next read ends. With long messages, that is the end of a message of the same length as the last one,
-// so that the end of buf cuts none.
+// limit returns where in buf the next read ends. With long messages, that is the end of a message of the same length as
+// the last one, so that the end of buf cuts none.
 func (in *incoming) limit() int {
 	if in.opaque.Load() || in.last < cutsFrom {
 		return len(in.buf)
@@ -205,7 +208,8 @@ func (in *incoming) limit() int {
 	return at + (len(in.buf)-at)/in.last*in.last
 }
 
-// makeRoom makes room in buf for the next read: for the rest of a message that was read in part, or for one like the last.
+// makeRoom makes room in buf for the next read: for the rest of a message that was read in part, or for one like the
+// last.
 func (in *incoming) makeRoom() {
 	pending := in.end - in.start
 	if in.single {
@@ -250,7 +254,8 @@ func (in *incoming) makeRoom() {
 	}
 }
 
-// moveTo makes buf the receive buffer, and moves the bytes that were not consumed to its start. s is the slab that buf is.
+// moveTo makes buf the receive buffer, and moves the bytes that were not consumed to its start. s is the slab that buf
+// is.
 func (in *incoming) moveTo(s *slab.Slab, buf []byte) {
 	in.start, in.end = 0, copy(buf, in.buf[in.start:in.end])
 	if in.slab != nil {

@@ -67,8 +67,8 @@ func parseLine(b []byte) (l line, k kind) {
 	return l, message
 }
 
-// parse parses the arguments of a message: its subject, the number of its subscription, perhaps a reply subject, the size of its
-// headers if it has any, and its size.
+// parse parses the arguments of a message: its subject, the number of its subscription, perhaps a reply subject, the
+// size of its headers if it has any, and its size.
 func (l *line) parse(args []byte, headers bool) bool {
 	var ok bool
 	if l.subject, args, ok = cutField(args); !ok {
@@ -109,8 +109,8 @@ func (l *line) parse(args []byte, headers bool) bool {
 // maxMessage bounds the payload of a message: servers accept no larger max_payload.
 const maxMessage = 64 << 20
 
-// cutField returns the bytes before the first space, and those behind it. ok is false if either is missing, or if there is other
-// white space.
+// cutField returns the bytes before the first space, and those behind it. ok is false if either is missing, or if there
+// is other white space.
 func cutField(b []byte) (field, rest []byte, ok bool) {
 	field, rest, ok = bytes.Cut(b, []byte{' '})
 	return field, rest, ok && len(field) > 0 && !bytes.ContainsAny(field, "\t\r")

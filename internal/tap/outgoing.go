@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// This file publishes messages between the commands of nats.go. The goroutine that publishes and nats.go's writers run it, under a lock.
+// This file publishes messages between the commands of nats.go. The goroutine that publishes and nats.go's writers run
+// it, under a lock.
 
 // outgoing is the send side of a connection.
 type outgoing struct {
@@ -27,9 +28,10 @@ const (
 	copied   = 8 << 10  // longer data is sent without a copy
 )
 
-// Publish sends a message, or keeps it until Push, more messages or a command of nats.go. Later, the message may be lost with the
-// connection, as one that nats.go buffers. Publish reports false if the message has to go through nats.go. It blocks while the server
-// takes no bytes, until the timeout of nats.go's flusher. Then it closes the connection.
+// Publish sends a message, or keeps it until Push, more messages or a command of nats.go. Later, the message may be
+// lost with the connection, as one that nats.go buffers. Publish reports false if the message has to go through
+// nats.go. It blocks while the server takes no bytes, until the timeout of nats.go's flusher. Then it closes the
+// connection.
 func (c *Conn) Publish(subject, reply string, data []byte) bool {
 	if !plain(subject) || reply != "" && !plain(reply) {
 		return false
@@ -123,8 +125,8 @@ func (c *Conn) clearDeadline() {
 	}
 }
 
-// SetWriteDeadline does nothing. nats.go calls it around Write, without the lock, and so would change the deadline of another write.
-// Write sets the same one.
+// SetWriteDeadline does nothing. nats.go calls it around Write, without the lock, and so would change the deadline of
+// another write. Write sets the same one.
 func (c *Conn) SetWriteDeadline(time.Time) error { return nil }
 
 // Write follows the commands of nats.go, and sends them behind the messages that wait.

@@ -9,13 +9,13 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
-// Handler receives a message of a subscription. It runs in the goroutine that reads the connection, so it must not block. The
-// message and its Subject are valid until Handler returns. m.Data is valid until lent.Release if lent is not nil, and for ever
-// otherwise. Data of a message that is lent has the capacity of its length.
+// Handler receives a message of a subscription. It runs in the goroutine that reads the connection, so it must not
+// block. The message and its Subject are valid until Handler returns. m.Data is valid until lent.Release if lent is not
+// nil, and for ever otherwise. Data of a message that is lent has the capacity of its length.
 type Handler func(m *nats.Msg, lent *slab.Slab)
 
-// Sub is a subscription with messages that a connection takes out of its stream. It also takes the messages that nats.go delivers, for
-// a connection that is not tapped.
+// Sub is a subscription with messages that a connection takes out of its stream. It also takes the messages that
+// nats.go delivers, for a connection that is not tapped.
 type Sub struct {
 	dialer  *Dialer
 	nc      *nats.Conn
@@ -28,8 +28,9 @@ type Sub struct {
 	conn atomic.Pointer[Conn] // that last sent the subscription to the server
 }
 
-// Register makes connections of nc, which d dials, take the messages of the subscription to subject from when nats.go sends it to the
-// server. A subject has one Sub at a time: a second one replaces the first when nats.go subscribes again.
+// Register makes connections of nc, which d dials, take the messages of the subscription to subject from when nats.go
+// sends it to the server. A subject has one Sub at a time: a second one replaces the first when nats.go subscribes
+// again.
 func (d *Dialer) Register(nc *nats.Conn, subject string, h Handler) *Sub {
 	s := &Sub{dialer: d, nc: nc, subject: subject, handler: h}
 	d.mu.Lock()

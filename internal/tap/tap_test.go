@@ -32,8 +32,8 @@ type dialerFunc func() (net.Conn, error)
 
 func (f dialerFunc) Dial(string, string) (net.Conn, error) { return f() }
 
-// scripted serves one connection of nats.go, which subscribes to inbox.* and other. It sends script in pieces of the given lengths, in
-// turn, and ends the connection.
+// scripted serves one connection of nats.go, which subscribes to inbox.* and other. It sends script in pieces of the
+// given lengths, in turn, and ends the connection.
 func scripted(conn net.Conn, script []byte, pieces []int) error {
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(patience))
@@ -220,8 +220,8 @@ func TestMessagesOfAllSizesAreTaken(t *testing.T) {
 	}
 }
 
-// unsuitable finds scripts that nats.go does not handle in one way: it allocates as much as a line says, and closes the connection some
-// time after most errors.
+// unsuitable finds scripts that nats.go does not handle in one way: it allocates as much as a line says, and closes the
+// connection some time after most errors.
 var unsuitable = regexp.MustCompile(`[0-9]{7}|(?i:-err)`)
 
 // FuzzMessages compares the messages that come out of any bytes with those of nats.go alone.

@@ -5,11 +5,11 @@ import (
 	"time"
 )
 
-// Ticker is the goroutine that wakes the owner of a [Wheel] at every tick, while the wheel has entries. It also detects an owner
-// that takes no ticks.
+// Ticker is the goroutine that wakes the owner of a [Wheel] at every tick, while the wheel has entries. It also detects
+// an owner that takes no ticks.
 //
-// [Ticker.Run] belongs to the ticker's goroutine, and [Ticker.Disarm] and [Ticker.TakeDue] to the owner. Any goroutine may
-// call the other methods. Init must come first.
+// [Ticker.Run] belongs to the ticker's goroutine, and [Ticker.Disarm] and [Ticker.TakeDue] to the owner. Any goroutine
+// may call the other methods. Init must come first.
 type Ticker struct {
 	tick     time.Duration
 	patience time.Duration

@@ -1,5 +1,6 @@
-// Package wheel keeps items by the time at which they are due, and wakes their owner while there are any. It is made for
-// many items of which few are ever due: an idle stream costs three words in the item, and no timer and no goroutine.
+// Package wheel keeps items by the time at which they are due, and wakes their owner while there are any. It is made
+// for many items of which few are ever due: an idle stream costs three words in the item, and no timer and no
+// goroutine.
 //
 // A [Wheel] belongs to one goroutine. A [Ticker] is the goroutine that wakes it.
 package wheel
@@ -10,14 +11,14 @@ import (
 )
 
 // Slots is the number of ticks that a [Wheel] reaches ahead. An item that is due later is looked at when the wheel has
-// gone round, and set again. With 100,000 items that are due in some minutes these looks are most of the work. 2,048 slots are
-// 16 KiB for each wheel, and with ticks of 50 ms they reach 102 s ahead; 256 slots made 8,000 looks a second. A power of two
-// makes the remainder a mask.
+// gone round, and set again. With 100,000 items that are due in some minutes these looks are most of the work. 2,048
+// slots are 16 KiB for each wheel, and with ticks of 50 ms they reach 102 s ahead; 256 slots made 8,000 looks a second.
+// A power of two makes the remainder a mask.
 const Slots = 2048
 
-// Wheel keeps items by the tick in which they are due (Varghese and Lauck, "Hashed and hierarchical timing wheels", SOSP
-// 1987). Set and Remove take constant time, Advance takes the time of the ticks and items that it passes. None of them
-// allocates.
+// Wheel keeps items by the tick in which they are due (Varghese and Lauck, "Hashed and hierarchical timing wheels",
+// SOSP 1987). Set and Remove take constant time, Advance takes the time of the ticks and items that it passes. None of
+// them allocates.
 //
 // All methods belong to one goroutine at a time. Init must come first.
 type Wheel[T any] struct {
@@ -37,8 +38,8 @@ type Node[T any] struct {
 // Due returns when the wheel gives the item out, in the time of [Wheel.Advance], and 0 if the item is on no wheel.
 func (n *Node[T]) Due() int64 { return n.due }
 
-// Init makes w an empty wheel with time 0. The length of a tick is at least a nanosecond. node returns the Node of an item;
-// with it, a Node needs no pointer to its item.
+// Init makes w an empty wheel with time 0. The length of a tick is at least a nanosecond. node returns the Node of an
+// item; with it, a Node needs no pointer to its item.
 func (w *Wheel[T]) Init(tick time.Duration, node func(*T) *Node[T]) {
 	*w = Wheel[T]{node: node, tick: int64(max(tick, 1))}
 }
@@ -46,8 +47,8 @@ func (w *Wheel[T]) Init(tick time.Duration, node func(*T) *Node[T]) {
 // Len returns the number of items on the wheel.
 func (w *Wheel[T]) Len() int { return w.count }
 
-// Set puts x on the wheel so that Advance gives it out in the first tick that begins after at, or earlier if at is further
-// ahead than the wheel reaches. If x is on the wheel and due earlier, Set does nothing.
+// Set puts x on the wheel so that Advance gives it out in the first tick that begins after at, or earlier if at is
+// further ahead than the wheel reaches. If x is on the wheel and due earlier, Set does nothing.
 func (w *Wheel[T]) Set(x *T, at int64) {
 	n := w.node(x)
 	due := min(max(at/w.tick+1, w.done+1), w.done+Slots-1) * w.tick

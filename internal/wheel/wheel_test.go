@@ -44,9 +44,9 @@ func (o oracle) check(t *testing.T, w *wheel.Wheel[item], now int64) {
 	}
 }
 
-// TestWheelGivesOutWhatIsDue compares a wheel with a sorted list over random operations: an item comes off when Due says
-// so, which is no earlier than it was set for, unless that is further ahead than the wheel reaches, and within a tick
-// after.
+// TestWheelGivesOutWhatIsDue compares a wheel with a sorted list over random operations: an item comes off when Due
+// says so, which is no earlier than it was set for, unless that is further ahead than the wheel reaches, and within a
+// tick after.
 func TestWheelGivesOutWhatIsDue(t *testing.T) {
 	rounds := 60
 	if testing.Short() {
@@ -136,8 +136,8 @@ func TestWheelGivesOutWhatIsDue(t *testing.T) {
 	}
 }
 
-// TestWheelGivesOutAgainWhatWasSetForThePast: f may set an item for a time that has passed. It comes in the next tick, so
-// an Advance over several ticks ends.
+// TestWheelGivesOutAgainWhatWasSetForThePast: f may set an item for a time that has passed. It comes in the next tick,
+// so an Advance over several ticks ends.
 func TestWheelGivesOutAgainWhatWasSetForThePast(t *testing.T) {
 	w := newWheel(10)
 	var x item

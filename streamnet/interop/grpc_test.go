@@ -14,7 +14,8 @@ import (
 	testgrpc "google.golang.org/grpc/interop/grpc_testing"
 )
 
-// cases are gRPC's interoperability cases that need neither TLS nor credentials of a cloud. Each ends the program if it fails.
+// cases are gRPC's interoperability cases that need neither TLS nor credentials of a cloud. Each ends the program if it
+// fails.
 var cases = []struct {
 	name string
 	run  func(context.Context, testgrpc.TestServiceClient)

@@ -27,13 +27,14 @@ type network struct {
 	strike   func() // makes trouble now, while bytes are on their way; it may be called by any goroutine
 }
 
-// dial has the form that net/http and others want. It waits for the subscription of the listener, and for NATS after a restart.
+// dial has the form that net/http and others want. It waits for the subscription of the listener, and for NATS after a
+// restart.
 func (n network) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	return streamnet.Dial(ctx, n.client, n.listener.Addr().String(), stream.WithRetry(stream.Retry{Attempts: 100}))
 }
 
-// onNetworks runs f on a sound network, on one that loses and reorders packets, and on one whose NATS server is killed and started
-// again when f calls strike.
+// onNetworks runs f on a sound network, on one that loses and reorders packets, and on one whose NATS server is killed
+// and started again when f calls strike.
 func onNetworks(t *testing.T, f func(t *testing.T, n network)) {
 	t.Run("network=sound", func(t *testing.T) {
 		t.Parallel()

@@ -118,8 +118,8 @@ func TestDownloadOutlivesTrouble(t *testing.T) {
 	})
 }
 
-// A part of an answer that was flushed arrives while the handler waits, as events for a browser must. The handler's context ends when
-// its client leaves.
+// A part of an answer that was flushed arrives while the handler waits, as events for a browser must. The handler's
+// context ends when its client leaves.
 func TestFlushedPartsArriveAtOnce(t *testing.T) {
 	left := make(chan struct{}, 16)
 	onHTTP(t, func(network) http.Handler {

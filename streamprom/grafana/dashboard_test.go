@@ -79,11 +79,12 @@ func TestDashboardHasGrafanasSchema(t *testing.T) {
 	}
 }
 
-// isError reports whether err has a text: the library that knows the schema returns empty lists of errors that are not nil.
+// isError reports whether err has a text: the library that knows the schema returns empty lists of errors that are not
+// nil.
 func isError(err error) bool { return err != nil && err.Error() != "" }
 
-// Each query of the dashboard has a result on metrics of real streams, with the labels of its legend, and each exported metric is on
-// the dashboard.
+// Each query of the dashboard has a result on metrics of real streams, with the labels of its legend, and each exported
+// metric is on the dashboard.
 func TestQueriesHaveResults(t *testing.T) {
 	raw, panels := read(t)
 	data, start, end := observe(t)

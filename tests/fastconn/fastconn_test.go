@@ -374,8 +374,8 @@ func (c *cutting) Read(p []byte) (int, error) {
 	return c.Conn.Read(p[:min(n, len(p))])
 }
 
-// Several clients and servers share a connection with subscriptions of the program. Their messages have headers or none. Reads end
-// anywhere.
+// Several clients and servers share a connection with subscriptions of the program. Their messages have headers or
+// none. Reads end anywhere.
 func TestStreamsAndSubscriptionsShareAConnection(t *testing.T) {
 	srv := streamtest.Run(t)
 	for _, cut := range []bool{false, true} {

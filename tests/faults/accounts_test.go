@@ -34,7 +34,8 @@ func accounts(t *testing.T) streamtest.Option {
 
 func secret(user string) string { return "secret-of-" + user }
 
-// as is how a user of the recipe connects. Behind a leaf node, which has the user's name and password, a prefix is enough.
+// as is how a user of the recipe connects. Behind a leaf node, which has the user's name and password, a prefix is
+// enough.
 func as(user string, leaf bool) []nats.Option {
 	opts := []nats.Option{nats.CustomInboxPrefix("_SINBOX." + user)}
 	if !leaf {
@@ -139,7 +140,8 @@ func TestAccountsLeafLinkReset(t *testing.T) {
 	}
 }
 
-// twoClusters starts two clusters of one node each, and returns the nodes and a function that resets the connections between them.
+// twoClusters starts two clusters of one node each, and returns the nodes and a function that resets the connections
+// between them.
 func twoClusters(t *testing.T) (nodes [2]*streamtest.Process, reset func()) {
 	config, ports := accounts(t), [2]int{freePort(t), freePort(t)}
 	var gates [2]*streamtest.Proxy
@@ -158,7 +160,8 @@ func twoClusters(t *testing.T) (nodes [2]*streamtest.Process, reset func()) {
 	}
 }
 
-// TestAccountsGateway has the ends in two clusters, and resets the connections between these, or restarts the server of one end.
+// TestAccountsGateway has the ends in two clusters, and resets the connections between these, or restarts the server of
+// one end.
 func TestAccountsGateway(t *testing.T) {
 	nodes, reset := twoClusters(t)
 	for name, fault := range map[string]func() error{
@@ -179,8 +182,8 @@ func TestAccountsGateway(t *testing.T) {
 	}
 }
 
-// TestAccountsNearerMember restarts the consumer's cluster, in which another member of the queue group is by then. NATS gives
-// everything to that one which the cluster's clients send to the group.
+// TestAccountsNearerMember restarts the consumer's cluster, in which another member of the queue group is by then. NATS
+// gives everything to that one which the cluster's clients send to the group.
 func TestAccountsNearerMember(t *testing.T) {
 	nodes, _ := twoClusters(t)
 	for range runs(2, 50) {

@@ -18,7 +18,8 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// unhurried is for ends that must hear from their peers: without a word from them they would wait for as long as a test may take.
+// unhurried is for ends that must hear from their peers: without a word from them they would wait for as long as a test
+// may take.
 var unhurried = stream.ClientParams{KeepAlive: time.Hour, ResumeTimeout: time.Hour}
 
 // leavers are the processes that end with os.Exit right after Close.
@@ -191,7 +192,8 @@ func startLeaver(t *testing.T, role, url string) (out *bufio.Reader, wait func()
 // exits is how often a process ends.
 func exits() int { return max(10, runs(100, 1000)) }
 
-// TestExitAfterClientClose: every handler hears that its consumer is gone, though the process ends right after Client.Close.
+// TestExitAfterClientClose: every handler hears that its consumer is gone, though the process ends right after
+// Client.Close.
 func TestExitAfterClientClose(t *testing.T) {
 	broker := streamtest.Run(t)
 	nc := connect(t, broker.URL())
@@ -228,7 +230,8 @@ func TestExitAfterClientClose(t *testing.T) {
 	}
 }
 
-// TestExitAfterServerClose: every consumer hears that its producer is gone, though the process ends right after Server.Close.
+// TestExitAfterServerClose: every consumer hears that its producer is gone, though the process ends right after
+// Server.Close.
 func TestExitAfterServerClose(t *testing.T) {
 	exitOfProducer(t, "leaving server", "down", "echo", "mute")
 }

@@ -35,8 +35,9 @@ func TestMain(m *testing.M) {
 const (
 	// patience is how long a test waits for what must happen but has no time of its own.
 	patience = 20 * time.Second
-	// noise is what is added to each time that is measured. Tests of other packages share the processors: on two of them a
-	// goroutine that is ready waits in Go's queue, at 10 ms a turn, for a dozen others, and then for the processor itself.
+	// noise is what is added to each time that is measured. Tests of other packages share the processors: on two of
+	// them a goroutine that is ready waits in Go's queue, at 10 ms a turn, for a dozen others, and then for the
+	// processor itself.
 	noise = 250 * time.Millisecond
 	// overrun is how long a call may go on after its context ended.
 	overrun = 50*time.Millisecond + noise

@@ -31,8 +31,9 @@ func (x lineTest) String() string {
 	return fmt.Sprintf("%d KiB per s, %s, %d streams, records of %d", x.kib, way, x.streams, x.record)
 }
 
-// TestSlowLine streams over lines of many rates: everything arrives, and a quiet stream beside goes on. A hundred records of 1 MB take
-// 13 minutes at 128 KiB/s, and 102 minutes at 16 KiB/s. So these rows end early: until then no stream ends, and the line is in use.
+// TestSlowLine streams over lines of many rates: everything arrives, and a quiet stream beside goes on. A hundred
+// records of 1 MB take 13 minutes at 128 KiB/s, and 102 minutes at 16 KiB/s. So these rows end early: until then no
+// stream ends, and the line is in use.
 func TestSlowLine(t *testing.T) {
 	var tests []lineTest
 	for _, up := range []bool{false, true} {
@@ -208,8 +209,8 @@ func (x lineTest) one(ctx context.Context, client *stream.Client, records int, s
 	return err
 }
 
-// TestIdleStreamsSurviveAReconnectOverASlowLine makes the connections of one end or both anew, over lines on which the questions of
-// all idle streams take longer than a silent peer is given.
+// TestIdleStreamsSurviveAReconnectOverASlowLine makes the connections of one end or both anew, over lines on which the
+// questions of all idle streams take longer than a silent peer is given.
 func TestIdleStreamsSurviveAReconnectOverASlowLine(t *testing.T) {
 	for _, x := range []idleTest{
 		{end: "consumer", kib: 128, resets: 1, streams: max(200, runs(1000, 4000))},

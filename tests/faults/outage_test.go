@@ -49,7 +49,8 @@ func TestBlackHoleHeals(t *testing.T) {
 }
 
 // TestBlackHole lets nothing through any more in one direction of one side. The three questions that make a silent peer
-// suspect come after KeepAlive. There is more on its way than the system's buffers hold, so an end may be held up in a write.
+// suspect come after KeepAlive. There is more on its way than the system's buffers hold, so an end may be held up in a
+// write.
 func TestBlackHole(t *testing.T) {
 	holes(t, func(a, b, bad *streamtest.Proxy, dir streamtest.Direction) {
 		trial{server: a.URL(), client: b.URL(), large: true, streams: 6, times: hasty, ends: hasty.KeepAlive + 3*hasty.AckTimeout + hasty.ResumeTimeout + slack,

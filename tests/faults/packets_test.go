@@ -56,8 +56,8 @@ func damage(n int, f func(*streamtest.Message)) streamtest.Rule {
 	})
 }
 
-// TestDamagedPackets flips every bit of the header of a packet, and cuts packets at every length, wherever in the stream
-// they are: the damage is repaired, or there is an error.
+// TestDamagedPackets flips every bit of the header of a packet, and cuts packets at every length, wherever in the
+// stream they are: the damage is repaired, or there is an error.
 func TestDamagedPackets(t *testing.T) {
 	srv := streamtest.Run(t)
 	ic := streamtest.RunInterceptor(t, srv.URL())

@@ -25,7 +25,8 @@ type passing struct {
 	server *stream.Server
 }
 
-// newPassing connects both ends. The consumer may use handlers "down" and "up", which send and take records, and "echo".
+// newPassing connects both ends. The consumer may use handlers "down" and "up", which send and take records, and
+// "echo".
 func newPassing(t *testing.T, producer, consumer string, records [][]byte) *passing {
 	t.Helper()
 	sc, cc := connect(t, producer), connect(t, consumer)
@@ -149,8 +150,8 @@ func large() [][]byte {
 	return [][]byte{chance[:100], chance[:120_000], chance[:3000], make([]byte, 1_000_000*runs(1, 4)), chance[:40_000], chance[:1]}
 }
 
-// TestLeafNodeWithSmallerMessages streams over the link of a leaf node, where one of the two servers takes smaller messages than the
-// other. Each message that is too large for it makes it close the link.
+// TestLeafNodeWithSmallerMessages streams over the link of a leaf node, where one of the two servers takes smaller
+// messages than the other. Each message that is too large for it makes it close the link.
 func TestLeafNodeWithSmallerMessages(t *testing.T) {
 	type row struct{ hub, leaf int }
 	rows := []row{{1 << 20, 10_000}, {1 << 20, 4 << 10}, {1 << 20, 2 << 10}, {10_000, 1 << 20}}
@@ -205,7 +206,8 @@ func (*violations) Fatalf(string, ...any)  {}
 func (*violations) Debugf(string, ...any)  {}
 func (*violations) Tracef(string, ...any)  {}
 
-// overLeaf sends the records one way beside a quiet stream. The link may be closed most times: nobody tells how much it takes.
+// overLeaf sends the records one way beside a quiet stream. The link may be closed most times: nobody tells how much it
+// takes.
 func overLeaf(t *testing.T, x *passing, way string, closed *violations, most int64) {
 	stop, quiet := make(chan struct{}), make(chan error, 1)
 	var words atomic.Int64
@@ -232,8 +234,8 @@ func tooLarge(size int) streamtest.Rule {
 	return func(m *streamtest.Message) streamtest.Verdict { return streamtest.Verdict{Drop: len(m.Data) > size} }
 }
 
-// TestMessagesOverASizeAreDropped has a device between one of the ends and its server that drops large messages. Either everything
-// arrives, or both ends get an error with the size in it.
+// TestMessagesOverASizeAreDropped has a device between one of the ends and its server that drops large messages. Either
+// everything arrives, or both ends get an error with the size in it.
 func TestMessagesOverASizeAreDropped(t *testing.T) {
 	for _, size := range []int{60_000, 20_000, 8000, 2000, 1024, 1000, 200} {
 		for _, way := range []string{"down", "up"} {

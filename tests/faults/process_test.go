@@ -17,8 +17,8 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// peerEnv in the environment makes the test's binary one end of streams, to be killed, instead of what it is. peerURL is
-// where the NATS server is.
+// peerEnv in the environment makes the test's binary one end of streams, to be killed, instead of what it is. peerURL
+// is where the NATS server is.
 const peerEnv, peerURL = "FAULTS_PEER", "FAULTS_URL"
 
 // What a peer does for each kind of stream: it reads, or it reads what it writes, or it is silent.

@@ -30,8 +30,8 @@ func reload(t *testing.T, srv *streamtest.Server, config string) {
 	}
 }
 
-// TestMaxConnectionsReloaded lowers max_connections below the connections that there are, and raises it again. The server closes
-// one of them meanwhile. All streams go on.
+// TestMaxConnectionsReloaded lowers max_connections below the connections that there are, and raises it again. The
+// server closes one of them meanwhile. All streams go on.
 func TestMaxConnectionsReloaded(t *testing.T) {
 	for range runs(2, 20) {
 		srv := streamtest.Run(t, streamtest.WithConfig("max_connections: 100"))
@@ -44,8 +44,8 @@ func TestMaxConnectionsReloaded(t *testing.T) {
 	}
 }
 
-// ending is a trial in which a reload of the server ends all streams, with an error for which named is true. Another reload gives
-// back.
+// ending is a trial in which a reload of the server ends all streams, with an error for which named is true. Another
+// reload gives back.
 func ending(srv *streamtest.Server, before, reduced string, named func(error) bool, then func(*rig)) trial {
 	return trial{server: srv.URL(), client: srv.URL(), kinds: []string{"down", "up", "echo"}, large: true, times: hasty, calm: true,
 		ends: 2 * patience, named: named, fault: func(r *rig) {
@@ -59,8 +59,8 @@ func ending(srv *streamtest.Server, before, reduced string, named func(error) bo
 		}}
 }
 
-// TestMaxPayloadReloaded lowers max_payload below the size of packets. A reload sends no INFO, so the next large packet makes the
-// server close the connection for good. All streams end with an error. Ends with new connections work.
+// TestMaxPayloadReloaded lowers max_payload below the size of packets. A reload sends no INFO, so the next large packet
+// makes the server close the connection for good. All streams end with an error. Ends with new connections work.
 func TestMaxPayloadReloaded(t *testing.T) {
 	for range runs(2, 20) {
 		srv := streamtest.Run(t, streamtest.WithConfig("max_payload: 1MB"))
@@ -84,12 +84,14 @@ func (p permitted) config() string {
 		secret("producer"), p.producerPub, p.producerSub, secret("alice"), p.alicePub, p.aliceSub)
 }
 
-// refusal reports whether err is an end of which the user learns: a refusal, a close code, or the report that nobody listens.
+// refusal reports whether err is an end of which the user learns: a refusal, a close code, or the report that nobody
+// listens.
 func refusal(err error) bool {
 	return isNamed(err) || errors.Is(err, nats.ErrPermissionViolation) || errors.Is(err, nats.ErrMaxSubscriptionsExceeded)
 }
 
-// TestPermissionsReloaded takes one permission of one end away while streams run. Each stream ends with an error. After the next reload, new streams work on the same connections.
+// TestPermissionsReloaded takes one permission of one end away while streams run. Each stream ends with an error. After
+// the next reload, new streams work on the same connections.
 func TestPermissionsReloaded(t *testing.T) {
 	all := permitted{">", ">", ">", ">"}.config()
 	for name, c := range map[string]struct{ before, reduced string }{
@@ -115,9 +117,9 @@ func account(subscriptions int) string {
 		no_auth_user: a`, subscriptions)
 }
 
-// TestMaxSubscriptionsReloaded lowers max_subscriptions of an account to one. The server closes the connections, and refuses
-// subscriptions of the next ones without saying which. A stream ends with an error, or goes on if both ends kept their inboxes. After
-// the next reload, new streams work on the same connections.
+// TestMaxSubscriptionsReloaded lowers max_subscriptions of an account to one. The server closes the connections, and
+// refuses subscriptions of the next ones without saying which. A stream ends with an error, or goes on if both ends
+// kept their inboxes. After the next reload, new streams work on the same connections.
 func TestMaxSubscriptionsReloaded(t *testing.T) {
 	for range runs(2, 50) {
 		srv := streamtest.Run(t, streamtest.WithConfig(account(100)))

@@ -124,7 +124,8 @@ func (x gathering) gather(ctx context.Context, t *testing.T, client *stream.Clie
 	}
 }
 
-// converse writes records that its responder alone sends back, and returns why the stream ended before all came, nil if all did.
+// converse writes records that its responder alone sends back, and returns why the stream ended before all came, nil if
+// all did.
 func converse(s *stream.Stream) error {
 	name := ""
 	for i := range exchanges {
@@ -153,7 +154,8 @@ func converse(s *stream.Stream) error {
 	return nil
 }
 
-// TestRespondersOfACluster has responders at all nodes of a cluster, and kills the consumer's node, another one, and a responder.
+// TestRespondersOfACluster has responders at all nodes of a cluster, and kills the consumer's node, another one, and a
+// responder.
 func TestRespondersOfACluster(t *testing.T) {
 	c := streamtest.RunCluster(t, 3)
 	at := gathering{
@@ -179,8 +181,8 @@ func TestRespondersOfACluster(t *testing.T) {
 	}
 }
 
-// TestRespondersAcrossAccounts kills the only NATS server and starts it again. All that it had mapped is gone, and each stream is found
-// again by its name: each responder gets the question for each stream.
+// TestRespondersAcrossAccounts kills the only NATS server and starts it again. All that it had mapped is gone, and each
+// stream is found again by its name: each responder gets the question for each stream.
 func TestRespondersAcrossAccounts(t *testing.T) {
 	p := streamtest.RunProcess(t, accounts(t))
 	for range runs(2, 50) {

@@ -9,8 +9,8 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// TestSmallPending streams through a server that holds little for a connection. With no_fast_producer_stall it drops what
-// comes while it holds more than three quarters of that; without, it cuts off the connection.
+// TestSmallPending streams through a server that holds little for a connection. With no_fast_producer_stall it drops
+// what comes while it holds more than three quarters of that; without, it cuts off the connection.
 func TestSmallPending(t *testing.T) {
 	for name, noStall := range map[string]bool{"dropped": true, "cut off": false} {
 		t.Run(name, func(t *testing.T) {

@@ -65,8 +65,8 @@ func (s *spy) stranger() uint64 {
 	}
 }
 
-// find waits until the spy knows the consumer's end and, unless alone, the producer's. It forgets them then: the spy may see
-// late what it sends itself, and the request of the next stream.
+// find waits until the spy knows the consumer's end and, unless alone, the producer's. It forgets them then: the spy
+// may see late what it sends itself, and the request of the next stream.
 func (s *spy) find(t *testing.T, alone bool) (consumer, producer string) {
 	t.Helper()
 	if !within(patience, func() bool {
@@ -84,8 +84,8 @@ func (s *spy) find(t *testing.T, alone bool) (consumer, producer string) {
 	return consumer, producer
 }
 
-// forgeries returns packets with each type of frame, as a stranger might send them who knows where an end is but not the
-// number that its peer sends with.
+// forgeries returns packets with each type of frame, as a stranger might send them who knows where an end is but not
+// the number that its peer sends with.
 func forgeries(sender uint64) (all [][]byte) {
 	credit := stream.AppendCredit(nil, stream.Credit{Ack: 1 << 20, Packets: 1 << 29, Bytes: 1 << 40})
 	frames := []stream.Frame{
@@ -113,8 +113,8 @@ func forgeries(sender uint64) (all [][]byte) {
 		[]byte(`{"type":2,"closeError":{"Code":1000,"Text":""}}`), []byte{stream.PacketMagic}, []byte("forged"))
 }
 
-// TestForged sends every type of frame to both ends of a stream in each of its states. Nothing changes, and a stranger gets
-// at most one answer to each, no longer than a control packet.
+// TestForged sends every type of frame to both ends of a stream in each of its states. Nothing changes, and a stranger
+// gets at most one answer to each, no longer than a control packet.
 func TestForged(t *testing.T) {
 	srv := streamtest.Run(t)
 	leakless(t, func() {
@@ -286,8 +286,8 @@ func TestForged(t *testing.T) {
 	})
 }
 
-// forge sends all forgeries to one end, whose counters are stats. It fails the test unless they are all dropped, and counted,
-// and nothing else changes but for at most one answer to each.
+// forge sends all forgeries to one end, whose counters are stats. It fails the test unless they are all dropped, and
+// counted, and nothing else changes but for at most one answer to each.
 func (s *spy) forge(t *testing.T, to string, stats func() stream.Stats) {
 	t.Helper()
 	before := stats()
@@ -411,8 +411,8 @@ func TestGuessedTokens(t *testing.T) {
 	}}.run(t)
 }
 
-// TestManyOpens opens 100,000 streams, most of them more than the server takes, and another 100,000 whose contexts end at
-// once.
+// TestManyOpens opens 100,000 streams, most of them more than the server takes, and another 100,000 whose contexts end
+// at once.
 func TestManyOpens(t *testing.T) {
 	opens := fewer(100_000)
 	const workers, maxStreams = 256, 64
@@ -509,8 +509,8 @@ func TestManyOpens(t *testing.T) {
 			return nil
 		}
 		many(opens, cancelAtOnce)
-		// Queues and buffers, the NATS server's as well, stay as large as such a rush makes them, and the runtime keeps the
-		// descriptors of as many goroutines as ever ran at once. So it comes twice.
+		// Queues and buffers, the NATS server's as well, stay as large as such a rush makes them, and the runtime keeps
+		// the descriptors of as many goroutines as ever ran at once. So it comes twice.
 		before := heap()
 		many(opens, use)
 		many(opens, cancelAtOnce)

@@ -2,9 +2,9 @@
 //
 //	go run ./tests/smoke [-nats /path/to/nats] /path/to/nats-server ...
 //
-// It starts each program in turn, opens streams through it, and kills and starts it again in the middle of two of them. With -nats
-// it also looks for a service by the command nats of github.com/nats-io/natscli. It prints one line for each version, and exits
-// with status 1 at the first that fails.
+// It starts each program in turn, opens streams through it, and kills and starts it again in the middle of two of them.
+// With -nats it also looks for a service by the command nats of github.com/nats-io/natscli. It prints one line for each
+// version, and exits with status 1 at the first that fails.
 package main
 
 import (
@@ -59,8 +59,8 @@ func smoke(program, tool string) (version string, err error) {
 	return check(s.url, s.restart)
 }
 
-// check opens streams through the server at url and returns its version. restart kills the server and starts it again at the
-// same address.
+// check opens streams through the server at url and returns its version. restart kills the server and starts it again
+// at the same address.
 func check(url string, restart func() error) (version string, err error) {
 	broken := func(*nats.Conn, *nats.Subscription, error) {} // a write into the connection that a restart broke
 	nc, err := nats.Connect(url, nats.MaxReconnects(-1), nats.ReconnectWait(50*time.Millisecond), nats.ErrorHandler(broken))

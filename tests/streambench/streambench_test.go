@@ -36,7 +36,8 @@ func BenchmarkStream(b *testing.B) {
 	streambench.Run(b, p)
 }
 
-// People compare figures of today with figures of last year. A benchmark or a unit that is renamed breaks the comparison.
+// People compare figures of today with figures of last year. A benchmark or a unit that is renamed breaks the
+// comparison.
 func TestNamesAndUnitsStay(t *testing.T) {
 	const golden = "testdata/names.txt"
 	cmd := exec.Command(os.Args[0], "-test.short", "-test.run=^$", "-test.bench=.", "-test.benchtime=1x", "-test.benchmem")

@@ -2,8 +2,8 @@
 //
 //	typed.Open[Query, Price](ctx, client, "prices", query, typed.WithCodecs(cborcodec.Codec))
 //
-// Names of fields are those of cbor tags, or of json tags. The limits are those of package cbor: 32 levels of nesting and 131,072
-// elements of an array or a map.
+// Names of fields are those of cbor tags, or of json tags. The limits are those of package cbor: 32 levels of nesting
+// and 131,072 elements of an array or a map.
 package cborcodec
 
 import (

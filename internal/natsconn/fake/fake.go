@@ -1,5 +1,6 @@
-// Package fake implements natsconn.Conn in memory, for tests. Connections to one Bus reach each other through it. New returns
-// a connection without a bus: it hands published messages to functions of the test, and the test delivers messages by hand.
+// Package fake implements natsconn.Conn in memory, for tests. Connections to one Bus reach each other through it. New
+// returns a connection without a bus: it hands published messages to functions of the test, and the test delivers
+// messages by hand.
 //
 // All waiting in this package is durable in the sense of testing/synctest, so time passes in a bubble.
 package fake
@@ -21,11 +22,12 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
-// MaxPayload is the largest payload, in bytes, that connections report for their server, unless SetMaxPayload changes it.
+// MaxPayload is the largest payload, in bytes, that connections report for their server, unless SetMaxPayload changes
+// it.
 const MaxPayload = 1 << 20
 
-// Bus is a NATS server in memory. It knows subjects, a wildcard as their last token, queue groups and the 503 of a subject
-// that nobody listens on. The zero value is ready for use.
+// Bus is a NATS server in memory. It knows subjects, a wildcard as their last token, queue groups and the 503 of a
+// subject that nobody listens on. The zero value is ready for use.
 type Bus struct {
 	Delay time.Duration // of every message; set it before there is any
 
@@ -35,10 +37,10 @@ type Bus struct {
 	filter Filter
 }
 
-// Filter reports whether the bus delivers m, which from published, to to. A message that it holds back is lost on the way:
-// the server has taken it, so nobody is told. from is nil for messages of the server itself. The bus is locked during the
-// call, so calls come one at a time. Of an envelope it sees the packets, one after the other, as if each had come alone. The bus takes
-// those out that it holds back.
+// Filter reports whether the bus delivers m, which from published, to to. A message that it holds back is lost on the
+// way: the server has taken it, so nobody is told. from is nil for messages of the server itself. The bus is locked
+// during the call, so calls come one at a time. Of an envelope it sees the packets, one after the other, as if each had
+// come alone. The bus takes those out that it holds back.
 type Filter func(from, to *Conn, m *nats.Msg) bool
 
 // BlackHole loses everything from one connection to the other. Either may be nil, for any.
@@ -69,10 +71,11 @@ type Conn struct {
 	// Published is called for each message without headers that is published. Its error is that of the publish. On a
 	// bus, the bus gets the message afterwards. data is not to be kept.
 	Published func(subject, reply string, data []byte) error
-	// Requested is called in the same way for messages with headers, which are not to be kept. If it is nil, Published gets them.
+	// Requested is called in the same way for messages with headers, which are not to be kept. If it is nil, Published
+	// gets them.
 	Requested func(*nats.Msg) error
-	// Refuse is asked about each subscription. If it returns an error, the server refuses the subscription as NATS does: Subscribe
-	// succeeds, nothing is delivered, and the error is reported.
+	// Refuse is asked about each subscription. If it returns an error, the server refuses the subscription as NATS
+	// does: Subscribe succeeds, nothing is delivered, and the error is reported.
 	Refuse func(subject, queue string) error
 
 	bus        *Bus // nil for a connection of its own
@@ -119,8 +122,8 @@ func matches(pattern, subject string) bool {
 }
 
 // Publish implements natsconn.Conn. It fails with nats.ErrConnectionClosed on a bus once the connection is closed. On a
-// bus, a message that is published while the connection is down is lost. A message that is larger than the server takes fails
-// with nats.ErrMaxPayload before anybody sees it.
+// bus, a message that is published while the connection is down is lost. A message that is larger than the server takes
+// fails with nats.ErrMaxPayload before anybody sees it.
 func (c *Conn) Publish(subject, reply string, data []byte) error {
 	if !c.fits(data) {
 		return nats.ErrMaxPayload
@@ -306,8 +309,8 @@ func (c *Conn) Flush(timeout time.Duration) error {
 	return nats.ErrTimeout
 }
 
-// Deliver calls the handler of the connection's first subscription with m. It is for connections without a bus. As with a
-// real subscription, calls must not overlap.
+// Deliver calls the handler of the connection's first subscription with m. It is for connections without a bus. As with
+// a real subscription, calls must not overlap.
 func (c *Conn) Deliver(m *nats.Msg) {
 	c.mu.Lock()
 	f := c.receive
@@ -399,8 +402,8 @@ func (c *Conn) Status() nats.Status { return nats.Status(c.state.Load()) }
 // MaxPayload implements natsconn.Conn.
 func (c *Conn) MaxPayload() int64 { return c.maxPayload.Load() }
 
-// SetMaxPayload changes the largest payload that the server accepts. No handler is called. A connection that has never been
-// up has 0.
+// SetMaxPayload changes the largest payload that the server accepts. No handler is called. A connection that has never
+// been up has 0.
 func (c *Conn) SetMaxPayload(bytes int64) { c.maxPayload.Store(bytes) }
 
 // fits reports whether the server takes data. Headers are not counted.
