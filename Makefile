@@ -60,6 +60,7 @@ soak: ## Open, use and close a million streams, in turn and 64 at a time (a few 
 lint: wordcheck ## Check formatting, go vet, staticcheck, complexity and words of comments
 	@out="$$("$$($(GO) env GOROOT)/bin/gofmt" -l .)"; if [ -n "$$out" ]; then echo "not formatted, run gofmt -w on:"; echo "$$out"; exit 1; fi
 	$(GO) mod tidy -diff
+	cd tools && $(GO) mod tidy -diff
 	$(GO) vet ./...
 	@set -e; check="$$(cd tools && $(GO) tool -n staticcheck)"; echo staticcheck ./...; "$$check" ./...; for m in $(MODULES); do \
 		echo "go vet and staticcheck of $$m"; (cd $$m && $(GO) mod tidy -diff && $(GO) vet ./... && "$$check" ./...); done

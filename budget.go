@@ -56,8 +56,8 @@ func (s *session) admit(n uint64) bool {
 	}
 }
 
-// headroom returns how many bytes a stream takes beyond its need, if it has held bytes already. It has roomStep bytes
-// in the end, which settle leaves to it, unless it needs more.
+// headroom returns the bytes that a stream takes beyond its need. The share of a stream doubles until it is roomStep, which
+// settle leaves to it. A larger need gets at most roomStep more.
 func headroom(held, need uint64) uint64 {
 	if held+need < roomStep {
 		return min(held, roomStep-held-need)
@@ -105,11 +105,11 @@ func (s *session) releaseWindow() {
 	s.giveBackAll()
 }
 
-// consumed accounts for the current packet, which was read to its end. It grants the peer more, and gives memory back,
-// if that is due. It reports whether it has granted.
-func (s *session) consumed() (granted bool) {
+// consumed accounts for the current packet, which was read to its end. It grants the peer more, and gives memory back, if
+// that is due.
+func (s *session) consumed() {
 	b := &s.bucket
-	if granted = b.consume(len(s.recv.data), s.recv.ackWanted); granted {
+	if b.consume(len(s.recv.data), s.recv.ackWanted) {
 		if b.limited {
 			b.resize(s.ep.windows, s.maxWindow(), s.ep.budget-s.ep.memory())
 		}
@@ -119,7 +119,6 @@ func (s *session) consumed() (granted bool) {
 	if b.unsettled() >= settleAfter {
 		s.giveBack(b.settle(false))
 	}
-	return granted
 }
 
 // ranDry notes that the reader found no packet. The stream needs no memory then, and there is room for a packet that

@@ -582,3 +582,58 @@ func TestHandlerHearsAfterItsErrorThatItsConsumerLeft(t *testing.T) {
 		}
 	}
 }
+
+// endsSoon is a context that has ended from the second look on, after it was armed.
+type endsSoon struct {
+	context.Context
+	armed bool
+	looks int
+}
+
+func (c *endsSoon) Err() error {
+	if c.armed {
+		if c.looks++; c.looks > 1 {
+			return context.Canceled
+		}
+	}
+	return nil
+}
+
+// recvSlowly is Recv without the fast path, which looks itself.
+func recvSlowly(s *Stream) ([]byte, error) {
+	rec, _, err := s.session.nextRecord(forever)
+	return rec, err
+}
+
+// A read that goes on after a frame without a record, an empty record or a piece looks first whether the stream has ended.
+func TestReadsStopBetweenFrames(t *testing.T) {
+	for name, c := range map[string]struct {
+		frames []Frame
+		read   func(*Stream) ([]byte, error)
+	}{
+		"after an empty record": {[]Frame{testData(""), testData("x")}, func(s *Stream) ([]byte, error) {
+			b := make([]byte, 9)
+			n, err := s.Read(b)
+			return b[:n], err
+		}},
+		"after a piece":           {[]Frame{{Type: FrameData, Flags: FlagMore, Payload: []byte("a")}, testData("b")}, recvSlowly},
+		"after a skippable frame": {[]Frame{{Type: 0x80, Payload: []byte("?")}, testData("x")}, recvSlowly},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conn := benchConn(false)
+			parent, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			ctx := &endsSoon{Context: parent}
+			s, err := fakeClient(t, conn, ClientParams{}).Open(ctx, "subject", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: testPacket(7, 0, c.frames...)})
+			ctx.armed = true
+			if rec, err := c.read(s); !errors.Is(err, context.Canceled) {
+				t.Errorf("%q, %v", rec, err)
+			}
+		})
+	}
+}

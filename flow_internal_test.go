@@ -1197,3 +1197,39 @@ func TestStrangersAreAnsweredOnce(t *testing.T) {
 		})
 	}
 }
+
+// A reader that never waits publishes the count of its records all the same, also that of a peer that speaks the fallback.
+func TestRecordsOfABusyReaderAreCounted(t *testing.T) {
+	const perPacket, packets = 100, 200
+	frames := make([]Frame, perPacket)
+	for i := range frames {
+		frames[i] = Frame{Type: FrameData}
+	}
+	for _, c := range []struct {
+		name    string
+		message func(seq uint32) []byte
+		records int // of a message
+	}{
+		{"packets", func(seq uint32) []byte { return testPacket(7, seq, frames...) }, perPacket},
+		{"fallback", func(uint32) []byte { return jsonwire.AppendData(nil, []byte("a")) }, 1},
+	} {
+		conn := benchConn(false)
+		client := fakeClient(t, conn, ClientParams{})
+		s, deliver := muxStream(t, conn, client)
+		deliver(c.message(0))
+		var read, most uint64
+		for seq := range uint32(packets * perPacket / c.records) {
+			deliver(c.message(seq + 1)) // so a message always waits
+			for range c.records {
+				if _, err := s.Recv(); err != nil {
+					t.Fatal(err)
+				}
+				read++
+				most = max(most, read-client.Stats().RecordsReceived)
+			}
+		}
+		if want := uint64(publishAfter + c.records); most > want {
+			t.Errorf("%s: up to %d records were missing in Stats, want at most %d", c.name, most, want)
+		}
+	}
+}

@@ -92,7 +92,8 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	s.dropLate()
 }
 
-// acceptNext accepts a packet of records if nothing but its bytes has to be looked at.
+// acceptNext is the fast path of receive: the next packet of records, without a reply subject. If it returns false, receive
+// goes on.
 func (s *session) acceptNext(m *nats.Msg, lent *slab.Slab) bool {
 	return m.Reply == "" && s.role != lifecycle.Writer && s.bucket.acceptNext(m.Data, lent)
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
+	"github.com/natsstream/stream/internal/poison"
 	"github.com/natsstream/stream/internal/race"
 )
 
@@ -831,5 +832,16 @@ func TestStreamsThatLeftALineAreForgotten(t *testing.T) {
 	o.tickLines(ep.now())
 	if l.turns != nil {
 		t.Error("a line that nobody waits for keeps its queues")
+	}
+}
+
+// Builds that overwrite memory do so with packets that come back to the pool, and other builds do not.
+func TestPacketsThatComeBackAreOverwritten(t *testing.T) {
+	p := getPacket(100)
+	buf := p.buf[:cap(p.buf)]
+	copy(buf, "record")
+	putPacket(p)
+	if overwritten := buf[0] == poison.Byte && !bytes.Contains(buf[:packetClasses[0]], []byte("cord")); overwritten != poison.Enabled {
+		t.Errorf("overwritten %v, in a build with poison %v", overwritten, poison.Enabled)
 	}
 }

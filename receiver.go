@@ -41,7 +41,7 @@ type receiver struct {
 	off       uint32     // offset of the next frame in data; 0 in a message of the fallback that was not read yet
 	data      []byte     // the current packet
 	lent      *slab.Slab // that data lies in, or nil
-	records   tally      // that reads returned; here, because the cache line of the fields after these is the outbox's, too
+	records   tally      // that reads returned. Both stand before left and done, because the outbox writes to the cache line of those
 	bytes     tally      // of these records
 	left      []byte     // the rest of a record that Read has read in part
 	done      error      // the result of every further read
@@ -123,7 +123,7 @@ func (s *session) tooBig() error {
 }
 
 // nextData returns the next DATA frame, and acts on the frames before it. within reports that the frame continues a
-// record. The caller has just looked whether reads have ended.
+// record. The caller has called endedNow just before.
 func (s *session) nextData(within bool) (Frame, error) {
 	for {
 		if int(s.recv.off) == len(s.recv.data) {
@@ -307,7 +307,8 @@ func (s *session) endedNow() error {
 func (s *session) nextPacket() error {
 	b := &s.bucket
 	if len(s.recv.data) > 0 {
-		if s.consumed() && uint32(s.recv.records.load())-s.recv.published.Load() >= publishAfter {
+		s.consumed()
+		if uint32(s.recv.records.load())-s.recv.published.Load() >= publishAfter {
 			s.publishCount()
 		}
 		s.dropPacket()

@@ -19,7 +19,7 @@ type Stats struct {
 
 	PacketsReceived uint64 `json:"packets_received"` // packets of records and fallback messages accepted, each once
 	BytesReceived   uint64 `json:"bytes_received"`   // their bytes
-	RecordsReceived uint64 `json:"records_received"` // records that reads returned; those that a stream read since its last read that waited may be missing, but not many more than 1,024
+	RecordsReceived uint64 `json:"records_received"` // records that reads returned; may lack up to 1,024 records and one packet of each stream that is being read
 
 	EnvelopesSent     uint64 `json:"envelopes_sent"`     // messages with packets of several streams to one peer
 	EnvelopesReceived uint64 `json:"envelopes_received"` // the same

@@ -315,8 +315,8 @@ func unread(s *session) (n int) {
 	}
 }
 
-// The mux takes memory for the packets of a stream whose reader keeps up only at the beginning. From then on the reader
-// leaves the stream what the next packets need.
+// If a reader keeps up, the mux takes memory only for the first packets. Later packets use the memory that the reader leaves
+// to the stream.
 func TestReaderThatKeepsUpKeepsItsMemory(t *testing.T) {
 	for _, size := range []int{100, 1 << 10, 16 << 10, 32 << 10} {
 		conn := benchConn(false)

@@ -212,7 +212,7 @@ func (m *Metrics) Watch(name string, stats func() stream.Stats) {
 	m.endpoints[name] = stats
 }
 
-// endpointMetrics is what Watch adds: every field of stream.Stats.
+// endpointMetrics are the metrics that Watch adds, one for each field of stream.Stats.
 var endpointMetrics = []endpointMetric{
 	gauge("streams", "Streams and writers that peers can reach now.", func(s stream.Stats) float64 { return float64(s.Streams) }),
 	gauge("reserved_bytes", "Bytes of packets that arrived and were not read, and of records in pieces.", func(s stream.Stats) float64 { return float64(s.Reserved) }),

@@ -12,8 +12,9 @@ import (
 	"github.com/natsstream/stream/streamtest"
 )
 
-// exampleFiles have the examples of two packages whose module requires no NATS server. They connect to nats.DefaultURL, so `go test`
-// compiles them there and does not run them. A comment "Prints:" at the end of an example has its output.
+// exampleFiles are the example files of two packages whose module requires no NATS server. The examples connect to
+// nats.DefaultURL, so `go test` compiles them there and does not run them. A comment "Prints:" at the end of an example has
+// its output.
 var exampleFiles = map[string]string{"stream": "../example_test.go", "typed": "../typed/example_test.go"}
 
 // Each example runs in a process and against a server of its own, and prints what its last comment says.

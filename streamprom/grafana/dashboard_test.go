@@ -279,7 +279,7 @@ func observe(t *testing.T) (data *scrapes, start, end time.Time) {
 	return data, start, end
 }
 
-// withRareEvents adds what the streams of this test do not cause.
+// withRareEvents adds values for counters that the streams of this test leave at zero.
 func withRareEvents(s stream.Stats) stream.Stats {
 	s.Fast = true
 	s.EnvelopesSent, s.EnvelopesReceived = s.PacketsSent, s.PacketsReceived
