@@ -60,7 +60,8 @@ func ending(srv *streamtest.Server, before, reduced string, named func(error) bo
 }
 
 // TestMaxPayloadReloaded lowers max_payload below the size of packets. A reload sends no INFO, so the next large packet
-// makes the server close the connection for good. All streams end with an error. Ends with new connections work.
+// makes the server close the connection. Here the connection does not come back. All streams end with an error. Ends with
+// new connections work.
 func TestMaxPayloadReloaded(t *testing.T) {
 	for range runs(2, 20) {
 		srv := streamtest.Run(t, streamtest.WithConfig("max_payload: 1MB"))
@@ -70,7 +71,27 @@ func TestMaxPayloadReloaded(t *testing.T) {
 			}
 		})
 		x.under = "before." // the producer still answers if only the consumer lost its connection
+		x.sOpts, x.cOpts = []nats.Option{nats.NoReconnect()}, []nats.Option{nats.NoReconnect()}
 		x.one(t)
+	}
+}
+
+// TestMaxPayloadReloadedUnderReconnects is the same with connections that may come back. They do if a write finds that the
+// server has closed the connection before its error is read. The library then learns the limit. Each stream goes on in
+// smaller packets, or ends with an error: a packet that was sent before may be too large now.
+func TestMaxPayloadReloadedUnderReconnects(t *testing.T) {
+	for range runs(2, 20) {
+		srv := streamtest.Run(t, streamtest.WithConfig("max_payload: 1MB"))
+		trial{server: srv.URL(), client: srv.URL(), kinds: []string{"down", "up", "echo"}, large: true, times: hasty, calm: true,
+			named: func(err error) bool {
+				return isCode(stream.CloseAbnormalClosure, stream.CloseInternalServerErr)(err) || errors.Is(err, nats.ErrMaxPayload)
+			},
+			fault: func(r *rig) {
+				r.settle()
+				reload(t, srv, "max_payload: 8KB")
+				r.settle()
+				reload(t, srv, "max_payload: 1MB")
+			}}.run(t)
 	}
 }
 
