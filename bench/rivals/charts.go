@@ -31,6 +31,8 @@ var palette = map[string]color.RGBA{
 	"relay":             {0x80, 0x86, 0x8f, 0xff},
 	"original":          {0xb0, 0x8a, 0x3e, 0xff},
 	"jetstream-consume": {0x4a, 0x6f, 0xb5, 0xff},
+	"jetstream-fetch":   {0x2a, 0xa1, 0xa8, 0xff},
+	"request-loop":      {0xc2, 0x4f, 0x7a, 0xff},
 	"psrpc":             {0xa0, 0x52, 0x2d, 0xff},
 }
 
@@ -41,7 +43,7 @@ const (
 
 func newChart(title, x, y string) *plot.Plot {
 	p := plot.New()
-	p.BackgroundColor = color.Transparent
+	p.BackgroundColor = nil // the page shows through
 	p.Title.Text = title
 	p.Title.TextStyle.Color = ink
 	p.X.Label.Text, p.Y.Label.Text = x, y
@@ -211,7 +213,7 @@ func (r *results) cpuChart() (*plot.Plot, error) {
 }
 
 func (r *results) latencyChart(streams int) (*plot.Plot, error) {
-	p := newChart(fmt.Sprintf("Latency of %d-byte records, %d streams: p50, and p99 dashed", pacedSize, streams),
+	p := newChart(fmt.Sprintf("Latency of %d-byte records, %s: p50, and p99 dashed", pacedSize, countStreams(streams)),
 		"records per second, all streams together", "microseconds from when a record was due")
 	p.Legend.Left = true
 	p.X.Tick.Marker = marks(cells(r.Paced, func(p paced) int { return p.Rate }), func(v int) string { return short(float64(v)) })

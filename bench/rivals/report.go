@@ -159,7 +159,7 @@ func (r *results) throughputTables(b *bytes.Buffer) {
 		if streams == 1 {
 			title = "One stream, as fast as it can"
 		} else if streams >= slowFrom {
-			title = fmt.Sprintf("%d streams that send in turn, at most %d records on their way", streams, slowWindow)
+			title = fmt.Sprintf("%s that send in turn, at most %d records on their way", countStreams(streams), slowWindow)
 		}
 		var n notes
 		fmt.Fprintf(b, "#### %s\n\nNanoseconds per record that arrived; in brackets how many times as fast `stream` is. "+
@@ -208,7 +208,7 @@ func (t throughput) figure() string {
 func (r *results) latencyTables(b *bytes.Buffer) {
 	for _, streams := range cells(r.Paced, func(p paced) int { return p.Streams }) {
 		var n notes
-		fmt.Fprintf(b, "#### Latency of %d-byte records at a given load, %d streams\n\n", pacedSize, streams)
+		fmt.Fprintf(b, "#### Latency of %d-byte records at a given load, %s\n\n", pacedSize, countStreams(streams))
 		fmt.Fprintf(b, "Microseconds from when a record was due until its reader had it, in %d runs. A late record does not hide those behind it. "+
 			"In brackets the ratio to plain NATS, the median of the runs. The last column has processor seconds per million records.\n\n", pacedRounds)
 		header(b, "records/s", "", "p50", "p90", "p99", "largest", "processor")
@@ -294,4 +294,15 @@ func (r *results) settings(b *bytes.Buffer) {
 		row(b, x.name, x.settings, bound)
 	}
 	b.WriteString("\n")
+}
+
+// countStreams writes a number of streams as text.
+func countStreams(n int) string {
+	switch {
+	case n == 1:
+		return "one stream"
+	case n >= 10_000:
+		return fmt.Sprintf("%d,%03d streams", n/1000, n%1000)
+	}
+	return fmt.Sprintf("%d streams", n)
 }
