@@ -29,7 +29,8 @@ func limitsOf(d time.Duration) limits {
 	return limits{sending: 2*d + runLimit, patience: patience, tail: tail}
 }
 
-// boundsOf returns the bounds of a rival whose runs are planned for each, and all of it for all.
+// boundsOf returns the bounds of a rival. Each of its runs is planned to take the time each, and the whole rival the
+// time all.
 func boundsOf(each, all time.Duration) bounds {
 	return bounds{open: openLimit, close: closeLimit, all: openLimit + 3*all, run: limitsOf(each)}
 }

@@ -243,7 +243,7 @@ func (s *session) produceInTurn(n int) error {
 
 // limits bound a run.
 type limits struct {
-	// sending is the time after which nothing more is sent. What was sent until then is the run.
+	// sending is the time after which the producer sends no more. The run consists of the records sent until then.
 	sending time.Duration
 	// patience is the time without any record after which a run stands still.
 	patience time.Duration

@@ -203,7 +203,7 @@ func TestFailedRunsAreRepeatedWithAnotherSession(t *testing.T) {
 	})
 }
 
-// A session whose warm-up fails says nothing about the time of a record, so the next one is warmed up as well.
+// If a warm-up fails, the time of a record is not known, so the next session warms up as well.
 func TestWarmUpsAreRepeated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tries := 0
@@ -243,8 +243,8 @@ func TestLossesAreNoFailures(t *testing.T) {
 	})
 }
 
-// A rival whose streams do not open in time, or do not end, is left behind with a note, and the run goes on. Streams
-// that open too late are closed.
+// If the streams of a rival do not open in time, or do not end, the run goes on without the rival, and a note gives the
+// reason. Streams that open too late are closed.
 func TestStuckRivalsAreLeftBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stuck := make(chan struct{})
