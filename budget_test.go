@@ -313,9 +313,9 @@ func openRaw(t *testing.T, params ClientParams) (m *memoryPair, s *Stream) {
 	return m, s
 }
 
-// While a record is put together it takes what has arrived of it; then its reader has no more than the record. Small
-// pieces, and packets padded with skipped frames, take a few times the memory of their content, even if the budget
-// allows more.
+// A record that is put together takes the memory of the pieces that have arrived. After that its reader has no more than
+// the record. Small pieces, and packets padded with skipped frames, take a few times the memory of their content, even if
+// the budget allows more.
 func TestReassemblyTakesWhatArrived(t *testing.T) {
 	const size, each = 4200 << 10, 100 << 10
 	pieces := func(n, each int, pad ...Frame) (packets [][]byte) {
@@ -622,8 +622,8 @@ func memoryOf(w *Writer) (n, written int64) {
 	return n, written
 }
 
-// What a producer keeps for a peer that grants without end and acknowledges nothing is counted as it lies in memory. It
-// is bounded by the window, and by the budget for all streams together, whatever the records are like.
+// A peer grants without end and acknowledges nothing. The packets that a producer keeps for it are counted by their
+// memory. The window bounds them, and the budget bounds those of all streams, for records of any size.
 func TestKeptPacketsAreCountedAndBounded(t *testing.T) {
 	const window, budget = 256 << 10, 4 << 20
 	for name, c := range map[string]struct {

@@ -117,13 +117,9 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 func (s *session) took(n int) {
 	s.count(n)
 	if s.recv.readLock.Load()&gateFirst != 0 {
-		s.tookFirst()
+		s.recv.readLock.And(^gateFirst)
+		s.observe(eventFirstRecord)
 	}
-}
-
-func (s *session) tookFirst() {
-	s.recv.readLock.And(^gateFirst)
-	s.observe(eventFirstRecord)
 }
 
 // lockRead begins a read that may wait. unlockRead ends it.

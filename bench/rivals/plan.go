@@ -151,7 +151,7 @@ func readResults(file string) (*results, error) {
 	return r, nil
 }
 
-// only returns the cells whose names match.
+// only drops the cells with other names.
 func only(cells []cell, names *regexp.Regexp) []cell {
 	return slices.DeleteFunc(cells, func(c cell) bool { return !names.MatchString(c.name) })
 }

@@ -94,7 +94,7 @@ func (e *env) close() { e.server.Shutdown() }
 // fresh returns a view of the server that has no errors yet.
 func (e *env) fresh() *env { return &env{server: e.server, failed: new(atomic.Pointer[error])} }
 
-// with returns a view of the server whose connections have these options.
+// with returns the same server. Its connections have the given options.
 func (e *env) with(options ...nats.Option) *env {
 	return &env{server: e.server, options: options, failed: e.failed}
 }

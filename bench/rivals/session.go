@@ -170,7 +170,7 @@ func (p *endpoints) due(at time.Time) {
 	binary.LittleEndian.PutUint64(p.rec[16:], uint64(at.Sub(p.start)))
 }
 
-// errHalted ends a producer whose session was halted.
+// errHalted is the error of a producer after its session was halted.
 var errHalted = errors.New("halted")
 
 // produce sends the next record of the stream.

@@ -17,7 +17,7 @@ type fakeLane struct {
 	done    chan struct{}
 	sent    int
 	lose    func(n int) bool // whether the record with this number, from 1, is lost
-	block   int              // the number of the record whose send does not return, 0: none
+	block   int              // the send of the record with this number does not return; 0: each returns
 	end     int              // the number of records after which the reader ends, 0: never
 	failure error            // of the reader that ends
 	pause   time.Duration    // of each send
