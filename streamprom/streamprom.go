@@ -24,6 +24,8 @@
 //   - stream_retransmitted_packets_total
 //   - stream_reconnects_total: streams that went on after a reconnect of this end
 //
+// The last two begin at 0 with the first stream of a subject and side.
+//
 // # Metrics of clients and servers
 //
 // Watch adds the fields of stream.Stats, with the label endpoint:
@@ -137,6 +139,9 @@ func (m *Metrics) Hooks() stream.Hooks {
 			l := m.labels(i)
 			m.opened.WithLabelValues(l...).Inc()
 			m.open.WithLabelValues(l...).Inc()
+			// These counters begin at zero, so that Prometheus sees their first event as an increase.
+			m.resent.WithLabelValues(l...)
+			m.reconnects.WithLabelValues(l...)
 		},
 		FirstRecord: func(i stream.StreamInfo) {
 			m.first.WithLabelValues(m.labels(i)...).Observe(i.Elapsed.Seconds())

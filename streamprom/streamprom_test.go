@@ -237,8 +237,29 @@ func TestRetransmissionsUnderLoss(t *testing.T) {
 	if n := testutil.ToFloat64(one(m, "stream_sent_records_total", "consumer")); n != records {
 		t.Errorf("%v records, want %d", n, records)
 	}
-	if n := testutil.CollectAndCount(m, "stream_retransmitted_packets_total"); n == 0 {
+	if testutil.ToFloat64(one(m, "stream_retransmitted_packets_total", "consumer"))+testutil.ToFloat64(one(m, "stream_retransmitted_packets_total", "producer")) == 0 {
 		t.Error("no retransmission was counted")
+	}
+}
+
+// If the counters of rare events began with their first event, Prometheus would not see it as an increase.
+func TestCountersOfRareEventsBeginAtZero(t *testing.T) {
+	m := streamprom.New()
+	h := m.Hooks()
+	h.Opened(stream.StreamInfo{Subject: "svc.a"})
+	h.Opened(stream.StreamInfo{Subject: "svc.a", Producer: true})
+	const want = `
+# HELP stream_reconnects_total Streams that went on after a reconnect of this end.
+# TYPE stream_reconnects_total counter
+stream_reconnects_total{side="consumer",subject="svc.a"} 0
+stream_reconnects_total{side="producer",subject="svc.a"} 0
+# HELP stream_retransmitted_packets_total Packets that were retransmitted, because the peer missed them.
+# TYPE stream_retransmitted_packets_total counter
+stream_retransmitted_packets_total{side="consumer",subject="svc.a"} 0
+stream_retransmitted_packets_total{side="producer",subject="svc.a"} 0
+`
+	if err := testutil.CollectAndCompare(m, strings.NewReader(want), "stream_reconnects_total", "stream_retransmitted_packets_total"); err != nil {
+		t.Error(err)
 	}
 }
 
