@@ -89,9 +89,7 @@ func TestQueriesHaveResults(t *testing.T) {
 	raw, panels := read(t)
 	data, start, end := observe(t)
 	exported := data.names()
-	grammar := parser.NewParser(parser.Options{})
-	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 1e6, Timeout: patience, LookbackDelta: 5 * time.Minute, Parser: grammar})
-	defer engine.Close()
+	engine := newEngine(t)
 	shown := map[string]bool{}
 	for _, p := range panels {
 		for _, target := range p.Targets {
@@ -140,6 +138,44 @@ func TestQueriesHaveResults(t *testing.T) {
 			t.Errorf("a variable asks for the label %s of %s, which does not exist", v[2], v[1])
 		}
 	}
+}
+
+// A dashboard of streams that did not fail shows that: each panel has data, and no stream counts as failed.
+func TestQueriesHaveResultsWithoutFailures(t *testing.T) {
+	_, panels := read(t)
+	data, start, end := observeHealthy(t)
+	engine := newEngine(t)
+	for _, p := range panels {
+		for _, target := range p.Targets {
+			q, err := engine.NewRangeQuery(t.Context(), data, nil, expand.Replace(target.Expr), start, end, interval)
+			if err != nil {
+				t.Errorf("%s: %v", p.Title, err)
+				continue
+			}
+			matrix, err := q.Exec(t.Context()).Matrix()
+			if err != nil || len(matrix) == 0 {
+				t.Errorf("%s: %s: %d series, %v", p.Title, target.Expr, len(matrix), err)
+			}
+			for _, s := range matrix {
+				for _, point := range s.Floats {
+					if point.F != 0 && p.Title == "Streams that fail" {
+						t.Errorf("%s: %v is %v", p.Title, s.Metric, point.F)
+					}
+				}
+			}
+			q.Close()
+		}
+	}
+}
+
+// grammar parses the queries.
+var grammar = parser.NewParser(parser.Options{})
+
+func newEngine(t *testing.T) *promql.Engine {
+	t.Helper()
+	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 1e6, Timeout: patience, LookbackDelta: 5 * time.Minute, Parser: grammar})
+	t.Cleanup(func() { _ = engine.Close() })
+	return engine
 }
 
 // readmeQueries returns the queries in the table of README.md of streamprom.
@@ -221,10 +257,82 @@ func observe(t *testing.T) (data *scrapes, start, end time.Time) {
 	countRetransmitted, countReconnected := hooks.Retransmitted, hooks.Reconnected
 	hooks.Retransmitted = func(i stream.StreamInfo, packets int) { countRetransmitted(i, packets); retransmitted.Add(1) }
 	hooks.Reconnected = func(i stream.StreamInfo) { countReconnected(i); reconnected.Add(1) }
-	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(metrics)
+	server, client := pair(t, network.URL(), hooks)
+	metrics.Watch("server", server.Stats)
+	metrics.Watch("client", func() stream.Stats { return withRareEvents(client.Stats()) })
+
+	clock := newClock(t, metrics)
+	for range 3 {
+		s := open(t, client, "orders", "echo")
+		exchangeUntilMore(t, s, &retransmitted)
+		network.Cut()
+		exchangeUntilMore(t, s, &reconnected)
+		clock.scrape() // while it is open
+		if err := s.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		wantEnd(t, s, io.EOF)
+		wantEnd(t, open(t, client, "orders", "fail"), &stream.CloseError{Code: 4242})
+		wantEnd(t, open(t, client, "nobody", ""), nats.ErrNoResponders)
+		left := open(t, client, "orders", "echo")
+		exchange(t, left, 1)
+		_ = left.Close()
+		clock.scrape()
+	}
+	return clock.data, clock.start, clock.now
+}
+
+// observeHealthy runs streams that end normally and streams that their consumer leaves, without loss or reconnects,
+// between scrapes of their metrics.
+func observeHealthy(t *testing.T) (data *scrapes, start, end time.Time) {
+	t.Helper()
+	metrics := streamprom.New()
+	hooks := metrics.Hooks()
+	const rounds, streams = 5, 3
+	closed, countClosed := make(chan struct{}, 2*streams), hooks.Closed
+	hooks.Closed = func(i stream.StreamInfo, totals stream.Totals, err error) {
+		countClosed(i, totals, err)
+		closed <- struct{}{}
+	}
+	server, client := pair(t, streamtest.Run(t).URL(), hooks)
+	metrics.Watch("server", server.Stats)
+	metrics.Watch("client", client.Stats)
+	clock := newClock(t, metrics)
+	for range rounds {
+		s := open(t, client, "orders", "echo")
+		exchange(t, s, 10)
+		if err := s.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		wantEnd(t, s, io.EOF)
+		left := open(t, client, "orders", "echo")
+		exchange(t, left, 1)
+		_ = left.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		canceled, err := client.Open(ctx, "orders", []byte("echo"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		exchange(t, canceled, 1)
+		cancel()
+		wantEnd(t, canceled, context.Canceled)
+		for range 2 * streams { // the ends of both sides
+			select {
+			case <-closed:
+			case <-time.After(patience):
+				t.Fatal("an end of a stream was not reported")
+			}
+		}
+		clock.scrape()
+	}
+	return clock.data, clock.start, clock.now
+}
+
+// pair returns a server that serves orders, and a client of it. Both have hooks.
+func pair(t *testing.T, url string, hooks stream.Hooks) (*stream.Server, *stream.Client) {
+	t.Helper()
 	connect := func() *nats.Conn {
-		nc, err := nats.Connect(network.URL(), nats.IgnoreDiscoveredServers(), nats.ReconnectWait(10*time.Millisecond), nats.MaxReconnects(-1))
+		nc, err := nats.Connect(url, nats.IgnoreDiscoveredServers(), nats.ReconnectWait(10*time.Millisecond), nats.MaxReconnects(-1))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -242,41 +350,36 @@ func observe(t *testing.T) (data *scrapes, start, end time.Time) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = client.Close() })
-	metrics.Watch("server", server.Stats)
-	metrics.Watch("client", func() stream.Stats { return withRareEvents(client.Stats()) })
 	if _, err := server.Handle("orders", serve); err != nil {
 		t.Fatal(err)
 	}
 	if err := nc.FlushTimeout(patience); err != nil {
 		t.Fatal(err)
 	}
+	return server, client
+}
 
-	data, start = new(scrapes), time.Unix(1_700_000_000, 0)
-	end = start
-	scrape := func() {
-		if err := data.take(registry, end); err != nil {
-			t.Fatal(err)
-		}
-		end = end.Add(interval)
+// clock scrapes metrics as if its interval passed between two scrapes.
+type clock struct {
+	t          *testing.T
+	registry   *prometheus.Registry
+	data       *scrapes
+	start, now time.Time
+}
+
+func newClock(t *testing.T, metrics *streamprom.Metrics) *clock {
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(metrics)
+	start := time.Unix(1_700_000_000, 0)
+	return &clock{t: t, registry: registry, data: new(scrapes), start: start, now: start}
+}
+
+func (c *clock) scrape() {
+	c.t.Helper()
+	if err := c.data.take(c.registry, c.now); err != nil {
+		c.t.Fatal(err)
 	}
-	for range 3 {
-		s := open(t, client, "orders", "echo")
-		exchangeUntilMore(t, s, &retransmitted)
-		network.Cut()
-		exchangeUntilMore(t, s, &reconnected)
-		scrape() // while it is open
-		if err := s.CloseSend(); err != nil {
-			t.Fatal(err)
-		}
-		wantEnd(t, s, io.EOF)
-		wantEnd(t, open(t, client, "orders", "fail"), &stream.CloseError{Code: 4242})
-		wantEnd(t, open(t, client, "nobody", ""), nats.ErrNoResponders)
-		left := open(t, client, "orders", "echo")
-		exchange(t, left, 1)
-		_ = left.Close()
-		scrape()
-	}
-	return data, start, end
+	c.now = c.now.Add(interval)
 }
 
 // withRareEvents adds values for counters that the streams of this test leave at zero.
