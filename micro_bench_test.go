@@ -72,7 +72,15 @@ func benchConn(acks bool) *fake.Conn {
 	return conn
 }
 
-func benchEndpoint(b *testing.B, t natsconn.Conn) *endpoint {
+// benchTransport is a connection of this file: a *fake.Conn, or one that embeds it.
+type benchTransport interface {
+	natsconn.Conn
+	Set(nats.Status)
+}
+
+// benchEndpoint returns an endpoint that the end of b closes. The connection closes first, because close waits for the
+// producers of unanswered requests while it is up, and benchConn answers none.
+func benchEndpoint(b *testing.B, t benchTransport) *endpoint {
 	b.Helper()
 	params, err := ClientParams{}.withDefaults()
 	if err != nil {
@@ -82,7 +90,10 @@ func benchEndpoint(b *testing.B, t natsconn.Conn) *endpoint {
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { ep.close(testClosed) })
+	b.Cleanup(func() {
+		t.Set(nats.CLOSED)
+		ep.close(testClosed)
+	})
 	return ep
 }
 
@@ -218,7 +229,7 @@ func BenchmarkRecv(b *testing.B) {
 }
 
 // benchWriter returns a writer to a consumer that reads as fast as it is written to.
-func benchWriter(b *testing.B, t natsconn.Conn, codec Codec) *Writer {
+func benchWriter(b *testing.B, t benchTransport, codec Codec) *Writer {
 	b.Helper()
 	ep := benchEndpoint(b, t)
 	token := AppendToken(nil, Token{Codec: codec, LogPackets: 8, LogBytes: 40, ID: 1})
