@@ -158,7 +158,7 @@ func (o *outbox) enclose(e *enveloping, s *session, snd *sender, data []byte) (e
 		o.sendEnvelope(e)
 	}
 	if e.buf == nil {
-		most := min(coalesceSize, int(o.ep.maxPayload.Load()), e.sizes.Most(o.ep.clock.Load()))
+		most := min(coalesceMost, int(o.ep.maxPayload.Load()), e.sizes.Most(o.ep.clock.Load()))
 		if l := o.lines.byPeer[e.name]; l != nil {
 			most = l.sizes.Most(min(most, l.Packet()), o.ep.clock.Load())
 		}

@@ -99,7 +99,7 @@ func benchEndpoint(b *testing.B, t benchTransport) *endpoint {
 
 // benchPacket returns a packet of as many records as fit a coalescing one, or as records says, and the number of them.
 func benchPacket(size, records int) ([]byte, int) {
-	if most := max(1, (coalesceSize-PacketHeaderSize)/(FrameHeaderSize+size)); records == 0 || records > most {
+	if most := max(1, (coalesceMost-PacketHeaderSize)/(FrameHeaderSize+size)); records == 0 || records > most {
 		records = most
 	}
 	frames := make([]Frame, records)

@@ -72,7 +72,7 @@ func (pk *packer) init(s *session, ctx context.Context) {
 
 // coalesceLimit returns the size up to which a packet gathers records.
 func (pk *packer) coalesceLimit() int {
-	return min(coalesceSize, pk.packetLimit())
+	return min(coalesceMost, pk.packetLimit())
 }
 
 // packetLimit returns the most bytes that a packet may hold: the server's max_payload, or fewer if the line to the peer

@@ -15,6 +15,7 @@ import (
 	"math/big"
 	mathrand "math/rand/v2"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -515,4 +516,115 @@ func TestReadersThatStandStillHoldBoundedMemory(t *testing.T) {
 		}
 		s.Close()
 	}
+}
+
+// Messages of nearly 32 KiB are sent as exactly 32 KiB, and the server delivers them as they were. Others keep their
+// length.
+func TestMessagesEndWhereReadsOfTheServerEnd(t *testing.T) {
+	server, err := streamtest.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(server.Shutdown)
+	sent := &sentBytes{}
+	producer := connect(t, server.URL(), nats.SetCustomDialer(&countingDialer{wrap: sent.wrap}), fastconn.Enable())
+	serve, err := stream.NewServer(stream.ServerParams{Conn: producer})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { serve.Close() })
+	const alignment = 32 << 10
+	sizes := []int{alignment - 2000, alignment + 1, 40_000}
+	for size := alignment - 1500; size < alignment; size += 1 + len(sizes)%37 {
+		sizes = append(sizes, size)
+	}
+	record := func(size int) []byte { return bytes.Repeat([]byte{byte(size), byte(size >> 8), 'x'}, size/3+1)[:size] }
+	_, err = serve.Handle("sizes", func(w *stream.Writer, r *stream.Request) error {
+		for _, size := range sizes {
+			if _, err := w.Write(record(size)); err != nil {
+				return err
+			}
+			if err := w.Flush(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := producer.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	s, err := newClient(t, connect(t, server.URL())).Open(ctx, "sizes", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for _, size := range sizes {
+		if got, err := s.Recv(); err != nil || !bytes.Equal(got, record(size)) {
+			t.Fatalf("a record of %d bytes: %d bytes, %v", size, len(got), err)
+		}
+	}
+	if _, err := s.Recv(); err != io.EOF {
+		t.Errorf("the end: %v", err)
+	}
+	aligned := 0
+	for _, n := range sent.messages() {
+		switch {
+		case n == alignment:
+			aligned++
+		case n > alignment-1200 && n < alignment:
+			t.Errorf("a message of %d bytes was sent as it is", n)
+		}
+	}
+	if aligned < 20 {
+		t.Errorf("%d messages of %d were aligned", aligned, len(sizes))
+	}
+}
+
+// sentBytes keeps the bytes that a connection sends.
+type sentBytes struct {
+	mu   sync.Mutex
+	sent bytes.Buffer
+}
+
+func (s *sentBytes) wrap(conn net.Conn) net.Conn { return &sentConn{conn, s} }
+
+type sentConn struct {
+	net.Conn
+	sent *sentBytes
+}
+
+func (c *sentConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	c.sent.mu.Lock()
+	defer c.sent.mu.Unlock()
+	c.sent.sent.Write(p[:n])
+	return n, err
+}
+
+// messages returns the lengths of the messages that were sent, with their commands.
+func (s *sentBytes) messages() (lengths []int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for rest := s.sent.Bytes(); len(rest) > 0; {
+		end := bytes.IndexByte(rest, '\n') + 1
+		if end == 0 {
+			return lengths
+		}
+		fields := strings.Fields(string(rest[:end]))
+		if len(fields) > 0 && fields[0] == "PUB" {
+			size, err := strconv.Atoi(fields[len(fields)-1])
+			if err != nil || end+size+2 > len(rest) {
+				return lengths
+			}
+			end += size + 2
+			lengths = append(lengths, end)
+		}
+		rest = rest[end:]
+	}
+	return lengths
 }
