@@ -354,6 +354,16 @@ func TestCutKeepsTheRecords(t *testing.T) {
 	}
 }
 
+// Padding is not needed in smaller packets.
+func TestCutDropsPadding(t *testing.T) {
+	padding := Frame{Type: framePadding, Payload: make([]byte, 500)}
+	p := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7}, testData(strings.Repeat("r", 300)), padding)
+	pieces, ok := cutPacket(p, PacketHeaderSize+FrameHeaderSize+200)
+	if got := joined(t, pieces...); !ok || len(pieces) != 2 || len(got) != 1 || got[0].Type != FrameData || len(got[0].Payload) != 300 {
+		t.Errorf("%d pieces with %v, %v", len(pieces), got, ok)
+	}
+}
+
 // Headers, trailers and reasons of a CLOSE stay whole.
 func TestCutLeavesOtherFramesWhole(t *testing.T) {
 	reason := []byte(strings.Repeat("x", 100))

@@ -103,6 +103,7 @@ const (
 
 	frameSkippable FrameType = 0x80
 	frameEnvelopes FrameType = 0x80 // its sender receives envelopes; no payload
+	framePadding   FrameType = 0x81 // makes its packet longer; the payload is zero bytes
 )
 
 // String returns the name used in the specification, such as "DATA", or "FrameType(9)".

@@ -845,3 +845,48 @@ func TestPacketsThatComeBackAreOverwritten(t *testing.T) {
 		t.Errorf("overwritten %v, in a build with poison %v", overwritten, poison.Enabled)
 	}
 }
+
+// A full packet of small records has the length that makes its message, with the command, 32 KiB: reads of the server do
+// not cut it. The padding is zero, and has no bytes of other streams.
+func TestFullPacketsEndWhereReadsOfTheServerEnd(t *testing.T) {
+	for _, size := range []int{0, 1, 7, 16, 100, 128, 777, 1000, 1024, 1290} {
+		conn := fake.New()
+		begun, goOn := make(chan struct{}, 1), make(chan struct{})
+		messages := make(chan nats.Msg, 100)
+		conn.Published = func(to, _ string, data []byte) error {
+			select {
+			case begun <- struct{}{}:
+				<-goOn // the writer is ahead
+			default:
+			}
+			messages <- nats.Msg{Subject: to, Data: bytes.Clone(data)}
+			return nil
+		}
+		c := fakeClient(t, conn, ClientParams{})
+		w := c.NewWriter("_SINBOX.full." + string(AppendToken(nil, Token{LogPackets: 8, LogBytes: 24, ID: 1})))
+		w.packetSize.Store(2 * coalesceSize) // as if the line were fast
+		record := bytes.Repeat([]byte{0xab}, size)
+		for written := 0; written < coalesceSize+4096; written += FrameHeaderSize + size {
+			if _, err := w.Write(record); err != nil {
+				t.Fatal(err)
+			}
+			if written == 0 {
+				<-begun
+			}
+		}
+		close(goOn)
+		<-messages // the first record
+		full := <-messages
+		if n := len(fmt.Sprintf("PUB %s %d\r\n\r\n", full.Subject, len(full.Data))) + len(full.Data); n != alignedSize {
+			t.Errorf("records of %d bytes: the message of a full packet has %d bytes", size, n)
+		}
+		_, rest, err := ParsePacketHeader(full.Data)
+		var f Frame
+		for len(rest) > 0 && err == nil {
+			f, rest, err = ParseFrame(rest)
+		}
+		if err != nil || f.Type != framePadding || len(bytes.Trim(f.Payload, "\x00")) != 0 {
+			t.Errorf("records of %d bytes: a full packet ends with %v, %v", size, f.Type, err)
+		}
+	}
+}

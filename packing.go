@@ -261,6 +261,7 @@ func (pk *packer) resetFastLocked() {
 // sealLocked ends the open packet: it takes no more records, and belongs to the outbox from here on. A packet that uses
 // up the credit gets ACK.
 func (pk *packer) sealLocked() {
+	pk.padLocked()
 	if n := len(pk.open.buf); n >= wasteful*pk.n && n > packetClasses[0] { // the whole buffer is kept until the acknowledgement
 		pk.moveLocked(pk.n)
 	}
@@ -283,6 +284,27 @@ func (pk *packer) sealLocked() {
 		putPacketHeader(p.buf, flags, pk.session.senderNumber, seq, len(p.buf))
 	}
 	pk.ready.Push(p) // never full: credit bounds the packets that are sealed and not acknowledged
+}
+
+// A NATS server reads up to 64 KiB at once. It copies a message that the end of a read has cut into fresh memory. No
+// read cuts messages of exactly alignedSize bytes, with their commands, that come one after the other. A packet that
+// lacks at most maxPadding bytes gets them.
+const (
+	alignedSize = 32 << 10
+	maxPadding  = alignedSize / 25 // a full packet of records of up to 1 KiB lacks less
+)
+
+// padLocked ends a packet of nearly aligned size with PADDING.
+func (pk *packer) padLocked() {
+	command := len("PUB  12345\r\n\r\n") + len(pk.subject)
+	lacks := alignedSize - command - pk.n
+	if lacks < FrameHeaderSize || lacks > maxPadding || pk.closed.Load() || pk.session.peerTakesJSON() {
+		return
+	}
+	b := pk.open.buf[pk.n : pk.n+lacks]
+	putFrameHeader(b, framePadding, 0, 0, lacks-FrameHeaderSize)
+	clear(b[FrameHeaderSize:]) // bytes of another stream
+	pk.n += lacks
 }
 
 // wasteful times the size of its packet is the size from which on a buffer is exchanged for a smaller one.

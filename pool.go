@@ -12,10 +12,9 @@ import (
 // its writer ended. Only the outbox returns sealed packets, so none is reused while it is being published. Received
 // packets are never pooled: they are NATS's own buffers, and the user's records are sub-slices of them.
 
-// Packet sizes. The buffer of a coalescing packet grows to coalesceSize, and records fill it up to coalesceMost: the
-// message with its control line then has at most 32 KiB (docs/DESIGN.md, "Messages end where the server's reads end"). A
-// record that does not fit into it travels alone in a packet of up to singleSize. A larger record is cut into pieces
-// (docs/PROTOCOL.md section 6).
+// Packet sizes. The buffer of a coalescing packet grows to coalesceSize. Records fill it up to coalesceMost, so that it
+// has room for padding and NATS's command. A record that does not fit into it travels alone in a packet of up to
+// singleSize. A larger record is cut into pieces (docs/PROTOCOL.md section 6).
 const (
 	coalesceSize = 32 << 10
 	coalesceMost = coalesceSize - 128

@@ -66,7 +66,11 @@ func cutPacket(p []byte, limit int) (pieces [][]byte, ok bool) {
 	}
 	for len(body) > 0 {
 		var f Frame
-		if f, body, err = ParseFrame(body); err != nil || f.Type != FrameData && len(f.Payload) > room {
+		f, body, err = ParseFrame(body)
+		if f.Type == framePadding {
+			continue
+		}
+		if err != nil || f.Type != FrameData && len(f.Payload) > room {
 			return nil, false
 		}
 		rest := f.Payload

@@ -163,7 +163,8 @@ func frameTypeTable() string {
 	rows = append(rows,
 		[]string{fmt.Sprintf("0, %d–%d", len(frameTypes)+1, skippable-1), "", "none", "", "", "unknown: an error"},
 		[]string{fmt.Sprint(typeEnvelopes.value), typeEnvelopes.name, "without SEQ", "none", "0", typeEnvelopes.doc},
-		[]string{fmt.Sprintf("%d–255", skippable+1), "", "both", "any", "any", "unknown: skipped"})
+		[]string{fmt.Sprint(typePadding.value), typePadding.name, "with SEQ", "none", "0", typePadding.doc},
+		[]string{fmt.Sprintf("%d–255", typePadding.value+1), "", "both", "any", "any", "unknown: skipped"})
 	return markdown(rows)
 }
 

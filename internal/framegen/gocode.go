@@ -114,7 +114,9 @@ func enumerations(w *writer) {
 	}
 	w.p("")
 	w.p("frameSkippable FrameType = %#x", skippable)
-	w.p("%s FrameType = %#x // %s", typeEnvelopes.goName, typeEnvelopes.value, typeEnvelopes.goDoc)
+	for _, t := range []frameType{typeEnvelopes, typePadding} {
+		w.p("%s FrameType = %#x // %s", t.goName, t.value, t.goDoc)
+	}
 	w.p(")")
 	w.p("")
 	w.p(`// String returns the name used in the specification, such as "DATA", or "FrameType(9)".`)

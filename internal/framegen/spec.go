@@ -237,6 +237,10 @@ const skippable = 0x80
 var typeEnvelopes = frameType{name: "ENVELOPES", goName: "frameEnvelopes", value: skippable,
 	doc: "empty. The sender receives envelopes", goDoc: "its sender receives envelopes; no payload"}
 
+// typePadding is a type that all receivers skip.
+var typePadding = frameType{name: "PADDING", goName: "framePadding", value: skippable + 1,
+	doc: "zero bytes. They make the packet longer", goDoc: "makes its packet longer; the payload is zero bytes"}
+
 // Limits.
 const (
 	minCloseCode = 1000

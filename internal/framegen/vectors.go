@@ -448,6 +448,7 @@ func packetVectors(vs *vectors) {
 	vs.packet("ping_ack", "", pAck, 7, 0, ping)
 	vs.packet("skippable_in_sequenced", "", pSeq, 7, 1, skip, data)
 	vs.packet("skippable_in_control", "", 0, 7, 1, skip, ping)
+	vs.packet("padding", "", pSeq, 7, 1, data, frameArgs{uint64(typePadding.value), 0, 0, "\x00\x00\x00\x00\x00"})
 	vs.packet("credit_envelopes", "", 0, 7, 1, grant, frameArgs{uint64(typeEnvelopes.value), 0, 0, ""})
 
 	vs.packet("data_without_seq", "misplaced", 0, 7, 1, data)

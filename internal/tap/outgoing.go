@@ -1,7 +1,6 @@
 package tap
 
 import (
-	"bytes"
 	"net"
 	"strconv"
 	"sync"
@@ -20,7 +19,6 @@ type outgoing struct {
 	waiting  atomic.Bool
 	failed   bool
 
-	size    [20]byte  // digits of the size of one message
 	vector  [3][]byte // of one write
 	buffers net.Buffers
 }
@@ -29,24 +27,6 @@ const (
 	sendSize = 32 << 10 // a buffer with as much is sent at once
 	copied   = 8 << 10  // longer data is sent without a copy
 )
-
-// A nats-server reads up to 64 KiB at once. It copies a message that the end of a read has cut into fresh memory. No
-// read cuts messages of exactly alignment bytes one after the other. So a message that lacks at most maxPad bytes gets
-// them, as spaces between two fields of its command, where the protocol of NATS allows any number.
-const (
-	alignment = 32 << 10
-	maxPad    = alignment / 25 // a packet of records of up to 1 KiB lacks less
-)
-
-var spaces = bytes.Repeat([]byte{' '}, maxPad)
-
-// padding returns the number of spaces that a message of n bytes gets.
-func padding(n int) int {
-	if lacks := alignment - n; lacks > 0 && lacks <= maxPad {
-		return lacks
-	}
-	return 0
-}
 
 // Publish sends a message, or keeps it until Push, more messages or a command of nats.go. Later, the message may be
 // lost with the connection, as one that nats.go buffers. Publish reports false if the message has to go through
@@ -69,16 +49,13 @@ func (c *Conn) Publish(subject, reply string, data []byte) bool {
 		b = append(b, reply...)
 		b = append(b, ' ')
 	}
-	size := strconv.AppendInt(o.size[:0], int64(len(data)), 10)
+	b = strconv.AppendInt(b, int64(len(data)), 10)
+	b = append(b, crlf...)
 	if len(data) > copied {
-		b = append(b, spaces[:padding(len(b)-len(o.buf)+len(size)+len(crlf)+len(data)+len(crlf))]...)
-		b = append(b, size...)
-		o.buf = append(b, crlf...)
+		o.buf = b
 		c.sendLocked(data)
 		return true
 	}
-	b = append(b, size...)
-	b = append(b, crlf...)
 	b = append(b, data...)
 	o.buf = append(b, crlf...)
 	o.waiting.Store(true)
