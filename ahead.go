@@ -4,14 +4,14 @@ package stream
 // and owns the fields of extras that it uses.
 
 // nextKept returns the record that Ready has read ahead, or goes on with a record in pieces that an earlier read began.
-func (s *session) nextKept(x *extras) ([]byte, FrameFlags, error) {
+func (s *session) nextKept(x *extras, u use) ([]byte, FrameFlags, error) {
 	if s.recv.readLock.Load()&gateAhead != 0 {
 		rec := x.ahead
 		x.ahead = nil
 		s.recv.readLock.And(^gateAhead)
 		return rec, x.aheadAs, nil
 	}
-	return s.assemble(*x.partial.Swap(nil))
+	return s.assemble(*x.partial.Swap(nil), u)
 }
 
 // ready implements Stream.Ready. It reads the next record ahead, because only a read can tell whether the whole record

@@ -86,13 +86,54 @@ func (a *assembly) add(piece []byte, packet int, take func(uint64) bool) bool {
 	return true
 }
 
-// record returns the record that last completes.
-func (a *assembly) record(last []byte) []byte {
-	record := bytes.Join(append(a.pieces, last), nil)
+// record returns the record that last completes, in memory that begins at into, or in new memory if into is nil.
+func (a *assembly) record(into, last []byte) []byte {
+	pieces := append(a.pieces, last)
+	if into == nil {
+		into = bytes.Join(pieces, nil)
+	} else {
+		for _, piece := range pieces {
+			into = append(into, piece...)
+		}
+	}
 	for _, s := range a.lent {
 		s.Release()
 	}
-	return record
+	return into
+}
+
+// minJoined is the size from which on a record in pieces is lent to its reader, if that suffices. For a smaller one,
+// memory that is used again costs as much as it saves.
+const minJoined = 32 << 10
+
+// joined returns the record that last completes, for use u.
+func (s *session) joined(a *assembly, last []byte, u use) []byte {
+	n := int(a.size) + len(last)
+	if u == forever || n < minJoined {
+		return a.record(nil, last)
+	}
+	x := s.extra()
+	x.returnJoined()
+	lent := slab.Get(n)
+	if lent == nil {
+		return a.record(nil, last)
+	}
+	lent.Lend()
+	lent.Retire()
+	x.joined = lent
+	return a.record(lent.Buf[:0:n], last)
+}
+
+// returnJoined gives back the memory of the last large record, whose user has begun another read.
+func (x *extras) returnJoined() {
+	x.joined.Release()
+	x.joined = nil
+}
+
+// hasJoined reports whether the last large record was lent.
+func (s *session) hasJoined() bool {
+	x := s.extras.Load()
+	return x != nil && x.joined != nil
 }
 
 // partial is a record in pieces of which the last was not read yet.
@@ -103,8 +144,8 @@ type partial struct {
 
 // assemble returns the record that begins with p. The pieces count in the endpoint's budget until the last one was
 // read. Without room assemble waits, and the peer gets no credit meanwhile. At the read deadline it keeps the pieces
-// for the next read. The returned record belongs to the user.
-func (s *session) assemble(p partial) (record []byte, flags FrameFlags, err error) {
+// for the next read. The returned record is for use u.
+func (s *session) assemble(p partial, u use) (record []byte, flags FrameFlags, err error) {
 	defer func() {
 		if err == errReadDeadline {
 			kept := p // a copy, so that p is not allocated if no read has a deadline
@@ -136,7 +177,7 @@ func (s *session) assemble(p partial) (record []byte, flags FrameFlags, err erro
 		case p.size+uint64(len(f.Payload)) > s.recv.maxRecord:
 			return nil, 0, s.tooBig()
 		case f.Flags&FlagMore == 0:
-			return p.record(f.Payload), p.flags, nil
+			return s.joined(&p.assembly, f.Payload, u), p.flags, nil
 		}
 		p.rest = f.Payload
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -23,6 +24,7 @@ import (
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn/fake"
+	"github.com/natsstream/stream/internal/poison"
 )
 
 // A large record counts against the endpoint's budget while its pieces arrive. A record that finds no
@@ -519,7 +521,7 @@ func TestAssemblyIsLinear(t *testing.T) {
 					t.Fatalf("%d bytes are held for %d that arrived, want at most %d", a.held, arrived, limit)
 				}
 			}
-			rec := a.record(pieces[len(pieces)-1])
+			rec := a.record(nil, pieces[len(pieces)-1])
 			runtime.ReadMemStats(&after)
 			if !bytes.Equal(rec, want) || cap(rec) != len(rec) {
 				t.Errorf("a record of %d bytes, capacity %d; want %d", len(rec), cap(rec), len(want))
@@ -532,6 +534,33 @@ func TestAssemblyIsLinear(t *testing.T) {
 				t.Errorf("%d bytes were allocated, want at most %d", n, limit)
 			}
 		})
+	}
+}
+
+// A large record that is only lent takes memory that is used again. One that its user keeps, and a small one, have memory
+// of their own.
+func TestLargeRecordsAreLent(t *testing.T) {
+	c := fakeClient(t, fake.New(), ClientParams{})
+	s := unopenedStream(c.ep)
+	piece := bytes.Repeat([]byte("p"), 30_000)
+	joined := func(pieces int, u use) []byte {
+		rec := s.joined(&assembly{pieces: slices.Repeat([][]byte{piece}, pieces), size: uint64(pieces * len(piece))}, []byte("last"), u)
+		if len(rec) != pieces*len(piece)+4 || cap(rec) != len(rec) || bytes.Count(rec, []byte("p")) != pieces*len(piece) || !bytes.HasSuffix(rec, []byte("last")) {
+			t.Fatalf("a record of %d bytes, capacity %d, of %d pieces", len(rec), cap(rec), pieces)
+		}
+		return rec
+	}
+	lent := joined(4, untilNext)
+	if again := joined(3, untilNext); !poison.Enabled && &again[0] != &lent[0] {
+		t.Error("the memory of a record is not used again")
+	}
+	for _, rec := range [][]byte{joined(4, forever), joined(1, untilNext)} {
+		if joined(4, untilNext); len(bytes.TrimLeft(rec, "p")) != 4 {
+			t.Error("a record was overwritten")
+		}
+	}
+	for pieces := 1; pieces < 60; pieces++ {
+		joined(pieces, untilNext) // also larger than all memory that is lent
 	}
 }
 

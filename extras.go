@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+
+	"github.com/natsstream/stream/internal/slab"
 )
 
 // This file has the state that few streams need. Any goroutine may make it; its fields name their owners.
@@ -29,6 +31,7 @@ type extras struct {
 	// The reader's.
 	header, trailer nats.Header
 	partial         atomic.Pointer[partial] // the pieces of a record, if the read deadline passed before the last one. dropUnwanted drops it, too
+	joined          *slab.Slab              // that the last large record lies in, if it was lent
 	ahead           []byte                  // a record that Ready has read, while readLock has gateAhead
 	aheadAs         FrameFlags
 

@@ -865,7 +865,7 @@ func TestFullPacketsEndWhereReadsOfTheServerEnd(t *testing.T) {
 		c := fakeClient(t, conn, ClientParams{})
 		w := c.NewWriter("_SINBOX.full." + string(AppendToken(nil, Token{LogPackets: 8, LogBytes: 24, ID: 1})))
 		w.packetSize.Store(2 * coalesceSize) // as if the line were fast
-		record := bytes.Repeat([]byte{0xab}, size)
+		record, records := bytes.Repeat([]byte{0xab}, size), uint64(0)
 		for written := 0; written < coalesceSize+4096; written += FrameHeaderSize + size {
 			if _, err := w.Write(record); err != nil {
 				t.Fatal(err)
@@ -873,6 +873,10 @@ func TestFullPacketsEndWhereReadsOfTheServerEnd(t *testing.T) {
 			if written == 0 {
 				<-begun
 			}
+			records++
+		}
+		if got := w.Totals(); got.RecordsOut != records || got.BytesOut != records*uint64(size) {
+			t.Errorf("%d records of %d bytes were written, and counted as %+v", records, size, got)
 		}
 		close(goOn)
 		<-messages // the first record

@@ -72,9 +72,12 @@ const (
 
 // nextGated returns the next record for a read that has the lock.
 func (s *session) nextGated(u use) ([]byte, FrameFlags, error) {
-	if x := s.extras.Load(); x != nil && (x.partial.Load() != nil || s.recv.readLock.Load()&gateAhead != 0) {
-		rec, flags, err := s.nextKept(x)
-		return s.ownPart(rec, u), flags, err
+	if x := s.extras.Load(); x != nil {
+		if x.partial.Load() != nil || s.recv.readLock.Load()&gateAhead != 0 {
+			rec, flags, err := s.nextKept(x, u)
+			return s.ownPart(rec, u), flags, err
+		}
+		x.returnJoined()
 	}
 	f, err := s.nextData(false)
 	switch {
@@ -83,7 +86,7 @@ func (s *session) nextGated(u use) ([]byte, FrameFlags, error) {
 	case uint64(len(f.Payload)) > s.recv.maxRecord:
 		return nil, 0, s.tooBig()
 	case f.Flags&FlagMore != 0:
-		return s.assemble(partial{flags: f.Flags & FlagCodecMask, assembly: assembly{rest: f.Payload}})
+		return s.assemble(partial{flags: f.Flags & FlagCodecMask, assembly: assembly{rest: f.Payload}}, u)
 	}
 	if u == forever {
 		return s.own(f.Payload), f.Flags & FlagCodecMask, nil
@@ -111,7 +114,7 @@ func (s *session) ownPacket(n int) []byte {
 
 // ownPart is own for the rest of a record that an earlier read left. The rest may lie in the current packet or not.
 func (s *session) ownPart(record []byte, u use) []byte {
-	if u == forever && s.recv.lent != nil {
+	if u == forever && (s.recv.lent != nil || s.hasJoined()) {
 		return bytes.Clone(record)
 	}
 	s.recv.kept = s.recv.kept || u == forever

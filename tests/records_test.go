@@ -263,6 +263,7 @@ func TestReadsOfAllKindsMix(t *testing.T) {
 		RecvObject(v any) error
 		All() iter.Seq2[[]byte, error]
 		Read(p []byte) (int, error)
+		Ready() bool
 	}
 	size := func(i int) int { return sizes[(i*7+i/8)%len(sizes)] }
 	send := func(w io.Writer) {
@@ -278,16 +279,18 @@ func TestReadsOfAllKindsMix(t *testing.T) {
 		kept := make(map[int][]byte)
 		buf := make([]byte, 300<<10)
 		for i := range count {
-			var rec []byte
+			var rec, keep []byte
 			var err error
-			kind := r.IntN(5)
+			kind := r.IntN(7)
 			switch kind {
 			case 0:
 				rec, err = s.Recv()
+				keep = rec
 			case 1:
 				for rec, err = range s.All() {
 					break
 				}
+				keep = rec
 			case 2:
 				rec, err = s.Next()
 			case 3:
@@ -296,7 +299,7 @@ func TestReadsOfAllKindsMix(t *testing.T) {
 					rec[0]++ // the caller may change it
 					rec[0]--
 				}
-			case 4:
+			case 4, 5:
 				if size(i) == 0 { // Read passes over it
 					rec, err = s.Next()
 					break
@@ -304,24 +307,31 @@ func TestReadsOfAllKindsMix(t *testing.T) {
 				cut := r.IntN(size(i)) + 1
 				if _, err = io.ReadFull(s, buf[:cut]); err == nil && cut < size(i) {
 					var rest []byte
-					rest, err = s.Next()
+					if kind == 4 {
+						rest, err = s.Next()
+					} else {
+						rest, err = s.Recv()
+						keep = rest
+					}
 					cut += copy(buf[cut:], rest)
 				}
 				rec = buf[:cut]
+			case 6:
+				s.Ready() // may read ahead
+				rec, err = s.Recv()
+				keep = rec
 			}
 			if err != nil || !bytes.Equal(rec, testRecord(i, size(i))) {
 				t.Errorf("record %d, read %d: %d bytes, want %d, %v", i, kind, len(rec), size(i), err)
 				return
 			}
-			if kind < 2 {
-				kept[i] = rec
-			}
+			kept[i] = keep
 		}
 		if rec, err := s.Next(); err != io.EOF {
 			t.Errorf("at the end: %d bytes, %v", len(rec), err)
 		}
 		for i, rec := range kept {
-			if !bytes.Equal(rec, testRecord(i, size(i))) {
+			if !bytes.HasSuffix(testRecord(i, size(i)), rec) {
 				t.Errorf("record %d was overwritten", i)
 				return
 			}
@@ -341,29 +351,33 @@ func TestReadsOfAllKindsMix(t *testing.T) {
 	check(s)
 }
 
-// A record of Next is overwritten after its packet was read, in builds that look for that.
+// A record of Next is overwritten after its packet was read, or at the next large record, in builds that look for that.
 func TestRecordsOfNextAreOverwritten(t *testing.T) {
-	p := newPair(t)
-	w, s := newWriterStream(t, p)
-	var lent [][]byte
-	for i := range 3 {
-		write(t, w, testRecord(i, 100))
-		if err := w.Flush(); err != nil {
-			t.Fatal(err)
-		}
-		rec, err := s.Next()
-		if err != nil || !bytes.Equal(rec, testRecord(i, 100)) {
-			t.Fatalf("record %d: %d bytes, %v", i, len(rec), err)
-		}
-		lent = append(lent, rec)
+	for _, size := range []int{100, 100 << 10} {
+		t.Run(fmt.Sprintf("%d bytes", size), func(t *testing.T) {
+			p := newPair(t)
+			w, s := newWriterStream(t, p)
+			var lent [][]byte
+			for i := range 3 {
+				write(t, w, testRecord(i, size))
+				if err := w.Flush(); err != nil {
+					t.Fatal(err)
+				}
+				rec, err := s.Next()
+				if err != nil || !bytes.Equal(rec, testRecord(i, size)) {
+					t.Fatalf("record %d: %d bytes, %v", i, len(rec), err)
+				}
+				lent = append(lent, rec)
+			}
+			for i, rec := range lent[:2] {
+				if overwritten := !bytes.Equal(rec, testRecord(i, size)); poison.Enabled && !overwritten {
+					t.Errorf("record %d is as it was", i)
+				}
+			}
+			closeWriter(t, w)
+			wantEOF(t, s)
+		})
 	}
-	for i, rec := range lent[:2] {
-		if overwritten := !bytes.Equal(rec, testRecord(i, 100)); poison.Enabled && !overwritten {
-			t.Errorf("record %d is as it was", i)
-		}
-	}
-	closeWriter(t, w)
-	wantEOF(t, s)
 }
 
 // Write copies: a caller may use its buffer again at once, also if a record is cut into pieces. The buffers of packets
