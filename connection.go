@@ -8,16 +8,16 @@ import (
 )
 
 // This file holds the limits of the NATS connection, and the functions that publish. Only the outbox runs send and
-// publish. The outbox and the watcher run lookAtMaxPayload. Any goroutine may run the other functions, which read
-// atomics and fields that are set once.
+// publish. The outbox, the watcher and newEndpoint run lookAtMaxPayload. Any goroutine may run the other functions,
+// which read atomics and fields that are set once.
 
 // unknownPayload stands for max_payload before the first connect, when no NATS server has announced it. An unknown
 // limit refuses and cuts nothing.
 const unknownPayload = math.MaxInt32
 
 // lookAtMaxPayload remembers the max_payload of the connection's server. The server may change it with any INFO, and
-// nats.go does not report that. lookAtMaxPayload takes the connection's lock, so only the endpoint's own goroutines
-// call it.
+// nats.go does not report that. lookAtMaxPayload takes the connection's lock, so only the outbox, the watcher and
+// newEndpoint call it.
 func (ep *endpoint) lookAtMaxPayload() {
 	n := ep.conn.MaxPayload()
 	if n <= 0 {
@@ -34,7 +34,7 @@ func (ep *endpoint) reasonLimit() int {
 }
 
 // send publishes data to a subject that a peer named. All messages pass through it, except requests, the probes of the
-// inbox and of the fallback, and RESUME.
+// inbox and of the fallback, RESUME, and the answers of a Service.
 func (ep *endpoint) send(subject, reply string, data []byte) error {
 	if most := ep.longestPeer(); len(subject) > most {
 		return fmt.Errorf("subject of %d bytes, which may be longer than this connection's NATS server takes (max_control_line); "+

@@ -7,14 +7,15 @@ import (
 	"github.com/natsstream/stream/internal/poison"
 )
 
-// Buffers of the send side come from pools, one for each size class. From getPacket on, a packet belongs to the Writer
-// that opened it. A sealed packet belongs to the outbox, which returns it with putPacket after it was acknowledged or
-// its writer ended. Only the outbox returns sealed packets, so none is reused while it is being published. Received
-// packets are never pooled: they are NATS's own buffers, and the user's records are sub-slices of them.
+// This file has the pools of the send side's buffers, one for each size class. Any goroutine may run it. A packet
+// belongs to the caller of getPacket. An open packet belongs to the writers, with the lock of their packer. A sealed
+// packet belongs to the outbox, which returns it with putPacket after it was acknowledged or its writer ended. Only the
+// outbox returns sealed packets, so none is reused while it is being published. The outbox also gets and returns the
+// buffers of envelopes. Received packets are not in these pools: they are in buffers of nats.go or in slabs.
 
 // Packet sizes. The buffer of a coalescing packet grows to coalesceSize. Records fill it up to coalesceMost, so that it
 // has room for padding and NATS's command. A record that does not fit into it travels alone in a packet of up to
-// singleSize. A larger record is cut into pieces (docs/PROTOCOL.md section 6).
+// flow.MaxPacket. A larger record is cut into pieces (docs/PROTOCOL.md section 6). singleSize is the largest class.
 const (
 	coalesceSize = 32 << 10
 	coalesceMost = coalesceSize - 128
@@ -29,7 +30,8 @@ var packetClasses = [...]int{
 	40 << 10, 48 << 10, 56 << 10, 64 << 10, 80 << 10, 96 << 10, 112 << 10, 128 << 10, 160 << 10, 192 << 10, 224 << 10, singleSize,
 }
 
-// unpooled marks a buffer larger than every class: a JSON fallback message, left to the garbage collector.
+// unpooled marks a buffer of no class: a message of the JSON fallback that is larger than every class, or a packet that
+// was cut again. The garbage collector frees it.
 const unpooled = int8(-1)
 
 // packet is one NATS payload under way.

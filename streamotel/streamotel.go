@@ -13,9 +13,10 @@
 //
 // # Spans
 //
-// A span begins when the stream is opened, or its request arrives. It ends when the stream has ended at this end. Its
-// name is "stream" and the subject. It has these attributes. Those that the semantic conventions for messaging define
-// have the names of the conventions:
+// The span of a consumer begins when the stream is opened, and ends when the stream has ended there. The span of a
+// producer begins before the handler is called, and ends when the handler returns. The name of a span is "stream" and
+// the subject. It has these attributes. Those that the semantic conventions for messaging define have the names of the
+// conventions:
 //
 //   - messaging.system: nats
 //   - messaging.destination.name: the subject of the request
@@ -23,7 +24,8 @@
 //     that this end read and wrote
 //   - error.type: of a stream that failed, the close code as a number, or the kind of the error
 //
-// A consumer that closes its stream before the end causes no error.
+// A consumer that closes its stream before the end causes no error at its own end. At the producer, error.type is 4001
+// if the handler returns the error of a write.
 //
 // # Metrics
 //

@@ -1,6 +1,8 @@
-// Package slab has the receive buffers of fast connections. A slab holds many messages, one behind the other. It is
-// used again once all messages that were lent out of it were given back. The goroutine that reads the connection fills
-// a slab, and the readers of messages give them back.
+// Package slab has the receive buffers of fast connections, and the memory of large records that are lent to their
+// readers. A slab holds many messages, one behind the other. It is used again once all messages that were lent out of
+// it were given back. One goroutine fills a slab: the goroutine that reads a fast connection, or the reader of a large
+// record. The mux, a reader, or a goroutine that ends a stream gives a message back. A lock guards the free slabs of
+// each size.
 //
 // A slab that is not given back costs memory only: the garbage collector takes it. A slab that is given back too often
 // would have two owners. So Release panics if it finds that, and builds that look for uses after release overwrite the
@@ -33,8 +35,8 @@ const (
 // filling is counted in refs while the slab is being filled. It is more than any number of messages.
 const filling = 1 << 40
 
-// Slab is one buffer. The connection that fills it owns Buf up to the messages that it lends. The reader of a message
-// owns its bytes until Release.
+// Slab is one buffer. The filler owns Buf, except the messages that it has lent. The reader of a message owns its bytes
+// until Release.
 type Slab struct {
 	Buf  []byte
 	lent int64        // messages lent since it was taken; the filler's
