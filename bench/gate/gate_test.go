@@ -3,12 +3,16 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // values returns n values about center that scatter by the part spread to either side.
@@ -77,18 +81,24 @@ func repository(t *testing.T, file string) string {
 	t.Helper()
 	dir := t.TempDir()
 	writeFiles(t, dir, map[string]string{"go.mod": "module example.org/m\n\ngo 1.26.0\n", "m_test.go": file, "part/m_test.go": file})
-	for _, args := range [][]string{
-		{"init", "--quiet"},
-		{"add", "."},
-		{"-c", "user.name=gate", "-c", "user.email=gate@example.org", "commit", "--quiet", "-m", "Begin"},
-	} {
-		cmd := exec.Command("git", args...)
-		cmd.Dir = dir
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("git %v: %v\n%s", args, err, out)
-		}
-	}
+	git(t, dir, "init", "--quiet")
+	commit(t, dir)
 	return dir
+}
+
+func commit(t *testing.T, dir string) {
+	t.Helper()
+	git(t, dir, "add", ".")
+	git(t, dir, "-c", "user.name=gate", "-c", "user.email=gate@example.org", "commit", "--quiet", "-m", "Change")
+}
+
+func git(t *testing.T, dir string, args ...string) {
+	t.Helper()
+	cmd := exec.Command("git", args...)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("git %v: %v\n%s", args, err, out)
+	}
 }
 
 const benchmark = `package m
@@ -174,5 +184,118 @@ func TestInvalidArgumentsAreRefused(t *testing.T) {
 	t.Chdir(repository(t, benchmark))
 	if err := run(&bytes.Buffer{}, []string{"nowhere"}); err == nil || !strings.Contains(err.Error(), "no revision nowhere") {
 		t.Errorf("%v", err)
+	}
+}
+
+func TestRoundsGiveTheFastestTimeAndTheMeanOfAllocations(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "figures.txt")
+	text := `pkg: p
+round: 1
+BenchmarkB 1 30 ns/op 0.1 mallocs/rec
+BenchmarkB 1 10 ns/op 0.3 mallocs/rec
+round: 2
+BenchmarkB 1 20 ns/op 0.5 mallocs/rec
+`
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	got, err := readFigures(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at, want := range map[figure][]float64{{"p.B", unitTime}: {10e-9, 20e-9}, {"p.B", unitMallocs}: {0.2, 0.5}} {
+		values := slices.Sorted(slices.Values(got[at]))
+		if !slices.EqualFunc(values, want, func(a, b float64) bool { return math.Abs(a/b-1) < 1e-9 }) {
+			t.Errorf("%v: %v, want %v", at, values, want)
+		}
+	}
+}
+
+// A function that the proof plants work into may have moved to another file.
+func TestPlantsHaveTheirFunctions(t *testing.T) {
+	for _, s := range spots {
+		text, err := os.ReadFile(filepath.Join("..", "..", s.file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(string(text), s.line+"\n"); n != 1 {
+			t.Errorf("%s has the line %q %d times, want once", s.file, s.line, n)
+		}
+	}
+}
+
+const worker = `package stream
+
+var clock int // in nanoseconds
+
+func work() {
+	clock += 100
+}
+
+func idle() {
+}
+`
+
+const workBenchmark = `package stream
+
+import (
+	"runtime"
+	"testing"
+)
+
+func BenchmarkWork(b *testing.B) {
+	const records = 100_000 // the runtime allocates now and then
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	clock = 0
+	for range b.N * records {
+		work()
+	}
+	runtime.ReadMemStats(&after)
+	b.ReportMetric(float64(clock)/float64(b.N*records), "ns/op")
+	b.ReportMetric(float64(after.Mallocs-before.Mallocs)/float64(b.N*records), "mallocs/rec")
+}
+`
+
+// A benchmark that calls the function with the planted work shows it, and one that does not call it shows nothing. The
+// benchmark counts its time, so that the test depends on no clock.
+func TestProofFindsPlantedFaults(t *testing.T) {
+	t.Chdir(repository(t, benchmark))
+	writeFiles(t, ".", map[string]string{"m_test.go": workBenchmark, "work.go": worker})
+	commit(t, ".")
+	slower := func(part float64) fault {
+		f := fault{"slower", unitTime, part, true, strings.Replace(slow, "for i := 1000; i > 0; i-- {\n\t\t}", "clock += 1000", 1)}
+		if f.source == slow {
+			t.Fatal("the planted work has no loop to replace")
+		}
+		return f
+	}
+	at := func(line string) spot { return spot{".", "BenchmarkWork", "work.go", line, false} }
+	for name, c := range map[string]struct {
+		plant plant
+		want  error
+		text  string
+	}{
+		"allocations":                   {plant{faults[0], at("func work() {")}, nil, "0.01 allocations more: 1 of 1 found"},
+		"allocations that nobody makes": {plant{faults[0], at("func idle() {")}, errUnproved, "0.01 allocations more: 0 of 1 found"},
+		"10 % slower":                   {plant{slower(0.10), at("func work() {")}, nil, "slower: 1 of 1 found"},
+		"4 % slower":                    {plant{slower(0.04), at("func work() {")}, errUnproved, "slower: 0 of 1 found"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := measurement{count: minCount, slices: 1, bench: ".", time: time.Microsecond, pkgs: []string{"."}, dir: t.TempDir(), log: io.Discard}
+			m.out = m.dir
+			base, _, err := m.checkOut("HEAD")
+			defer m.clean()
+			if err == nil {
+				err = m.compile(&base)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var out bytes.Buffer
+			if err := m.prove(&out, base, 0, []plant{c.plant}); !errors.Is(err, c.want) || !strings.Contains(out.String(), c.text) {
+				t.Errorf("%v, want %v and %q in\n%s", err, c.want, c.text, &out)
+			}
+		})
 	}
 }

@@ -29,17 +29,18 @@ const (
 // figure is the name of a series of values: a unit of a benchmark.
 type figure struct{ benchmark, unit string }
 
-// figures are the values of all runs of one side.
+// figures are the values of one side, one of each round.
 type figures map[figure][]float64
 
-// readFigures reads a file in the format of Go benchmarks.
+// readFigures reads a file in the format of Go benchmarks. Each round gives one value of a figure: the fastest time of
+// its slices, or the mean of their allocations. Other load only adds time, so the fastest slice is the least disturbed.
 func readFigures(file string) (_ figures, err error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	found := figures{}
+	rounds := map[figure]map[string][]float64{}
 	r := benchfmt.NewReader(f, file)
 	for r.Scan() {
 		switch rec := r.Result().(type) {
@@ -48,12 +49,33 @@ func readFigures(file string) (_ figures, err error) {
 		case *benchfmt.Result:
 			name := rec.GetConfig("pkg") + "." + rec.Name.String()
 			for _, v := range rec.Values {
-				at := figure{name, v.Unit}
-				found[at] = append(found[at], v.Value)
+				at, round := figure{name, v.Unit}, rec.GetConfig("round")
+				if rounds[at] == nil {
+					rounds[at] = map[string][]float64{}
+				}
+				rounds[at][round] = append(rounds[at][round], v.Value)
 			}
 		}
 	}
+	found := figures{}
+	for at, round := range rounds {
+		for _, values := range round {
+			found[at] = append(found[at], ofRound(at.unit, values))
+		}
+	}
 	return found, r.Err()
+}
+
+// ofRound returns the value of a round with the values of its slices.
+func ofRound(unit string, values []float64) float64 {
+	if unit == unitTime {
+		return slices.Min(values)
+	}
+	sum := 0.0
+	for _, v := range values {
+		sum += v
+	}
+	return sum / float64(len(values))
 }
 
 // alarm is a figure that is worse than that of the base.
@@ -84,18 +106,25 @@ func judge(base, head figures) (alarms []alarm, compared int) {
 			continue
 		}
 		compared++
-		a, b := benchmath.NewSample(slices.Clone(before), &benchmath.DefaultThresholds), benchmath.NewSample(slices.Clone(after), &benchmath.DefaultThresholds)
 		found := alarm{
 			figure: at,
-			base:   benchmath.AssumeNothing.Summary(a, 0.95).Center,
-			head:   benchmath.AssumeNothing.Summary(b, 0.95).Center,
-			p:      benchmath.AssumeNothing.Compare(a, b).P,
+			base:   median(before),
+			head:   median(after),
+			p:      benchmath.AssumeNothing.Compare(sample(before), sample(after)).P,
 		}
 		if found.p < alpha && worse(at.unit, found.base, found.head) {
 			alarms = append(alarms, found)
 		}
 	}
 	return alarms, compared
+}
+
+func sample(values []float64) *benchmath.Sample {
+	return benchmath.NewSample(slices.Clone(values), &benchmath.DefaultThresholds)
+}
+
+func median(values []float64) float64 {
+	return benchmath.AssumeNothing.Summary(sample(values), 0.95).Center
 }
 
 // judged reports whether a figure is judged. Allocations per operation are whole numbers. They are judged only if the

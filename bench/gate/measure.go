@@ -15,9 +15,10 @@ import (
 
 // measurement runs the benchmarks of two revisions.
 type measurement struct {
-	count       int
-	bench       string
-	time        time.Duration
+	count       int           // rounds
+	slices      int           // of a round
+	bench       string        // for go test -bench
+	time        time.Duration // of a benchmark in a round
 	pkgs        []string
 	short       bool
 	dir         string // for the binaries and the tree of the base, removed at the end
@@ -33,11 +34,13 @@ type measurement struct {
 type side struct {
 	name, revision string
 	tree           string
+	overlay        string            // for go build -overlay, if not empty
+	env            []string          // of the benchmarks, in addition
 	binaries       map[string]string // by package
 }
 
-// build makes the test binaries of revision base and of the working tree.
-func (m *measurement) build(base string) (_, _ side, err error) {
+// checkOut returns the sides of revision base and of the working tree. It checks the base out.
+func (m *measurement) checkOut(base string) (_, _ side, err error) {
 	git := func(args ...string) (string, error) {
 		var stderr bytes.Buffer
 		cmd := exec.Command("git", args...)
@@ -64,14 +67,7 @@ func (m *measurement) build(base string) (_, _ side, err error) {
 	if err != nil {
 		return side{}, side{}, err
 	}
-	b := side{name: "base", revision: revision, tree: tree}
-	h := side{name: "head", revision: here, tree: m.root}
-	for _, s := range []*side{&b, &h} {
-		if err = m.compile(s); err != nil {
-			return side{}, side{}, err
-		}
-	}
-	return b, h, nil
+	return side{name: "base", revision: revision, tree: tree}, side{name: "head", revision: here, tree: m.root}, nil
 }
 
 // compile makes the test binaries of s. A package that s does not have is left out.
@@ -83,7 +79,11 @@ func (m *measurement) compile(s *side) error {
 			continue
 		}
 		binary := filepath.Join(m.dir, s.name+strconv.Itoa(i)+".test")
-		cmd := exec.Command("go", "test", "-c", "-o", binary, ".")
+		args := []string{"test", "-c", "-o", binary}
+		if s.overlay != "" {
+			args = append(args, "-overlay", s.overlay)
+		}
+		cmd := exec.Command("go", append(args, ".")...)
 		// A package may lie in another module than before.
 		cmd.Dir = filepath.Join(s.tree, pkg)
 		cmd.Env = append(os.Environ(), "PWD="+cmd.Dir, "GOWORK=off")
@@ -124,6 +124,7 @@ func (m *measurement) run(name string, a, b side) (fileA, fileB string, err erro
 		fmt.Fprintf(m.log, "%s: round %d of %d\n", name, i+1, m.count)
 		for j := range 2 {
 			k := (i + j) % 2
+			fmt.Fprintf(&figures[k], "round: %d\n", i+1)
 			if err := m.once([]side{a, b}[k], &figures[k]); err != nil {
 				return "", "", err
 			}
@@ -137,20 +138,24 @@ func (m *measurement) run(name string, a, b side) (fileA, fileB string, err erro
 	return fileA, fileB, nil
 }
 
-// once runs each benchmark of s one time.
+// once runs each benchmark of s for one round.
 func (m *measurement) once(s side, out io.Writer) error {
 	for _, pkg := range m.pkgs {
 		binary, ok := s.binaries[pkg]
 		if !ok {
 			continue
 		}
-		args := []string{"-test.run=^$", "-test.bench=" + m.bench, "-test.benchtime=" + m.time.String(), "-test.benchmem", "-test.timeout=30m"}
+		args := []string{
+			"-test.run=^$", "-test.bench=" + m.bench, "-test.count=" + strconv.Itoa(m.slices),
+			"-test.benchtime=" + (m.time / time.Duration(m.slices)).String(), "-test.benchmem", "-test.timeout=30m",
+		}
 		if m.short {
 			args = append(args, "-test.short")
 		}
 		var stdout, stderr bytes.Buffer
 		cmd := exec.Command(binary, args...)
 		cmd.Dir, cmd.Stdout, cmd.Stderr = filepath.Join(s.tree, pkg), &stdout, &stderr
+		cmd.Env = append(os.Environ(), s.env...)
 		done := make(chan error, 1)
 		if err := cmd.Start(); err != nil {
 			return err
