@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"regexp"
@@ -110,7 +111,7 @@ func (c command) run(o options) error {
 	case c.draw:
 		found, err = readResults(stored)
 	case c.resume:
-		found, err = resume(unfinished, found.Flags)
+		found, err = resume(unfinished, found)
 	}
 	if err != nil {
 		return err
@@ -149,7 +150,19 @@ func measureAll(temp string, o options, cells []cell, found *results, unfinished
 }
 
 // newResults returns results of a run that begins.
-func newResults(o options) *results { return &results{Machine: machine(), Flags: o.flags()} }
+func newResults(o options) *results {
+	return &results{Machine: machine(), Flags: o.flags(), Revision: revision()}
+}
+
+// revision returns the commit of the library that is measured, with a mark if files differ from it. It is empty outside
+// a git repository.
+func revision() string {
+	out, err := exec.Command("git", "describe", "--always", "--dirty", "--exclude=*").Output()
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(out))
+}
 
 // flags returns the options that decide about the figures, as flags.
 func (o options) flags() string {

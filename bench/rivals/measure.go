@@ -38,6 +38,7 @@ func (o options) chosen() []rival {
 type results struct {
 	Machine    string
 	Flags      string
+	Revision   string   // of the library; empty if it is not known
 	Cells      []string // names of the finished cells
 	Seconds    float64  // that they took
 	Throughput []throughput

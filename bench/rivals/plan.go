@@ -111,17 +111,20 @@ func measure(dir string, o options, cells []cell, found *results, keep func() er
 	return nil
 }
 
-// resume returns the results of an interrupted run with the same flags.
-func resume(file, flags string) (*results, error) {
+// resume returns the results of an interrupted run, for a run that would begin like fresh.
+func resume(file string, fresh *results) (*results, error) {
 	found, err := readResults(file)
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, errors.New("no run was interrupted; run without -resume")
-	}
-	if err != nil {
+	case err != nil:
 		return nil, err
-	}
-	if found.Flags != flags {
-		return nil, fmt.Errorf("the interrupted run had the flags %q, this one has %q; give the same flags, or run without -resume", found.Flags, flags)
+	case found.Flags != fresh.Flags:
+		return nil, fmt.Errorf("the interrupted run had the flags %q, this one has %q; give the same flags, or run without -resume", found.Flags, fresh.Flags)
+	case found.Machine != fresh.Machine:
+		return nil, fmt.Errorf("the interrupted run was on %q, this is %q; run without -resume", found.Machine, fresh.Machine)
+	case found.Revision != fresh.Revision:
+		return nil, fmt.Errorf("the interrupted run measured revision %q, this is %q; check the same revision out, or run without -resume", found.Revision, fresh.Revision)
 	}
 	return found, nil
 }

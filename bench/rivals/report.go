@@ -35,7 +35,11 @@ func (r *results) write(file string) error {
 // markdown returns all tables.
 func (r *results) markdown() []byte {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "Measured on %s, with `%s`, in %v.\n\n", r.Machine, r.Flags, time.Duration(r.Seconds*1e9).Round(time.Second))
+	at := ""
+	if r.Revision != "" {
+		at = " at revision " + r.Revision
+	}
+	fmt.Fprintf(&b, "Measured%s on %s, with `%s`, in %v.\n\n", at, r.Machine, r.Flags, time.Duration(r.Seconds*1e9).Round(time.Second))
 	r.throughputTables(&b)
 	r.latencyTables(&b)
 	r.openTable(&b)

@@ -333,7 +333,8 @@ func testCells(ran *[]string, names ...string) (cells []cell) {
 	return cells
 }
 
-// A run that was interrupted goes on with its finished cells. With other flags it does not.
+// A run that was interrupted goes on with its finished cells. With other flags, on another machine or at another
+// revision it does not.
 func TestInterruptedRunsGoOn(t *testing.T) {
 	file := t.TempDir() + "/unfinished.json"
 	var ran []string
@@ -349,7 +350,8 @@ func TestInterruptedRunsGoOn(t *testing.T) {
 	}); err != interrupted {
 		t.Fatal(err)
 	}
-	found, err := resume(file, o.flags())
+	fresh := newResults(o)
+	found, err := resume(file, fresh)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -363,10 +365,19 @@ func TestInterruptedRunsGoOn(t *testing.T) {
 	if again, err := readResults(file); err != nil || !reflect.DeepEqual(again, found) {
 		t.Errorf("stored %+v, %v; want %+v", again, err, found)
 	}
-	if _, err := resume(file, options{rounds: 4}.flags()); err == nil {
-		t.Error("a run with other flags goes on")
+	others := map[string]func(*results){
+		"flags":    func(r *results) { r.Flags += " -rounds 4" },
+		"machine":  func(r *results) { r.Machine += ", another" },
+		"revision": func(r *results) { r.Revision += "-dirty" },
 	}
-	if _, err := resume(file+"x", o.flags()); err == nil || !strings.Contains(err.Error(), "without -resume") {
+	for what, change := range others {
+		other := *fresh
+		change(&other)
+		if _, err := resume(file, &other); err == nil || !strings.Contains(err.Error(), "without -resume") {
+			t.Errorf("a run with another %s: %v", what, err)
+		}
+	}
+	if _, err := resume(file+"x", fresh); err == nil || !strings.Contains(err.Error(), "without -resume") {
 		t.Errorf("without a file: %v", err)
 	}
 }
