@@ -106,28 +106,30 @@ func (a *assembly) record(into, last []byte) []byte {
 // memory that is used again costs as much as it saves.
 const minJoined = 32 << 10
 
-// joined returns the record that last completes, for use u.
+// joined returns the record that last completes, for use u. It leaves the second half of all slabs to fast connections.
 func (s *session) joined(a *assembly, last []byte, u use) []byte {
 	n := int(a.size) + len(last)
-	if u == forever || n < minJoined {
+	s.returnJoined()
+	if u == forever || n < minJoined || slab.Crowded() {
 		return a.record(nil, last)
 	}
-	x := s.extra()
-	x.returnJoined()
 	lent := slab.Get(n)
 	if lent == nil {
 		return a.record(nil, last)
 	}
 	lent.Lend()
 	lent.Retire()
-	x.joined = lent
+	s.extra().joined = lent
 	return a.record(lent.Buf[:0:n], last)
 }
 
-// returnJoined gives back the memory of the last large record, whose user has begun another read.
-func (x *extras) returnJoined() {
-	x.joined.Release()
-	x.joined = nil
+// returnJoined gives back the memory of the last large record, because its user needs it no more or has begun another
+// read.
+func (s *session) returnJoined() {
+	if x := s.extras.Load(); x != nil && x.joined != nil {
+		x.joined.Release()
+		x.joined = nil
+	}
 }
 
 // hasJoined reports whether the last large record was lent.

@@ -564,6 +564,38 @@ func TestLargeRecordsAreLent(t *testing.T) {
 	}
 }
 
+// Only Next holds the memory of a large record until a later read. The other reads need it no more when they return.
+func TestLargeRecordsAreGivenBackSoon(t *testing.T) {
+	m := memoryTest(t, ClientParams{})
+	large := make([]byte, 100<<10)
+	m.handle(t, "x", func(w *Writer, r *Request) error {
+		for range 4 {
+			if _, err := w.Write(large); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	s := m.open(t, "x")
+	for _, c := range []struct {
+		name string
+		read func() error
+		want bool
+	}{
+		{"Next", func() error { _, err := s.Next(); return err }, true},
+		{"Read", func() error { _, err := io.ReadFull(s, make([]byte, len(large))); return err }, false},
+		{"RecvObject", func() error { _ = s.RecvObject(new(int)); return nil }, false},
+		{"WriteTo", func() error { _, err := s.WriteTo(io.Discard); return err }, false},
+	} {
+		if err := c.read(); err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if got := s.session.hasJoined(); got != c.want {
+			t.Errorf("after %s: holds memory %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
 // Where the memory for a piece is refused, nothing is counted for it.
 func TestRefusedPieceIsNotCounted(t *testing.T) {
 	for _, most := range []uint64{0, minChunk - 1, minChunk, 5000, 100_000} {

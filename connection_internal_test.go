@@ -129,33 +129,44 @@ func TestMaxPayloadChangesUnderStreams(t *testing.T) {
 }
 
 // A packet that was published once keeps its number. If it is missed when the server does not take it any more, it goes
-// in fragments.
+// in fragments, and so do those behind it.
 func TestLostPacketBeyondShrunkMaxPayloadGoesInFragments(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		m := memoryTest(t, ClientParams{})
-		m.handle(t, "x", func(w *Writer, r *Request) error {
-			m.bus.SetFilter(lose(1, sequencedOf(m.back)))
-			if _, err := w.Write(make([]byte, 10_000)); err != nil {
+	for _, sizes := range [][]int{{10_000}, {10_000, 10_000, 10_000}, {100, 10_000, 10_000}} {
+		synctest.Test(t, func(t *testing.T) {
+			m := memoryTest(t, ClientParams{})
+			m.bus.Delay = time.Millisecond // the sender hears of the loss after max_payload has shrunk
+			m.handle(t, "x", func(w *Writer, r *Request) error {
+				if _, err := w.Write(make([]byte, 20_000)); err != nil {
+					return err
+				}
+				if err := w.Sync(r.Context()); err != nil { // packets of this size pass
+					return err
+				}
+				m.bus.SetFilter(lose(1, sequencedOf(m.back)))
+				for _, size := range sizes {
+					if _, err := w.Write(make([]byte, size)); err != nil {
+						return err
+					}
+					if err := w.Flush(); err != nil {
+						return err
+					}
+				}
+				m.back.SetMaxPayload(5000)
+				_, err := w.Write([]byte("next"))
 				return err
+			})
+			st := m.open(t, "x")
+			for _, size := range slices.Concat([]int{20_000}, sizes, []int{4}) {
+				if rec, err := st.Recv(); err != nil || len(rec) != size {
+					t.Errorf("of %d: %d bytes, %v; want %d", sizes, len(rec), err, size)
+				}
 			}
-			if err := w.Flush(); err != nil {
-				return err
+			if _, err := st.Recv(); err != io.EOF {
+				t.Errorf("of %d: %v", sizes, err)
 			}
-			m.back.SetMaxPayload(5000)
-			_, err := w.Write([]byte("next"))
-			return err
+			m.nothingLeft(t)
 		})
-		st := m.open(t, "x")
-		for _, size := range []int{10_000, 4} {
-			if rec, err := st.Recv(); err != nil || len(rec) != size {
-				t.Errorf("%d bytes, %v; want %d", len(rec), err, size)
-			}
-		}
-		if _, err := st.Recv(); err != io.EOF {
-			t.Error(err)
-		}
-		m.nothingLeft(t)
-	})
+	}
 }
 
 // If the server does not even take the fragments, the stream ends with an error that names both sizes.

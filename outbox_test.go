@@ -846,51 +846,145 @@ func TestPacketsThatComeBackAreOverwritten(t *testing.T) {
 	}
 }
 
+// ahead returns a writer whose outbox waits in the publish of a first record, until release is called. The messages that
+// the outbox publishes come on the channel.
+func ahead(t *testing.T) (w *Writer, conn *fake.Conn, release func(), messages chan nats.Msg) {
+	t.Helper()
+	conn = fake.New()
+	begun, goOn := make(chan struct{}, 1), make(chan struct{})
+	messages = make(chan nats.Msg, 100)
+	conn.Published = func(to, _ string, data []byte) error {
+		select {
+		case begun <- struct{}{}:
+			<-goOn
+		default:
+		}
+		messages <- nats.Msg{Subject: to, Data: bytes.Clone(data)}
+		return nil
+	}
+	c := fakeClient(t, conn, ClientParams{})
+	w = c.NewWriter("_SINBOX.ahead." + string(AppendToken(nil, Token{LogPackets: 8, LogBytes: 24, ID: 1})))
+	w.packetSize.Store(2 * coalesceSize) // as if the line were fast
+	release = sync.OnceFunc(func() { close(goOn) })
+	t.Cleanup(release)
+	if _, err := w.Write(nil); err != nil {
+		t.Fatal(err)
+	}
+	<-begun
+	return w, conn, release, messages
+}
+
+// records returns the lengths of the records in a packet, and the padding behind them.
+func records(t *testing.T, packet []byte) (lengths []int, padding []byte) {
+	t.Helper()
+	_, rest, err := ParsePacketHeader(packet)
+	for len(rest) > 0 && err == nil {
+		var f Frame
+		if f, rest, err = ParseFrame(rest); f.Type == FrameData {
+			lengths = append(lengths, len(f.Payload))
+		} else if f.Type == framePadding && len(rest) == 0 {
+			padding = f.Payload
+		} else {
+			t.Fatalf("%v", f)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lengths, padding
+}
+
 // A full packet of small records has the length that makes its message, with the command, 32 KiB: reads of the server do
-// not cut it. The padding is zero, and has no bytes of other streams.
+// not cut it. The padding is zero, and has no bytes of other streams. Totals do not count it.
 func TestFullPacketsEndWhereReadsOfTheServerEnd(t *testing.T) {
 	for _, size := range []int{0, 1, 7, 16, 100, 128, 777, 1000, 1024, 1290} {
-		conn := fake.New()
-		begun, goOn := make(chan struct{}, 1), make(chan struct{})
-		messages := make(chan nats.Msg, 100)
-		conn.Published = func(to, _ string, data []byte) error {
-			select {
-			case begun <- struct{}{}:
-				<-goOn // the writer is ahead
-			default:
-			}
-			messages <- nats.Msg{Subject: to, Data: bytes.Clone(data)}
-			return nil
-		}
-		c := fakeClient(t, conn, ClientParams{})
-		w := c.NewWriter("_SINBOX.full." + string(AppendToken(nil, Token{LogPackets: 8, LogBytes: 24, ID: 1})))
-		w.packetSize.Store(2 * coalesceSize) // as if the line were fast
-		record, records := bytes.Repeat([]byte{0xab}, size), uint64(0)
+		w, _, release, messages := ahead(t)
+		record, n := bytes.Repeat([]byte{0xab}, size), uint64(1)
 		for written := 0; written < coalesceSize+4096; written += FrameHeaderSize + size {
 			if _, err := w.Write(record); err != nil {
 				t.Fatal(err)
 			}
-			if written == 0 {
-				<-begun
-			}
-			records++
+			n++
 		}
-		if got := w.Totals(); got.RecordsOut != records || got.BytesOut != records*uint64(size) {
-			t.Errorf("%d records of %d bytes were written, and counted as %+v", records, size, got)
+		if got := w.Totals(); got.RecordsOut != n || got.BytesOut != (n-1)*uint64(size) {
+			t.Errorf("%d records of %d bytes were written, and counted as %+v", n, size, got)
 		}
-		close(goOn)
+		release()
 		<-messages // the first record
 		full := <-messages
 		if n := len(fmt.Sprintf("PUB %s %d\r\n\r\n", full.Subject, len(full.Data))) + len(full.Data); n != alignedSize {
 			t.Errorf("records of %d bytes: the message of a full packet has %d bytes", size, n)
 		}
-		_, rest, err := ParsePacketHeader(full.Data)
-		var f Frame
-		for len(rest) > 0 && err == nil {
-			f, rest, err = ParseFrame(rest)
+		if _, padding := records(t, full.Data); padding == nil || len(bytes.Trim(padding, "\x00")) != 0 {
+			t.Errorf("records of %d bytes: a full packet ends with %q", size, padding)
 		}
-		if err != nil || f.Type != framePadding || len(bytes.Trim(f.Payload, "\x00")) != 0 {
-			t.Errorf("records of %d bytes: a full packet ends with %v, %v", size, f.Type, err)
+	}
+}
+
+// A packet that the outbox takes while an object is encoded behind it gets no padding: the bytes there are the object's.
+func TestPaddingLeavesTheEncoderItsBytes(t *testing.T) {
+	w, _, release, messages := ahead(t)
+	if _, err := w.Write(make([]byte, 31_800)); err != nil {
+		t.Fatal(err)
+	}
+	object := bytes.Repeat([]byte("o"), 400)
+	_, err := w.WriteAppend(func(dst []byte) ([]byte, error) {
+		dst = append(dst, object[:200]...)
+		w.mu.Lock()
+		w.sealOpenLocked() // as the outbox does
+		w.mu.Unlock()
+		return append(dst, object[200:]...), nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	release()
+	<-messages // the first record
+	if lengths, padding := records(t, (<-messages).Data); len(lengths) != 1 || padding != nil {
+		t.Errorf("a packet of records with %d bytes has a padding of %d", lengths, len(padding))
+	}
+	if m := <-messages; !bytes.HasSuffix(m.Data, object) {
+		t.Errorf("the object became %q", m.Data[PacketHeaderSize:])
+	}
+}
+
+// A packet is not padded beyond max_payload. It loses its padding if max_payload shrinks before it is published.
+func TestPaddingHeedsMaxPayload(t *testing.T) {
+	for _, max := range []int64{31_900, 32_000, 32_500, 32_700} {
+		for _, late := range []bool{false, true} {
+			w, conn, release, messages := ahead(t)
+			shrink := func() {
+				conn.SetMaxPayload(max)
+				if !late {
+					w.session.ep.maxPayload.Store(max)
+				}
+			}
+			if !late {
+				shrink()
+			}
+			n, size := 0, 31_600
+			for n < 2 {
+				if _, err := w.Write(make([]byte, size)); err != nil {
+					t.Fatal(err)
+				}
+				n++
+			}
+			if late {
+				shrink()
+			}
+			w.mu.Lock()
+			sealed := w.sealedBytes
+			w.mu.Unlock()
+			if want := uint64(2*(PacketHeaderSize+FrameHeaderSize) + size); !late && sealed != want {
+				t.Errorf("max_payload %d: the first two packets have %d bytes, want %d", max, sealed, want)
+			}
+			release()
+			<-messages
+			m := <-messages
+			lengths, padding := records(t, m.Data)
+			if int64(len(m.Data)) > max || len(lengths) != 1 || lengths[0] != size || padding != nil {
+				t.Errorf("max_payload %d, shrunk late: %v: a packet of %d bytes with records of %d, padding of %d", max, late, len(m.Data), lengths, len(padding))
+			}
 		}
 	}
 }

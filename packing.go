@@ -170,22 +170,6 @@ func (pk *packer) singleLimit() int {
 	return max(1, min(size, pk.packetLimit())-PacketHeaderSize-FrameHeaderSize)
 }
 
-// pieceLocked returns the size of the next piece of a large record, which fills its packet. The piece follows the last
-// one of the record before, unless it would be the smaller part of the packet: a reader copies such pieces once more.
-func (pk *packer) pieceLocked() int {
-	limit := min(pk.alignedLocked(), pk.singleLimit()+PacketHeaderSize+FrameHeaderSize)
-	n := PacketHeaderSize
-	switch {
-	case pk.open == nil || pk.n == n:
-	case pk.n > limit/2-FrameHeaderSize:
-		pk.sealLocked()
-		pk.markLocked()
-	default:
-		n = pk.n
-	}
-	return limit - n - FrameHeaderSize
-}
-
 // appendSomeLocked appends the pieces of p for which there is credit, and returns the rest of p. The caller has the
 // turn.
 func (pk *packer) appendSomeLocked(p []byte, flags FrameFlags) (rest []byte) {
@@ -305,32 +289,6 @@ func (pk *packer) sealLocked() {
 		putPacketHeader(p.buf, flags, pk.session.senderNumber, seq, len(p.buf))
 	}
 	pk.ready.Push(p) // never full: credit bounds the packets that are sealed and not acknowledged
-}
-
-// A NATS server reads up to 64 KiB at once. It copies a message that the end of a read has cut into fresh memory. No
-// read cuts messages of exactly alignedSize bytes, with their commands, that come one after the other. So the pieces of
-// large records have this size, and a packet that lacks at most maxPadding bytes gets them.
-const (
-	alignedSize = 32 << 10
-	maxPadding  = alignedSize / 25 // a full packet of records of up to 1 KiB lacks less
-)
-
-// alignedLocked returns the size of a packet whose message has alignedSize bytes.
-func (pk *packer) alignedLocked() int {
-	return alignedSize - len("PUB  12345\r\n\r\n") - len(pk.subject)
-}
-
-// padLocked ends a packet of nearly aligned size with PADDING.
-func (pk *packer) padLocked() {
-	lacks := pk.alignedLocked() - pk.n
-	if lacks < FrameHeaderSize || lacks > maxPadding || pk.closed.Load() || pk.session.peerTakesJSON() {
-		return
-	}
-	b := pk.open.buf[pk.n : pk.n+lacks]
-	putFrameHeader(b, framePadding, 0, 0, lacks-FrameHeaderSize)
-	clear(b[FrameHeaderSize:]) // bytes of another stream
-	pk.n += lacks
-	pk.besideLocked(lacks)
 }
 
 // wasteful times the size of its packet is the size from which on a buffer is exchanged for a smaller one.

@@ -35,7 +35,7 @@ func (snd *sender) formAgain(p *packet) (fragment int, asks bool) {
 	s, q := snd.session, &snd.unacked
 	ep, sizes, now := s.ep, &s.out.line.sizes, s.ep.clock.Load()
 	if q.Cursor() != q.Acked() { // the peer dropped p because it misses an earlier packet, so p may pass
-		if sizes.Fails(len(p.buf), now) {
+		if sizes.Fails(len(p.buf), now) || len(p.buf) > int(ep.maxPayload.Load()) {
 			fragment = sizes.Fragment()
 		}
 		return fragment, false

@@ -14,8 +14,9 @@ import (
 // buffers of envelopes. Received packets are not in these pools: they are in buffers of nats.go or in slabs.
 
 // Packet sizes. The buffer of a coalescing packet grows to coalesceSize. Records fill it up to coalesceMost, so that it
-// has room for padding and NATS's command. A record that does not fit into it travels alone in a packet of up to
-// flow.MaxPacket. A larger record is cut into pieces (docs/PROTOCOL.md section 6). singleSize is the largest class.
+// has room for padding and, with a usual subject, for NATS's command. A record that does not fit into it travels alone
+// in a packet of up to flow.MaxPacket. A larger record is cut into pieces (docs/PROTOCOL.md section 6). singleSize is
+// the largest class.
 const (
 	coalesceSize = 32 << 10
 	coalesceMost = coalesceSize - 128

@@ -46,7 +46,9 @@ func (s *session) recvObject(v any) error {
 	if err != nil {
 		return err
 	}
-	return decodeObject(rec, flags, s.rawCodec, v)
+	err = decodeObject(rec, flags, s.rawCodec, v)
+	s.returnJoined()
+	return err
 }
 
 func (s *session) all() iter.Seq2[[]byte, error] {
@@ -87,6 +89,9 @@ func (s *session) read(p []byte) (int, error) {
 	}
 	n := copy(p, rec)
 	s.setRest(rec[n:])
+	if n == len(rec) {
+		s.returnJoined()
+	}
 	return n, nil
 }
 
@@ -104,6 +109,7 @@ func (s *session) writeTo(w io.Writer) (n int64, err error) {
 			return n, cmp.Or(err, fmt.Errorf("stream: invalid write result: %T returned %d for %d bytes: correct that Writer", w, m, len(rec)))
 		}
 		n += int64(m)
+		s.returnJoined()
 		if err != nil {
 			return n, err
 		}

@@ -77,7 +77,7 @@ func (s *session) nextGated(u use) ([]byte, FrameFlags, error) {
 			rec, flags, err := s.nextKept(x, u)
 			return s.ownPart(rec, u), flags, err
 		}
-		x.returnJoined()
+		s.returnJoined()
 	}
 	f, err := s.nextData(false)
 	switch {

@@ -5,12 +5,12 @@ import "fmt"
 // This file cuts packets that were sealed for a server with a larger max_payload. The outbox runs it.
 
 // recut cuts p into packets of at most limit bytes, the server's max_payload, and renumbers the sealed packets behind
-// it. nats.go refused p before it left, so the peer has seen none of these packets. recut reports false, and changes
+// it. It may be one packet, without padding. nats.go refused p before it left, so the peer has seen none of these packets. recut reports false, and changes
 // nothing, if p holds a frame that is too large and must not be cut.
 func (snd *sender) recut(p *packet, limit int) bool {
 	pk := snd.packer
 	pieces, ok := cutPacket(p.buf, limit)
-	if snd.session.peerTakesJSON() || !ok || len(pieces) < 2 {
+	if snd.session.peerTakesJSON() || !ok || len(pieces) < 2 && len(pieces[0]) == len(p.buf) {
 		return false
 	}
 	pk.mu.Lock()

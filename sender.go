@@ -180,6 +180,9 @@ func (snd *sender) publishAgain(p *packet) progress {
 	snd.envelopeLost(p)
 	if err := snd.publishAs(p, q.Cursor(), fragment, true); err != nil {
 		if errors.Is(err, nats.ErrMaxPayload) { // its number is taken, and the peer may have it
+			if fragment == 0 && len(p.buf) > int(s.ep.maxPayload.Load()) {
+				return tryAgain // in fragments, because publish has looked at the limit
+			}
 			s.requestEnd(s.ep.exceeds(p))
 			return heldBack
 		}

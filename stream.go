@@ -101,7 +101,8 @@ func (st *Stream) Recv() ([]byte, error) { return st.session.recvRecord(forever)
 // then the caller may change the record.
 //
 // Read, WriteTo, RecvObject and [io.Copy] take their records in this way. Race builds overwrite a packet after its last
-// record, unless Recv or All returned one of its records, so that a test finds a record that was used for too long.
+// record, unless Recv or All returned one of its records, and the memory of a large record at a later read. So a test
+// finds a record that was used for too long.
 func (st *Stream) Next() ([]byte, error) { return st.session.recvRecord(untilNext) }
 
 // RecvRecord is [Stream.Recv] with the codec of the record: [JSON] or [MsgPack] of an object, and [CodecDefault] of

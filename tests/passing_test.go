@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -156,5 +157,17 @@ func TestAPacketThatNeverPassesEndsItsStreamAtBothEnds(t *testing.T) {
 				check("up", err, <-ends)
 			})
 		}
+	}
+}
+
+// Streams pass servers with a max_payload near the size of full packets.
+func TestMaxPayloadNearTheSizeOfFullPackets(t *testing.T) {
+	for _, most := range []int32{31_000, 31_500, 32_000, 32_600, 32_768, 33_000} {
+		t.Run(fmt.Sprint(most), func(t *testing.T) {
+			p := newPair(t, pairOptions{server: []streamtest.Option{streamtest.WithMaxPayload(most)}})
+			for _, size := range []int{100, 1000, int(most) - 400, 70_000} {
+				sendAndCompare(t, p, slices.Repeat([]int{size}, scaled(4<<20)/size+3))
+			}
+		})
 	}
 }

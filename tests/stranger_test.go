@@ -14,9 +14,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
+	"github.com/natsstream/stream/streamtest"
 )
 
 // Bytes from a stranger. Anybody who may publish to a reply subject can send anything: random bytes, packets of another
@@ -861,5 +863,44 @@ func TestPingIsAnswered(t *testing.T) {
 	rawPublish(t, nc, reply, rawPacket(stream.PacketSeq, 7, 3, rawClose(1000)))
 	if got, err := readAll(victim); len(got) != 3 || err != io.EOF {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// A request may name a reply subject as long as the control lines that the server takes. The stream may fail, but the
+// endpoint serves the next one.
+func TestReplySubjectsOfAnyLength(t *testing.T) {
+	p := newPair(t, pairOptions{server: []streamtest.Option{func(o *server.Options) { o.MaxControlLine = 64 << 10 }}})
+	svc := newService(t, p, stream.ServerParams{})
+	returned := make(chan struct{}, 1)
+	svc.handle(t, "long", func(w *stream.Writer, r *stream.Request) error {
+		defer func() { returned <- struct{}{} }()
+		_, err := w.Write(make([]byte, len(r.Data)))
+		return errors.Join(err, w.Flush())
+	})
+	token := string(stream.AppendToken(nil, stream.Token{LogPackets: 8, LogBytes: 24, ID: 1}))
+	for _, length := range []int{100, 1300, 1400, 4000, 15_900, 33_000} {
+		for _, size := range []int{0, 15_600, 17_000, 31_000, 100_000} {
+			m := nats.NewMsg("long")
+			m.Reply = "_SINBOX." + strings.Repeat("a", length) + "." + token
+			m.Header.Set("Stream-Open", token[:5])
+			m.Data = make([]byte, size)
+			if err := p.consumer.Conn.PublishMsg(m); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-returned:
+			case <-time.After(patience):
+				t.Fatalf("a handler that writes %d bytes to a subject of %d does not return", size, length)
+			}
+			s, err := p.consumer.Open(testContext(t), "long", make([]byte, size))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if rec, err := s.Recv(); err != nil || len(rec) != size {
+				t.Errorf("after a subject of %d bytes: %d of %d bytes, %v", length, len(rec), size, err)
+			}
+			s.Close()
+			<-returned
+		}
 	}
 }
