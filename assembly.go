@@ -7,6 +7,8 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
+// This file joins the pieces of a record. The reader runs all of it. holdRecord locks recordRoom.mu.
+
 // assembly gathers the pieces of one record. The reader owns it. A piece that is most of its packet is kept with the
 // packet. Other pieces are copied into chunks, so that the packets around them need not be kept. Each byte is copied at
 // most twice, into a chunk and into the record, whatever the pieces and packets look like. The memory held stays below

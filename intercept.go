@@ -9,8 +9,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file puts interceptors around handlers and around Open. The goroutines that call NewClient, Handle and Open run
-// it. It touches fields that are set once.
+// This file puts interceptors around handlers and around Open. The goroutines that call NewClient, NewServer, Handle
+// and Open run it. It touches fields that are set once.
 
 // OpenFunc opens a stream, as [Client.OpenMsg] does. The interceptors of [ClientParams] are functions from one OpenFunc
 // to another.

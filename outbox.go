@@ -20,7 +20,8 @@ import (
 // caller's context must be able to end the caller's wait. The outbox serves sessions in turn, one packet a turn, so a
 // busy stream delays another one by one packet.
 //
-// queue.go describes the queue of marked sessions.
+// Any goroutine may call doLater. The goroutine that closes the endpoint, and the watcher, may call finish. newEndpoint
+// calls init before the outbox starts. queue.go describes the queue of marked sessions.
 type outbox struct {
 	ep    *endpoint
 	queue atomic.Pointer[session] // a stack of marked sessions; the outbox takes all of it and reverses it

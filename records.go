@@ -6,8 +6,8 @@ import (
 	"github.com/natsstream/stream/internal/flow"
 )
 
-// This file shares the memory for records in pieces. The readers of such records run it, and the outbox runs
-// checkRecords.
+// This file shares the memory for records in pieces. The readers of such records run it. The outbox runs checkRecords.
+// Any goroutine may run recordDone and dropPartial. recordRoom.mu guards the fields of recordRoom.
 
 // recordRoom is the memory for records in pieces. All streams of an endpoint share it.
 type recordRoom struct {
@@ -33,7 +33,7 @@ func (r *recordRoom) withdraw(s *session) bool {
 	return r.records.Withdraw(s)
 }
 
-// recordDone gives the bytes of the record of s back. The reader calls it.
+// recordDone gives the bytes of the record of s back. Any goroutine may call it.
 func (s *session) recordDone() {
 	r := &s.ep.room
 	r.mu.Lock()

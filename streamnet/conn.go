@@ -12,6 +12,9 @@ import (
 	"github.com/natsstream/stream"
 )
 
+// This file has Conn and Dial. Any goroutine may call them. Reads lock reading, and writes lock writing. Close sets
+// closed with mu locked, so no later call starts.
+
 // Addr is the address of an end of a connection.
 type Addr struct {
 	Subject string // the subject that the listener serves; empty for the dialing end, which has none

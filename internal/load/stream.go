@@ -12,8 +12,8 @@ import (
 	"github.com/natsstream/stream"
 )
 
-// streamSession has a goroutine for each stream at each end, as a service would have: one calls Write, the other Recv.
-// Nothing but the library holds the producer back.
+// Run of streamSession has two goroutines for each stream, as a service would have: one calls Write, the other Next.
+// Nothing but the library holds the producer back. Ping writes in the goroutine of its caller. Lanes have no lock.
 type streamSession struct {
 	Pair
 	d        Dialer

@@ -10,7 +10,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// This file encodes Go values as MessagePack, in the goroutine that calls Encode. struct.go has structs.
+// This file encodes Go values as MessagePack. The goroutine that calls Encode runs it. Decode may run the methods of
+// maker, too. They run with plans.mu locked. struct.go has structs.
 
 // encodeMsgPack encodes v as one MessagePack object.
 func (e *Encoder) encodeMsgPack(v any) error {
