@@ -6,9 +6,9 @@ import (
 )
 
 // lazyContext is a context that is made when a user asks for it: most users of a stream never do. Any goroutine may
-// call its methods. The zero lazyContext is ready for use.
+// call its methods, which take mu for moments. The zero lazyContext is ready for use.
 type lazyContext struct {
-	mu    sync.Mutex
+	mu    sync.Mutex // guards the fields below
 	made  *madeContext
 	cause error // of the end; nil before it
 }

@@ -8,8 +8,10 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file ends a stream for its user, by a call or by the end of a context. Any goroutine may run it. If the context
-// given to Open ends, a goroutine of its own runs watch.run.
+// This file ends a stream for its user, by a call or by the end of a context. Any goroutine may run it, but the mux
+// runs only dropLate. If the context given to Open ends, a goroutine of its own runs watch.run. The file touches
+// atomics. dropUnwanted also empties the ring of the bucket while no read is under way, and then owns the reader's side
+// of it.
 
 // leaving returns the code of the RESET when the user of this end leaves.
 func (s *session) leaving() int {

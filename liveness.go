@@ -15,9 +15,9 @@ import (
 )
 
 // This file looks at streams in time: when a peer is asked, when a stream is given up, and how long its packets are
-// kept; docs/PROTOCOL.md section 13. The outbox runs all of it, except runTicker and stuck, which the ticker runs, and
-// resume, which the watcher runs. The outbox keeps sessions on a wheel, and looks at those that are due at each tick. A
-// stream has neither a timer nor a goroutine. internal/liveness makes the decisions.
+// kept; docs/PROTOCOL.md section 13. The outbox runs all of it, with three exceptions. The ticker runs runTicker and
+// stuck, the watcher runs resume, and newEndpoint runs initTime. The outbox keeps sessions on a wheel, and looks at
+// those that are due at each tick. A stream has neither a timer nor a goroutine. internal/liveness makes the decisions.
 
 const (
 	defaultKeepAlive         = 500 * time.Millisecond

@@ -13,11 +13,12 @@ import (
 )
 
 // This file is the mux, the callback of the wildcard subscription. It runs in the subscription's goroutine, or in the
-// goroutine that reads a fast connection. It touches atomics, the fields of session.bucket that it owns, and the
-// inbound ring of the outbox.
+// goroutine that reads a fast connection. It touches atomics, its own counters, endpoint.enveloped, the fields of
+// session.bucket that it owns, and the inbound ring of the outbox. It takes no lock, except in divert, and
+// recordRoom.mu in dropLate if a record in pieces is dropped.
 
 // receive is the mux: NATS calls it for one message after the other. It finds the session and passes the packet to it.
-// For a packet in order it decodes no frame and allocates nothing. It never takes a lock, blocks or publishes, because
+// For a packet in order it decodes no frame, takes no lock and allocates nothing. It never waits or publishes, because
 // a message of one stream must not delay the others.
 //
 // The data may lie in a slab that lent counts. When receive returns, the data is in the bucket, or the slab was given
@@ -92,8 +93,8 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 	s.dropLate()
 }
 
-// acceptNext is the fast path of receive: the next packet of records, without a reply subject. If it returns false, receive
-// goes on.
+// acceptNext is the fast path of receive: the next packet of records, without a reply subject. If it returns false,
+// receive goes on.
 func (s *session) acceptNext(m *nats.Msg, lent *slab.Slab) bool {
 	return m.Reply == "" && s.role != lifecycle.Writer && s.bucket.acceptNext(m.Data, lent)
 }

@@ -12,7 +12,7 @@ import (
 )
 
 // This file connects the codecs of frames with those of internal/object, and has the errors of objects. Its functions
-// touch no state: writers and readers run them.
+// touch no state, and any goroutine may run them.
 
 // codecFlag returns the DATA flag of a codec, which must not be CodecDefault.
 func codecFlag(c Codec) FrameFlags {

@@ -8,7 +8,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file has the options of one stream. The goroutine that opens the stream runs it.
+// This file has the options of one stream, and repeats requests. The goroutine that opens the stream runs it. It
+// touches the openOptions of its call.
 
 // OpenOption is an option of one stream. [WithKeepAlive], [WithWindow], [WithOpenTimeout] and [WithRetry] make one, for
 // [Client.Open] and [Client.OpenMsg]. [WithMinResponders], [WithMaxResponders] and [WithStallTimeout] are for

@@ -14,7 +14,8 @@ import (
 
 // packer is the part of a send half that its writers and the outbox share. It holds the open packet, the credit, and
 // the queue of sealed packets. The writers fill packets. The outbox seals the open packet when no sealed one is left.
-// No method of packer waits: the waits are those of Writer.
+// Methods with the suffix Locked need mu. Any goroutine may call publishHeld, closeToLeave and shut, which take it. No
+// method of packer waits: the waits are those of Writer.
 type packer struct {
 	// Set once.
 	session *session

@@ -1,7 +1,7 @@
 package stream
 
-// This file gives packets the size of a NATS server's reads. The writers and the outbox run it, with the lock of the
-// packer.
+// This file gives packets the size of a NATS server's reads. The goroutine that holds the lock of the packer runs it: a
+// writer, the outbox, or a goroutine that ends the stream for its user.
 
 // A NATS server reads up to 64 KiB at once. It copies a message that the end of a read has cut into fresh memory. No
 // read cuts messages of exactly alignedSize bytes, with their commands, that come one after the other. So the pieces of

@@ -9,7 +9,8 @@ import (
 	"github.com/natsstream/stream/internal/poison"
 )
 
-// This file has the reads of Stream and Request. The reader runs them.
+// This file has the reads of Stream and Request. The reader runs them, and owns the fields of session.recv that they
+// use, except the atomics.
 //
 // A read either lends its record until the next read, or gives it to the user for ever. Next, Read, WriteTo and
 // RecvObject lend it, and Recv and All give it. Memory that was only lent may be used again.

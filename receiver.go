@@ -15,7 +15,7 @@ import (
 
 // receiver is the receive half of a session as its user sees it: the position of the user in the stream. The bucket
 // holds the packets that arrived and were not read. Consumers use it through Stream, and handlers through Request. The
-// reader owns it, except the atomic fields.
+// reader owns it, except the atomic fields, and runs the functions of this file.
 type receiver struct {
 	parent    context.Context // ends the stream when it ends, also for records that arrived before
 	maxRecord uint64

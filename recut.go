@@ -2,11 +2,12 @@ package stream
 
 import "fmt"
 
-// This file cuts packets that were sealed for a server with a larger max_payload. The outbox runs it.
+// This file cuts packets that are too large for the server, or for another one on the way. The outbox runs it. recut
+// takes the lock of the packer.
 
-// recut cuts p into packets of at most limit bytes, the server's max_payload, and renumbers the sealed packets behind
-// it. It may be one packet, without padding. nats.go refused p before it left, so the peer has seen none of these packets. recut reports false, and changes
-// nothing, if p holds a frame that is too large and must not be cut.
+// recut cuts p into packets of at most limit bytes, and renumbers the sealed packets behind it. The result may be one
+// packet, without padding. p has not left this end, so the peer has seen none of these packets. recut reports false,
+// and changes nothing, if p holds a frame that is too large and must not be cut.
 func (snd *sender) recut(p *packet, limit int) bool {
 	pk := snd.packer
 	pieces, ok := cutPacket(p.buf, limit)

@@ -14,8 +14,10 @@ import (
 )
 
 // This file subscribes to the subjects of a server and leaves them. Goroutines of the user run the exported functions.
-// The callbacks of NATS run change and refuse, which do not wait. settle calls NATS: HandleQueue runs it for the first
-// time, and goroutines of its own run it later.
+// Any goroutine but the mux may run change, which does not wait. NATS's error callback runs refuse. Goroutines of
+// package time run retry and confirm, which waits for NATS. settle calls NATS: HandleQueue runs it for the first time,
+// and goroutines of its own run it later. Registration.mu guards the state of a registration. The functions of Server
+// with the suffix Locked need Server.mu.
 
 // Registration is a subject that a [Server] serves, made by [Server.Handle] or [Server.HandleQueue]. It is safe for use
 // by many goroutines at once.
@@ -158,7 +160,7 @@ func (r *Registration) Err() error {
 	return r.crowded
 }
 
-// refuse records that NATS refused the subscription, and schedules the next attempt. Callbacks of NATS call it.
+// refuse records that NATS refused the subscription, and schedules the next attempt. NATS's error callback calls it.
 func (r *Registration) refuse(denied error) {
 	err := fmt.Errorf("stream: may not subscribe to %s; allow it (docs/PROTOCOL.md section 15): %w", r.subject, denied)
 	r.mu.Lock()
@@ -177,7 +179,7 @@ func (r *Registration) refuse(denied error) {
 	time.AfterFunc(again, func() { r.retry(n) })
 }
 
-// retry subscribes again after refusal number n.
+// retry subscribes again after refusal number n. A goroutine of package time calls it.
 func (r *Registration) retry(n int) {
 	r.mu.Lock()
 	stale := r.refusals != n || r.reasons&suspendedStopped != 0

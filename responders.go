@@ -12,7 +12,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file opens streams to all producers that answer one request. Goroutines of the user run it.
+// This file opens streams to all producers that answer one request. Goroutines of the user run it. The methods of
+// the gathering, which they call, take its lock.
 
 // WithMinResponders sets how many responders [Client.OpenMany] needs: 1 by default. If fewer have answered when
 // OpenMany takes no more, [Responders.Next] returns a [*TooFewRespondersError] in place of [io.EOF]. n must be at least

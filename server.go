@@ -20,8 +20,9 @@ import (
 )
 
 // This file has Server and its parameters. Goroutines of the user run the exported functions. The callbacks of NATS run
-// request, which starts the handler of a request in a goroutine of its own, and subscriptionRefused. The outbox runs
-// streamEnded. Server.mu guards the state that they share.
+// request, which starts the handler of a request in a goroutine of its own, subscriptionRefused and inboxChanged. The
+// watcher runs inboxChanged, too. The goroutines of handlers run count. The outbox runs streamEnded. The goroutine that
+// retire starts runs unsubscribe. Server.mu guards the state that they share.
 
 // ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment
 // names. A time must be at least 1 ms.
@@ -198,7 +199,8 @@ func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 }
 
 // inboxChanged ends the server's subscriptions when NATS refuses its inbox, so that other servers get the requests.
-// refused is the reason. With nil, when messages reach the inbox again, it makes the subscriptions again.
+// refused is the reason. With nil, when messages reach the inbox again, it makes the subscriptions again. The watcher
+// and NATS's error callback call it, and so do NewServer and HandleQueue if they find a refusal.
 func (s *Server) inboxChanged(refused error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -324,7 +326,7 @@ func (s *Server) enterFallback() *CloseError {
 	return nil
 }
 
-// streamEnded discounts a session. Called by the outbox.
+// streamEnded discounts a session. The outbox calls it. After the outbox has ended, the goroutine of a handler does.
 func (s *Server) streamEnded() { s.count(0, -1) }
 
 func (s *Server) count(handlers, sessions int) {

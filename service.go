@@ -12,7 +12,8 @@ import (
 )
 
 // This file has Service, the view of a server that NATS tools find. Goroutines of the user run the exported functions.
-// The callbacks of NATS run answer, and the goroutines of handlers run the functions that count.
+// The callbacks of NATS run answer, and the goroutines of handlers run the functions that count. When the server ends,
+// goroutines of its own run stopListening. Service.mu guards the subscriptions and endpoints.
 
 // ServiceQueue is the queue group of the endpoints of a [Service], as in package micro of nats.go.
 const ServiceQueue = "q"

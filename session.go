@@ -12,7 +12,9 @@ import (
 
 // session is one stream at one end. The mux finds it by the stream's token. It has a receive half and a send half,
 // which are the same at both ends. Fields that are set once and atomics belong to any goroutine. out belongs to the
-// outbox, recv and parts of bucket to the reader, and other parts of bucket to the mux.
+// outbox, recv and parts of bucket to the reader, and other parts of bucket to the mux. Before the session is
+// registered or marked, the goroutine that makes it owns all of it. Any goroutine may run the functions of this file,
+// but the mux must not run requestEnd and endContexts.
 type session struct {
 	// The fields that the mux reads come first, on two cache lines: with thousands of streams they are not in the
 	// caches.

@@ -15,7 +15,7 @@ import (
 )
 
 // This file starts the goroutines of an endpoint, and ends them. The goroutine that makes or closes the Client or
-// Server runs it.
+// Server runs it. newEndpoint sets the fields that never change.
 
 func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, error) {
 	if inbox == "" {

@@ -1,7 +1,7 @@
 package stream
 
-// This file counts the records of a stream and their bytes. Readers, writers and the outbox each count their own; any
-// goroutine calls Totals.
+// This file counts the records of a stream and their bytes. Readers, writers and the outbox each count their own. Any
+// goroutine may call Totals, which takes the lock of the packer. Functions with the suffix Locked need that lock.
 
 // counted is a number of records and of their bytes.
 type counted struct{ records, bytes uint64 }

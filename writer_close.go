@@ -7,7 +7,7 @@ import (
 )
 
 // This file ends the direction of a Writer: it writes CLOSE, or holds it back for the result of a handler. Writers run
-// it, and the goroutine of a handler that returned.
+// it, and the goroutine of a handler that returned. They take the lock of the packer.
 
 // Close ends the stream normally: the consumer reads [io.EOF] after the last record. Close returns when NATS has
 // accepted all records and the end. Unacknowledged packets are retransmitted for ResumeTimeout, unless the client is

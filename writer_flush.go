@@ -3,7 +3,7 @@ package stream
 import "context"
 
 // This file waits for written records: until NATS has accepted them (Flush), or the peer has acknowledged them (Sync).
-// Writers run it.
+// Writers run it with the lock of the packer, which they release while they wait.
 
 // Flush returns when NATS has accepted all records written so far, or when the writer's context ends. After
 // [Writer.Close] in a handler, it also waits until NATS has accepted the end of the stream. It returns the error that

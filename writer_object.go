@@ -8,7 +8,7 @@ import (
 )
 
 // This file encodes the objects of a Writer, and makes the messages for a fallback consumer. Writers run it, with the
-// lock held or with the turn.
+// lock of the packer or with the turn.
 
 // WriteObject sends v as one record in the codec that the consumer requested, JSON or MessagePack. It returns the
 // length of the encoding. It blocks and fails as [Writer.Write] does. An error of the encoder does not change the

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// This file has the deadline of writes, and writes that do not wait. Writers run it. Any goroutine may set the
-// deadline.
+// This file has the deadline of writes, and writes that do not wait. Writers run it. TryWrite takes the lock of the
+// packer. Any goroutine may set the deadline.
 
 // SetWriteDeadline sets the time after which writes fail instead of waiting. It applies to Write, WriteObject,
 // WriteAppend, ReadFrom, Flush, SetHeader and SetTrailer, also to calls that wait now. Their error matches

@@ -6,7 +6,7 @@ import (
 )
 
 // This file has the turn of writers, their waits, and the error of writes after the end of the stream. Writers run it
-// with the lock held.
+// with the lock of the packer.
 
 // awaitTurnLocked waits until no other goroutine has the turn. It returns an error if the stream accepts no more
 // records. With timed, it also fails if the write deadline has passed.

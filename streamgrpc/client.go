@@ -23,7 +23,7 @@ import (
 const defaultMaxRecv = 4 << 20
 
 // ClientConn makes calls over the streams of a client. It takes the place of a *grpc.ClientConn in the constructors of
-// generated stubs. It is safe for use by many goroutines at once.
+// generated stubs. It is safe for use by many goroutines at once, because its fields are set once.
 type ClientConn struct {
 	streams  *stream.Client
 	prefix   string

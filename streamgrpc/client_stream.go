@@ -26,7 +26,8 @@ import (
 const inlineSize = 64 << 10
 
 // clientStream is a call at its client. One goroutine may send and another may receive, as with gRPC. Header may be
-// called by a third.
+// called by a third. When the context ends, a goroutine of its own runs abandoned. Each of them is the reader while it
+// holds the place in reading.
 type clientStream struct {
 	conn    *ClientConn
 	subject string

@@ -5,6 +5,8 @@ import (
 	"google.golang.org/grpc/stats"
 )
 
+// This file has the options. NewClientConn and NewServer run them, before other goroutines know the result.
+
 // Option configures a [ClientConn] or a [Server].
 type Option interface {
 	ClientOption

@@ -20,7 +20,8 @@ import (
 )
 
 // Server runs the methods of services for calls that arrive as streams. It takes the place of a *grpc.Server for the
-// registration of services. It is safe for use by many goroutines at once.
+// registration of services. It is safe for use by many goroutines at once. Each call runs in the goroutine of its
+// stream's handler.
 type Server struct {
 	streams *stream.Server
 	prefix  string
@@ -29,7 +30,7 @@ type Server struct {
 	stats   []stats.Handler
 	maxRecv int
 
-	mu            sync.Mutex
+	mu            sync.Mutex // guards the fields below
 	services      map[string]*service
 	registrations []*stream.Registration
 	failed        error

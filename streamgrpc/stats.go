@@ -12,7 +12,7 @@ import (
 )
 
 // This file reports the events of a call to the handlers of package stats, as grpc does. Without handlers it does
-// nothing.
+// nothing. The goroutines of the call run it. It touches fields that are set before a second one begins.
 
 // watched is a call as its handlers see it. The goroutines of the call use it, as grpc's handlers allow.
 type watched struct {

@@ -10,7 +10,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// This file has the format of the messages of a call; README.md describes it. Its functions touch no state.
+// This file has the format of the messages of a call; README.md describes it. Its functions touch no state, and any
+// goroutine may call them.
 
 // DefaultPrefix begins the subjects of services, unless [WithPrefix] says otherwise.
 const DefaultPrefix = "grpc"

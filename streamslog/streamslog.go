@@ -80,7 +80,8 @@ func New(logger *slog.Logger, opts ...Option) stream.Hooks {
 	return stream.Hooks{Opened: l.opened, Closed: l.closed, Retransmitted: l.retransmitted, Reconnected: l.reconnected}
 }
 
-// logs has the hooks as methods.
+// logs has the hooks as methods. The goroutines of hooks, one for each client or server, call them. Its fields are set
+// once.
 type logs struct {
 	log                        *slog.Logger
 	subject                    func(string) string
@@ -163,16 +164,17 @@ func withoutTokens(text string) string {
 	})
 }
 
-// bound bounds the lines of a kind of event, and counts the others. It has a timer only while an interval runs.
+// bound bounds the lines of a kind of event, and counts the others. It has a timer only while an interval runs. The
+// goroutines of hooks call take, and a goroutine of package time calls end.
 type bound struct {
 	own     int // lines of their own in an interval
 	summary func(events, packets int)
 
-	mu      sync.Mutex
-	running bool // an interval runs
-	taken   int  // lines of their own in it
-	events  int  // in it, without such a line
-	packets int  // of these events
+	mu      sync.Mutex // guards the fields below
+	running bool       // an interval runs
+	taken   int        // lines of their own in it
+	events  int        // in it, without such a line
+	packets int        // of these events
 }
 
 // bounded returns a bound whose last line has a level and a message.

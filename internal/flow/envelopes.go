@@ -2,7 +2,7 @@ package flow
 
 // Envelopes holds the sizes of envelopes that pass to one peer. A leaf node may take smaller messages than this end's
 // server, and closes its link over a larger one. So envelopes begin small, and grow as they are acknowledged. The zero
-// Envelopes knows nothing. One goroutine owns it. Times are nanoseconds of one clock.
+// Envelopes knows nothing. One goroutine, the outbox, owns it. Times are nanoseconds of one clock.
 type Envelopes struct {
 	proven int   // the largest size that the peer acknowledged
 	passed int64 // when it last acknowledged a packet that came in an envelope

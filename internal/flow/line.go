@@ -1,6 +1,6 @@
 // Package flow decides how much may be on its way between two ends of streams, and keeps the packets that may have to
 // be published again. It knows no frames, no lock and no clock: the outbox reports each packet that it published and
-// each acknowledgement, and asks for the packet to publish next.
+// each acknowledgement, and asks for the packet to publish next. Other goroutines use only [Records] and [Windows].
 package flow
 
 // Line bounds the bytes that are on their way to one peer, so that they spend little time in queues of the network and

@@ -5,7 +5,7 @@ package flow
 // that were on their way at the loss. It rises by an eighth each time that as many packets arrived as it allows (after
 // RFC 5681 and RFC 8312).
 //
-// The zero Loss is no limit. All methods belong to one goroutine.
+// The zero Loss is no limit. All methods belong to one goroutine, the outbox.
 type Loss struct {
 	limit  uint32 // packets on their way at most; 0 is no limit
 	lostAt uint32 // packets that were on their way at the last loss

@@ -16,8 +16,8 @@ import (
 //     miss its turn.
 //   - A record that does not proceed, while others wait, is overdue. See [Records.Overdue].
 //
-// K identifies a stream and P its peer. Times are nanoseconds of one monotonic clock. A Records needs a lock around it.
-// NewRecords makes one.
+// K identifies a stream and P its peer. Times are nanoseconds of one monotonic clock. Any goroutine may call a Records
+// with the lock around it, recordRoom.mu of package stream. NewRecords makes one.
 type Records[K, P comparable] struct {
 	budget int64
 	held   *atomic.Int64 // bytes that all these records hold

@@ -6,7 +6,7 @@ import "iter"
 // those to publish again. Sequence numbers are modulo 2^32; fewer than 2^31 packets are held at once. It allocates when
 // it has to hold more packets than ever before.
 //
-// The zero Unacked is empty, and must not be copied once it was used. All methods belong to one goroutine.
+// The zero Unacked is empty, and must not be copied once it was used. All methods belong to one goroutine, the outbox.
 type Unacked[P any] struct {
 	packets []P    // packets[seq & (len-1)] is number seq, for acked <= seq < next
 	one     [1]P   // the first packets, as long as no two are held at once

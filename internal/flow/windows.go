@@ -9,7 +9,8 @@ import "sync/atomic"
 // So the windows share a pool, and only busy streams count. A stream is busy if its sender used its credit up in this
 // interval or the one before. Streams that are idle, or need less than their window, hold nobody back.
 //
-// Any goroutine may call First, Gone and Resize. One goroutine calls Turn. NewWindows makes a Windows.
+// Any goroutine may call First and Gone, and the reader that owns a Window calls Resize. They touch atomics. One
+// goroutine, the outbox, calls Turn. NewWindows makes a Windows.
 type Windows struct {
 	smallest, pool uint64
 

@@ -4,7 +4,8 @@ package liveness
 // connection is down, while this end drops answers, and while the process does not run. So time that the connection was
 // up adds up over any number of reconnects, and a standstill of this end is not silence of its peers.
 //
-// The clock is corrected at its ticks. Between two ticks it runs, for limit at most.
+// The clock is corrected at its ticks. Between two ticks it runs, for limit at most. One goroutine, the outbox, owns
+// it.
 type Clock struct {
 	limit   int64
 	at      int64 // time of the last tick

@@ -12,8 +12,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file delivers the errors that NATS reports on a connection, and parses permission errors. nats.go calls the
-// handler on a goroutine of its own.
+// This file delivers the errors that NATS reports on a connection, and parses permission errors. nats.go runs
+// hook.handle in a goroutine of its own. Any goroutine may run the rest. The locks of hooks and of each hook guard the
+// handlers.
 
 // hooks are the error handlers that endpoints have put in front of the users' own, one for each connection.
 var hooks struct {

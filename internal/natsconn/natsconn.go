@@ -17,8 +17,8 @@ import (
 // Conn is one NATS connection, as an endpoint uses it. All methods may be called concurrently.
 type Conn interface {
 	// Publish sends data to subject, with a reply subject unless reply is empty. It may block for as long as the
-	// connection does. Only the outbox calls it, and the callback that answers questions about services. The message
-	// may wait for Push or Flush.
+	// connection does. Only the outbox calls it, the callback that answers questions about services, and the goroutines
+	// that probe the inbox. The message may wait for Push or Flush.
 	Publish(subject, reply string, data []byte) error
 	// Push sends the published messages that wait. It blocks as Publish does.
 	Push()
@@ -29,8 +29,8 @@ type Conn interface {
 	Subscribe(subject, queue string, f nats.MsgHandler) (unsubscribe func(), err error)
 	// SubscribeInbox is Subscribe for packets of streams. On a fast connection f gets messages out of buffers that are
 	// used again: the message and its subject are valid until f returns, and its data until lent.Release, which must be
-	// called once. If lent is nil, all of it is valid for ever. f runs in the goroutine that reads the connection, so
-	// it must not block.
+	// called once. If lent is nil, all of it is valid for ever. f runs in the goroutine that reads the connection, or
+	// in that of the subscription if nats.go delivers the message. It must not block.
 	SubscribeInbox(subject string, f func(m *nats.Msg, lent *slab.Slab)) (inbox Inbox, err error)
 	// Flush returns when the server has received all messages that were sent before, and has sent all errors about
 	// them, or after the timeout.
@@ -42,8 +42,9 @@ type Conn interface {
 	// LastError returns the last error that the server reported, which OnError may report a moment later. It is the
 	// same value there.
 	LastError() error
-	// Status and MaxPayload take the connection's lock, which nats.go holds while a peer takes no bytes. So only the
-	// endpoint's own goroutines call them; calls of the user read the values that the endpoint remembers.
+	// Status and MaxPayload take the connection's lock, which nats.go holds while a peer takes no bytes. So the
+	// endpoint's own goroutines call them, and calls of the user read the values that the endpoint remembers. Only
+	// calls that make or close an endpoint, or serve a subject, call Status or MaxPayload themselves.
 	Status() nats.Status
 	MaxPayload() int64
 }

@@ -8,7 +8,8 @@ import (
 	"slices"
 )
 
-// This file checks MessagePack from peers and from methods of the user before the msgpack package decodes it.
+// This file checks MessagePack from peers and from methods of the user before the msgpack package decodes it. The
+// goroutine that calls Encode or Decode runs it. It touches no shared state.
 
 // MaxDepth is the deepest nesting of maps and arrays in an object. It is that of encoding/json, for both codecs and
 // both ends: an object that can be written can be read.

@@ -15,8 +15,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// This file decodes MessagePack into Go values, in the goroutine that calls Decode. struct.go has structs, loose.go
-// targets without a type.
+// This file decodes MessagePack into Go values, in the goroutine that calls Decode. Encode may run the methods of
+// maker, too. They run with plans.mu locked. struct.go has structs, loose.go targets without a type.
 
 // decoder reads one record. No record can exhaust its stack or its memory: it compares lengths with the bytes that are
 // present, and bounds nesting.

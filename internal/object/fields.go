@@ -10,7 +10,8 @@ import (
 	"unicode"
 )
 
-// This file finds the fields of a struct and their names from tags, once for each type.
+// This file finds the fields of a struct and their names from tags, once for each type. The goroutine that makes the
+// plan of the type runs it, with plans.mu locked. It touches no state.
 
 // field is one entry of a struct's record.
 type field struct {

@@ -6,7 +6,8 @@ import (
 )
 
 // This file guards encoding/json: it refuses values that would overflow the stack, and values that could not be
-// decoded.
+// decoded. The goroutine that calls Encode runs it. Goroutines share finished shapes, and make them with shapes.mu
+// locked.
 
 // encodeJSON encodes v with encoding/json. It refuses values for which that package would overflow the stack, and
 // values that it would write but could not read.

@@ -9,7 +9,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// This file decodes MessagePack into targets without a type, such as an any.
+// This file decodes MessagePack into targets without a type, such as an any. The goroutine that calls Decode runs it,
+// and owns the decoder.
 
 // value decodes the next object into a value of the type that fits it best.
 func (d *decoder) value() (any, error) {

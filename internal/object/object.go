@@ -1,5 +1,6 @@
 // Package object encodes Go values as records and decodes records into Go values. It knows bytes, codecs and values
-// only. The goroutine that calls Encode or Decode runs all of it. Goroutines share nothing but plans of types.
+// only. The goroutine that calls Encode or Decode runs all of it. Goroutines share nothing but the plans, shapes
+// and detachers of types.
 //
 // JSON is that of encoding/json. MessagePack acts like it:
 //

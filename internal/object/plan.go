@@ -10,8 +10,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
-// This file makes a plan for each type: the functions that encode and decode its values. Goroutines share finished
-// plans.
+// This file makes a plan for each type: the functions that encode and decode its values. The goroutine that calls
+// Encode or Decode runs it. The methods of maker run with plans.mu locked. Goroutines share finished plans.
 
 // plan is how values of one type are written and read as MessagePack.
 type plan struct {

@@ -10,7 +10,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// This file reads single MessagePack elements from the decoder.
+// This file reads single MessagePack elements from the decoder. The goroutine that calls Decode runs it, and owns the
+// decoder.
 
 // code returns the first byte of the next object and leaves it.
 func (d *decoder) code() (byte, error) {

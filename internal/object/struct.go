@@ -8,7 +8,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// This file encodes and decodes structs as MessagePack, as a map or as an array.
+// This file encodes and decodes structs as MessagePack, as a map or as an array. The goroutine that calls Encode or
+// Decode runs it. The methods of maker run with plans.mu locked.
 
 // fieldPlan is how one field of a struct is written and read.
 type fieldPlan struct {

@@ -9,7 +9,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5/msgpcode"
 )
 
-// This file writes single MessagePack elements to the encoder.
+// This file writes single MessagePack elements to the encoder. The goroutine that calls Encode runs it, and owns the
+// encoder.
 
 // room makes room for n more bytes.
 func (e *Encoder) room(n int) {

@@ -5,7 +5,8 @@ import (
 )
 
 // This file follows the commands that nats.go writes: it finds the subscriptions, and the ends of commands, between
-// which other messages may be written. nats.go's writers run it, one at a time.
+// which other messages may be written. nats.go's writers run it. The goroutine that publishes runs boundary. Both hold
+// outgoing.mu.
 
 // maxCommand bounds the line of a command that a write has cut. A CONNECT may hold a token of several kilobytes.
 const maxCommand = 1 << 20

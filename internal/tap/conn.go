@@ -5,7 +5,8 @@ import (
 	"sync/atomic"
 )
 
-// Conn is a connection to a NATS server between nats.go and the network. Read may be called by one goroutine at a time.
+// Conn is a connection to a NATS server between nats.go and the network. Read may be called by one goroutine at a time,
+// nats.go's reader, which also runs takes. nats.go's writers run subscribe, with outgoing.mu held.
 type Conn struct {
 	net.Conn
 	dialer *Dialer

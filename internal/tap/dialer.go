@@ -23,13 +23,14 @@ import (
 )
 
 // Dialer makes the tapped connections of one connection of nats.go, one after the other. It resolves the names of
-// servers and does TLS in the place of nats.go, which would otherwise encrypt the bytes that Conn has to parse.
+// servers and does TLS in the place of nats.go, which would otherwise encrypt the bytes that Conn has to parse. nats.go
+// runs Dial, in the goroutine that connects or reconnects.
 type Dialer struct {
 	opts   *nats.Options // those that nats.Connect gets; read when a connection is made
 	under  nats.CustomDialer
 	lookup bool // nats.go would have looked up the names of servers
 
-	mu      sync.Mutex
+	mu      sync.Mutex      // guards the fields below
 	subs    map[string]*Sub // by subject
 	tlsName string          // the last name of a server to which TLS was made, for servers that are known by address only
 }

@@ -9,13 +9,13 @@ import (
 )
 
 // This file publishes messages between the commands of nats.go. The goroutine that publishes and nats.go's writers run
-// it, under a lock.
+// it, with outgoing.mu held.
 
 // outgoing is the send side of a connection.
 type outgoing struct {
-	mu       sync.Mutex
-	commands commands // of nats.go
-	buf      []byte   // published and not sent
+	mu       sync.Mutex // guards the fields below, except waiting
+	commands commands   // of nats.go
+	buf      []byte     // published and not sent
 	waiting  atomic.Bool
 	failed   bool
 

@@ -9,9 +9,13 @@ import (
 	"github.com/natsstream/stream/internal/slab"
 )
 
-// Handler receives a message of a subscription. It runs in the goroutine that reads the connection, so it must not
-// block. The message and its Subject are valid until Handler returns. m.Data is valid until lent.Release if lent is not
-// nil, and for ever otherwise. Data of a message that is lent has the capacity of its length.
+// This file registers subscriptions. Any goroutine may run it, but nats.go runs Deliver in the goroutine of the
+// subscription. Dialer.mu guards the map of the subscriptions.
+
+// Handler receives a message of a subscription. It runs in the goroutine that reads the connection or in Deliver, with
+// Sub.mu held, so it must not block. The message and its Subject are valid until Handler returns. m.Data is valid until
+// lent.Release if lent is not nil, and for ever otherwise. Data of a message that is lent has the capacity of its
+// length.
 type Handler func(m *nats.Msg, lent *slab.Slab)
 
 // Sub is a subscription with messages that a connection takes out of its stream. It also takes the messages that
