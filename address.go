@@ -6,7 +6,8 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
-// This file follows the address of a peer; docs/PROTOCOL.md section 2.3. The outbox runs all of it. An address may
+// This file follows the address of a peer; docs/PROTOCOL.md section 2.3. The outbox runs all of it, except whereabouts:
+// for a new stream, the callback of a server's subscription runs it, before the outbox knows the stream. An address may
 // change, because NATS maps a reply subject anew for each message that crosses accounts. A peer may also name a subject
 // that is not its own. So the outbox sends nothing but a challenge to a new subject until the peer has proved that it
 // receives there. Before that proof, the first subject of a producer gets at most unprovedBytes.

@@ -1,7 +1,7 @@
 package stream
 
 // This file has reads that continue an earlier read, which ended at its deadline or looked ahead. The reader runs it,
-// and owns the fields of extras that it uses.
+// and owns the fields of extras that it uses. Any goroutine may drop extras.partial, through dropUnwanted.
 
 // nextKept returns the record that Ready has read ahead, or goes on with a record in pieces that an earlier read began.
 func (s *session) nextKept(x *extras, u use) ([]byte, FrameFlags, error) {

@@ -19,6 +19,9 @@ import (
 //   - the mux (the subscription's callback) checks and pushes. It never waits and takes no lock.
 //   - the reader (the goroutine in a read of the stream) pops, decodes and decides about credit.
 //   - the outbox sends the credit that the reader granted.
+//
+// The goroutine that makes a session runs init, and bind for a stream of OpenMany. After the user has left or this end
+// has ended the stream, any goroutine may drop the packets in the ring, through dropUnwanted.
 type bucket struct {
 	// The form of the peer's messages. It is stored once: by the mux when a producer's first message arrives, or when a
 	// producer's end is made.

@@ -13,7 +13,7 @@ import (
 )
 
 // This file has Client and its parameters. Goroutines of the user run it. Each OpenStream has a goroutine of its own,
-// which runs forward.
+// which runs forward. Its functions touch fields that are set once, and atomics. freshMaxPayload waits for the outbox.
 
 // RequestChanLen is the size of the buffer of the channel that OpenStream returns.
 const RequestChanLen = 16

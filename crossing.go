@@ -15,7 +15,8 @@ import (
 // to the producer. So the consumer asks there for its stream, and both ends prove their new addresses.
 //
 // The outbox runs all of it, with three exceptions. The callbacks of a server's subscriptions run Server.sought. NATS's
-// error callback runs deafen. Registration.hearSought is the goroutine of one registration.
+// error callback runs deafen. Registration.hearSought is the goroutine of one registration. listen, hearSought and
+// deafen lock Registration.mu.
 
 // crossing is the state that only a stream across accounts has. A producer has it from the request on, a consumer when
 // it knows the name of the stream. The outbox owns it.

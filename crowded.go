@@ -11,8 +11,9 @@ import (
 )
 
 // This file finds out which subjects of a server are not served because the connection has too many subscriptions:
-// NATS's refusal for max_subscriptions names no subject. NATS's error callback runs doubt. The goroutine of an
-// examination runs the rest. It starts with a refusal, and ends when every registration is heard.
+// NATS's refusal for max_subscriptions names no subject. NATS's error callback runs doubt. NewServer runs newDoubts.
+// The goroutine of an examination runs the rest. It starts with a refusal, and ends when every registration is heard.
+// Both doubt and the examination lock Server.mu. The examination also locks Registration.mu.
 
 // doubts are the refusals that name no subject.
 type doubts struct {

@@ -7,8 +7,9 @@ import (
 	"time"
 )
 
-// This file has the deadlines of reads and writes. Any goroutine sets one. When its time has come, a goroutine of
-// package time runs expire.
+// This file has the deadlines of reads and writes. Any goroutine sets one, and any may run late. When its time has
+// come, a goroutine of package time runs expire. The outbox runs endDeadlines. deadline.mu is held while deadlinePassed
+// locks the packer.
 
 // deadlineError is the error of a call after its deadline. It implements net.Error.
 type deadlineError struct{ text string }

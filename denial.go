@@ -11,7 +11,7 @@ import (
 // permissions after it maps subjects. So such a refusal may belong to a request, or to a publish of the user's own on
 // the same connection, and it does not say to which. The outbox attributes it to a request only if that request is
 // still unanswered AckTimeout later, and if the refusal cannot mean a request to another subject. The outbox owns
-// denials.
+// denials, and runs all of this file.
 type denials struct {
 	// requested holds the subjects of requests that were published lately, with their times. A refusal that names one
 	// of them needs no attribution: no mapping hid its subject, and its stream may have ended before.

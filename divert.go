@@ -10,8 +10,8 @@ import (
 
 // This file passes packets that come to the token of a request of OpenMany to the streams of their senders;
 // docs/PROTOCOL.md section 2.8. The mux runs it. It makes the stream of a new responder at once, because a packet that
-// had to wait for that would be lost. So it allocates and takes locks, which are held for moments, once for each
-// responder.
+// had to wait for that would be lost. So it allocates, and it takes the locks of the gathering, of random and of the
+// observer. They are held for moments, once for each responder.
 
 // divert handles a packet, or a message of the fallback, that came to the token of s, if that is the token of a request
 // of OpenMany. It reports whether it is.

@@ -16,7 +16,8 @@ import (
 
 // endpoint is shared by all streams of one Client or Server. It has the mux, which passes each packet to its stream,
 // and three goroutines: the outbox, the ticker and the watcher of the connection. newEndpoint starts them, and they
-// have ended when close returns. Any goroutine may read the fields that are set once and the atomics.
+// have ended when close returns. Any goroutine may read the fields that are set once and the atomics, and run the
+// functions of this file. Only the watcher and goroutines that close the endpoint run endAll.
 type endpoint struct {
 	conn   natsconn.Conn
 	prefix string // of every reply subject, up to and including the dot before the token

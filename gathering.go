@@ -10,8 +10,9 @@ import (
 )
 
 // This file keeps the responders of one request of OpenMany; docs/PROTOCOL.md section 2.8. The mux adds responders, a
-// timer ends the gathering, and goroutines of the user take the streams. The lock of a gathering guards the state that
-// they share.
+// timer ends the gathering, and goroutines of the user make it and take the streams. The outbox runs ending. Any
+// goroutine may run leave, and any but the mux may run requestEnded. The lock of a gathering guards the state that they
+// share.
 
 // gathering is a request of OpenMany and the streams of its responders. The request has a session like any consumer's
 // stream: the mux finds the session by its token, and the outbox publishes the request. But the session is bound to no

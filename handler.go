@@ -13,7 +13,8 @@ import (
 )
 
 // This file has Handler and Request, runs handlers, and ends their streams with their results. The goroutines of
-// handlers run it, except start, which the callbacks of NATS run, and dismiss, which the outbox runs.
+// handlers run it, except start, which the callbacks of NATS run, and dismiss, which the outbox runs. A handler may
+// call the methods of its Request in other goroutines. returned locks the Writer, and handlerReturned locks Server.mu.
 //
 // The goroutine of a handler begins with a small stack, which a handler that writes a record outgrows. So a goroutine
 // that has run one handler rests until the next request comes, or until the server has no stream. Before, copies of

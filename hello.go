@@ -5,13 +5,13 @@ import (
 	"time"
 )
 
-// This file sends the hello, the first packet of a handler that has not written. The outbox runs it, with two
-// exceptions. The goroutine of a handler runs begin, and arm through it. A goroutine of package time runs the function
-// of the timer, which stores due and wakes the outbox. A consumer cannot write before it knows the producer's address;
-// docs/PROTOCOL.md section 2.3. A handler that reads sends a hello at once. One that writes needs none, because its
-// first packet has the address. The outbox waits a moment for either, because most handlers answer at once and a
-// separate hello would be wasted. A consumer in another account gets a hello in any case, because it carries the name
-// of the stream.
+// This file sends the hello, the first packet of a handler that has not written. The outbox runs it, with three
+// exceptions. newEndpoint runs init. The goroutine of a handler runs begin, and arm through it. A goroutine of package
+// time runs the function of the timer, which stores due and wakes the outbox. A consumer cannot write before it knows
+// the producer's address; docs/PROTOCOL.md section 2.3. A handler that reads sends a hello at once. One that writes
+// needs none, because its first packet has the address. The outbox waits a moment for either, because most handlers
+// answer at once and a separate hello would be wasted. A consumer in another account gets a hello in any case, because
+// it carries the name of the stream.
 
 // helloWait is this moment: a hello is due between one and two helloWait after the handler began.
 const helloWait = time.Millisecond

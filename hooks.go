@@ -12,7 +12,9 @@ import (
 )
 
 // This file passes events of streams to the user's hooks. Any goroutine reports an event, which neither waits nor calls
-// the user. A goroutine of the endpoint calls the hooks; it exists only if there are any.
+// the user. A goroutine of the endpoint calls the hooks; it exists only if there are any. newEndpoint makes the
+// observer. The watcher, or the goroutine that closes the endpoint, ends it. observer.mu guards the events that wait.
+// result locks the packer.
 
 // Hooks are functions that a [Client] or [Server] calls when something happens to one of its streams: for logs, metrics
 // and traces. Each may be nil. A stream pays nothing for hooks that are not set.

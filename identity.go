@@ -6,7 +6,7 @@ import (
 	"sync"
 )
 
-// This file draws the numbers and tokens that name streams. Any goroutine may run it.
+// This file draws the numbers and tokens that name streams. Any goroutine may run it. randomNumbers has a lock.
 
 // random is the source of the numbers that name streams and their ends.
 var random randomNumbers

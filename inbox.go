@@ -18,8 +18,10 @@ import (
 // the inbox is refused, all streams end and none begins, because no packet would arrive. The watcher subscribes again
 // until the server accepts.
 //
-// The watcher runs look, probe and renew. The mux runs receive. NATS's error callback runs denied, doubt and muted.
-// Calls of the user run confirm and onChange. The goroutine of an examination runs room and cannotProbe.
+// The watcher runs look and renew. newEndpoint runs init and subscribes first, the watcher subscribes again, and the
+// goroutine that closes the endpoint runs close. The mux runs receive. NATS's error callback runs denied, doubt and
+// muted. Calls of the user run confirm, which may run denied, and onChange. The goroutine of an examination runs room
+// and cannotProbe. The watcher and the examination run probe, with probing held. changed is called with mu held.
 type inbox struct {
 	ep      *endpoint
 	refused atomic.Pointer[ending] // the refusal by the server; nil if messages may arrive
