@@ -15,7 +15,7 @@ import (
 
 // This file handles control packets: the mux passes them to the outbox, and the outbox acts on them and sends its own;
 // docs/PROTOCOL.md sections 5, 7 and 9.3. The outbox runs all of it, except deliver and hasRoom, which the mux runs.
-// Both run control.size. A caller of Open runs answered if its stream cannot begin.
+// Both run control.size.
 
 // control is work that the mux passes to the outbox: a control packet, the reply subject of a data packet, or a 503 of
 // NATS.

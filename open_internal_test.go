@@ -1002,3 +1002,31 @@ func TestRefusedListeningTriesAgain(t *testing.T) {
 		}
 	})
 }
+
+// A stream that cannot begin, because its client is being closed, does not end twice.
+func TestOpenBesideClose(t *testing.T) {
+	rounds := 2000
+	if testing.Short() {
+		rounds /= 10
+	}
+	for range rounds {
+		conn := fake.New()
+		conn.Requested = func(*nats.Msg) error { return nil }
+		c := fakeClient(t, conn, ClientParams{})
+		var opening sync.WaitGroup
+		for range 4 {
+			opening.Go(func() {
+				for {
+					s, err := c.Open(t.Context(), "x", nil, WithRetry(Retry{Attempts: 2}))
+					if err != nil {
+						return
+					}
+					_ = s.Close()
+				}
+			})
+		}
+		conn.Set(nats.CLOSED)
+		_ = c.Close()
+		opening.Wait()
+	}
+}

@@ -47,7 +47,6 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 	}
 
 	if e := ep.register(s, offer); e != nil {
-		s.answered()
 		s.release(e)
 		return nil, e.err
 	}
