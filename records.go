@@ -33,6 +33,14 @@ func (r *recordRoom) withdraw(s *session) bool {
 	return r.records.Withdraw(s)
 }
 
+// move assigns the record of s to its peer, which is known now. Before, the record counted as one of another peer. The
+// outbox calls it after it has stored s.remote, so a record that begins at this moment finds the peer.
+func (r *recordRoom) move(s *session, p *remote) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.records.Move(s, p)
+}
+
 // recordDone gives the bytes of the record of s back. Any goroutine may call it.
 func (s *session) recordDone() {
 	r := &s.ep.room

@@ -92,6 +92,7 @@ func (o *outbox) joinRemote(s *session) {
 		p.streams, p.node, p.envelopes = streams, node, envelopes
 	}
 	s.remote.Store(p)
+	o.ep.room.move(s, p)
 	s.out.life.place = int32(len(p.streams))
 	p.streams = append(p.streams, s)
 	p.tellsEnvelopes()

@@ -75,6 +75,24 @@ func (r *Records[K, P]) Take(k K, peer P, n, now int64) bool {
 	return b.want == 0
 }
 
+// Move records that peer sends the record of stream k, if there is one. It may have begun before its peer was known.
+func (r *Records[K, P]) Move(k K, peer P) {
+	b := r.begun[k]
+	if b == nil || b.peer == peer {
+		return
+	}
+	r.leave(b)
+	r.peers[peer] += b.held
+	b.peer = peer
+}
+
+// leave takes the bytes of b out of those of its peer.
+func (r *Records[K, P]) leave(b *begun[P]) {
+	if r.peers[b.peer] -= b.held; r.peers[b.peer] == 0 {
+		delete(r.peers, b.peer)
+	}
+}
+
 // Waits reports whether the record of stream k waits.
 func (r *Records[K, P]) Waits(k K) bool {
 	b := r.begun[k]
@@ -111,9 +129,7 @@ func (r *Records[K, P]) Done(k K, now int64, woken []K) []K {
 		r.unqueue(k)
 	}
 	r.held.Add(-b.held)
-	if r.peers[b.peer] -= b.held; r.peers[b.peer] == 0 {
-		delete(r.peers, b.peer)
-	}
+	r.leave(b)
 	var none K
 	if r.ticket == k {
 		r.ticket, r.last = none, b.peer

@@ -152,6 +152,26 @@ func TestRecordsOfOneSlowPeer(t *testing.T) {
 	}
 }
 
+// TestRecordsMove: a record that begins before its peer is known counts as one of that peer from then on.
+func TestRecordsMove(t *testing.T) {
+	r, held := newRecords(1)
+	r.Take(1, "", recordRate, 0) // the ticket
+	r.Take(2, "a", 1, 0)         // waits
+	r.Move(1, "a")
+	r.Move(3, "a") // has not begun
+	if got := r.Overdue(recordPatience+2*second, nil); len(got) != 0 {
+		t.Errorf("%v overdue, although only a record of its peer waits", got)
+	}
+	if len(r.peers) != 1 || r.peers["a"] != recordRate {
+		t.Errorf("the peers hold %v", r.peers)
+	}
+	r.Done(1, 0, nil)
+	r.Done(2, 0, nil)
+	if len(r.peers) != 0 || held.Load() != 0 {
+		t.Errorf("at the end the peers hold %v, all %d", r.peers, held.Load())
+	}
+}
+
 // TestRecordsAlwaysProceed: whatever happens, some record need not wait, beyond the budget is no more than one record,
 // and nothing is left at the end.
 func TestRecordsAlwaysProceed(t *testing.T) {
