@@ -19,7 +19,7 @@ import (
 func Matrix() []load.Config {
 	var cells []load.Config
 	for _, streams := range []int{1, 100} {
-		for _, size := range []int{16, 128, 1024, 16384, 262144} {
+		for _, size := range []int{16, 128, 1024, 16384} {
 			cells = append(cells, load.Config{Size: size, Streams: streams})
 		}
 	}

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -24,9 +25,7 @@ type tcpRelay struct {
 	r                  *bufio.Reader
 }
 
-// newTCPRelay returns a relay for records of size bytes. The consumer's buffer
-// has room for one record at least.
-func newTCPRelay(size int) (*tcpRelay, error) {
+func newTCPRelay() (*tcpRelay, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
@@ -52,7 +51,7 @@ func newTCPRelay(size int) (*tcpRelay, error) {
 		return nil, err
 	}
 	t.w = bufio.NewWriterSize(t.producer, tcpBuffer)
-	t.r = bufio.NewReaderSize(t.consumer, max(tcpBuffer, 4+size))
+	t.r = bufio.NewReaderSize(t.consumer, tcpBuffer)
 	go func() {
 		// The wrappers keep io.Copy from splicing in the kernel: a server
 		// that looks at the bytes it forwards has to copy too.
@@ -89,7 +88,7 @@ func (t *tcpRelay) read() ([]byte, error) {
 		return nil, err
 	}
 	n := 4 + int(binary.LittleEndian.Uint32(prefix))
-	if n > t.r.Size() {
+	if n > tcpBuffer {
 		return nil, fmt.Errorf("a record of %d bytes does not fit the buffer", n)
 	}
 	rec, err := t.r.Peek(n)
@@ -108,7 +107,10 @@ type tcpSession struct {
 }
 
 func openTCP(_ load.Dialer, cfg load.Config) (load.Session, error) {
-	relay, err := newTCPRelay(cfg.Size)
+	if cfg.Size+4 > tcpBuffer {
+		return nil, errors.New("record larger than the relay's buffer")
+	}
+	relay, err := newTCPRelay()
 	if err != nil {
 		return nil, err
 	}
@@ -168,7 +170,7 @@ type tcpPinger struct {
 }
 
 func openTCPPinger(_ load.Dialer, size int) (load.Pinger, error) {
-	relay, err := newTCPRelay(size)
+	relay, err := newTCPRelay()
 	if err != nil {
 		return nil, err
 	}
