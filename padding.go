@@ -11,8 +11,8 @@ const (
 	maxPadding  = alignedSize / 25 // a full packet of records of up to 1 KiB lacks less
 )
 
-// alignedLocked returns the size of a packet whose message has alignedSize bytes. No usual subject is as long as the
-// limit here, which keeps the size near that of the largest buffers.
+// alignedLocked returns the size of a packet whose message has alignedSize bytes. It ignores a subject above maxPadding,
+// so that the result stays near alignedSize. Usual subjects are shorter.
 func (pk *packer) alignedLocked() int {
 	if len(pk.subject) > maxPadding {
 		return alignedSize
