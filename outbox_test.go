@@ -846,8 +846,8 @@ func TestPacketsThatComeBackAreOverwritten(t *testing.T) {
 	}
 }
 
-// ahead returns a writer whose outbox waits in the publish of a first record, until release is called. The messages that
-// the outbox publishes come on the channel.
+// ahead returns a writer that has written one empty record. Its outbox stands still in the publish of that record until
+// the test calls release. The channel gets each message that the outbox publishes.
 func ahead(t *testing.T) (w *Writer, conn *fake.Conn, release func(), messages chan nats.Msg) {
 	t.Helper()
 	conn = fake.New()

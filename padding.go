@@ -11,8 +11,8 @@ const (
 	maxPadding  = alignedSize / 25 // a full packet of records of up to 1 KiB lacks less
 )
 
-// alignedLocked returns the size of a packet whose message has alignedSize bytes. It ignores a subject above maxPadding,
-// so that the result stays near alignedSize. Usual subjects are shorter.
+// alignedLocked returns the size of a packet whose message has alignedSize bytes. A subject longer than maxPadding does
+// not count, so the result stays near alignedSize.
 func (pk *packer) alignedLocked() int {
 	if len(pk.subject) > maxPadding {
 		return alignedSize

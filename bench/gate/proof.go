@@ -103,7 +103,7 @@ type plant struct {
 
 func (p plant) String() string { return p.name + " in " + p.bench }
 
-// plants returns the plants whose descriptions match selected.
+// plants returns all plants that selected matches by their description.
 func plants(selected *regexp.Regexp) (all []plant) {
 	for _, f := range faults {
 		for _, s := range spots {
