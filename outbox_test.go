@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -797,11 +798,40 @@ func TestWaitingStreamsTakeTurnsInConstantWork(t *testing.T) {
 // waitingSession returns a session that has much to send and waits for the line to its peer.
 func waitingSession(ep *endpoint) *session {
 	snd := new(sender)
-	snd.unacked.cut = []*packet{{}}
+	snd.unacked.queue = new(packet)
 	s := &session{ep: ep, role: lifecycle.Writer, out: outboxState{peer: "peer.x"}}
 	s.send.Store(snd)
 	ep.outbox.wait(ep.outbox.lineOf(s), s)
 	return s
+}
+
+// Sealed packets reach the outbox in the order in which they were sealed, also while the outbox takes some of them.
+func TestSealedPacketsAreTakenInOrder(t *testing.T) {
+	const n = 10_000
+	var ready readyPackets
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		for i := range n {
+			ready.push(&packet{enveloped: int32(i)})
+			if i%7 == 0 {
+				runtime.Gosched()
+			}
+		}
+	})
+	next := int32(0)
+	for next < n {
+		for p := ready.take(); p != nil; p = p.next {
+			if p.enveloped != next {
+				t.Fatalf("packet %d was taken after packet %d", p.enveloped, next-1)
+			}
+			next++
+		}
+		runtime.Gosched()
+	}
+	writer.Wait()
+	if !ready.empty() {
+		t.Error("a packet is left after all were taken")
+	}
 }
 
 // lastFirst returns the numbers below n, the greatest first.

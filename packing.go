@@ -9,7 +9,6 @@ import (
 	"github.com/natsstream/stream/internal/flow"
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
-	"github.com/natsstream/stream/internal/ring"
 )
 
 // packer is the part of a send half that its writers and the outbox share. It holds the open packet, the credit, and
@@ -62,13 +61,12 @@ type packer struct {
 
 	packetSize atomic.Int32 // bytes that a packet should hold at most, 0 before the outbox stored it
 
-	ready ring.Ring[*packet] // from the writers, who push with the lock held, to the outbox, which takes no lock to pop
+	ready readyPackets
 }
 
 func (pk *packer) init(s *session, ctx context.Context) {
 	pk.session = s
 	pk.ctx, pk.cancel = context.WithCancelCause(ctx)
-	pk.ready.Init(maxUnacked + 1) // one more for the packet that only closes
 }
 
 // coalesceLimit returns the size up to which a packet gathers records.
@@ -289,7 +287,7 @@ func (pk *packer) sealLocked() {
 		}
 		putPacketHeader(p.buf, flags, pk.session.senderNumber, seq, len(p.buf))
 	}
-	pk.ready.Push(p) // never full: credit bounds the packets that are sealed and not acknowledged
+	pk.ready.push(p) // credit bounds the packets that are sealed and not acknowledged
 }
 
 // wasteful times the size of its packet is the size from which on a buffer is exchanged for a smaller one.

@@ -46,6 +46,7 @@ type packet struct {
 	enveloped  int32   // where it ends in its envelope; 0 if it was last published without one
 	connection uint32  // which of this end's connections in turn took the whole packet last
 	through    counted // what was written down to its last record; 0 if it was cut and another packet follows
+	next       *packet // while p is sealed and not published: see readyPackets
 }
 
 var packetPools [len(packetClasses)]sync.Pool

@@ -39,7 +39,7 @@ func (snd *sender) recut(p *packet, limit int) bool {
 			putPacketHeader(packet.buf, h.Flags, h.Sender, snd.unacked.Next()+uint32(i), len(packet.buf))
 		}
 	}
-	snd.unacked.cut = all
+	snd.unacked.queue = link(all)
 	return true
 }
 

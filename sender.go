@@ -31,7 +31,7 @@ type unackedPackets struct {
 	loss    flow.Loss
 	passing *flow.Passing // nil until a packet may not pass
 	failed  *packet       // could not be published; goes before any other packet
-	cut     []*packet     // sealed packets that were cut or renumbered since: they go before packer.ready
+	queue   *packet       // the packets to publish after failed, linked by packet.next: taken from packer.ready, or cut
 	bytes   uint64        // of all packets that were published
 	waits   bool          // failed waits for credit, or for a packet that may not pass
 	whole   int32         // bytes of the largest packet that was just acknowledged and had been published as a whole
@@ -298,11 +298,13 @@ func (snd *sender) nextReady() *packet {
 		snd.unacked.failed = nil
 		return p
 	}
-	if cut := snd.unacked.cut; len(cut) > 0 {
-		snd.unacked.cut = cut[1:]
-		return cut[0]
+	if snd.unacked.queue == nil {
+		snd.unacked.queue = snd.packer.ready.take()
 	}
-	p, _ := snd.packer.ready.Pop()
+	p := snd.unacked.queue
+	if p != nil {
+		snd.unacked.queue, p.next = p.next, nil
+	}
 	return p
 }
 
@@ -323,13 +325,13 @@ func (snd *sender) sealOpen() *packet {
 // otherwise. If it is 0, the next record marks the session again.
 func (snd *sender) backlog() int {
 	pk, q := snd.packer, &snd.unacked
-	if q.failed != nil || len(q.cut) > 0 || q.Cursor() != q.Next() || !pk.ready.Empty() {
+	if q.failed != nil || q.queue != nil || q.Cursor() != q.Next() || !pk.ready.empty() {
 		return flow.MaxPacket
 	}
 	pk.mu.Lock()
 	defer pk.mu.Unlock()
 	switch {
-	case !pk.ready.Empty():
+	case !pk.ready.empty():
 		return flow.MaxPacket
 	case pk.hasOpenLocked():
 		return pk.n
