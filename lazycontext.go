@@ -2,37 +2,54 @@ package stream
 
 import (
 	"context"
-	"sync"
+	"io"
+	"sync/atomic"
 )
 
 // lazyContext is a context that is made when a user asks for it: most users of a stream never do. Any goroutine may
-// call its methods, which take mu for moments. The zero lazyContext is ready for use.
+// call its methods. They take no lock of this package, and ending a context that was made takes those of package
+// context. The zero lazyContext is ready for use. It is one word, because every idle stream has three of them at both ends
+// together.
 type lazyContext struct {
-	mu    sync.Mutex // guards the fields below
-	made  *madeContext
-	cause error // of the end; nil before it
+	state atomic.Pointer[contextState] // nil before the context is made or ends
 }
 
-type madeContext struct {
-	context.Context
+// contextState does not change after lazyContext.state points to it.
+type contextState struct {
+	made   context.Context // nil before a user asks for it
 	cancel context.CancelCauseFunc
+	cause  error // of the end; nil before it
 }
+
+// The usual ends of contexts that no user has asked for. They cost no allocation.
+var (
+	endedNormally = contextState{cause: io.EOF}
+	endedByClose  = contextState{cause: ErrClosed}
+	endedCanceled = contextState{cause: context.Canceled}
+)
 
 // get returns the context, a child of parent, which is the same at each call.
 func (l *lazyContext) get(parent context.Context) context.Context {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.made == nil {
-		if l.cause != nil {
+	for {
+		state := l.state.Load()
+		if state != nil && state.made != nil {
+			state.settle()
+			return state.made
+		}
+		next := new(contextState)
+		if state != nil {
+			next.cause = state.cause
 			parent = context.WithoutCancel(parent) // the context ended before its parent may have ended
 		}
-		l.made = new(madeContext)
-		l.made.Context, l.made.cancel = context.WithCancelCause(parent)
-		if l.cause != nil {
-			l.made.cancel(l.cause)
+		next.made, next.cancel = context.WithCancelCause(parent)
+		if next.cause != nil {
+			next.cancel(next.cause)
 		}
+		if l.state.CompareAndSwap(state, next) {
+			return next.made
+		}
+		next.cancel(nil) // another goroutine has made or ended the context
 	}
-	return l.made.Context
 }
 
 // end ends the context, unless it has ended. A cause of nil is [context.Canceled]. When end returns, the context has
@@ -41,23 +58,48 @@ func (l *lazyContext) end(cause error) (first bool) {
 	if cause == nil {
 		cause = context.Canceled
 	}
-	l.mu.Lock()
-	if first = l.cause == nil; first {
-		l.cause = cause
+	for !first {
+		state := l.state.Load()
+		if state != nil && state.cause != nil {
+			break
+		}
+		first = l.state.CompareAndSwap(state, state.endedBy(cause))
 	}
-	cause, made := l.cause, l.made
-	l.mu.Unlock()
-	if made != nil {
-		made.cancel(cause)
-	}
+	l.state.Load().settle()
 	return first
+}
+
+// endedBy returns the state after the end of a context in state c, which may be nil.
+func (c *contextState) endedBy(cause error) *contextState {
+	switch {
+	case c != nil:
+		return &contextState{c.made, c.cancel, cause}
+	case cause == endedNormally.cause:
+		return &endedNormally
+	case cause == endedByClose.cause:
+		return &endedByClose
+	case cause == endedCanceled.cause:
+		return &endedCanceled
+	}
+	return &contextState{cause: cause}
+}
+
+// settle ends the context that was made, if it has ended: the goroutine that stored the state may not have done so yet.
+// So a caller that sees the end finds the context ended.
+func (c *contextState) settle() {
+	if c.made != nil && c.cause != nil {
+		c.cancel(c.cause)
+	}
 }
 
 // endCause returns the cause of the end, nil before it.
 func (l *lazyContext) endCause() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.cause
+	state := l.state.Load()
+	if state == nil {
+		return nil
+	}
+	state.settle()
+	return state.cause
 }
 
 // ended reports whether the context has ended by end.

@@ -56,7 +56,8 @@ func TestLazyContextEndsAsAnyOther(t *testing.T) {
 	}
 }
 
-// Goroutines that ask for a context and end it at the same time get one context, which has ended when any end returns.
+// Goroutines that ask for a context and end it at the same time get one context. It has ended when any end returns, and
+// when any of them sees the end.
 func TestLazyContextIsSafeForUse(t *testing.T) {
 	for range 200 {
 		var l lazyContext
@@ -70,6 +71,9 @@ func TestLazyContextIsSafeForUse(t *testing.T) {
 				got[i] = l.get(t.Context())
 				if i%2 == 0 && got[i].Err() == nil {
 					t.Error("end returned before the end")
+				}
+				if l.ended() && got[i].Err() == nil {
+					t.Error("the end was seen before the context ended")
 				}
 			})
 		}

@@ -18,8 +18,8 @@ import (
 type packer struct {
 	// Set once.
 	session *session
-	ctx     context.Context // of the writers
-	cancel  context.CancelCauseFunc
+
+	ctx lazyContext // of the writers: see context
 
 	waiting atomic.Bool // wake is not nil; stored with the lock held
 
@@ -64,9 +64,25 @@ type packer struct {
 	ready readyPackets
 }
 
-func (pk *packer) init(s *session, ctx context.Context) {
-	pk.session = s
-	pk.ctx, pk.cancel = context.WithCancelCause(ctx)
+// context returns the context of the writers.
+func (pk *packer) context() context.Context {
+	s := pk.session
+	if s.stream != nil {
+		return pk.ctx.get(s.stream.ctx.get(s.recv.parent))
+	}
+	return pk.ctx.get(s.recv.parent)
+}
+
+// cancel ends the context of the writers, unless it has ended.
+func (pk *packer) cancel(cause error) { pk.ctx.end(cause) }
+
+// canceled returns why the context of the writers has ended, nil before its end. It does not look at the context that
+// the user gave.
+func (pk *packer) canceled() error {
+	if cause := pk.ctx.endCause(); cause != nil || pk.session.stream == nil {
+		return cause
+	}
+	return pk.session.stream.ctx.endCause()
 }
 
 // coalesceLimit returns the size up to which a packet gathers records.
@@ -243,7 +259,7 @@ func (pk *packer) wakeLocked() {
 // over reports whether the stream or its context ended. The context that the user gave ends first; those below it
 // follow.
 func (pk *packer) over() bool {
-	return pk.session.end.Load() != nil || pk.session.recv.parent.Err() != nil || pk.ctx.Err() != nil
+	return pk.session.end.Load() != nil || pk.session.recv.parent.Err() != nil || pk.canceled() != nil
 }
 
 // shut makes Write take its slow path, which sees that the stream has ended.
@@ -326,7 +342,7 @@ func (pk *packer) closeToLeave(reason string) bool {
 	pk.mu.Lock()
 	defer pk.mu.Unlock()
 	switch {
-	case pk.turn || pk.subject == "" || pk.session.end.Load() != nil || pk.ctx.Err() != nil && !pk.closed.Load():
+	case pk.turn || pk.subject == "" || pk.session.end.Load() != nil || pk.canceled() != nil && !pk.closed.Load():
 		return false
 	case pk.closed.Load():
 		pk.closing.Text = reason // for the RESET

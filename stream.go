@@ -176,9 +176,8 @@ func (st *Stream) send() *Writer {
 	if snd := s.send.Load(); snd != nil {
 		return snd.writer
 	}
-	w := newConsumerWriter(s, st.ctx.get(st.session.recv.parent))
+	w := newConsumerWriter(s)
 	if !s.send.CompareAndSwap(nil, &w.sender) {
-		w.cancel(nil)
 		return s.send.Load().writer
 	}
 	// The goroutine that ends the stream sets end first and loads the sender afterwards. So either it sees this one, or

@@ -47,7 +47,7 @@ func NewWriter(client *Client, subject string) *Writer { return client.NewWriter
 func (c *Client) NewWriter(subject string) *Writer {
 	if c == nil || c.ep == nil {
 		w := &Writer{unusable: noConnection("the client given to NewWriter", "pass one made by NewClient")}
-		w.init(new(session), context.Background())
+		w.init(&session{recv: receiver{parent: context.Background()}})
 		w.cancel(w.unusable)
 		return w
 	}
@@ -94,7 +94,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	s.out.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
 	s.bucket.released.Store(window == 0)
 	s.recv.parent, s.out.peer, s.rawCodec = ctx, subject, FlagMsgPack
-	w.init(s, ctx)
+	w.init(s)
 	w.subject = subject
 	if json {
 		s.bucket.form.Store(formJSON) // its consumer sends nothing: any packet is foreign
@@ -110,15 +110,15 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 }
 
 // newConsumerWriter makes the send half of a consumer's end. It may send after bind has set the peer's credit.
-func newConsumerWriter(s *session, ctx context.Context) *Writer {
+func newConsumerWriter(s *session) *Writer {
 	w := new(Writer)
-	w.init(s, ctx)
+	w.init(s)
 	w.codec = s.rawCodec
 	return w
 }
 
-func (w *Writer) init(s *session, ctx context.Context) {
-	w.packer.init(s, ctx)
+func (w *Writer) init(s *session) {
+	w.packer.session = s
 	w.sender.session, w.sender.packer, w.sender.writer = s, &w.packer, w
 }
 
@@ -145,7 +145,7 @@ func (w *Writer) SetPeerTimeout(d time.Duration) {
 //   - when the writer was closed
 //
 // The first two do not happen with a consumer that speaks only the JSON fallback.
-func (w *Writer) Context() context.Context { return w.ctx }
+func (w *Writer) Context() context.Context { return w.context() }
 
 // Write sends p as one record. It returns len(p) once p was copied: p may be reused at once. It blocks while the
 // consumer's credit is used up, until the writer's context ends. Errors:

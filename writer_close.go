@@ -34,7 +34,9 @@ func (w *Writer) CloseWithCode(code int, text ...string) error {
 	if held || err != nil {
 		return err
 	}
-	<-w.ctx.Done() // the outbox ends it once the last packet is out
+	if w.canceled() == nil {
+		<-w.context().Done() // the outbox ends it once the last packet is out
+	}
 	return nil
 }
 

@@ -109,8 +109,8 @@ func (w *Writer) Sync(ctx context.Context) error {
 // sleepSyncLocked is sleepLocked for Sync. Sync goes on waiting if the writer's context ended because CLOSE was
 // published.
 func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) error {
-	over := w.ctx.Done()
-	if w.closed.Load() && context.Cause(w.ctx) == ErrClosed {
+	over := w.context().Done()
+	if w.closed.Load() && w.canceled() == ErrClosed {
 		over = nil
 	}
 	w.mu.Unlock()
@@ -120,7 +120,7 @@ func (w *Writer) sleepSyncLocked(ctx context.Context, wake <-chan struct{}) erro
 	case <-ctx.Done():
 		return contextError(ctx)
 	case <-over:
-		if context.Cause(w.ctx) != ErrClosed { // with ErrClosed the last packet was published just now
+		if w.canceled() != ErrClosed { // with ErrClosed the last packet was published just now
 			return w.endError()
 		}
 	}

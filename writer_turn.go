@@ -1,9 +1,6 @@
 package stream
 
-import (
-	"context"
-	"fmt"
-)
+import "fmt"
 
 // This file has the turn of writers, their waits, and the error of writes after the end of the stream. Writers run it
 // with the lock of the packer.
@@ -57,7 +54,7 @@ func (w *Writer) sleepLocked(wake <-chan struct{}) error {
 	select {
 	case <-wake:
 		return nil
-	case <-w.ctx.Done():
+	case <-w.context().Done():
 		return w.endError()
 	}
 }
@@ -97,5 +94,5 @@ func (w *Writer) endError() error {
 	case end != nil:
 		return end.writeError()
 	}
-	return (&ending{err: context.Cause(w.ctx)}).writeError()
+	return (&ending{err: w.canceled()}).writeError()
 }
