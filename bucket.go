@@ -28,20 +28,16 @@ type bucket struct {
 	form atomic.Uint32
 
 	// Owned by the mux.
-	last       bool        // the packet with CLOSE came beyond the credit: no packet may follow
-	gapAsked   bool        // a CREDIT with GAP asked for packet gapAskedSeq, at gapAskedAt by the endpoint's clock
-	expect     uint32      // sequence number of the next packet
-	dropped    atomic.Bool // a packet was dropped because it found no room: set by the mux, cleared by the reader, who asks for it
-	acceptWord uint64      // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender; 0 before bind
-	received   uint64      // bytes of all packets pushed
-
-	open           atomic.Uint64 // received may reach it without more memory: the mux raises it, the reader raises and lowers it
+	expect         uint32        // sequence number of the next packet
+	dropped        atomic.Bool   // a packet was dropped because it found no room: set by the mux, cleared by the reader, who asks for it
 	grantedPackets atomic.Uint32 // of the credit granted to the peer: see grantedBytes
+	acceptWord     uint64        // first word of the header of a packet that is accepted at once: magic, version, SEQ, sender; 0 before bind
+	received       uint64        // bytes of all packets pushed
 
-	gapAskedSeq uint32 // the mux's: see gapAsked
+	open atomic.Uint64 // received may reach it without more memory: the mux raises it, the reader raises and lowers it
 
-	park ring.Parker        // the reader waits here; the mux, and the goroutine that ends the stream, wake it
-	ring ring.Ring[arrival] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
+	park ring.Parker                  // the reader waits here; the mux, and the goroutine that ends the stream, wake it
+	ring ring.Spaced[arrival, seldom] // mux pushes, reader pops; its Push publishes the packet's bytes to the reader
 
 	// The credit granted to the peer: stored by the reader, read by the mux (to see an overrun) and by the outbox (to
 	// send it).
@@ -52,12 +48,21 @@ type bucket struct {
 	free          uint64 // open may reach it without memory of the budget
 	window        flow.Window
 	windowPackets uint16
-	limited       bool        // the sender asked for credit since the last grant, or with the packet before it
-	ranDry        bool        // the reader ran out of packets since the last grant
-	released      atomic.Bool // packets may have no memory of the budget any more. Any goroutine stores it
+	limited       bool // the sender asked for credit since the last grant, or with the packet before it
+	ranDry        bool // the reader ran out of packets since the last grant
+}
 
-	gapAskedAt    int64                     // the mux's, and seldom looked at
-	origin        string                    // the mux's: the token in the control subject of the producer that the bucket is bound to
+// seldom has the fields of a bucket that are seldom written. They lie in the middle of its ring, where they keep the
+// words of the mux and those of the reader on different cache lines.
+type seldom struct {
+	// Owned by the mux.
+	last        bool   // the packet with CLOSE came beyond the credit: no packet may follow
+	gapAsked    bool   // a CREDIT with GAP asked for packet gapAskedSeq, at gapAskedAt by the endpoint's clock
+	gapAskedSeq uint32 // see gapAsked
+	gapAskedAt  int64  // see gapAsked
+	origin      string // the token in the control subject of the producer that the bucket is bound to
+
+	released      atomic.Bool               // packets of the stream may have no memory of the budget any more. Any goroutine stores it
 	fragments     atomic.Pointer[fragments] // the mux stores it; nil until a packet comes in fragments
 	consumedBytes atomic.Uint64             // fallback only: stored by the reader so that the mux can bound the queued bytes
 }
@@ -172,13 +177,13 @@ func (b *bucket) accept(data []byte, lent *slab.Slab, room bool) (verdict, *Clos
 	}
 	beyond := int32(h.Seq-b.grantedPackets.Load()) >= 0 || b.received >= b.grantedBytes.Load()
 	switch {
-	case beyond && (b.last || !onlyClose(body)):
+	case beyond && (b.ring.Between.last || !onlyClose(body)):
 		return violation, protocolError(CloseProtocolError, "peer sent packet %d beyond its credit of %d packets, %d bytes",
 			h.Seq, b.grantedPackets.Load(), b.grantedBytes.Load())
 	case !room && !beyond && b.received+uint64(len(data)) > b.open.Load(): // the place for CLOSE beyond the credit needs no room
 		return noRoom, nil
 	}
-	b.last = b.last || beyond
+	b.ring.Between.last = b.ring.Between.last || beyond
 	if b.unbound() {
 		b.bind(h.Sender)
 	}
@@ -215,10 +220,11 @@ func (b *bucket) shouldAskForGap(now, patience int64) bool {
 	if b.dropped.Load() { // the reader asks, when there is room
 		return false
 	}
-	if b.gapAsked && b.gapAskedSeq == b.expect && now-b.gapAskedAt < patience {
+	x := &b.ring.Between
+	if x.gapAsked && x.gapAskedSeq == b.expect && now-x.gapAskedAt < patience {
 		return false
 	}
-	b.gapAsked, b.gapAskedSeq, b.gapAskedAt = true, b.expect, now
+	x.gapAsked, x.gapAskedSeq, x.gapAskedAt = true, b.expect, now
 	return true
 }
 
@@ -251,10 +257,10 @@ func (b *bucket) impostor(data []byte, reply string) bool {
 	if _, err := ParseToken(token); err != nil {
 		return false
 	}
-	if b.origin == "" {
-		b.origin = token
+	if b.ring.Between.origin == "" {
+		b.ring.Between.origin = token
 	}
-	return token != b.origin
+	return token != b.ring.Between.origin
 }
 
 // onlyClose reports whether a packet carries nothing but a CLOSE, and trailers, which needs no credit.
@@ -276,7 +282,7 @@ func (b *bucket) acceptJSON(data []byte, limit uint64) (verdict, *CloseError) {
 		b.form.Store(formJSON)
 		b.ring.SetLimit(math.MaxInt32)
 	}
-	queued, n := b.received-b.consumedBytes.Load(), b.ring.Len()
+	queued, n := b.received-b.ring.Between.consumedBytes.Load(), b.ring.Len()
 	if queued+uint64(len(data)) > limit || uint64(n) >= max(limit/fallbackOverhead, fallbackMessages) {
 		return violation, &CloseError{Code: CloseTooSlow, Text: fmt.Sprintf("reader is %d messages, %d bytes behind a peer that knows no credit", n, queued)}
 	}
@@ -289,7 +295,7 @@ func (b *bucket) consume(n int, ack bool) bool {
 	b.consumed.packets++
 	b.consumed.bytes += uint64(n)
 	if b.form.Load() == formJSON {
-		b.consumedBytes.Store(b.consumed.bytes)
+		b.ring.Between.consumedBytes.Store(b.consumed.bytes)
 		return false
 	}
 	b.limited = b.limited || ack

@@ -73,7 +73,7 @@ func (s *session) take(n int64) bool {
 		return false
 	}
 	s.recv.held.Add(n)
-	if s.bucket.released.Load() { // releaseWindow may run at the same time: the later of the two calls finds the bytes
+	if s.bucket.ring.Between.released.Load() { // releaseWindow may run at the same time: the later of the two calls finds the bytes
 		s.giveBackAll()
 		return false
 	}
@@ -99,7 +99,7 @@ func (s *session) giveBackAll() { s.ep.arrived.Add(-s.recv.held.Swap(0)) }
 
 // releaseWindow gives back all that s has in the budget, once. From then on it takes nothing more.
 func (s *session) releaseWindow() {
-	if !s.bucket.released.Swap(true) {
+	if !s.bucket.ring.Between.released.Swap(true) {
 		s.ep.windows.Gone()
 	}
 	s.giveBackAll()

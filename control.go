@@ -459,7 +459,7 @@ func (o *outbox) tellAt(s *session, subject, reply string, frames ...Frame) {
 func (o *outbox) answerProgress(s *session, question []byte) {
 	asked, _ := ParseFragment(question)
 	at := Fragment{Packet: s.bucket.ring.Pushed(), Question: asked.Question}
-	if p := s.bucket.fragments.Load(); p != nil {
+	if p := s.bucket.ring.Between.fragments.Load(); p != nil {
 		if progress := p.progress.Load(); uint32(progress>>32) == at.Packet {
 			at.Offset = uint32(progress)
 		}

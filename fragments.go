@@ -51,10 +51,10 @@ func (ep *endpoint) receiveFragment(s *session, m *nats.Msg, f Frame) {
 		ep.askForGap(s)
 		return
 	}
-	p := b.fragments.Load()
+	p := b.ring.Between.fragments.Load()
 	if p == nil {
 		p = new(fragments)
-		b.fragments.Store(p)
+		b.ring.Between.fragments.Store(p)
 	}
 	began := p.whole != nil && p.packet == at.Packet
 	if at.Length <= PacketHeaderSize || at.Length > maxFragmented || began && int(at.Length) != cap(p.whole) {

@@ -535,7 +535,7 @@ func TestFloodOfFragmentsIsBounded(t *testing.T) {
 			}
 			sum := 0
 			for _, s := range all {
-				if f := s.session.bucket.fragments.Load(); f != nil {
+				if f := s.session.bucket.ring.Between.fragments.Load(); f != nil {
 					sum += cap(f.whole)
 				}
 			}

@@ -92,7 +92,7 @@ func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subjec
 	s.ctx = &p.request
 	s.init(ep, role, initialPackets, max(window, minWindow))
 	s.out.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
-	s.bucket.released.Store(window == 0)
+	s.bucket.ring.Between.released.Store(window == 0)
 	s.recv.parent, s.out.peer, s.rawCodec = ctx, subject, FlagMsgPack
 	w.init(s)
 	w.subject = subject

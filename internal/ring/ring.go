@@ -67,8 +67,19 @@ const (
 //
 // To embed a Ring: it has no padding at its ends, so put the fields that the
 // producer writes often before it, and those that the consumer writes often
-// after it.
-type Ring[T any] struct {
+// after it. A [Spaced] has fields of its container in place of the padding in
+// its middle.
+type Ring[T any] = Spaced[T, [space]byte]
+
+// space is a cache line without root, which lies there as well: for any address
+// of a Ring, no line holds words of both owners. Two lines would suit
+// processors that fetch them in pairs, and are too much for a hundred thousand
+// idle streams.
+const space = cacheLine - 8
+
+// Spaced is a [Ring] whose two owners are kept apart by Between, fields that
+// both seldom write. Between has at least 56 bytes, a cache line without a word.
+type Spaced[T, B any] struct {
 	// Owned by the producer. Others read tail only.
 	slots []T                         // of the segment that is filled
 	link  *atomic.Pointer[segment[T]] // where to link the next segment
@@ -80,10 +91,7 @@ type Ring[T any] struct {
 	limit atomic.Uint32              // any goroutine -> producer
 	root  atomic.Pointer[segment[T]] // producer -> consumer: link to the first segment
 
-	// One whole line, with root: for any address of a Ring, no line holds words
-	// of both owners. Two lines would suit processors that fetch them in
-	// pairs, and are too much for a hundred thousand idle streams.
-	_ [cacheLine - 8]byte
+	Between B
 
 	// Owned by the consumer. Others read head only.
 	out   []T                         // slots of the segment that is drained
@@ -116,7 +124,7 @@ func newSegment[T any](first, n uint32) *segment[T] {
 }
 
 // Init makes r an empty ring for at most limit elements. It allocates nothing.
-func (r *Ring[T]) Init(limit int) {
+func (r *Spaced[T, B]) Init(limit int) {
 	r.link, r.next = &r.root, &r.root
 	r.SetLimit(limit)
 }
@@ -124,13 +132,13 @@ func (r *Ring[T]) Init(limit int) {
 // SetLimit changes the limit. A higher one holds from the next Push on; a lower
 // one only once Push has used the room it has already seen. A limit below 0
 // counts as 0, one above MaxInt32 as MaxInt32.
-func (r *Ring[T]) SetLimit(limit int) {
+func (r *Spaced[T, B]) SetLimit(limit int) {
 	r.limit.Store(uint32(min(max(limit, 0), math.MaxInt32)))
 }
 
 // Push appends v. It reports false, and does nothing, when limit elements are
 // queued. Producer only.
-func (r *Ring[T]) Push(v T) bool {
+func (r *Spaced[T, B]) Push(v T) bool {
 	t := r.tail.Load()
 	if t == r.stop && !r.pushSlow(t) {
 		return false
@@ -143,7 +151,7 @@ func (r *Ring[T]) Push(v T) bool {
 // pushSlow finds out how far Push may run from t, growing the ring if it must.
 // With a consumer that keeps up, Push comes here once in a round of the slots,
 // and otherwise leaves the consumer's line alone.
-func (r *Ring[T]) pushSlow(t uint32) bool {
+func (r *Spaced[T, B]) pushSlow(t uint32) bool {
 	queued := t - r.head.Load() // this load takes over the slots below head
 	limit := r.limit.Load()
 	if queued >= limit {
@@ -163,7 +171,7 @@ func (r *Ring[T]) pushSlow(t uint32) bool {
 
 // Pop removes the oldest element and returns it; ok is false when there is
 // none. The ring keeps no reference to it. Consumer only.
-func (r *Ring[T]) Pop() (v T, ok bool) {
+func (r *Spaced[T, B]) Pop() (v T, ok bool) {
 	h := r.head.Load()
 	if h == r.avail && !r.popSlow(h) {
 		return v, false
@@ -181,7 +189,7 @@ func (r *Ring[T]) Pop() (v T, ok bool) {
 // which the segment ends, and before any tail beyond it. So where no link is
 // seen after tail was loaded, all up to tail is in this segment; where one is
 // seen, all up to the segment's end is published, even past the tail loaded.
-func (r *Ring[T]) popSlow(h uint32) bool {
+func (r *Spaced[T, B]) popSlow(h uint32) bool {
 	t := r.tail.Load() // this load takes over the slots below tail
 	if t == h {
 		return false
@@ -200,12 +208,12 @@ func (r *Ring[T]) popSlow(h uint32) bool {
 }
 
 // Empty reports whether Pop would find nothing. Consumer only.
-func (r *Ring[T]) Empty() bool {
+func (r *Spaced[T, B]) Empty() bool {
 	return r.tail.Load() == r.head.Load()
 }
 
 // Len returns the number of elements queued, or more if some are popped meanwhile.
-func (r *Ring[T]) Len() int {
+func (r *Spaced[T, B]) Len() int {
 	h := r.head.Load() // first: a tail older than head would give a negative length
 	return int(r.tail.Load() - h)
 }
@@ -213,6 +221,6 @@ func (r *Ring[T]) Len() int {
 // Pushed returns how many elements have ever been pushed, modulo 2^32. If a
 // caller sees a Push counted here, it also sees all writes that the producer
 // made before that Push.
-func (r *Ring[T]) Pushed() uint32 {
+func (r *Spaced[T, B]) Pushed() uint32 {
 	return r.tail.Load()
 }
