@@ -21,7 +21,7 @@ func (s *session) ready() bool {
 		return false
 	}
 	defer s.unlockRead()
-	if s.endedNow() != nil || len(s.recv.left) != 0 || s.recv.readLock.Load()&gateAhead != 0 {
+	if s.endedNow() != nil || len(s.rest()) != 0 || s.recv.readLock.Load()&gateAhead != 0 {
 		return true
 	}
 	s.recv.readLock.Or(gatePeeking)

@@ -30,6 +30,7 @@ type extras struct {
 
 	// The reader's.
 	header, trailer nats.Header
+	left            []byte                  // the rest of a record that Read has read in part, while readLock has gateRest
 	partial         atomic.Pointer[partial] // the pieces of a record, if the read deadline passed before the last one. dropUnwanted drops it, too
 	joined          *slab.Slab              // that the last large record lies in, if it was lent
 	ahead           []byte                  // a record that Ready has read, while readLock has gateAhead

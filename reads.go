@@ -77,7 +77,7 @@ func (s *session) read(p []byte) (int, error) {
 	if err := s.refusedNow(); err != nil {
 		return 0, err
 	}
-	rec := s.recv.left
+	rec := s.rest()
 	for len(rec) == 0 {
 		err := s.endedNow() // a peer may send empty records for ever
 		if err != nil {
@@ -157,7 +157,7 @@ func (s *session) nextRecord(u use) ([]byte, FrameFlags, error) {
 	if err := s.refusedNow(); err != nil {
 		return nil, 0, err
 	}
-	if rest := s.recv.left; len(rest) != 0 { // of a record that Read began, and counted
+	if rest := s.rest(); len(rest) != 0 { // of a record that Read began, and counted
 		s.setRest(nil)
 		return s.ownPart(rest, u), FlagRaw, nil
 	}

@@ -41,9 +41,8 @@ type receiver struct {
 	off       uint32     // offset of the next frame in data; 0 in a message of the fallback that was not read yet
 	data      []byte     // the current packet
 	lent      *slab.Slab // that data lies in, or nil
-	records   tally      // that reads returned. Both stand before left and done, because the outbox writes to the cache line of those
+	records   tally      // that reads returned. Both stand before done, because the outbox writes to the cache line of those
 	bytes     tally      // of these records
-	left      []byte     // the rest of a record that Read has read in part
 	done      error      // the result of every further read
 }
 
@@ -382,13 +381,24 @@ func (s *session) returnLent() {
 
 // setRest keeps the rest of a record for the next read.
 func (s *session) setRest(rest []byte) {
-	r := &s.recv
-	if was, is := len(r.left) != 0, len(rest) != 0; !was && is {
-		r.readLock.Or(gateRest)
-	} else if was && !is {
-		r.readLock.And(^gateRest)
+	was := s.recv.readLock.Load()&gateRest != 0
+	if len(rest) != 0 {
+		s.extra().left = rest
+		if !was {
+			s.recv.readLock.Or(gateRest)
+		}
+	} else if was {
+		s.extras.Load().left = nil
+		s.recv.readLock.And(^gateRest)
 	}
-	r.left = rest
+}
+
+// rest returns the rest of a record that Read has read in part, nil if there is none.
+func (s *session) rest() []byte {
+	if s.recv.readLock.Load()&gateRest == 0 {
+		return nil
+	}
+	return s.extras.Load().left
 }
 
 // nextMessage takes the current message of a peer that speaks the original protocol.
