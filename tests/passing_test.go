@@ -123,6 +123,7 @@ func TestAPacketThatNeverPassesEndsItsStreamAtBothEnds(t *testing.T) {
 				continue
 			}
 			t.Run(fmt.Sprintf("%d over %d", record, size), func(t *testing.T) {
+				t.Parallel() // it waits for timeouts
 				p := newPassingPair(t, over(size))
 				ends := make(chan error, 1)
 				p.handle(t, "down", func(w *stream.Writer, _ *stream.Request) error {
