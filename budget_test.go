@@ -67,7 +67,7 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 			}
 			arrived = 0
 			m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
-				if msg.Subject == first.session.reply { // questions pass, so that the server knows what is lost: both streams share the line
+				if msg.Subject == first.session.reply() { // questions pass, so that the server knows what is lost: both streams share the line
 					return !isSequenced(msg.Data)
 				}
 				if from == m.back && isSequenced(msg.Data) {
@@ -229,7 +229,7 @@ func TestUnfinishedRecordsGiveWay(t *testing.T) {
 				defer all.Wait()
 				for range 30 {
 					s := m.open(t, "unfinished")
-					unfinished.Store(s.session.reply, true)
+					unfinished.Store(s.session.reply(), true)
 					all.Go(func() {
 						if _, err := s.Recv(); !errors.Is(err, &CloseError{Code: CloseTryAgainLater}) && !errors.Is(err, ErrClosed) {
 							t.Errorf("a record that is not completed: %v, want close 1013", err)
@@ -355,7 +355,7 @@ func TestReassemblyTakesWhatArrived(t *testing.T) {
 				}()
 				most := int64(0)
 				for _, p := range c.packets {
-					if err := m.back.Publish(s.session.reply, "", p); err != nil {
+					if err := m.back.Publish(s.session.reply(), "", p); err != nil {
 						t.Fatal(err)
 					}
 					synctest.Wait() // until it is taken
@@ -401,7 +401,7 @@ func TestTinyPiecesTakeMemoryOfTheirRecord(t *testing.T) {
 			length := PacketHeaderSize + pieces*len(one) + FrameHeaderSize
 			packet := AppendPacketHeader(nil, PacketHeader{Flags: PacketSeq, Sender: 8, Length: uint32(length)})
 			packet = AppendFrame(append(packet, bytes.Repeat(one, pieces)...), Frame{Type: FrameData})
-			if err := m.back.Publish(s.session.reply, "", packet); err != nil {
+			if err := m.back.Publish(s.session.reply(), "", packet); err != nil {
 				t.Fatal(err)
 			}
 			synctest.Wait()
@@ -439,7 +439,7 @@ func TestRecordTooLargeTakesNoMemory(t *testing.T) {
 				m, s := openRaw(t, ClientParams{MaxRecordSize: max})
 				for i, f := range frames {
 					packet := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 7, Seq: uint32(i)}, f)
-					if err := m.back.Publish(s.session.reply, "", packet); err != nil {
+					if err := m.back.Publish(s.session.reply(), "", packet); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -871,7 +871,7 @@ func TestHeaderIsNotKeptWithPayload(t *testing.T) {
 		c := fakeClient(t, conn, ClientParams{})
 		s, _ := muxStream(t, conn, c)
 		memory := append(make([]byte, 1<<10), payload...) // as nats.go has it: the header, then the data
-		conn.Deliver(&nats.Msg{Subject: s.session.reply, Header: nats.Header{"Large": {"header"}}, Data: memory[1<<10:]})
+		conn.Deliver(&nats.Msg{Subject: s.session.reply(), Header: nats.Header{"Large": {"header"}}, Data: memory[1<<10:]})
 		clear(memory)
 		if rec, err := s.Recv(); string(rec) != "hello" || err != nil {
 			t.Errorf("%s: %q, %v: it lies in the memory of the header", name, rec, err)
@@ -1069,7 +1069,7 @@ func TestOutboxForgetsWhatItServed(t *testing.T) {
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}
-		s.out.peer = s.reply
+		s.out.peer = s.reply()
 		all = append(all, s)
 	}
 	// The outbox is busy with none of them while they are queued, so they are taken together.

@@ -753,7 +753,7 @@ func TestReconnectRepeatsCredit(t *testing.T) {
 	}
 	defer s.Close()
 	const producer = "producer"
-	c.ep.receive(&nats.Msg{Subject: s.session.reply, Reply: producer, Data: testPacketFlags(PacketSeq|PacketAck, 9, 0, testData(strings.Repeat("x", initialWindow)))}, nil)
+	c.ep.receive(&nats.Msg{Subject: s.session.reply(), Reply: producer, Data: testPacketFlags(PacketSeq|PacketAck, 9, 0, testData(strings.Repeat("x", initialWindow)))}, nil)
 	if _, err := s.Recv(); err != nil {
 		t.Fatal(err)
 	}
@@ -884,7 +884,7 @@ func TestOutboxServesAllAfterReconnects(t *testing.T) {
 		if err := ep.register(s, s.controlToken()); err != nil {
 			t.Fatal(err)
 		}
-		s.out.peer = s.reply // before the first mark, so the outbox does not own it yet
+		s.out.peer = s.reply() // before the first mark, so the outbox does not own it yet
 		all[i] = s
 	}
 	for round := range rounds {

@@ -178,7 +178,7 @@ func (o *outbox) resetUnknown(c control) {
 	f := Frame{Type: FrameReset, Code: CloseCanceled, Payload: unknownStream}
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway
-	} else if s, ok := o.ep.sessions.Load(c.token); ok && s.gathering() != nil {
+	} else if s, ok := o.ep.find(c.token); ok && s.gathering() != nil {
 		f.Payload = enoughResponders
 	}
 	o.ep.publish(c.reply, "", AppendPacket(o.scratch[:0], PacketHeader{Sender: c.sender}, f))

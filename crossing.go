@@ -61,7 +61,7 @@ func (o *outbox) seekNow(s *session) {
 		o.denials.publishes(s.out.subject, now, denialWindow*o.ep.times.Ack)
 		// The packet does not have the sender's number, because other subscribers receive it, too.
 		p := AppendPacket(o.scratch[:0], PacketHeader{}, Frame{Type: FrameResume, Payload: []byte(c.token)})
-		if o.ep.conn.Publish(s.out.subject, s.reply, p) != nil {
+		if o.ep.conn.Publish(s.out.subject, s.reply(), p) != nil {
 			o.ep.counters.unsent.Add(1)
 		}
 	}
@@ -117,7 +117,7 @@ func soughtToken(b []byte) string {
 // consumer, because it needs the consumer's sender number. A member of the queue group that does not know the stream
 // sends nothing.
 func (o *outbox) sought(token, subject string) {
-	s, ok := o.ep.sessions.Load(token)
+	s, ok := o.ep.find(token)
 	if !ok {
 		if e := o.ended.find(token, o.time()); e != nil {
 			o.publishEnd(e, subject)
@@ -131,7 +131,7 @@ func (o *outbox) sought(token, subject string) {
 		s.move() != nil && s.move().lost && now-s.move().at < o.ep.times.Ack {
 		return
 	}
-	o.tellAt(s, subject, s.reply, s.moveTo(subject, now, true), Frame{Type: FramePing})
+	o.tellAt(s, subject, s.reply(), s.moveTo(subject, now, true), Frame{Type: FramePing})
 }
 
 // listen subscribes to the subject of r outside its queue group, for d. NATS gives a message to one member of a group

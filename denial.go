@@ -105,7 +105,7 @@ func (o *outbox) decideDenials(now int64) {
 		sessions []*session
 		requests []waiting
 	)
-	o.ep.sessions.Range(func(_ string, s *session) bool {
+	o.ep.sessions.Range(func(_ [TokenSize]byte, s *session) bool {
 		if s.unanswered() {
 			sessions = append(sessions, s)
 			requests = append(requests, waiting{s.out.subject, s.out.life.upSince})

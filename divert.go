@@ -59,7 +59,7 @@ func (g *gathering) tellAgain(sender uint64) {
 	}
 	to.next, to.wait = now+to.wait, 2*to.wait
 	g.routes[sender] = to
-	if s, ok := ep.sessions.Load(to.subject[len(ep.prefix):]); ok {
+	if s, ok := ep.find(to.subject[len(ep.prefix):]); ok {
 		s.mark(workProbe)
 	}
 }
@@ -111,7 +111,7 @@ func (g *gathering) admit(sender uint64, peer string) string {
 	}
 	s.mark(workProbe)                            // its PING tells the responder the token
 	patience := challengePatience * ep.times.Ack // the sender begins no other proof before
-	g.routes[sender] = route{s.reply, ep.clock.Load() + patience, 2 * patience}
+	g.routes[sender] = route{s.reply(), ep.clock.Load() + patience, 2 * patience}
 	g.heard = ep.now()
 	g.request.mark(workBind)
 	g.queue, g.all = append(g.queue, st), append(g.all, weak.Make(st))
@@ -120,7 +120,7 @@ func (g *gathering) admit(sender uint64, peer string) string {
 	} else {
 		g.tellLocked()
 	}
-	return s.reply
+	return s.reply()
 }
 
 // refuse notes that a responder ended its stream in its first packet. Senders that refused are remembered, so that a

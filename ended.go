@@ -92,15 +92,14 @@ func (t *endedStreams) find(token string, now int64) *endedStream {
 // It may ask as long as its connection may be down, and as long as it waits for an acknowledgement.
 func (o *outbox) remember(s *session) {
 	end := s.end.Load()
-	if end.kind != endComplete && end.kind != endPeerClosed || s.reply == "" || s.bucket.acceptWord == 0 {
+	if end.kind != endComplete && end.kind != endPeerClosed || !s.registered() || s.bucket.acceptWord == 0 {
 		return // after a normal end the mux no longer changes what the bucket is bound to
 	}
 	now := o.time()
 	e := endedStream{
-		until: now + max(o.ep.times.Resume, o.ep.times.Disconnect), sender: s.senderNumber, peer: s.bucket.sender(),
-		failed: end.kind == endPeerClosed,
+		token: s.token, until: now + max(o.ep.times.Resume, o.ep.times.Disconnect),
+		sender: s.senderNumber, peer: s.bucket.sender(), failed: end.kind == endPeerClosed,
 	}
-	copy(e.token[:], s.token())
 	if s.closeRead(end) || s.role == lifecycle.Handler && s.readDone() {
 		e.credit = s.bucket.credit()
 	} else {

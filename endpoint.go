@@ -37,7 +37,7 @@ type endpoint struct {
 	started time.Time
 	ticker  wheel.Ticker
 
-	sessions  *xsync.MapOf[string, *session] // by token
+	sessions  *xsync.MapOf[[TokenSize]byte, *session] // by token: see find
 	enveloped enveloped
 	outbox    outbox
 	kept      atomic.Int64 // bytes of all buffers that writers keep; it changes with each packet
@@ -68,10 +68,20 @@ type endpoint struct {
 // inboxPrefix starts every reply subject unless the connection has an inbox prefix of its own.
 const inboxPrefix = "_SINBOX"
 
+// find returns the session with a token.
+func (ep *endpoint) find(token string) (s *session, ok bool) {
+	if len(token) != TokenSize {
+		return nil, false
+	}
+	var key [TokenSize]byte
+	copy(key[:], token[:TokenSize])
+	return ep.sessions.Load(key)
+}
+
 func (ep *endpoint) endAll(e *ending) {
 	ep.gone.CompareAndSwap(nil, e)
 	ep.cancel(e.err)
-	ep.sessions.Range(func(_ string, s *session) bool {
+	ep.sessions.Range(func(_ [TokenSize]byte, s *session) bool {
 		s.requestEnd(e)
 		return true
 	})

@@ -373,7 +373,7 @@ func TestFlushFailsAfterTheEnd(t *testing.T) {
 	}
 	end := &CloseError{Code: CloseCanceled, Text: "enough"}
 	reset := Frame{Type: FrameReset, Code: CloseCanceled, Payload: []byte("enough")}
-	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, reset)})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply(), Data: testPacketFlags(0, 9, 0, reset)})
 	close(idle)
 	until(t, "the writer has ended", func() bool { return w.Context().Err() != nil })
 	until(t, "the outbox has let go of the record", func() bool {
@@ -415,7 +415,7 @@ func TestNothingIsDeliveredAfterTheEnd(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: bytes.Clone(payload)})
+				conn.Deliver(&nats.Msg{Subject: s.session.reply(), Data: bytes.Clone(payload)})
 				if n, err := s.Read(make([]byte, 1)); n != 1 || err != nil {
 					t.Fatalf("Read: %d, %v", n, err)
 				}
@@ -447,7 +447,7 @@ func TestStreamWriteAfterCloseFails(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
+		conn.Deliver(&nats.Msg{Subject: s.session.reply(), Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
 		for range 2 {
 			if _, err := s.Write([]byte("a")); err != nil {
 				t.Fatal(err)
@@ -629,7 +629,7 @@ func TestReadsStopBetweenFrames(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer s.Close()
-			conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: testPacket(7, 0, c.frames...)})
+			conn.Deliver(&nats.Msg{Subject: s.session.reply(), Data: testPacket(7, 0, c.frames...)})
 			ctx.armed = true
 			if rec, err := c.read(s); !errors.Is(err, context.Canceled) {
 				t.Errorf("%q, %v", rec, err)

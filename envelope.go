@@ -103,7 +103,7 @@ func (o *outbox) mayEnclose(e *enveloping, s *session) bool {
 // not receive at its subject.
 func (o *outbox) try(e *enveloping, s *session) {
 	now := o.ep.now()
-	if s.reply == "" || e.tried != 0 && now-e.tried < trialPatience*o.ep.times.Ack {
+	if !s.registered() || e.tried != 0 && now-e.tried < trialPatience*o.ep.times.Ack {
 		return
 	}
 	e.tried = now

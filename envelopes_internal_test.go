@@ -83,7 +83,7 @@ func (p *envelopedPeer) acks(n uint32) Frame {
 
 // tell sends a control packet of consumer i.
 func (p *envelopedPeer) tell(i int, frames ...Frame) {
-	p.conn.Deliver(&nats.Msg{Subject: p.writers[i].session.reply, Data: AppendPacket(nil, PacketHeader{Sender: uint64(2*i + 1)}, frames...)})
+	p.conn.Deliver(&nats.Msg{Subject: p.writers[i].session.reply(), Data: AppendPacket(nil, PacketHeader{Sender: uint64(2*i + 1)}, frames...)})
 	synctest.Wait()
 }
 
@@ -445,7 +445,7 @@ func TestStatementOfAnotherIsNoProof(t *testing.T) {
 func envelopeOf(streams []*Stream, seq uint32, size int) []byte {
 	b := make([]byte, PacketHeaderSize)
 	for _, s := range streams {
-		b = append(b, s.session.token()...)
+		b = append(b, s.session.token[:]...)
 		b = append(b, testPacket(2, seq, Frame{Type: FrameData, Payload: make([]byte, size)})...)
 	}
 	putEnvelopeHeader(b, len(b))
@@ -506,7 +506,7 @@ func TestEnvelopesGiveSlabsBack(t *testing.T) {
 		testPacketFlags(0, 2, 0, Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{})}),
 		testPacket(2, 5, testData("early")),
 	} {
-		b = append(append(b, s.session.token()...), packet...)
+		b = append(append(b, s.session.token[:]...), packet...)
 	}
 	b = append(append(b, "nobody's token--"...), testPacket(2, 0, testData("lost"))...)
 	putEnvelopeHeader(b, len(b))
@@ -651,7 +651,7 @@ func FuzzEnvelope(f *testing.F) {
 				for _, p := range want[:i] {
 					at += TokenSize + len(p.packet)
 				}
-				copy(data[at:], s.session.token())
+				copy(data[at:], s.session.token[:])
 			}
 		}
 		copied := bytes.Clone(data)

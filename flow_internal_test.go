@@ -715,7 +715,7 @@ func TestCreditDueBeforePeerIsKnownIsSentLater(t *testing.T) {
 	s.session.mark(workCredit)
 	until(t, "the outbox has served the mark", func() bool { return s.session.pending.Load() == 0 })
 	data := Frame{Type: FrameData, Payload: []byte("a")}
-	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacketFlags(PacketSeq, 9, 0, data)})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply(), Reply: "producer", Data: testPacketFlags(PacketSeq, 9, 0, data)})
 	until(t, "credit was sent", func() bool {
 		for _, m := range conn.sent() {
 			if m.Subject == "producer" {
@@ -760,7 +760,7 @@ func TestLargeAndSmallRecordsTakeTurns(t *testing.T) {
 		var order strings.Builder
 		m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
 			if from == m.back && isSequenced(msg.Data) {
-				order.WriteString(map[string]string{large.session.reply: "L", small.session.reply: "s"}[msg.Subject])
+				order.WriteString(map[string]string{large.session.reply(): "L", small.session.reply(): "s"}[msg.Subject])
 			}
 			return true
 		})
@@ -810,7 +810,7 @@ func TestControlFloodTakesItsShare(t *testing.T) {
 		if n := m.server.Stats().DroppedControl - before; n != flood-maxControls {
 			t.Errorf("%d control packets were counted as dropped of %d", n, flood)
 		}
-		m.server.ep.receive(&nats.Msg{Subject: subject(honest), Reply: honest.session.reply, Data: honest.controlPacket(Frame{Type: FramePing})}, nil)
+		m.server.ep.receive(&nats.Msg{Subject: subject(honest), Reply: honest.session.reply(), Data: honest.controlPacket(Frame{Type: FramePing})}, nil)
 		if n := m.server.Stats().DroppedControl - before; n != flood-maxControls {
 			t.Errorf("a control packet of another stream was dropped")
 		}
@@ -823,10 +823,10 @@ func TestControlFloodTakesItsShare(t *testing.T) {
 			return published(to, reply, data)
 		}
 		release()
-		if answers[honest.session.reply] == 0 {
+		if answers[honest.session.reply()] == 0 {
 			t.Error("the other stream was not answered")
 		}
-		if n := answers[hostile.session.reply]; n > maxControls {
+		if n := answers[hostile.session.reply()]; n > maxControls {
 			t.Errorf("%d answers to %d questions that were taken", n, maxControls)
 		}
 		// There is room again.
@@ -1090,8 +1090,8 @@ func TestFullInboundRingDropsAndGoesOn(t *testing.T) {
 		t.Fatalf("%d control packets were dropped before the ring was full", n)
 	}
 	credit := testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: 1, Packets: 99, Bytes: 1 << 40})})
-	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: credit})
-	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 0, testData("hi"))})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply(), Data: credit})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply(), Reply: "producer", Data: testPacket(9, 0, testData("hi"))})
 	if n := c.Stats().DroppedControl; n != 2 {
 		t.Errorf("%d control packets were counted as dropped, want 2", n)
 	}
@@ -1108,8 +1108,8 @@ func TestFullInboundRingDropsAndGoesOn(t *testing.T) {
 		}
 		return false
 	})
-	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: credit})
-	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: "producer", Data: testPacket(9, 1, testData("more"), Frame{Type: FrameClose, Code: CloseNormalClosure})})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply(), Data: credit})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply(), Reply: "producer", Data: testPacket(9, 1, testData("more"), Frame{Type: FrameClose, Code: CloseNormalClosure})})
 	if rec, err := s.Recv(); string(rec) != "more" || err != nil {
 		t.Errorf("%q, %v; want what came afterwards", rec, err)
 	}

@@ -177,11 +177,11 @@ func (g *gathering) leave(s *session) {
 		if g.left.Swap(true) {
 			return
 		}
-	} else if _, ok := s.ep.sessions.LoadAndDelete(s.token()); !ok {
+	} else if _, ok := s.ep.sessions.LoadAndDelete(s.token); !ok {
 		return
 	}
 	if g.members.Add(-1) == 0 {
-		s.ep.sessions.Delete(g.request.token())
+		s.ep.sessions.Delete(g.request.token)
 	}
 }
 

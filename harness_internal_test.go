@@ -72,7 +72,7 @@ func muxStream(t *testing.T, conn *fake.Conn, c *Client) (*Stream, func(data []b
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	return s, func(data []byte) { conn.Deliver(&nats.Msg{Subject: s.session.reply, Data: data}) }
+	return s, func(data []byte) { conn.Deliver(&nats.Msg{Subject: s.session.reply(), Data: data}) }
 }
 
 // drain reads until the end, and returns its error, nil for a normal end.

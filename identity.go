@@ -44,9 +44,9 @@ func newSender(odd bool) uint64 {
 	return n
 }
 
-// newReply returns a subject of this endpoint with a new token, which tells the peer offer.
-func (ep *endpoint) newReply(offer Token) string {
-	var array [128]byte // longer ones are possible, and rare
+// newToken returns a new token, which tells the peer offer.
+func newToken(offer Token) (token [TokenSize]byte) {
 	offer.ID = random.next()
-	return string(AppendToken(append(array[:0], ep.prefix...), offer))
+	AppendToken(token[:0], offer)
+	return token
 }

@@ -15,10 +15,14 @@ func TestStreamsHaveNumbersOfTheirOwn(t *testing.T) {
 	if len(seen) != 1000 {
 		t.Errorf("%d of 1000 sender numbers differ", len(seen))
 	}
-	ep := &endpoint{prefix: "_SINBOX.abc."}
+	s := &session{ep: &endpoint{prefix: "_SINBOX.abc."}}
+	if reply := s.reply(); reply != "" {
+		t.Errorf("a session without a token has the subject %s", reply)
+	}
 	tokens := make(map[string]bool)
 	for range 1000 {
-		reply := ep.newReply(Token{Codec: JSON, LogPackets: 5, LogBytes: 16})
+		s.token = newToken(Token{Codec: JSON, LogPackets: 5, LogBytes: 16})
+		reply := s.reply()
 		got, err := ParseToken(lastToken(reply))
 		if err != nil || got.Codec != JSON || got.LogPackets != 5 || got.LogBytes != 16 || remoteName(reply) != "_SINBOX.abc" {
 			t.Fatalf("reply subject %s: %+v, %v", reply, got, err)

@@ -152,7 +152,7 @@ func (b *inbox) refuse(err error) {
 	if b.changed != nil {
 		b.changed(err)
 	}
-	b.ep.sessions.Range(func(_ string, s *session) bool {
+	b.ep.sessions.Range(func(_ [TokenSize]byte, s *session) bool {
 		s.requestEnd(e)
 		return true
 	})

@@ -367,7 +367,7 @@ func TestLeavingAcknowledgesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		reset := AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FrameReset, Code: CloseNormalClosure})
-		ep.receive(&nats.Msg{Subject: w.session.reply, Data: reset}, nil)
+		ep.receive(&nats.Msg{Subject: w.session.reply(), Data: reset}, nil)
 		if err := w.Sync(t.Context()); err == nil {
 			t.Error("Sync says that everything arrived")
 		}
@@ -408,9 +408,9 @@ func TestNormalResetByConsumerEndsNormallyIfNothingCanBeLost(t *testing.T) {
 					t.Fatal(err)
 				}
 				if c.received {
-					ep.receive(&nats.Msg{Subject: s.reply, Data: testPacket(9, 0, testData("a"))}, nil)
+					ep.receive(&nats.Msg{Subject: s.reply(), Data: testPacket(9, 0, testData("a"))}, nil)
 				}
-				ep.receive(&nats.Msg{Subject: s.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9, Seq: c.seq}, Frame{Type: FrameReset, Code: uint16(c.code)})}, nil)
+				ep.receive(&nats.Msg{Subject: s.reply(), Data: AppendPacket(nil, PacketHeader{Sender: 9, Seq: c.seq}, Frame{Type: FrameReset, Code: uint16(c.code)})}, nil)
 				synctest.Wait()
 				var err error
 				for n := 0; err == nil; n++ {

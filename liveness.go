@@ -83,7 +83,7 @@ func (ep *endpoint) runTicker() {
 // takes no bytes. NATS notices that only after its FlusherTimeout. The ticker calls it.
 func (ep *endpoint) stuck() {
 	e := CloseError{CloseAbnormalClosure, "the connection takes no bytes"}
-	ep.sessions.Range(func(_ string, s *session) bool {
+	ep.sessions.Range(func(_ [TokenSize]byte, s *session) bool {
 		s.requestEnd(&ending{kind: endFault, err: &e, reset: e})
 		s.unregister() // the outbox may wait for much longer
 		s.releaseWindow()
@@ -224,7 +224,7 @@ func (o *outbox) abandon(now int64) {
 			s.requestEnd(disconnected())
 		}
 	}
-	o.ep.sessions.Range(func(_ string, s *session) bool { end(s); return true })
+	o.ep.sessions.Range(func(_ [TokenSize]byte, s *session) bool { end(s); return true })
 	for _, s := range o.waitingUntilUp { // sessions that published nothing have no token
 		end(s)
 	}
@@ -323,7 +323,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	if !o.up.Load() {
 		return liveness.Facts{
 			Now: now, Times: &o.streamTimes, Born: l.upSince, Down: o.down,
-			Ending: s.end.Load() != nil, Disconnected: true, Consumer: s.role == lifecycle.Consumer, Registered: s.reply != "",
+			Ending: s.end.Load() != nil, Disconnected: true, Consumer: s.role == lifecycle.Consumer, Registered: s.registered(),
 		}
 	}
 	now = o.clock.Now(now)
@@ -335,7 +335,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 		Born: o.clock.At(l.upSince), Heard: l.heard, Sent: l.sent, Pinged: l.pinged,
 		Suspect: l.suspect, Resumed: o.clock.Resumed(),
 		Pings: int32(l.pings), Asks: int32(l.asks),
-		Ending: s.end.Load() != nil, Consumer: s.role == lifecycle.Consumer, Registered: s.reply != "",
+		Ending: s.end.Load() != nil, Consumer: s.role == lifecycle.Consumer, Registered: s.registered(),
 		Received: l.seen != 0, NoPeer: s.role == lifecycle.Consumer && s.out.peer == "" || s.peerTakesJSON(),
 	}
 	if l.took == tookLost {
@@ -427,16 +427,16 @@ func (o *outbox) ping(s *session) {
 
 // publishPing publishes a PING on a stream.
 func (o *outbox) publishPing(s *session) {
-	if s.reply == "" {
+	if !s.registered() {
 		if e := o.ep.register(s, s.controlToken()); e != nil {
 			s.requestEnd(e)
 			return
 		}
 	}
 	if s.crossing() != nil && s.role == lifecycle.Handler {
-		o.tellAt(s, s.out.peer, s.reply, Frame{Type: FramePing}, Frame{Type: FrameResume, Payload: []byte(s.token())})
+		o.tellAt(s, s.out.peer, s.reply(), Frame{Type: FramePing}, Frame{Type: FrameResume, Payload: s.token[:]})
 	} else {
-		o.tellAt(s, s.out.peer, s.reply, Frame{Type: FramePing})
+		o.tellAt(s, s.out.peer, s.reply(), Frame{Type: FramePing})
 	}
 	o.seek(s)
 }

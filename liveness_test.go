@@ -328,7 +328,7 @@ func TestEndIsKeptWhileItArrives(t *testing.T) {
 				t.Fatalf("given up after packet %d was acknowledged: %v", ack, s.end.Load().err)
 			}
 			credit := Credit{Ack: ack, Packets: 32, Bytes: 1 << 30}
-			ep.receive(&nats.Msg{Subject: s.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FrameCredit, Payload: AppendCredit(nil, credit)})}, nil)
+			ep.receive(&nats.Msg{Subject: s.reply(), Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FrameCredit, Payload: AppendCredit(nil, credit)})}, nil)
 			time.Sleep(defaultResumeTimeout * 4 / 5)
 			synctest.Wait()
 		}
@@ -618,7 +618,7 @@ func TestStreamWithoutAnswersHarmsNoOther(t *testing.T) {
 			all := openIdle(t, m, n)
 			broken := all[1]
 			start := time.Now()
-			m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool { return msg.Subject != broken.session.reply })
+			m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool { return msg.Subject != broken.session.reply() })
 			if _, err := broken.Recv(); !errors.Is(err, &CloseError{Code: CloseAbnormalClosure}) {
 				t.Errorf("it ended with %v", err)
 			}

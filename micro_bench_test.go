@@ -134,7 +134,7 @@ func BenchmarkMux(b *testing.B) {
 			packet, _ := benchPacket(128, 1)
 			batch := make([]nats.Msg, max(streams, maxPackets))
 			for i := range batch {
-				batch[i] = nats.Msg{Subject: opened[i%streams].session.reply, Data: bytes.Clone(packet)}
+				batch[i] = nats.Msg{Subject: opened[i%streams].session.reply(), Data: bytes.Clone(packet)}
 			}
 			sent := make([]uint32, streams)
 			var took time.Duration
@@ -197,7 +197,7 @@ func BenchmarkRecv(b *testing.B) {
 			}
 			defer s.Close()
 			packet, records := benchPacket(size, 0)
-			m := &nats.Msg{Subject: s.session.reply, Data: packet}
+			m := &nats.Msg{Subject: s.session.reply(), Data: packet}
 			seq := uint32(0)
 			recv := func(n int) {
 				for n > 0 {

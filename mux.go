@@ -24,7 +24,7 @@ import (
 // The data may lie in a slab that lent counts. When receive returns, the data is in the bucket, or the slab was given
 // back. The subject is valid until receive returns.
 func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
-	s, ok := ep.sessions.Load(m.Subject[len(ep.prefix):])
+	s, ok := ep.find(m.Subject[len(ep.prefix):])
 	if !ok {
 		ep.receiveElsewhere(m, lent)
 		return

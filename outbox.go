@@ -371,7 +371,7 @@ func (o *outbox) serveEnd(s *session, work uint32) bool {
 // publishRequest publishes the request of s, and ends the stream if that fails. It reports whether it was published.
 func (o *outbox) publishRequest(s *session) bool {
 	msg := &s.out.request.msg
-	msg.Reply = s.reply
+	msg.Reply = s.reply()
 	setTimeout(msg.Header, s.recv.parent)
 	s.out.life.upSince, s.out.life.took = o.ep.now(), o.connection.Load()+1 // before it may be lost with the connection
 	o.denials.publishes(s.out.subject, s.out.life.upSince, denialWindow*o.ep.times.Ack)

@@ -287,7 +287,7 @@ func TestFailedRetransmissionHoldsUpNoRecords(t *testing.T) {
 		}
 	}
 	credit := func(ack uint32, flags FrameFlags) {
-		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Flags: flags,
+		conn.Deliver(&nats.Msg{Subject: w.session.reply(), Data: testPacketFlags(0, 9, 0, Frame{Type: FrameCredit, Flags: flags,
 			Payload: AppendCredit(nil, Credit{Ack: ack, Packets: 1 << 30, Bytes: 1 << 40})})})
 	}
 	credit(0, FlagGap)
@@ -389,7 +389,7 @@ func TestLargeRecordNotBegunDoesNotCutTheStreamOff(t *testing.T) {
 	}
 	acknowledge := func() {
 		credit := Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: w.sender.published.Load(), Packets: 99, Bytes: 1 << 40})}
-		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: testPacketFlags(0, 9, 0, credit)})
+		conn.Deliver(&nats.Msg{Subject: w.session.reply(), Data: testPacketFlags(0, 9, 0, credit)})
 	}
 	acknowledge()
 	closed := make(chan error, 1)
@@ -422,7 +422,7 @@ func TestCallsReturnBesideAStuckPublish(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn.Deliver(&nats.Msg{Subject: s.session.reply, Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
+	conn.Deliver(&nats.Msg{Subject: s.session.reply(), Reply: consumerSubject(5), Data: testPacketFlags(0, 8, 0, Frame{Type: FramePing})})
 	if _, err := s.Write([]byte("a")); err != nil {
 		t.Fatal(err)
 	}
@@ -560,7 +560,7 @@ func TestRefusalOfAMappedSubjectEndsOneStream(t *testing.T) {
 		synctest.Wait()
 		_ = over.Close()
 		m.conn.DenyPublish("lost")
-		m.conn.DenyPublish(over.session.reply)
+		m.conn.DenyPublish(over.session.reply())
 		time.Sleep(10 * time.Second)
 		if ended(waits) || ended(after) {
 			t.Error("a stream ended that a refusal was not about")

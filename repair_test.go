@@ -305,9 +305,9 @@ func TestAcknowledgementFromAfarIsIgnored(t *testing.T) {
 	}
 	write()
 	for _, ack := range []uint32{1, 1 + 1<<31, 2 + 1<<31, math.MaxUint32, 0} {
-		conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, ack, 0)})
+		conn.Deliver(&nats.Msg{Subject: w.session.reply(), Data: creditFrom(9, ack, 0)})
 	}
-	conn.Deliver(&nats.Msg{Subject: w.session.reply, Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FramePing})})
+	conn.Deliver(&nats.Msg{Subject: w.session.reply(), Data: AppendPacket(nil, PacketHeader{Sender: 9}, Frame{Type: FramePing})})
 	for len(conn.sent()) < 2 { // the answer: all of them were looked at
 		time.Sleep(time.Millisecond)
 	}
@@ -329,7 +329,7 @@ func TestNothingWrittenNeedsNoAcknowledgement(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ep.receive(&nats.Msg{Subject: s.session.reply, Reply: "peer", Data: creditFrom(8, 9, 0)}, nil)
+		ep.receive(&nats.Msg{Subject: s.session.reply(), Reply: "peer", Data: creditFrom(8, 9, 0)}, nil)
 		_, err = s.Recv()
 		if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != CloseProtocolError {
 			t.Errorf("got %v, want %d", err, CloseProtocolError)
@@ -352,7 +352,7 @@ func TestPingSaysWhatIsOnItsWay(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		ep.receive(&nats.Msg{Subject: w.session.reply, Data: creditFrom(9, 0, FlagGap)}, nil)
+		ep.receive(&nats.Msg{Subject: w.session.reply(), Data: creditFrom(9, 0, FlagGap)}, nil)
 		synctest.Wait()
 		if limit, again := w.sender.unacked.loss.Limit(), w.sender.unacked.Cursor(); limit != 50 || again != 50 {
 			t.Errorf("limit %d, %d sent again after a loss of 100 packets, want 50 of each", limit, again)
@@ -562,7 +562,7 @@ func TestEndedStreamAnswersItsPeerAlone(t *testing.T) {
 		}
 		defer stop()
 		ask := func(sender uint64) Frame {
-			_ = m.back.Publish(s.session.reply, "asker", AppendPacket(nil, PacketHeader{Sender: sender}, Frame{Type: FramePing}))
+			_ = m.back.Publish(s.session.reply(), "asker", AppendPacket(nil, PacketHeader{Sender: sender}, Frame{Type: FramePing}))
 			frames := controlFrames(<-answers)
 			if len(frames) != 1 {
 				t.Fatalf("%d frames", len(frames))

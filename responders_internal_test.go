@@ -203,7 +203,7 @@ func TestRepeatedRefusalsCountOnce(t *testing.T) {
 		for range 3 {
 			for sender := range uint64(5) {
 				packet := testPacketFlags(0, 2*sender+2, 0, Frame{Type: FrameReset, Code: CloseTryAgainLater, Payload: []byte("full")})
-				conn.Deliver(&nats.Msg{Subject: r.gathering.request.reply, Data: packet})
+				conn.Deliver(&nats.Msg{Subject: r.gathering.request.reply(), Data: packet})
 			}
 		}
 		_, err = r.all(t)
@@ -263,12 +263,12 @@ func TestRespondersMoveToTheirTokens(t *testing.T) {
 				read(100)
 				mu.Lock()
 				defer mu.Unlock()
-				request := r.gathering.request.reply
+				request := r.gathering.request.reply()
 				if len(subjects) != 3 || subjects[request] != 0 {
 					t.Errorf("packets go to %d subjects, %d to that of the request", len(subjects), subjects[request])
 				}
 				for _, s := range streams {
-					if n := subjects[s.session.reply]; n < 50 {
+					if n := subjects[s.session.reply()]; n < 50 {
 						t.Errorf("%d packets went to the token of a stream", n)
 					}
 				}
@@ -445,11 +445,11 @@ func TestMessagesAtARequestFollowTheModel(t *testing.T) {
 				}
 			}
 			for _, m := range messages {
-				msg := &nats.Msg{Subject: r.gathering.request.reply}
+				msg := &nats.Msg{Subject: r.gathering.request.reply()}
 				at := -1
 				if next(); m.atStream >= 0 && m.atStream < len(streams) {
 					at = m.atStream
-					msg.Subject = streams[at].session.reply
+					msg.Subject = streams[at].session.reply()
 				}
 				if m.address {
 					msg.Reply = string(AppendToken([]byte("_SINBOX.producer."), Token{Codec: MsgPack, LogPackets: 5, LogBytes: 16, ID: m.sender}))

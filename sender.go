@@ -204,7 +204,7 @@ func (snd *sender) publishAgain(p *packet) progress {
 func (snd *sender) publish(p *packet, seq uint32, alone bool) (err error) {
 	s := snd.session
 	p.enveloped = 0
-	if s.reply == "" {
+	if !s.registered() {
 		if e := s.ep.register(s, s.controlToken()); e != nil {
 			s.requestEnd(e)
 			err = e.err
@@ -217,7 +217,7 @@ func (snd *sender) publish(p *packet, seq uint32, alone bool) (err error) {
 	default:
 		reply := ""
 		if seq == 0 && s.role != lifecycle.Consumer {
-			reply = s.reply
+			reply = s.reply()
 		}
 		snd.markIfDue(p, seq)
 		p.connection = s.ep.outbox.connection.Load()
@@ -241,7 +241,7 @@ func (snd *sender) publishJSON(p *packet) error {
 		return s.ep.send(s.out.peer, "", p.buf)
 	}
 	s.out.life.pinged = s.ep.clock.Load()
-	return s.ep.conn.PublishMsg(&nats.Msg{Subject: s.out.peer, Reply: s.reply, Header: nats.Header{headerProbe: {"1"}}, Data: p.buf})
+	return s.ep.conn.PublishMsg(&nats.Msg{Subject: s.out.peer, Reply: s.reply(), Header: nats.Header{headerProbe: {"1"}}, Data: p.buf})
 }
 
 // probeDue reports whether the fallback message p gets a reply subject, so that NATS reports if nobody receives it. A

@@ -28,7 +28,7 @@ type session struct {
 
 	// Set once. These lie apart from the fields that change with each packet.
 	ep     *endpoint
-	reply  string                 // this end's subject: prefix and token. Empty until the session is registered
+	token  [TokenSize]byte        // this end's, the last element of its subject. Zero until the session is registered
 	send   atomic.Pointer[sender] // the send half; a consumer's is made when it first writes
 	stream *Stream                // at the consumer's end
 	ctx    *lazyContext           // of the Request
@@ -228,8 +228,8 @@ func (s *session) peerTakesNone() bool { return s.role == lifecycle.Consumer && 
 // register gives the session a token with the given offer, and makes the mux deliver to it. It returns the reason if no
 // stream may begin, and nil otherwise.
 func (ep *endpoint) register(s *session, offer Token) *ending {
-	s.reply = ep.newReply(offer)
-	ep.sessions.Store(s.token(), s)
+	s.token = newToken(offer)
+	ep.sessions.Store(s.token, s)
 	// The goroutine that ends the endpoint, or finds its inbox refused, stores the reason before it visits the
 	// sessions. So either it sees this session, or barred returns the reason.
 	e := ep.barred()
@@ -239,15 +239,25 @@ func (ep *endpoint) register(s *session, offer Token) *ending {
 	return e
 }
 
-func (s *session) token() string { return s.reply[len(s.ep.prefix):] }
+// registered reports whether the session has a token.
+func (s *session) registered() bool { return s.token[0] != 0 }
+
+// reply returns this end's subject, empty until the session is registered. It makes the string each time: few messages
+// of a stream carry it, and an idle stream keeps nothing of it.
+func (s *session) reply() string {
+	if !s.registered() {
+		return ""
+	}
+	return s.ep.prefix + string(s.token[:])
+}
 
 func (s *session) unregister() {
 	switch g := s.gathering(); {
-	case s.reply == "":
+	case !s.registered():
 	case g != nil:
 		g.leave(s)
 	default:
-		s.ep.sessions.Delete(s.token())
+		s.ep.sessions.Delete(s.token)
 	}
 }
 

@@ -28,7 +28,7 @@ func newEndpoint(conn natsconn.Conn, inbox string, p ClientParams) (*endpoint, e
 		maxRecord: p.MaxRecordSize,
 		fallback:  uint64(p.FallbackBuffer),
 		budget:    int64(p.MaxBuffered),
-		sessions:  xsync.NewMapOf[string, *session](),
+		sessions:  xsync.NewMapOf[[TokenSize]byte, *session](),
 		watched:   make(chan struct{}),
 		closed:    make(chan struct{}),
 		times:     p.intervals(),

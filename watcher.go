@@ -81,7 +81,7 @@ func (ep *endpoint) follow(status nats.Status, again bool) {
 // probe marks every session with workResume: it sends its credit and a PING, because earlier ones may have been lost
 // with the connection. The answers resume waiting streams and ask for missing packets.
 func (ep *endpoint) probe() {
-	ep.sessions.Range(func(_ string, s *session) bool {
+	ep.sessions.Range(func(_ [TokenSize]byte, s *session) bool {
 		s.mark(workResume)
 		return true
 	})

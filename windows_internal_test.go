@@ -363,7 +363,7 @@ func TestFloodIsBounded(t *testing.T) {
 		for seq := range uint32(packets) {
 			p := AppendPacket(nil, PacketHeader{Flags: PacketSeq, Sender: 6, Seq: seq}, Frame{Type: FrameData, Payload: make([]byte, packet)})
 			for _, s := range all {
-				if err := m.back.Publish(s.session.reply, "", p); err != nil {
+				if err := m.back.Publish(s.session.reply(), "", p); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -525,7 +525,7 @@ func TestFloodOfFragmentsIsBounded(t *testing.T) {
 			payload := append(AppendFragment(nil, at), make([]byte, 10)...)
 			p := AppendPacket(nil, PacketHeader{Sender: 6, Seq: at.Packet}, Frame{Type: FrameFragment, Payload: payload})
 			for _, s := range all {
-				if err := m.back.Publish(s.session.reply, "", p); err != nil {
+				if err := m.back.Publish(s.session.reply(), "", p); err != nil {
 					t.Fatal(err)
 				}
 			}
