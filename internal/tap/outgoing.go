@@ -3,9 +3,12 @@ package tap
 import (
 	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/nats-io/nats.go"
 )
 
 // This file publishes messages between the commands of nats.go. The goroutine that publishes and nats.go's writers run
@@ -30,10 +33,11 @@ const (
 
 // Publish sends a message, or keeps it until Push, more messages or a command of nats.go. Later, the message may be
 // lost with the connection, as one that nats.go buffers. Publish reports false if the message has to go through
-// nats.go. It blocks while the server takes no bytes, until the timeout of nats.go's flusher. Then it closes the
-// connection.
-func (c *Conn) Publish(subject, reply string, data []byte) bool {
-	if !plain(subject) || reply != "" && !plain(reply) {
+// nats.go, which may change or refuse it. It blocks while the server takes no bytes, until the timeout of nats.go's
+// flusher. Then it closes the connection.
+func (c *Conn) Publish(subject, reply string, header nats.Header, data []byte) bool {
+	head, ok := headerSize(header)
+	if !ok || !plain(subject) || reply != "" && !plain(reply) {
 		return false
 	}
 	o := &c.out
@@ -42,15 +46,24 @@ func (c *Conn) Publish(subject, reply string, data []byte) bool {
 	if o.failed || c.closed.Load() || !o.commands.boundary() {
 		return false
 	}
-	b := append(o.buf, "PUB "...)
+	b := o.buf
+	if head > 0 {
+		b = append(b, 'H')
+	}
+	b = append(b, "PUB "...)
 	b = append(b, subject...)
 	b = append(b, ' ')
 	if reply != "" {
 		b = append(b, reply...)
 		b = append(b, ' ')
 	}
-	b = strconv.AppendInt(b, int64(len(data)), 10)
+	if head > 0 {
+		b = strconv.AppendInt(b, int64(head), 10)
+		b = append(b, ' ')
+	}
+	b = strconv.AppendInt(b, int64(head+len(data)), 10)
 	b = append(b, crlf...)
+	b = appendHeader(b, header)
 	if len(data) > copied {
 		o.buf = b
 		c.sendLocked(data)
@@ -63,6 +76,46 @@ func (c *Conn) Publish(subject, reply string, data []byte) bool {
 		c.sendLocked(nil)
 	}
 	return true
+}
+
+const (
+	headerLine = "NATS/1.0\r\n"
+	separator  = ": "
+)
+
+// headerSize returns the size of h in a message, 0 without headers. It reports false if nats.go would not send each
+// name and each value as it is.
+func headerSize(h nats.Header) (n int, ok bool) {
+	if len(h) == 0 {
+		return 0, true
+	}
+	n = len(headerLine) + len(crlf)
+	for name, values := range h {
+		if name == "" || len(values) == 0 || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == ':' || r >= 0x7f }) {
+			return 0, false
+		}
+		for _, v := range values {
+			if v == "" || v[0] == ' ' || v[len(v)-1] == ' ' || strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r >= 0x7f }) {
+				return 0, false
+			}
+			n += len(name) + len(separator) + len(v) + len(crlf)
+		}
+	}
+	return n, true
+}
+
+// appendHeader appends h to b.
+func appendHeader(b []byte, h nats.Header) []byte {
+	if len(h) == 0 {
+		return b
+	}
+	b = append(b, headerLine...)
+	for name, values := range h {
+		for _, v := range values {
+			b = append(append(append(append(b, name...), separator...), v...), crlf...)
+		}
+	}
+	return append(b, crlf...)
 }
 
 // plain reports whether a subject breaks no command. nats.go refuses others.

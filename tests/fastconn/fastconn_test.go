@@ -516,3 +516,90 @@ func TestReadersThatStandStillHoldBoundedMemory(t *testing.T) {
 		s.Close()
 	}
 }
+
+// headerEcho serves subject and sends the headers of each request back as the headers of the stream.
+func headerEcho(t *testing.T, nc *nats.Conn, subject string) {
+	t.Helper()
+	s, err := stream.NewServer(stream.ServerParams{Conn: nc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	_, err = s.Handle(subject, func(w *stream.Writer, r *stream.Request) error {
+		if r.Header != nil {
+			if err := w.SetHeader(r.Header); err != nil {
+				return err
+			}
+		}
+		_, err := w.Write(r.Data)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// exchange opens a stream with a request and returns the headers and the record of the answer.
+func exchange(t *testing.T, c *stream.Client, m *nats.Msg) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	s, err := c.OpenMsg(ctx, m)
+	if err != nil {
+		return err.Error()
+	}
+	defer s.Close()
+	rec, err := s.Recv()
+	if err != nil {
+		return err.Error()
+	}
+	h, err := s.Header()
+	return fmt.Sprint(h, len(rec), rec[:min(len(rec), 20)], err)
+}
+
+func TestRequestsArriveAsOverOrdinaryConnections(t *testing.T) {
+	srv := streamtest.Run(t)
+	headerEcho(t, connect(t, srv.URL()), "echo")
+	fast := connect(t, srv.URL(), fastconn.Enable())
+	over, ordinary := newClient(t, fast), newClient(t, connect(t, srv.URL()))
+	for name, h := range map[string]nats.Header{
+		"none": nil, "plain": {"A": {"1"}}, "values": {"A": {"1", "2", "1"}, "b": {"x y"}}, "no value": {"A": {}}, "empty": {"A": {""}},
+		"spaces": {"A": {" x "}}, "tab": {"A": {"\tx\ty"}}, "line": {"A": {"x\r\ny"}}, "umlaut": {"A": {"ä"}}, "colon": {"A": {"a: b:"}},
+		"name with space": {"A B": {"1"}}, "name with colon": {"A:B": {"1"}}, "long": {"A": {strings.Repeat("x", 20_000)}},
+	} {
+		for _, size := range []int{0, 1, 128, 8 << 10, 8<<10 + 1, 100_000} {
+			m := &nats.Msg{Subject: "echo", Header: h, Data: bytes.Repeat([]byte{'d'}, size)}
+			if got, want := exchange(t, over, m), exchange(t, ordinary, m); got != want {
+				t.Errorf("%s, %d bytes: %.200s, over an ordinary connection %.200s", name, size, got, want)
+			}
+		}
+	}
+	before := fast.Stats().OutMsgs
+	exchange(t, over, &nats.Msg{Subject: "echo", Header: nats.Header{"A": {"1"}}})
+	if n := fast.Stats().OutMsgs - before; n != 0 {
+		t.Errorf("nats.go sent %d messages of a stream over a fast connection", n)
+	}
+}
+
+func TestRequestsDoNotOvertakeSubscriptionsOfTheirConnection(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := connect(t, srv.URL(), fastconn.Enable())
+	c := newClient(t, nc)
+	s := newServer(t, nc, "first")
+	rounds := 500
+	if testing.Short() {
+		rounds = 100
+	}
+	for i := range rounds {
+		subject := fmt.Sprint("later.", i)
+		if _, err := s.Handle(subject, func(w *stream.Writer, r *stream.Request) error { _, err := w.Write(r.Data); return err }); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := exchange(t, c, &nats.Msg{Subject: subject, Data: []byte{7}}), "map[] 1 [7] <nil>"; got != want {
+			t.Fatalf("request %d: %s, expected %s", i, got, want)
+		}
+	}
+}
