@@ -3,8 +3,10 @@ package stream
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -59,6 +61,7 @@ type outbox struct {
 	ended          endedStreams
 	scratch        []byte
 
+	yielder   ring.Yielder
 	hellos    hellos
 	envelopes envelopes
 
@@ -163,10 +166,22 @@ func (o *outbox) run() {
 		o.park.Announce()
 		if o.idle() {
 			o.park.Wait()
+			o.yield()
 		} else {
 			o.park.Retract()
 		}
 	}
+}
+
+// yield lets other goroutines run before the outbox serves the session that woke it. If many streams begin and end,
+// these goroutines mark further sessions, and the messages of all of them share writes to the socket.
+func (o *outbox) yield() {
+	first, began := o.queue.Load(), time.Duration(o.ep.now())
+	if first == nil || !o.yielder.Due(began) {
+		return
+	}
+	runtime.Gosched()
+	o.yielder.Yielded(began, time.Duration(o.ep.now()), o.queue.Load() != first)
 }
 
 // sendAll sends all packets that wait.

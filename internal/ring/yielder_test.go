@@ -1,0 +1,69 @@
+package ring_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/natsstream/stream/internal/ring"
+)
+
+// yields counts the yields of a number of wake-ups, one each microsecond from at on. Each yield takes took.
+func yields(y *ring.Yielder, at *time.Duration, wakes int, took time.Duration, more bool) (n int) {
+	for range wakes {
+		*at += time.Microsecond
+		if y.Due(*at) {
+			n++
+			began := *at
+			*at += took
+			y.Yielded(began, *at, more)
+		}
+	}
+	return n
+}
+
+func TestYielderYieldsAtEachWakeUpWhileThatBringsWork(t *testing.T) {
+	var y ring.Yielder
+	at := time.Second
+	if n := yields(&y, &at, 1000, time.Microsecond, true); n != 1000 {
+		t.Errorf("%d yields in 1000 wake-ups, each brought work", n)
+	}
+}
+
+func TestYielderYieldsSeldomIfThatBringsNothing(t *testing.T) {
+	var y ring.Yielder
+	at := time.Second
+	yields(&y, &at, 1000, time.Microsecond, false)
+	if n := yields(&y, &at, 6500, time.Microsecond, false); n < 90 || n > 110 {
+		t.Errorf("%d yields in 6500 wake-ups that brought nothing, expected one in 65", n)
+	}
+	yields(&y, &at, 65, time.Microsecond, true)
+	if n := yields(&y, &at, 100, time.Microsecond, true); n != 100 {
+		t.Errorf("%d yields in 100 wake-ups after one that brought work", n)
+	}
+}
+
+func TestYielderPausesAfterLongYields(t *testing.T) {
+	var y ring.Yielder
+	at := time.Second
+	const long, hour = 10 * time.Millisecond, time.Hour
+	began, n := at, 0
+	for at-began < hour {
+		if n += yields(&y, &at, 1, long, true); n > 200 {
+			t.Fatalf("%d long yields in %v", n, at-began)
+		}
+		at += 10 * time.Millisecond
+	}
+	if n < 100 { // one in 30 seconds
+		t.Errorf("%d long yields in an hour: the pauses are too long", n)
+	}
+	at += hour
+	if n := yields(&y, &at, 1000, time.Microsecond, true); n != 1000 {
+		t.Errorf("%d yields in 1000 wake-ups after the pause", n)
+	}
+	if yields(&y, &at, 1, long, true); yields(&y, &at, 1000, time.Microsecond, true) != 0 {
+		t.Error("yields during the pause after a long yield")
+	}
+	if at += 2 * 100 * time.Millisecond; yields(&y, &at, 10, time.Microsecond, true) != 10 {
+		t.Error("the pause after good yields and a single long one is longer than 100 ms")
+	}
+}
