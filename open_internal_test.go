@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"math"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -1028,5 +1030,26 @@ func TestOpenBesideClose(t *testing.T) {
 		conn.Set(nats.CLOSED)
 		_ = c.Close()
 		opening.Wait()
+	}
+}
+
+func TestHeadersOfRequestsAreThoseThatNATSDecodes(t *testing.T) {
+	var headers requestHeaders
+	for _, text := range []string{
+		"Stream-Open: ~1m5I\r\n", "Stream-Open: ~1m5I\r\n", "Stream-Open: ~1j5G\r\n", "Stream-Open:  ~1m5\r\n", "Stream-Open: ~1m5 \r\n",
+		"Stream-Open: a\r\nB:\r\n", "Stream-Open: \t~1m5\r\n", "Stream-Open: ~1m\x80\x81\r\n", "Stream-Open: ~1m5Ix\r\n", "stream-open: ~1m5I\r\n",
+		"Stream-Open: ~1m5I\r\nA: 1\r\n", "A: 1\r\nStream-Open: ~1m5I\r\n", "Stream-Open: ~1m5I\r\nStream-Open: ~1m5I\r\n", "", "broken",
+	} {
+		b := []byte("NATS/1.0\r\n" + text + "\r\n")
+		want, _ := nats.DecodeHeadersMsg(bytes.Clone(b))
+		if got := headers.decode(b); !reflect.DeepEqual(got, want) {
+			t.Errorf("%q: %q, nats.go decodes %q", text, got, want)
+		}
+		clear(b) // the receive buffer is used again
+		_ = userHeader(headers.header)
+	}
+	b := []byte("NATS/1.0\r\nStream-Open: ~1m5I\r\n\r\n")
+	if n := testing.AllocsPerRun(100, func() { _ = userHeader(headers.decode(b)) }); n != 0 {
+		t.Errorf("%v allocations for the headers of a request", n)
 	}
 }

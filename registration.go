@@ -291,10 +291,13 @@ func (r *Registration) settle() {
 }
 
 func (r *Registration) subscribe() error {
-	s, heard := r.server, new(atomic.Int64)
-	unsubscribe, err := s.ep.conn.Subscribe(r.subject, r.queue, func(m *nats.Msg) {
+	s, heard, headers := r.server, new(atomic.Int64), new(requestHeaders)
+	unsubscribe, err := natsconn.SubscribeRequests(s.ep.conn, r.subject, r.queue, func(m *nats.Msg, header []byte) {
 		if connected := s.ep.connected.Load(); heard.Load() != connected {
 			heard.Store(connected)
+		}
+		if header != nil {
+			m.Header = headers.decode(header)
 		}
 		s.request(m, r)
 	})

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -206,6 +207,36 @@ func parseTimeout(h nats.Header) (time.Duration, error) {
 	}
 	return time.Duration(min(ms, math.MaxInt64/uint64(time.Millisecond))) * time.Millisecond, nil
 }
+
+// requestHeaders decodes the headers of the requests of one subscription. Most requests have only an offer, and most
+// offers are that of the request before.
+type requestHeaders struct {
+	header nats.Header
+	offer  [1]string
+}
+
+// decode returns the headers in b. They are valid until the next call if only the library's own are among them.
+func (r *requestHeaders) decode(b []byte) nats.Header {
+	const head, tail = metaHead + headerOpen + ": ", metaEOL + metaEOL
+	var offer []byte
+	if len(b) == len(head)+OfferSize+len(tail) && string(b[:len(head)]) == head && string(b[len(b)-len(tail):]) == tail {
+		offer = b[len(head) : len(head)+OfferSize]
+	}
+	if offer == nil || bytes.ContainsFunc(offer, unprintable) {
+		h, _ := nats.DecodeHeadersMsg(b) // nats.go delivers a message with bad headers as well
+		return h
+	}
+	if r.header == nil {
+		r.header = make(nats.Header)
+	}
+	if r.offer[0] != string(offer) {
+		r.offer[0] = string(offer)
+	}
+	r.header[headerOpen] = r.offer[:]
+	return r.header
+}
+
+func unprintable(r rune) bool { return r <= ' ' || r >= 0x7f }
 
 // userHeader returns h without the library's own headers.
 func userHeader(h nats.Header) nats.Header {

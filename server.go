@@ -19,10 +19,11 @@ import (
 	"github.com/natsstream/stream/internal/natsconn"
 )
 
-// This file has Server and its parameters. Goroutines of the user run the exported functions. The callbacks of NATS run
-// request, which starts the handler of a request in a goroutine of its own, subscriptionRefused and inboxChanged. The
-// watcher runs inboxChanged, too. The goroutines of handlers run count. The outbox runs streamEnded. The goroutine that
-// retire starts runs unsubscribe. Server.mu guards the state that they share.
+// This file has Server and its parameters. Goroutines of the user run the exported functions. The callbacks of NATS, or
+// the reader of a fast connection, run request, which starts the handler of a request in a goroutine of its own. The
+// callbacks of NATS also run subscriptionRefused and inboxChanged. The watcher runs inboxChanged, too. The goroutines of
+// handlers run count. The outbox runs streamEnded. The goroutine that retire starts runs unsubscribe. Server.mu guards
+// the state that they share.
 
 // ServerParams configure a [Server]. The zero value of every field except Conn selects the default that its comment
 // names. A time must be at least 1 ms.
@@ -213,7 +214,8 @@ func (s *Server) inboxChanged(refused error) {
 	}
 }
 
-// request handles one message to the subject of from. The callback of the subscription calls it. It does not wait.
+// request handles one message to the subject of from. The callback of the subscription calls it, or the goroutine that
+// reads a fast connection. It does not wait. It keeps the strings and the data of m, and headers of the user.
 func (s *Server) request(m *nats.Msg, from *Registration) {
 	req, err := parseRequest(m, from.subject, s.ep.prefix)
 	switch {

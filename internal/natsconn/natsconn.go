@@ -148,19 +148,23 @@ func (c conn) Flush(timeout time.Duration) error { return c.nc.FlushTimeout(time
 const UnsubscribeTimeout = 2 * time.Second
 
 func (c conn) Subscribe(subject, queue string, f nats.MsgHandler) (func(), error) {
-	sub, err := c.nc.QueueSubscribe(subject, queue, f)
-	if err != nil {
-		return nil, err
+	_, unsubscribe, err := c.subscribe(subject, queue, f)
+	return unsubscribe, err
+}
+
+func (c conn) subscribe(subject, queue string, f nats.MsgHandler) (sub *nats.Subscription, unsubscribe func(), err error) {
+	if sub, err = c.nc.QueueSubscribe(subject, queue, f); err != nil {
+		return nil, nil, err
 	}
 	// Credit bounds the pending messages here, stream by stream. The default limits bound all streams together, and
 	// drop the newest message of any stream.
 	if err := sub.SetPendingLimits(-1, -1); err != nil {
 		_ = sub.Unsubscribe()
-		return nil, err
+		return nil, nil, err
 	}
 	closed := make(chan struct{})
 	sub.SetClosedHandler(func(string) { close(closed) })
-	return func() {
+	return sub, func() {
 		if sub.Drain() == nil {
 			select {
 			case <-closed:
@@ -186,6 +190,23 @@ func (c *fastConn) SubscribeInbox(subject string, f func(*nats.Msg, *slab.Slab))
 		return Inbox{}, err
 	}
 	return Inbox{func() { unsubscribe(); sub.Close() }, sub.Taken}, nil
+}
+
+// SubscribeRequests is Subscribe for requests. On a fast connection f may run in the goroutine that reads the
+// connection, so it must not block. header has the bytes of the headers, and is nil if m.Header has them or if there
+// are none. The message and header are valid until f returns, the strings and the data in the message for ever.
+func SubscribeRequests(c Conn, subject, queue string, f func(m *nats.Msg, header []byte)) (unsubscribe func(), err error) {
+	fast, ok := c.(*fastConn)
+	if !ok {
+		return c.Subscribe(subject, queue, func(m *nats.Msg) { f(m, nil) })
+	}
+	s := fast.dialer.NewRequests(fast.nc, subject, f)
+	sub, end, err := fast.subscribe(subject, queue, s.Deliver)
+	if err != nil {
+		return nil, err
+	}
+	s.Take(sub)
+	return func() { end(); s.Close() }, nil
 }
 
 func (c conn) LastError() error { return c.nc.LastError() }

@@ -22,7 +22,7 @@ type commands struct {
 func (c *commands) boundary() bool { return len(c.line) == 0 && c.skip == 0 && !c.opaque }
 
 // write follows p, and calls subscribe for each subscription in it.
-func (c *commands) write(p []byte, subscribe func(subject []byte, sid int64)) {
+func (c *commands) write(p []byte, subscribe func(subject, queue []byte, sid int64)) {
 	for len(p) > 0 && !c.opaque {
 		if c.skip > 0 {
 			n := min(c.skip, len(p))
@@ -47,7 +47,7 @@ func (c *commands) write(p []byte, subscribe func(subject []byte, sid int64)) {
 }
 
 // command acts on a whole line.
-func (c *commands) command(line []byte, subscribe func(subject []byte, sid int64)) {
+func (c *commands) command(line []byte, subscribe func(subject, queue []byte, sid int64)) {
 	line, ok := bytes.CutSuffix(line, crlf)
 	if !ok {
 		c.opaque = true
@@ -62,12 +62,12 @@ func (c *commands) command(line []byte, subscribe func(subject []byte, sid int64
 		}
 		c.skip = size + len(crlf)
 	case bytes.HasPrefix(line, []byte("SUB ")):
-		fields := bytes.Split(line[len("SUB "):], []byte{' '}) // nats.go writes an empty queue group
-		if len(fields) != 3 || len(fields[1]) != 0 {
+		fields := bytes.Split(line[len("SUB "):], []byte{' '}) // nats.go writes the queue group also if it is empty
+		if len(fields) != 3 {
 			return
 		}
 		if sid, ok := number(fields[2]); ok {
-			subscribe(fields[0], int64(sid))
+			subscribe(fields[0], fields[1], int64(sid))
 		}
 	}
 }

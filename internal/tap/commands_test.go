@@ -19,7 +19,7 @@ func TestCommandsMayBeCutAnywhere(t *testing.T) {
 		all += c
 		ends[len(all)] = true
 	}
-	want := []string{"inbox.* 1", "more.* 30"}
+	want := []string{"inbox.*  1", "other queue 2", "more.*  30"}
 	for first := range len(all) + 1 {
 		for second := first; second <= len(all); second += 1 + len(all)/20 {
 			var c tracker
@@ -42,8 +42,8 @@ type tracker struct {
 	subs     []string
 }
 
-func (c *tracker) note(subject []byte, sid int64) {
-	c.subs = append(c.subs, fmt.Sprint(string(subject), " ", sid))
+func (c *tracker) note(subject, queue []byte, sid int64) {
+	c.subs = append(c.subs, fmt.Sprintf("%s %s %d", subject, queue, sid))
 }
 
 // After a command that is not understood, nothing is written between commands any more, and no subscription is found.

@@ -2,15 +2,17 @@ package tap
 
 import (
 	"net"
+	"slices"
 	"sync/atomic"
 )
 
 // Conn is a connection to a NATS server between nats.go and the network. Read may be called by one goroutine at a time,
-// nats.go's reader, which also runs takes. nats.go's writers run subscribe, with outgoing.mu held.
+// nats.go's reader, which also runs takes. nats.go's writers run subscribe, with outgoing.mu held. Any goroutine may
+// run take.
 type Conn struct {
 	net.Conn
 	dialer *Dialer
-	taken  atomic.Pointer[[]takenSub] // replaced by Write, read by Read
+	taken  atomic.Pointer[[]takenSub] // replaced by take, read by Read
 	closed atomic.Bool
 
 	in  incoming // of the goroutine in Read
@@ -27,6 +29,9 @@ type takenSub struct {
 func newConn(d *Dialer, raw net.Conn, read []byte) *Conn {
 	c := &Conn{Conn: raw, dialer: d}
 	c.in.init(c, read)
+	d.mu.Lock()
+	d.latest = c
+	d.mu.Unlock()
 	return c
 }
 
@@ -48,22 +53,35 @@ func (c *Conn) Read(p []byte) (int, error) {
 }
 
 // subscribe makes Read take the messages of a subscription that is about to be sent, if it is registered.
-func (c *Conn) subscribe(subject []byte, sid int64) {
-	s := c.dialer.sub(subject)
-	if s == nil {
-		return
+func (c *Conn) subscribe(subject, queue []byte, sid int64) {
+	if s := c.dialer.sub(subject, queue, sid); s != nil {
+		c.take(sid, s)
+		s.conn.Store(c)
 	}
-	var taken []takenSub
-	if old := c.taken.Load(); old != nil {
-		for _, t := range *old {
-			if t.sid != sid && !t.sub.closed.Load() {
-				taken = append(taken, t)
+}
+
+// take makes Read take the messages of subscription sid. Inboxes come first in the list, because they get most
+// messages.
+func (c *Conn) take(sid int64, s *Sub) {
+	for {
+		old := c.taken.Load()
+		var taken []takenSub
+		if old != nil {
+			for _, t := range *old {
+				if t.sid != sid && !t.sub.closed.Load() {
+					taken = append(taken, t)
+				}
 			}
 		}
+		at := len(taken)
+		if s.requests == nil {
+			at = 0
+		}
+		taken = slices.Insert(taken, at, takenSub{sid, s})
+		if c.taken.CompareAndSwap(old, &taken) {
+			return
+		}
 	}
-	taken = append(taken, takenSub{sid, s})
-	c.taken.Store(&taken)
-	s.conn.Store(c)
 }
 
 // takes returns the subscription with the given number if its messages are taken, and nil otherwise.

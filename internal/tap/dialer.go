@@ -30,9 +30,11 @@ type Dialer struct {
 	under  nats.CustomDialer
 	lookup bool // nats.go would have looked up the names of servers
 
-	mu      sync.Mutex      // guards the fields below
-	subs    map[string]*Sub // by subject
-	tlsName string          // the last name of a server to which TLS was made, for servers that are known by address only
+	mu       sync.Mutex      // guards the fields below
+	subs     map[string]*Sub // by subject
+	requests map[int64]*Sub  // by the number of the subscription
+	latest   *Conn           // the connection that was made last, nil before the first
+	tlsName  string          // the last name of a server to which TLS was made, for servers that are known by address only
 }
 
 // Use makes o dial through a new Dialer, over the dialer that o has now. Later changes of other options count.

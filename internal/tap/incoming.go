@@ -2,6 +2,7 @@ package tap
 
 import (
 	"bytes"
+	"strings"
 	"sync/atomic"
 	"unsafe"
 
@@ -151,6 +152,10 @@ func (in *incoming) hand(sub *Sub, l line, payload []byte) {
 	if l.reply != nil {
 		m.Reply = string(l.reply)
 	}
+	if sub.requests != nil {
+		in.handRequest(sub, l, payload)
+		return
+	}
 	if l.header > 0 {
 		m.Header, _ = nats.DecodeHeadersMsg(payload[:l.header]) // nats.go hands a message with bad headers out as well
 	}
@@ -166,6 +171,26 @@ func (in *incoming) hand(sub *Sub, l line, payload []byte) {
 		lent.Lend()
 	}
 	sub.handler(m, lent)
+}
+
+// handRequest gives in.msg, without its data, to the handler of requests. Its data does not stay in the buffer, because
+// users keep requests.
+func (in *incoming) handRequest(sub *Sub, l line, payload []byte) {
+	m, header := &in.msg, payload[:l.header]
+	if m.Subject == sub.subject {
+		m.Subject = sub.subject
+	} else {
+		m.Subject = strings.Clone(m.Subject) // a wildcard has matched it
+	}
+	if len(header) == 0 {
+		header = nil
+	}
+	if m.Data = payload[l.header:]; in.single {
+		in.single, in.buf, in.start, in.end = false, nil, 0, 0
+	} else {
+		m.Data = bytes.Clone(m.Data)
+	}
+	sub.requests(m, header)
 }
 
 // fill reads more bytes.

@@ -1,6 +1,7 @@
 package tap
 
 import (
+	"reflect"
 	"sync"
 	"sync/atomic"
 
@@ -18,16 +19,23 @@ import (
 // length.
 type Handler func(m *nats.Msg, lent *slab.Slab)
 
+// RequestHandler receives a message of a subscription. It runs as Handler does. header has the bytes of the headers,
+// and is nil if m.Header has them or if there are none. The message and header are valid until RequestHandler returns,
+// the strings and the data in the message for ever.
+type RequestHandler func(m *nats.Msg, header []byte)
+
 // Sub is a subscription with messages that a connection takes out of its stream. It also takes the messages that
 // nats.go delivers, for a connection that is not tapped.
 type Sub struct {
 	dialer  *Dialer
 	nc      *nats.Conn
 	subject string
+	sid     int64 // the number of the subscription if requests is set
 
-	mu      sync.Mutex // held while the handler runs: a new connection may begin before nats.go has delivered all of the old one
-	handler Handler
-	closed  atomic.Bool
+	mu       sync.Mutex // held while the handler runs: a new connection may begin before nats.go has delivered all of the old one
+	handler  Handler
+	requests RequestHandler // instead of handler
+	closed   atomic.Bool
 
 	conn atomic.Pointer[Conn] // that last sent the subscription to the server
 }
@@ -46,9 +54,40 @@ func (d *Dialer) Register(nc *nats.Conn, subject string, h Handler) *Sub {
 	return s
 }
 
-func (d *Dialer) sub(subject []byte) *Sub {
+// NewRequests returns a Sub for a subscription of nc to subject that nats.go is about to make. Its Deliver is the
+// callback of the subscription.
+func (d *Dialer) NewRequests(nc *nats.Conn, subject string, h RequestHandler) *Sub {
+	return &Sub{dialer: d, nc: nc, subject: subject, requests: h}
+}
+
+// Take makes connections take the messages of s, which is the subscription sub of nats.go. Others may have subscribed
+// to the same subject, so its number tells s from theirs. nats.go does not export the number. If it is not found,
+// nats.go goes on delivering the messages.
+func (s *Sub) Take(sub *nats.Subscription) {
+	sid := reflect.ValueOf(sub).Elem().FieldByName("sid")
+	if sid.Kind() != reflect.Int64 {
+		return
+	}
+	d := s.dialer
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	s.sid = sid.Int()
+	if d.requests == nil {
+		d.requests = make(map[int64]*Sub)
+	}
+	d.requests[s.sid] = s
+	if d.latest != nil { // it may have sent the subscription already
+		d.latest.take(s.sid, s)
+	}
+}
+
+// sub returns the subscription that nats.go sends to the server, nil if its messages are not taken.
+func (d *Dialer) sub(subject, queue []byte, sid int64) *Sub {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if s := d.requests[sid]; s != nil || len(queue) > 0 {
+		return s
+	}
 	return d.subs[string(subject)]
 }
 
@@ -58,6 +97,9 @@ func (s *Sub) Close() {
 	d.mu.Lock()
 	if d.subs[s.subject] == s {
 		delete(d.subs, s.subject)
+	}
+	if d.requests[s.sid] == s {
+		delete(d.requests, s.sid)
 	}
 	d.mu.Unlock()
 	s.mu.Lock()
@@ -69,7 +111,11 @@ func (s *Sub) Close() {
 func (s *Sub) Deliver(m *nats.Msg) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.closed.Load() {
+	switch {
+	case s.closed.Load():
+	case s.requests != nil:
+		s.requests(m, nil)
+	default:
 		s.handler(m, nil)
 	}
 }

@@ -562,7 +562,8 @@ func exchange(t *testing.T, c *stream.Client, m *nats.Msg) string {
 
 func TestRequestsArriveAsOverOrdinaryConnections(t *testing.T) {
 	srv := streamtest.Run(t)
-	headerEcho(t, connect(t, srv.URL()), "echo")
+	headerEcho(t, connect(t, srv.URL()), "ordinary.echo")
+	headerEcho(t, connect(t, srv.URL(), fastconn.Enable()), "fast.*")
 	fast := connect(t, srv.URL(), fastconn.Enable())
 	over, ordinary := newClient(t, fast), newClient(t, connect(t, srv.URL()))
 	for name, h := range map[string]nats.Header{
@@ -571,14 +572,19 @@ func TestRequestsArriveAsOverOrdinaryConnections(t *testing.T) {
 		"name with space": {"A B": {"1"}}, "name with colon": {"A:B": {"1"}}, "long": {"A": {strings.Repeat("x", 20_000)}},
 	} {
 		for _, size := range []int{0, 1, 128, 8 << 10, 8<<10 + 1, 100_000} {
-			m := &nats.Msg{Subject: "echo", Header: h, Data: bytes.Repeat([]byte{'d'}, size)}
-			if got, want := exchange(t, over, m), exchange(t, ordinary, m); got != want {
-				t.Errorf("%s, %d bytes: %.200s, over an ordinary connection %.200s", name, size, got, want)
+			m := &nats.Msg{Subject: "ordinary.echo", Header: h, Data: bytes.Repeat([]byte{'d'}, size)}
+			want := exchange(t, ordinary, m)
+			if got := exchange(t, over, m); got != want {
+				t.Errorf("%s, %d bytes, fast client: %.200s, over ordinary connections %.200s", name, size, got, want)
+			}
+			m.Subject = "fast.echo"
+			if got := exchange(t, ordinary, m); got != want {
+				t.Errorf("%s, %d bytes, fast server: %.200s, over ordinary connections %.200s", name, size, got, want)
 			}
 		}
 	}
 	before := fast.Stats().OutMsgs
-	exchange(t, over, &nats.Msg{Subject: "echo", Header: nats.Header{"A": {"1"}}})
+	exchange(t, over, &nats.Msg{Subject: "fast.echo", Header: nats.Header{"A": {"1"}}})
 	if n := fast.Stats().OutMsgs - before; n != 0 {
 		t.Errorf("nats.go sent %d messages of a stream over a fast connection", n)
 	}
@@ -601,5 +607,89 @@ func TestRequestsDoNotOvertakeSubscriptionsOfTheirConnection(t *testing.T) {
 		if got, want := exchange(t, c, &nats.Msg{Subject: subject, Data: []byte{7}}), "map[] 1 [7] <nil>"; got != want {
 			t.Fatalf("request %d: %s, expected %s", i, got, want)
 		}
+	}
+}
+
+func TestRequestsAndSubscriptionsToTheirSubjectShareAConnection(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := connect(t, srv.URL(), fastconn.Enable())
+	server, err := stream.NewServer(stream.ServerParams{Conn: nc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	c := newClient(t, connect(t, srv.URL()))
+	var mu sync.Mutex
+	seen := make(map[string]int)
+	note := func(name string) {
+		mu.Lock()
+		defer mu.Unlock()
+		seen[name]++
+	}
+	// Each plain subscription has the subject of a registration, and some have its queue group.
+	var registrations []*stream.Registration
+	for _, queue := range []string{"", "q", "r"} {
+		plain, err := nc.QueueSubscribe("ask.*", queue, func(m *nats.Msg) { note("plain " + queue) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer plain.Unsubscribe()
+		r, err := server.HandleQueue("ask.*", queue, func(w *stream.Writer, r *stream.Request) error {
+			note("registration " + queue)
+			_, err := w.Write([]byte(r.Subject))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		registrations = append(registrations, r)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	sum := func(names ...string) (n int) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, name := range names {
+			n += seen[name]
+		}
+		return n
+	}
+	const requests = 100
+	ask := func(round int) {
+		t.Helper()
+		for i := range requests {
+			subject := fmt.Sprint("ask.", i)
+			if got, want := exchange(t, c, &nats.Msg{Subject: subject}), fmt.Sprint("map[] ", len(subject), " ", []byte(subject), " <nil>"); got != want {
+				t.Fatalf("request %d: %s, expected %s", i, got, want)
+			}
+		}
+		n := round * requests
+		eventually(t, fmt.Sprintf("all subscriptions have their %d messages", n), func() bool {
+			return sum("plain ") == n && sum("registration ") == n &&
+				sum("plain q", "registration q") == n && sum("plain r", "registration r") == n
+		})
+	}
+	ask(1)
+	// After a reconnect nats.go sends the subscriptions in another order.
+	reconnected := nc.StatusChanged(nats.CONNECTED)
+	if err := nc.ForceReconnect(); err != nil {
+		t.Fatal(err)
+	}
+	<-reconnected
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	ask(2)
+	for _, r := range registrations[1:] {
+		r.Stop()
+	}
+	before := sum("registration q", "registration r")
+	for range requests {
+		exchange(t, c, &nats.Msg{Subject: "ask.again"})
+	}
+	eventually(t, "the plain subscriptions have all messages of their groups", func() bool { return sum("plain q", "plain r") == 6*requests-before })
+	if n := sum("registration q", "registration r"); n != before {
+		t.Errorf("%d requests came to registrations that had stopped", n-before)
 	}
 }
