@@ -10,14 +10,14 @@ import (
 
 // OpenImpls ask a question and get one answer: the library by opening a stream
 // that carries one record and closes, plain NATS by a request.
-func OpenImpls() []Impl {
-	return []Impl{{Name: "stream", OpenPinger: load.OpenOnce}, {Name: "nats", OpenPinger: openRequest}}
-}
+func OpenImpls() []Impl { return exchangeImpls(load.OpenOnce) }
 
 // EchoImpls send a record and get it back: the library over a stream that is
 // open in both directions, plain NATS by a request.
-func EchoImpls() []Impl {
-	return []Impl{{Name: "stream", OpenPinger: load.OpenEcho}, {Name: "nats", OpenPinger: openRequest}}
+func EchoImpls() []Impl { return exchangeImpls(load.OpenEcho) }
+
+func exchangeImpls(open func(load.Dialer, int) (load.Pinger, error)) []Impl {
+	return []Impl{{Name: "stream", OpenPinger: open}, {Name: "fast", OpenPinger: overFast(open)}, {Name: "nats", OpenPinger: openRequest}}
 }
 
 // requestPinger is nats.Request, answered in the subscription's callback.

@@ -115,8 +115,14 @@ func openStreams(e *env, streams int) ([]lane, func(), error) {
 	return lanes, closer, nil
 }
 
+func fastAsker() asker {
+	return asker{"stream, fast", func(e *env) (func([]byte) error, func(), error) {
+		return streamAsker().open(e.with(fastconn.Enable()))
+	}}
+}
+
 func streamAsker() asker {
-	return asker{"stream", func(e *env) (func([]byte) error, func(), error) {
+	return asker{ourName, func(e *env) (func([]byte) error, func(), error) {
 		x, err := newEnds(e, 0, func(w *stream.Writer, r *stream.Request) error {
 			_, err := w.Write(r.Data)
 			return err

@@ -63,7 +63,7 @@ func rivals() []rival {
 }
 
 func askers() []asker {
-	return []asker{streamAsker(), natsAsker(), grpcUnaryAsker(), grpcStreamAsker(), connectAsker()}
+	return []asker{streamAsker(), fastAsker(), natsAsker(), grpcUnaryAsker(), grpcStreamAsker(), connectAsker()}
 }
 
 func holders() []holder {
