@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/bits"
 	"strconv"
+	"strings"
 )
 
 //go:generate go run ./internal/framegen
@@ -356,17 +357,18 @@ func parseOffer(s string, size int) (Token, error) {
 }
 
 // base62Value returns the value of digit c, or 62 if it is none.
-func base62Value(c byte) uint64 {
-	switch {
-	case '0' <= c && c <= '9':
-		return uint64(c - '0')
-	case 'A' <= c && c <= 'Z':
-		return uint64(c-'A') + 10
-	case 'a' <= c && c <= 'z':
-		return uint64(c-'a') + 36
+func base62Value(c byte) uint64 { return uint64(base62Values[c]) }
+
+// base62Values is a table, because branches over the random digits of a token are mispredicted.
+var base62Values = func() (t [256]uint8) {
+	for c := range t {
+		t[c] = uint8(strings.IndexByte(base62Digits, byte(c)))
+		if t[c] > 62 { // IndexByte returned -1
+			t[c] = 62
+		}
 	}
-	return 62
-}
+	return t
+}()
 
 // flagNames joins the names of the bits set in v.
 func flagNames(v uint8, names *[8]string) string {

@@ -291,7 +291,14 @@ func (st *Stream) endWith(part bool, tell CloseError) {
 		s.release(&ending{err: ErrClosed})
 	case s.nobodyReads(): // it left before
 	default:
-		s.endLocally(&ending{kind: endLocal, err: ErrClosed, reset: tell})
+		e := &closedByUser
+		if tell != e.reset {
+			e = &ending{kind: endLocal, err: ErrClosed, reset: tell}
+		}
+		s.endLocally(e)
 		s.leave() // the stream may have ended before, and records that arrived can still be read
 	}
 }
+
+// closedByUser is the end by Close. It is never changed.
+var closedByUser = ending{kind: endLocal, err: ErrClosed, reset: CloseError{Code: CloseCanceled}}
