@@ -102,7 +102,6 @@ func TestContextsHaveEndedIfCallsFail(t *testing.T) {
 				offer, _ := ParseToken(lastToken(consumerSubject(8)))
 				w := ep.newProducer(lifecycle.Handler, ep.ctx, consumerSubject(8), offer, false, minWindow)
 				s := w.session
-				s.ctx = new(lazyContext)
 				ctx := s.ctx.get(ep.ctx)
 				s.end.Store(&ending{kind: endReset, err: &CloseError{Code: CloseCanceled}})
 				if err := call(w); !errors.Is(err, &CloseError{Code: CloseCanceled}) {

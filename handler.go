@@ -60,7 +60,6 @@ type Request struct {
 	Data    []byte      // the data that the consumer gave to Open
 
 	session  *session
-	ctx      *lazyContext
 	with     context.Context // of WithContext; nil without
 	draining <-chan struct{}
 }
@@ -74,7 +73,7 @@ func (r *Request) Context() context.Context {
 	if r.with != nil {
 		return r.with
 	}
-	return r.ctx.get(r.session.recv.parent)
+	return r.session.ctx.get(r.session.recv.parent)
 }
 
 // WithContext returns a copy of r with another context, for interceptors that add values to it; see Interceptors of

@@ -60,7 +60,7 @@ func unopenedStream(ep *endpoint) *session {
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, lifecycle.Consumer, initialPackets, initialWindow)
-	s.stream, s.recv.parent = st, context.Background()
+	s.recv.parent = context.Background()
 	return s
 }
 

@@ -333,7 +333,7 @@ func (s *session) result() error {
 	}
 	err := end.err
 	if s.role == lifecycle.Consumer {
-		if cause := s.stream.ctx.endCause(); cause != nil {
+		if cause := s.ctx.endCause(); cause != nil {
 			err = cause
 		}
 		if err == io.EOF || err == ErrClosed && s.readDone() {

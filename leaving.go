@@ -48,7 +48,7 @@ func (s *session) detach(reason string) bool {
 	}
 	s.recv.readLock.Or(gateUnread)
 	s.leave()
-	s.stream.endContext(ErrClosed)
+	s.endContext(ErrClosed)
 	s.mark(workPackets | workSettle)
 	return true
 }
@@ -135,17 +135,17 @@ func (s *session) release(e *ending) {
 		if e.kind == endPeerDone && s.readDone() {
 			cause = io.EOF // the CLOSE that was read counts, not the RESET after it
 		}
-		s.stream.endContext(cause)
+		s.endContext(cause)
 	}
 }
 
-// endContext ends the stream's context, once.
-func (st *Stream) endContext(cause error) {
-	if !st.ctx.end(cause) {
+// endContext ends the context of a Stream, once.
+func (s *session) endContext(cause error) {
+	if !s.ctx.end(cause) {
 		return
 	}
-	st.session.finished()
-	if w := st.watch.Load(); w != nil {
+	s.finished()
+	if w := s.watch.Load(); w != nil {
 		w.takeBack()
 	}
 }
@@ -159,7 +159,7 @@ type watch struct {
 
 func (w *watch) run() {
 	w.pending.Unlock() // first: later calls use the context, which may run code of the user
-	if !w.session.stream.ctx.ended() {
+	if !w.session.ctx.ended() {
 		w.session.canceled()
 	}
 }

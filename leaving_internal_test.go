@@ -397,7 +397,6 @@ func TestNormalResetByConsumerEndsNormallyIfNothingCanBeLost(t *testing.T) {
 				offer, _ := ParseToken(lastToken(consumerSubject(8)))
 				w := ep.newProducer(lifecycle.Handler, ep.ctx, consumerSubject(8), offer, false, minWindow)
 				s := w.session
-				s.ctx = new(lazyContext)
 				if _, err := w.Write([]byte("x")); err != nil {
 					t.Fatal(err)
 				}

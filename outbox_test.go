@@ -582,7 +582,7 @@ func TestPeersFindSessions(t *testing.T) {
 		case len(all) < 10 || len(all) < 100 && r.IntN(3) == 0:
 			s := &session{out: outboxState{peer: subject()}}
 			if r.IntN(2) == 0 { // a consumer's, which has not heard from its producer
-				s.out.peer, s.out.subject, s.stream = "", subject(), new(Stream)
+				s.out.peer, s.out.subject = "", subject()
 			}
 			p.add(s)
 			all = append(all, s)

@@ -67,8 +67,8 @@ type packer struct {
 // context returns the context of the writers.
 func (pk *packer) context() context.Context {
 	s := pk.session
-	if s.stream != nil {
-		return pk.ctx.get(s.stream.ctx.get(s.recv.parent))
+	if s.role == lifecycle.Consumer {
+		return pk.ctx.get(s.ctx.get(s.recv.parent))
 	}
 	return pk.ctx.get(s.recv.parent)
 }
@@ -79,10 +79,10 @@ func (pk *packer) cancel(cause error) { pk.ctx.end(cause) }
 // canceled returns why the context of the writers has ended, nil before its end. It does not look at the context that
 // the user gave.
 func (pk *packer) canceled() error {
-	if cause := pk.ctx.endCause(); cause != nil || pk.session.stream == nil {
+	if cause := pk.ctx.endCause(); cause != nil || pk.session.role != lifecycle.Consumer {
 		return cause
 	}
-	return pk.session.stream.ctx.endCause()
+	return pk.session.ctx.endCause()
 }
 
 // coalesceLimit returns the size up to which a packet gathers records.

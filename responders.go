@@ -140,7 +140,7 @@ func (r *Responders) Next(ctx context.Context) (*Stream, error) {
 		st, news, err := r.gathering.next()
 		switch {
 		case st != nil:
-			st.heed(st.session.recv.parent)
+			st.session.heed(st.session.recv.parent)
 			return st, nil
 		case err != nil:
 			return nil, err

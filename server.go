@@ -274,7 +274,7 @@ func (s *Server) request(m *nats.Msg, from *Registration) {
 	}
 	h.w = s.ep.newProducer(lifecycle.Handler, ctx, m.Reply, offer, json, window)
 	session := h.w.session
-	h.Subject, h.Header, h.Data, h.draining, h.Request.session, h.Request.ctx = m.Subject, userHeader(m.Header), m.Data, s.draining, session, session.ctx
+	h.Subject, h.Header, h.Data, h.draining, h.Request.session = m.Subject, userHeader(m.Header), m.Data, s.draining, session
 	if req.crossed {
 		session.whereabouts().crossing = &crossing{from: from}
 	}

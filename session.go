@@ -27,11 +27,11 @@ type session struct {
 	bucket       bucket     // the receive half as the mux sees it
 
 	// Set once. These lie apart from the fields that change with each packet.
-	ep     *endpoint
-	token  [TokenSize]byte        // this end's, the last element of its subject. Zero until the session is registered
-	send   atomic.Pointer[sender] // the send half; a consumer's is made when it first writes
-	stream *Stream                // at the consumer's end
-	ctx    *lazyContext           // of the Request
+	ep    *endpoint
+	token [TokenSize]byte        // this end's, the last element of its subject. Zero until the session is registered
+	send  atomic.Pointer[sender] // the send half; a consumer's is made when it first writes
+	watch atomic.Pointer[watch]  // of the context given to Open, nil without
+	ctx   lazyContext            // of the Stream, or of the Request of a handler
 
 	recv receiver // the receive half as its user sees it
 
@@ -73,7 +73,7 @@ func (ep *endpoint) newStream(ctx context.Context, subject string, o *openOption
 	st := new(Stream)
 	s := &st.session
 	s.init(ep, lifecycle.Consumer, initialPackets, window)
-	s.stream, s.recv.parent, s.rawCodec, s.out.subject = st, ctx, codecFlag(o.codec), subject
+	s.recv.parent, s.rawCodec, s.out.subject = ctx, codecFlag(o.codec), subject
 	if o.answered != nil || o.window != 0 {
 		s.prepare(o, ep.largestWindow(o))
 	}
@@ -192,7 +192,7 @@ func (s *session) endContexts(e *ending) {
 	if snd := s.send.Load(); snd != nil {
 		snd.packer.cancel(e.cause())
 	}
-	if s.ctx != nil && e.kind != endComplete {
+	if s.role == lifecycle.Handler && e.kind != endComplete {
 		s.ctx.end(e.cause())
 	}
 	if g := s.gathering(); g != nil && g.request == s {

@@ -5,7 +5,6 @@ import (
 	"io"
 	"iter"
 	"math/bits"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -31,8 +30,6 @@ import (
 //   - The context given to Open ends.
 type Stream struct {
 	session session
-	ctx     lazyContext
-	watch   atomic.Pointer[watch]
 }
 
 // open registers a stream and queues its request for the outbox.
@@ -60,24 +57,24 @@ func (ep *endpoint) open(ctx context.Context, msg *nats.Msg, o openOptions) (*St
 	if o.patience != 0 {
 		s.setPeerTimeout(o.patience)
 	}
-	st.heed(ctx)
+	s.heed(ctx)
 	if o.many != nil {
 		s.gathering().begin()
 	}
 	return st, nil
 }
 
-// heed ends the stream when ctx ends.
-func (st *Stream) heed(ctx context.Context) {
+// heed ends the stream when ctx, which was given to Open, ends.
+func (s *session) heed(ctx context.Context) {
 	if ctx.Done() == nil {
 		return
 	}
-	w := &watch{session: &st.session}
+	w := &watch{session: s}
 	w.pending.Lock()
 	w.stop = context.AfterFunc(ctx, w.run)
-	st.watch.Store(w)
-	// endContext ends st.ctx before it loads watch. So either it finds this watch, or the end is found here.
-	if st.ctx.ended() {
+	s.watch.Store(w)
+	// endContext ends s.ctx before it loads watch. So either it finds this watch, or the end is found here.
+	if s.ctx.ended() {
 		w.takeBack()
 	}
 }
@@ -243,7 +240,7 @@ func (st *Stream) SetPeerTimeout(d time.Duration) { st.session.setPeerTimeout(d)
 // Context returns the context of the stream. The context ends when this end has read the end of the stream and sent all
 // of its own records, when the stream was closed, or when the context given to Open ended. [context.Cause] returns the
 // reason.
-func (st *Stream) Context() context.Context { return st.ctx.get(st.session.recv.parent) }
+func (st *Stream) Context() context.Context { return st.session.ctx.get(st.session.recv.parent) }
 
 // Close ends the stream. Waiting and later calls return [ErrClosed]; a read that has returned the end of the stream
 // returns it again. Records that arrived and were not read are dropped. If the producer has not finished, Close resets

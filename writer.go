@@ -81,7 +81,6 @@ func (c *Client) NewWriter(subject string) *Writer {
 type producer struct {
 	session session
 	Writer
-	request lazyContext // not in the Request, whose data would stay in memory as long as the session
 }
 
 // newProducer makes a producer's end toward subject. Its writes end with ctx. window is the first window for records of
@@ -89,7 +88,6 @@ type producer struct {
 func (ep *endpoint) newProducer(role lifecycle.Role, ctx context.Context, subject string, offer Token, json bool, window uint64) *Writer {
 	p := new(producer)
 	w, s := &p.Writer, &p.session
-	s.ctx = &p.request
 	s.init(ep, role, initialPackets, max(window, minWindow))
 	s.out.state = lifecycle.Start(role, role == lifecycle.Handler && !json)
 	s.bucket.ring.Between.released.Store(window == 0)
