@@ -391,9 +391,10 @@ func (o *outbox) sendCredit(s *session, flags FrameFlags) {
 			break
 		}
 		s.out.deferredUntilPeer |= workGap
-		if l := &s.out.life; l.suspect == 0 { // the packet with the reply subject may be missing as well
-			l.suspect = o.time()
-			o.schedule(s, l.suspect+o.ep.times.Resume)
+		if s.suspect() == 0 { // the packet with the reply subject may be missing as well
+			now := o.time()
+			s.extra().suspect = now
+			o.schedule(s, now+o.ep.times.Resume)
 		}
 	default:
 		o.publishCredit(s, flags, s.bucket.credit())

@@ -196,14 +196,14 @@ func TestCloseWaitsAgainAfterAStandstill(t *testing.T) {
 		}
 		o.park.Wake()   // the outbox notes that CLOSE is held back
 		synctest.Wait() // the outbox sleeps: what it owns is the test's
-		s.out.life.closeAt = ep.now()
-		late := s.out.life.closeAt + int64(2*maxTick) + 1
+		w.sender.unacked.closeAt = ep.now()
+		late := w.sender.unacked.closeAt + int64(2*maxTick) + 1
 		o.checkHeldClose(s, late)
-		if w.closed.Load() || s.out.life.closeAt != late+int64(closeDelay) {
-			t.Errorf("after a late look CLOSE is written: %v, and the next look is at %d", w.closed.Load(), s.out.life.closeAt)
+		if w.closed.Load() || w.sender.unacked.closeAt != late+int64(closeDelay) {
+			t.Errorf("after a late look CLOSE is written: %v, and the next look is at %d", w.closed.Load(), w.sender.unacked.closeAt)
 		}
-		o.checkHeldClose(s, s.out.life.closeAt)
-		if !w.closed.Load() || s.out.life.closeAt != 0 {
+		o.checkHeldClose(s, w.sender.unacked.closeAt)
+		if !w.closed.Load() || w.sender.unacked.closeAt != 0 {
 			t.Error("CLOSE is still held back")
 		}
 	})

@@ -16,6 +16,7 @@ import (
 type extras struct {
 	read, write deadline
 
+	suspect     int64       // since when the peer is suspect, by the outbox's clock; 0 if it is not. The outbox's
 	whereabouts whereabouts // more about the address of a peer in another account, or of one that has to be proved. The outbox's
 
 	// Of the options of Open.

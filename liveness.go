@@ -40,8 +40,6 @@ const (
 type life struct {
 	upSince             int64 // since when the session waits for the connection, and when its request was published, by the endpoint's time
 	heard, sent, pinged int64
-	suspect             int64  // since when the peer is suspect
-	closeAt             int64  // when a CLOSE that is held back for a handler's result is published, by the endpoint's time
 	took                uint32 // which of this end's connections in turn took the request, from 1 on, or tookLost
 	pings               int16  // since the peer was heard, at most math.MaxInt16
 	asks                int16  // that were answered or may be, since something was sent, at most math.MaxInt16
@@ -143,7 +141,10 @@ func (o *outbox) answered(s *session) {
 			o.askNext(p, p.pays(trip, o.ep.times.Ack))
 		}
 	}
-	l.pings, l.suspect = 0, 0
+	l.pings = 0
+	if x := s.extras.Load(); x != nil {
+		x.suspect = 0
+	}
 }
 
 // resume records that the connection is up again. Called by the watcher.
@@ -280,19 +281,20 @@ func (o *outbox) check(s *session, now int64) {
 // checkHeldClose publishes a CLOSE that was held back for closeDelay, because the handler has not returned. A late
 // check shows that the process stood still, and its handlers with it. The handler then gets closeDelay again.
 func (o *outbox) checkHeldClose(s *session, now int64) {
-	l := &s.out.life
-	late := now - l.closeAt
-	switch {
-	case l.closeAt == 0:
-		return
-	case late > int64(2*maxTick):
-		l.closeAt = now + int64(closeDelay)
-	case late >= 0:
-		l.closeAt = 0
-		s.send.Load().packer.publishHeld()
+	snd := s.send.Load()
+	if snd == nil || snd.unacked.closeAt == 0 {
 		return
 	}
-	o.lookAt(s, l.closeAt)
+	q := &snd.unacked
+	switch late := now - q.closeAt; {
+	case late > int64(2*maxTick):
+		q.closeAt = now + int64(closeDelay)
+	case late >= 0:
+		q.closeAt = 0
+		snd.packer.publishHeld()
+		return
+	}
+	o.lookAt(s, q.closeAt)
 }
 
 // noteArrivals records the signs of life that do not pass through the outbox: packets that the reader took, at the time
@@ -333,7 +335,7 @@ func (o *outbox) facts(s *session, now int64) liveness.Facts {
 	f := liveness.Facts{
 		Now: now, Times: &o.streamTimes, Repeat: o.repeat, Patience: s.ownPatience(), Jitter: jitter(o.streamTimes.KeepAlive),
 		Born: o.clock.At(l.upSince), Heard: l.heard, Sent: l.sent, Pinged: l.pinged,
-		Suspect: l.suspect, Resumed: o.clock.Resumed(),
+		Suspect: s.suspect(), Resumed: o.clock.Resumed(),
 		Pings: int32(l.pings), Asks: int32(l.asks),
 		Ending: s.end.Load() != nil, Consumer: s.role == lifecycle.Consumer, Registered: s.registered(),
 		Received: l.seen != 0, NoPeer: s.role == lifecycle.Consumer && s.out.peer == "" || s.peerTakesJSON(),
@@ -410,11 +412,19 @@ func (o *outbox) lingers(q *unackedPackets, now int64) bool {
 // scarce reports whether half of what may be kept for all peers is in use.
 func (o *outbox) scarce() bool { return o.ep.kept.Load() > o.ep.budget/2 }
 
+// suspect returns since when the peer of s is suspect, 0 if it is not.
+func (s *session) suspect() int64 {
+	if x := s.extras.Load(); x != nil {
+		return x.suspect
+	}
+	return 0
+}
+
 // ping asks the peer for a CREDIT.
 func (o *outbox) ping(s *session) {
 	l := &s.out.life
-	if l.pings >= liveness.SuspectPings && l.suspect == 0 {
-		l.suspect = o.time()
+	if l.pings >= liveness.SuspectPings && s.suspect() == 0 {
+		s.extra().suspect = o.time()
 	}
 	if l.pings == 0 {
 		o.asking++

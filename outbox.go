@@ -405,8 +405,9 @@ func (o *outbox) publishRequest(s *session) bool {
 // takeNews records the work that the users of both halves and the mux marked for s.
 func (o *outbox) takeNews(s *session, work uint32) {
 	if work&workClose != 0 {
-		s.out.life.closeAt = o.ep.now() + int64(closeDelay)
-		o.lookAt(s, s.out.life.closeAt)
+		q := &s.send.Load().unacked
+		q.closeAt = o.ep.now() + int64(closeDelay)
+		o.lookAt(s, q.closeAt)
 	}
 	if work&workBind != 0 {
 		o.bind(s)

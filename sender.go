@@ -39,6 +39,8 @@ type unackedPackets struct {
 
 	refused bool // the peer has no room: the outbox publishes nothing before a CREDIT that reports room
 
+	closeAt int64 // when a CLOSE that is held back for a handler's result is published, by the endpoint's time; 0 if none is
+
 	// By the outbox's clock, 0 before CLOSE was published.
 	closeSent int64 // when CLOSE was published
 	closed    int64 // when CLOSE was published, or a packet was last acknowledged after that
