@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -397,6 +398,12 @@ func hasClose(data []byte) bool {
 	return false
 }
 
+// mostlyNow returns a function for [fake.Conn.Now] that refuses every eighth message.
+func mostlyNow() func(string, []byte) (sent, rest bool) {
+	var n atomic.Int64
+	return func(string, []byte) (sent, rest bool) { return n.Add(1)%8 != 0, false }
+}
+
 // newMemoryPair makes a pair. It must be called in a bubble, and closed before the bubble ends.
 func newMemoryPair(p ClientParams) (*memoryPair, error) {
 	p, err := p.withDefaults()
@@ -405,6 +412,9 @@ func newMemoryPair(p ClientParams) (*memoryPair, error) {
 	}
 	m := &memoryPair{bus: new(fake.Bus), times: p}
 	m.conn, m.back = m.sent.of(m.bus.Connect("client")), m.sentBack.of(m.bus.Connect("server"))
+	if os.Getenv("STREAMTEST_CONNECTIONS") == "fast" {
+		m.conn.Now, m.back.Now = mostlyNow(), mostlyNow()
+	}
 	ep, err := newEndpoint(m.conn, "", p)
 	if err != nil {
 		return nil, err

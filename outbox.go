@@ -22,6 +22,8 @@ import (
 // caller's context must be able to end the caller's wait. The outbox serves sessions in turn, one packet a turn, so a
 // busy stream delays another one by one packet.
 //
+// If the outbox sleeps, a writer may publish a packet in its place, on a fast connection; see visit.go.
+//
 // Any goroutine may call doLater. The goroutine that closes the endpoint, and the watcher, may call finish. newEndpoint
 // calls init before the outbox starts. queue.go describes the queue of marked sessions.
 type outbox struct {
@@ -50,7 +52,9 @@ type outbox struct {
 	told     chan struct{} // closed after leaving, when every producer was reset
 	done     chan struct{}
 
-	// Owned by the goroutine of the outbox.
+	// Owned by the goroutine of the outbox, or by a visitor while that sleeps.
+	slept          int64 // when the outbox last had nothing left to do, by the endpoint's time
+	visits         visits
 	peers          peers
 	lines          lines
 	waitingUntilUp []*session           // sessions with deferred work, while the connection is down
@@ -163,8 +167,8 @@ func (o *outbox) run() {
 		if stopping {
 			return
 		}
-		o.park.Announce()
-		if o.idle() {
+		o.slept = o.ep.now()
+		if o.announce() {
 			o.park.Wait()
 			o.yield()
 		} else {
@@ -203,9 +207,13 @@ func (o *outbox) endRest() {
 	}
 }
 
-func (o *outbox) idle() bool {
+// announce announces that the outbox is about to sleep, and reports whether it has no work. From the announcement on, a
+// visitor may own the fields of the outbox, so they are read before.
+func (o *outbox) announce() (idle bool) {
+	held, sawLeaving := len(o.waitingUntilUp) > 0, o.sawLeaving
+	o.park.Announce()
 	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.hellos.due.Load() && !o.hasOutOfStream() && !o.stopping.Load() &&
-		o.leaving.Load() == o.sawLeaving && (len(o.waitingUntilUp) == 0 || !o.up.Load())
+		o.leaving.Load() == sawLeaving && (!held || !o.up.Load())
 }
 
 // finish lets the outbox finish all marked work, and returns when that is done.

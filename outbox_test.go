@@ -21,6 +21,7 @@ import (
 
 	"github.com/natsstream/stream/internal/jsonwire"
 	"github.com/natsstream/stream/internal/lifecycle"
+	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
 	"github.com/natsstream/stream/internal/poison"
 	"github.com/natsstream/stream/internal/race"
@@ -1016,5 +1017,177 @@ func TestPaddingHeedsMaxPayload(t *testing.T) {
 				t.Errorf("max_payload %d, shrunk late: %v: a packet of %d bytes with records of %d, padding of %d", max, late, len(m.Data), lengths, len(padding))
 			}
 		}
+	}
+}
+
+// A record that is written while the outbox sleeps is published by the goroutine that writes it. If the connection does
+// not take it at once, the outbox publishes it.
+func TestWriterPublishesWhileTheOutboxSleeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		got := make(chan string, 1)
+		m.handle(t, "x", func(_ *Writer, r *Request) error {
+			for {
+				p, err := r.Recv()
+				if err != nil {
+					return nil // the end, which the test looks at
+				}
+				got <- string(p)
+			}
+		})
+		var takes, writing bool // not atomic: this goroutine publishes itself
+		direct := 0
+		m.conn.Now = func(string, []byte) (sent, rest bool) {
+			if !writing {
+				t.Error("another goroutine than the writer's published")
+			}
+			direct++
+			return takes, false
+		}
+		st := m.open(t, "x")
+		write := func(record string) {
+			t.Helper()
+			time.Sleep(time.Millisecond) // the outbox sleeps
+			writing = true
+			if _, err := st.Write([]byte(record)); err != nil {
+				t.Fatal(err)
+			}
+			writing = false
+			if p := <-got; p != record {
+				t.Fatalf("got %q, want %q", p, record)
+			}
+		}
+		write("first") // by the outbox, because it also says where this end receives
+		write(strings.Repeat("x", 1000))
+		for i, now := range []bool{true, true, false, true, false, false, true} {
+			takes, direct = now, 0
+			write(fmt.Sprint("record ", i))
+			if direct != 1 {
+				t.Errorf("record %d was published %d times by its writer", i, direct)
+			}
+		}
+		direct = 0
+		write(strings.Repeat("x", natsconn.MostNow))
+		if direct != 0 {
+			t.Error("a record that is too large for it was published at once")
+		}
+		finish(t, []*Stream{st})
+	})
+}
+
+// Writers that publish in the place of the outbox and the outbox itself lose nothing, in whatever order they come, and
+// the race detector finds none of them beside another.
+func TestWritersAndTheOutboxTakeTurns(t *testing.T) {
+	streams, records := 8, 1000
+	if testing.Short() {
+		records /= 10
+	}
+	synctest.Test(t, func(t *testing.T) {
+		m := memoryTest(t, ClientParams{})
+		m.handle(t, "echo", func(w *Writer, r *Request) error {
+			for {
+				p, err := r.Recv()
+				if err == io.EOF {
+					return nil
+				}
+				if err == nil {
+					_, err = w.Write(p)
+				}
+				if err != nil {
+					return err
+				}
+			}
+		})
+		var number, direct atomic.Int64
+		now := func(string, []byte) (sent, rest bool) {
+			sent = number.Add(1)%4 != 0
+			if sent {
+				direct.Add(1)
+			}
+			return sent, sent && number.Load()%8 == 1
+		}
+		m.conn.Now, m.back.Now = now, now
+		var messages atomic.Int64
+		m.bus.SetFilter(func(_, _ *fake.Conn, msg *nats.Msg) bool { return !isSequenced(msg.Data) || messages.Add(1)%50 != 0 })
+		var all sync.WaitGroup
+		for i := range streams {
+			st := m.open(t, "echo")
+			all.Go(func() {
+				random := rand.New(rand.NewPCG(1, uint64(i)))
+				for n := range records {
+					if _, err := st.Write(binary.BigEndian.AppendUint32(nil, uint32(n))); err != nil {
+						t.Errorf("stream %d: Write: %v", i, err)
+						return
+					}
+					time.Sleep(time.Duration(random.IntN(200)) * time.Microsecond)
+				}
+				if err := st.CloseSend(); err != nil {
+					t.Errorf("stream %d: CloseSend: %v", i, err)
+				}
+			})
+			all.Go(func() {
+				n := uint32(0)
+				for ; ; n++ {
+					p, err := st.Recv()
+					if err == io.EOF {
+						break
+					}
+					if err != nil || len(p) != 4 || binary.BigEndian.Uint32(p) != n {
+						t.Errorf("stream %d: record %d is %x, %v", i, n, p, err)
+						return
+					}
+				}
+				if n != uint32(records) {
+					t.Errorf("stream %d: %d records, want %d", i, n, records)
+				}
+			})
+		}
+		all.Wait()
+		if direct.Load() < int64(streams*records/10) {
+			t.Errorf("writers published %d packets themselves", direct.Load())
+		}
+	})
+}
+
+// A visit needs a pause. After visits that no pause follows, ever more pauses pass without one, and visits that pauses
+// follow make up for them.
+func TestVisitsFollowPauses(t *testing.T) {
+	const pause, none = visitPause, visitPause - 1
+	for name, test := range map[string]struct {
+		idle []int64 // before each record
+		want string  // x for a visit
+	}{
+		"one record at a time":       {[]int64{pause, pause, pause, pause}, "xxxx"},
+		"no pauses":                  {[]int64{none, none, none}, "---"},
+		"a pause among many":         {[]int64{none, pause, none, none, none}, "-x---"},
+		"a mistake":                  {[]int64{pause, none, pause, pause, pause}, "x--xx"},
+		"two mistakes":               {[]int64{pause, none, pause, pause, none, pause, pause, pause, pause}, "x--x----x"},
+		"a mistake that is forgiven": {[]int64{pause, none, pause, pause, pause, none, pause, pause}, "x--xx--x"},
+	} {
+		var v visits
+		got := ""
+		for _, idle := range test.idle {
+			if v.due(idle) {
+				v.judge = true
+				got += "x"
+			} else {
+				got += "-"
+			}
+		}
+		if got != test.want {
+			t.Errorf("%s: %s, want %s", name, got, test.want)
+		}
+	}
+	var v visits
+	n := 0
+	for range 10_000 {
+		if v.due(pause) {
+			v.judge = true
+			n++
+			v.due(none)
+		}
+	}
+	if n > 200 {
+		t.Errorf("%d visits in 10,000 pauses of a stream that writes on after each", n)
 	}
 }

@@ -13,8 +13,8 @@ import (
 )
 
 // sender is the outbox's half of a send half. It publishes sealed packets, keeps them until they are acknowledged, and
-// returns them to the pool. The outbox runs all of it. Other goroutines read only the atomic fields, and the fields
-// that are set once.
+// returns them to the pool. The outbox runs all of it, or a visitor (see visit.go). Other goroutines read only the
+// atomic fields, and the fields that are set once.
 type sender struct {
 	unacked   unackedPackets
 	published atomic.Uint32 // unacked.Next, for Flush
@@ -103,12 +103,26 @@ func (snd *sender) publishNext() progress {
 	if err != nil {
 		return snd.publishFailed(p, err)
 	}
+	snd.sent(p, retry)
+	if s.role == lifecycle.Consumer && q.Next() == 1 && s.bucket.ring.Pushed() > 0 {
+		s.mark(workProbe) // the end of the stream may have arrived already: then the producer reads no records
+	}
+	if last {
+		pk.cancel(ErrClosed)
+		return closePublished
+	}
+	return packetPublished
+}
+
+// sent records that the new packet p was published, or put in an envelope. retry is that of notePublished.
+func (snd *sender) sent(p *packet, retry bool) {
+	s, q := snd.session, &snd.unacked
 	s.ep.counters.sent(len(p.buf))
 	if s.ep.observer != nil && p.through.records != 0 {
 		s.observeFirst()
 	}
 	s.out.life.sent, s.out.life.asks = s.ep.clock.Load(), 0
-	if json {
+	if s.peerTakesJSON() {
 		snd.sentJSON(p)
 	} else {
 		q.Push(p)
@@ -118,14 +132,6 @@ func (snd *sender) publishNext() progress {
 	if p.enveloped == 0 { // otherwise it is published with its envelope
 		snd.notePublished(retry)
 	}
-	if s.role == lifecycle.Consumer && q.Next() == 1 && s.bucket.ring.Pushed() > 0 {
-		s.mark(workProbe) // the end of the stream may have arrived already: then the producer reads no records
-	}
-	if last {
-		pk.cancel(ErrClosed)
-		return closePublished
-	}
-	return packetPublished
 }
 
 // notePublished wakes the writers that wait for the packet that was published last. retry reports whether an earlier

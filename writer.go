@@ -178,7 +178,7 @@ func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 	}
 	w.queued = true
 	w.mu.Unlock()
-	w.session.mark(workPackets)
+	w.session.markWritten(len(p))
 	return len(p), nil
 }
 
@@ -192,7 +192,7 @@ func (w *Writer) writeSlow(p []byte, flags FrameFlags) (int, error) {
 	w.queued = true
 	w.mu.Unlock()
 	if mark { // after the lock, which the outbox is about to take
-		w.session.mark(workPackets)
+		w.session.markWritten(len(p))
 	}
 	return len(p), nil
 }

@@ -22,6 +22,12 @@ type Conn interface {
 	Publish(subject, reply string, data []byte) error
 	// Push sends the published messages that wait. It blocks as Publish does.
 	Push()
+	// TakesNow reports whether PublishNow could send a message: the connection is fast, over plain TCP, and no message
+	// waits for it. PublishNow sends data to subject if it can do so without waiting, and reports whether it did. If it
+	// also reports rest, a part of the message waits for Push. Any goroutine may call both. They take no lock that is
+	// held while the connection takes no bytes.
+	TakesNow() bool
+	PublishNow(subject string, data []byte) (sent, rest bool)
 	// PublishMsg sends a message with headers. It blocks as Publish does.
 	PublishMsg(m *nats.Msg) error
 	// Subscribe calls f for one message after the other until unsubscribe has returned. unsubscribe first waits until f
@@ -49,6 +55,9 @@ type Conn interface {
 	MaxPayload() int64
 }
 
+// MostNow is the size of the longest message for PublishNow, in bytes.
+const MostNow = tap.MostNow
+
 // Inbox is a subscription that SubscribeInbox made. Unsubscribe is that of Subscribe. Fast reports whether its messages
 // take the fast way now.
 type Inbox struct {
@@ -64,6 +73,13 @@ type fastConn struct {
 	conn
 	dialer *tap.Dialer
 	inbox  atomic.Pointer[tap.Sub] // the last one
+	proven atomic.Pointer[proven]  // by the last message that Publish wrote; nil before
+}
+
+// proven is a connection for PublishNow. A reconnect leads to another connection, to a server that may take less.
+type proven struct {
+	conn       *tap.Conn
+	maxPayload int64
 }
 
 // New returns the Conn that is nc.
@@ -102,9 +118,14 @@ func (c conn) Publish(subject, reply string, data []byte) error {
 // may overtake messages that nats.go buffers. Messages of the fallback have no numbers: they all go through nats.go,
 // which keeps their order.
 func (c *fastConn) Publish(subject, reply string, data []byte) error {
-	packet := len(data) > 0 && data[0] == packetMagic
-	if t := c.tapped(); packet && t != nil && int64(len(data)) <= c.nc.MaxPayload() && CheckSubjects(len(subject)+len(reply)) == nil && t.Publish(subject, reply, nil, data) {
-		return nil
+	if t := c.tapped(); t != nil && len(data) > 0 && data[0] == packetMagic {
+		most := c.nc.MaxPayload() // of the server that t leads to, or of a later one
+		if int64(len(data)) <= most && CheckSubjects(len(subject)+len(reply)) == nil && t.Publish(subject, reply, nil, data) {
+			if p := c.proven.Load(); p == nil || p.conn != t || p.maxPayload != most {
+				c.proven.Store(&proven{t, most})
+			}
+			return nil
+		}
 	}
 	return c.conn.Publish(subject, reply, data)
 }
@@ -137,8 +158,28 @@ func (c *fastConn) tapped() *tap.Conn {
 	return nil
 }
 
+func (c *fastConn) TakesNow() bool {
+	p := c.proven.Load()
+	return p != nil && p.conn == c.tapped() && p.conn.TakesNow()
+}
+
+// PublishNow uses only a connection over which Publish has written a message: Publish has asked nats.go how much the
+// server takes, and a lock of nats.go keeps PublishNow from asking.
+func (c *fastConn) PublishNow(subject string, data []byte) (sent, rest bool) {
+	p := c.proven.Load()
+	if p == nil || p.conn != c.tapped() || int64(len(data)) > p.maxPayload || CheckSubjects(len(subject)) != nil {
+		return false, false
+	}
+	return p.conn.PublishNow(subject, data)
+}
+
 // Push does nothing: the flusher of nats.go sends soon.
 func (c conn) Push() {}
+
+// TakesNow reports false: nats.go hands each message to its flusher, and may wait for a lock before.
+func (c conn) TakesNow() bool { return false }
+
+func (c conn) PublishNow(string, []byte) (sent, rest bool) { return false, false }
 
 func (c conn) PublishMsg(m *nats.Msg) error { return c.nc.PublishMsg(m) }
 

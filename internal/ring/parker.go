@@ -7,8 +7,8 @@ import "sync/atomic"
 // first makes its work visible and then calls Wake. Go's atomics are sequentially consistent, so at least one side sees
 // the other: either the sleeper finds the work, or the waker finds the announcement.
 //
-// One goroutine at a time may be the sleeper, and call Announce, Retract and Wait. Any number may call Wake at the same
-// time. The zero Parker is ready for use. It allocates with the first Announce: many streams have readers that never
+// One goroutine at a time may be the sleeper, and call Announce, Retract and Wait. Any number may call Wake and Take at
+// the same time. The zero Parker is ready for use. It allocates with the first Announce: many streams have readers that never
 // sleep.
 type Parker struct {
 	asleep atomic.Uint32 // 1 from Announce until the sleeper retracts or a waker takes it back
@@ -37,7 +37,16 @@ func (p *Parker) Wait() { <-p.signal }
 
 // Wake wakes the sleeper if one has announced itself. It never blocks, and costs one atomic load if there is none.
 func (p *Parker) Wake() {
-	if p.asleep.Load() == 1 && p.asleep.CompareAndSwap(1, 0) {
-		p.signal <- struct{}{}
+	if p.Take() {
+		p.Signal()
 	}
 }
+
+// Take takes the announcement of a sleeper, and reports whether there was one. The sleeper then sleeps until the caller
+// wakes it with Signal. Instead of that, the caller may do the work of the sleeper, with all that the sleeper owns, and
+// then act as a sleeper does: it calls Announce, looks for work a last time, and calls Wake if there is some. Only one
+// caller at a time has the announcement, and sees all that the sleeper and earlier callers have done.
+func (p *Parker) Take() bool { return p.asleep.Load() == 1 && p.asleep.CompareAndSwap(1, 0) }
+
+// Signal wakes the sleeper after Take. It never blocks.
+func (p *Parker) Signal() { p.signal <- struct{}{} }

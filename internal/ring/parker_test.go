@@ -103,3 +103,67 @@ func TestParkerDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// TestParkerIsReplaced: wakers either wake the sleeper or do its work. Only one of them at a time, or the sleeper, has
+// what the sleeper owns: the race detector would see two. No work is left.
+func TestParkerIsReplaced(t *testing.T) {
+	const wakers = 4
+	rounds := 100_000
+	if testing.Short() {
+		rounds /= 10
+	}
+	var p Parker
+	var work, stop atomic.Int64
+	var owned, replaced int64 // by the sleeper, or who does its work
+	var wg sync.WaitGroup
+	for i := range wakers {
+		wg.Go(func() {
+			for n := range rounds {
+				work.Add(1)
+				switch {
+				case !p.Take():
+				case (n+i)%3 == 0:
+					p.Signal()
+				default:
+					got := work.Swap(0)
+					owned += got
+					replaced += got
+					p.Announce()
+					if work.Load() != 0 || stop.Load() != 0 {
+						p.Wake()
+					}
+				}
+				if n%(10+i) == 0 {
+					runtime.Gosched()
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			owned += work.Swap(0)
+			if stop.Load() != 0 && work.Load() == 0 {
+				return
+			}
+			p.Announce()
+			if work.Load() == 0 && stop.Load() == 0 {
+				p.Wait()
+			} else {
+				p.Retract()
+			}
+		}
+	}()
+	wg.Wait()
+	stop.Store(1)
+	p.Wake()
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		t.Fatal("the sleeper was not woken")
+	}
+	if want := int64(wakers * rounds); owned != want || replaced == 0 {
+		t.Errorf("%d pieces of work, want %d; %d by others than the sleeper", owned, want, replaced)
+	}
+}

@@ -29,6 +29,7 @@ type takenSub struct {
 func newConn(d *Dialer, raw net.Conn, read []byte) *Conn {
 	c := &Conn{Conn: raw, dialer: d}
 	c.in.init(c, read)
+	c.out.now.init(raw)
 	d.mu.Lock()
 	d.latest = c
 	d.mu.Unlock()

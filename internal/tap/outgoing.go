@@ -11,8 +11,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file publishes messages between the commands of nats.go. The goroutine that publishes and nats.go's writers run
-// it, with outgoing.mu held.
+// This file publishes messages between the commands of nats.go. The outbox, a writer that publishes in its place, and
+// nats.go's writers run it, with outgoing.mu held.
 
 // outgoing is the send side of a connection.
 type outgoing struct {
@@ -21,6 +21,7 @@ type outgoing struct {
 	buf      []byte     // published and not sent
 	waiting  atomic.Bool
 	failed   bool
+	now      now // set once
 
 	vector  [3][]byte // of one write
 	buffers net.Buffers
@@ -46,6 +47,22 @@ func (c *Conn) Publish(subject, reply string, header nats.Header, data []byte) b
 	if o.failed || c.closed.Load() || !o.commands.boundary() {
 		return false
 	}
+	o.commandLocked(subject, reply, head, head+len(data))
+	o.buf = appendHeader(o.buf, header)
+	if len(data) > copied {
+		c.sendLocked(data)
+		return true
+	}
+	o.dataLocked(data)
+	o.waiting.Store(true)
+	if len(o.buf) >= sendSize {
+		c.sendLocked(nil)
+	}
+	return true
+}
+
+// commandLocked appends the command for a message of n bytes, of which head are its headers. The message follows it.
+func (o *outgoing) commandLocked(subject, reply string, head, n int) {
 	b := o.buf
 	if head > 0 {
 		b = append(b, 'H')
@@ -61,21 +78,8 @@ func (c *Conn) Publish(subject, reply string, header nats.Header, data []byte) b
 		b = strconv.AppendInt(b, int64(head), 10)
 		b = append(b, ' ')
 	}
-	b = strconv.AppendInt(b, int64(head+len(data)), 10)
-	b = append(b, crlf...)
-	b = appendHeader(b, header)
-	if len(data) > copied {
-		o.buf = b
-		c.sendLocked(data)
-		return true
-	}
-	b = append(b, data...)
+	b = strconv.AppendInt(b, int64(n), 10)
 	o.buf = append(b, crlf...)
-	o.waiting.Store(true)
-	if len(o.buf) >= sendSize {
-		c.sendLocked(nil)
-	}
-	return true
 }
 
 const (
@@ -117,6 +121,48 @@ func appendHeader(b []byte, h nats.Header) []byte {
 	}
 	return append(b, crlf...)
 }
+
+func (o *outgoing) dataLocked(data []byte) {
+	o.buf = append(append(o.buf, data...), crlf...)
+}
+
+// TakesNow reports whether PublishNow can send over this connection, and no message waits for Push.
+func (c *Conn) TakesNow() bool {
+	return c.out.now.possible() && !c.out.waiting.Load() && !c.closed.Load()
+}
+
+// PublishNow sends a message of at most MostNow bytes without waiting: not for a lock, and not for the network. It
+// reports whether it did. If the network takes a part only, PublishNow reports rest, and the rest waits for Push, more
+// messages or a command of nats.go.
+func (c *Conn) PublishNow(subject string, data []byte) (sent, rest bool) {
+	o := &c.out
+	if !o.now.possible() || len(data) > MostNow || !plain(subject) || !o.mu.TryLock() {
+		return false, false
+	}
+	defer o.mu.Unlock()
+	if o.failed || o.commands.opaque {
+		o.now.off.Store(true)
+	}
+	if o.failed || c.closed.Load() || !o.commands.boundary() || len(o.buf) > 0 {
+		return false, false
+	}
+	o.commandLocked(subject, "", 0, len(data))
+	o.dataLocked(data)
+	n := o.now.write(o.buf)
+	if n == 0 {
+		o.buf = o.buf[:0]
+		return false, false
+	}
+	o.buf = o.buf[:copy(o.buf, o.buf[n:])]
+	if rest = len(o.buf) > 0; rest {
+		o.waiting.Store(true)
+	}
+	return true, rest
+}
+
+// MostNow is the size of the longest message for PublishNow, in bytes. The send buffer of a connection that takes bytes
+// at all has room for as much in most cases.
+const MostNow = 4 << 10
 
 // plain reports whether a subject breaks no command. nats.go refuses others.
 func plain(subject string) bool {

@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -692,4 +693,87 @@ func TestRequestsAndSubscriptionsToTheirSubjectShareAConnection(t *testing.T) {
 	if n := sum("registration q", "registration r"); n != before {
 		t.Errorf("%d requests came to registrations that had stopped", n-before)
 	}
+}
+
+// Goroutines that write with pauses publish their records themselves at times. They do so beside the commands of
+// nats.go, the outbox and each other. Nothing is lost or torn.
+func TestPausesOfManyWriters(t *testing.T) {
+	const writers = 3
+	records := 600
+	if testing.Short() {
+		records /= 3
+	}
+	srv := streamtest.Run(t)
+	nc := connect(t, srv.URL(), fastconn.Enable())
+	newServer(t, nc, "echo")
+	client := newClient(t, nc)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	var all sync.WaitGroup
+	defer all.Wait()
+	var plain atomic.Int64
+	if _, err := nc.Subscribe("plain", func(m *nats.Msg) {
+		if len(m.Data) == 100 {
+			plain.Add(1)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 6 {
+		st, err := client.Open(ctx, "echo", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var writing sync.WaitGroup
+		for writer := range writers {
+			random := mathrand.New(mathrand.NewPCG(uint64(i), uint64(writer)))
+			writing.Go(func() {
+				for n := range records {
+					record := make([]byte, 8+random.IntN(2000))
+					binary.BigEndian.PutUint32(record, uint32(writer))
+					binary.BigEndian.PutUint32(record[4:], uint32(n))
+					if _, err := st.Write(record); err != nil {
+						t.Errorf("Write: %v", err)
+						return
+					}
+					if n%10 == 0 {
+						if err := nc.Publish("plain", make([]byte, 100)); err != nil {
+							t.Error(err)
+						}
+					}
+					time.Sleep(time.Duration(random.IntN(300)) * time.Microsecond)
+				}
+			})
+		}
+		all.Go(func() {
+			writing.Wait()
+			if err := st.CloseSend(); err != nil {
+				t.Errorf("CloseSend: %v", err)
+			}
+		})
+		all.Go(func() {
+			var next [writers]uint32
+			for {
+				p, err := st.Recv()
+				if err == io.EOF {
+					break
+				}
+				if err != nil || len(p) < 8 {
+					t.Errorf("Recv: %d bytes, %v", len(p), err)
+					return
+				}
+				writer, n := binary.BigEndian.Uint32(p), binary.BigEndian.Uint32(p[4:])
+				if writer >= writers || n != next[writer] {
+					t.Errorf("record %d of writer %d, want %d", n, writer, next)
+					return
+				}
+				next[writer]++
+			}
+			if next != [writers]uint32{uint32(records), uint32(records), uint32(records)} {
+				t.Errorf("records of the writers: %d, want %d of each", next, records)
+			}
+		})
+	}
+	all.Wait()
+	eventually(t, "all other messages have arrived", func() bool { return plain.Load() == int64(6*writers*(records/10)) })
 }

@@ -11,7 +11,9 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/fastconn"
 	"github.com/natsstream/stream/internal/natsconn"
+	"github.com/natsstream/stream/internal/slab"
 	"github.com/natsstream/stream/streamtest"
 )
 
@@ -169,4 +171,72 @@ func TestStatusChanges(t *testing.T) {
 	receive(t, "the end of the connection", closed)
 	stop()
 	wait.Wait()
+}
+
+// A message is sent at once only over a connection that has carried a packet: only then nats.go was asked how much the
+// server takes. After a reconnect to a server that takes less, a larger message would close the connection for good.
+func TestMessagesAreSentAtOnceOverProvenConnections(t *testing.T) {
+	large, small := streamtest.Run(t), streamtest.Run(t, streamtest.WithMaxPayload(1000))
+	nc, err := nats.Connect(large.URL()+","+small.URL(), nats.DontRandomize(), nats.MaxReconnects(-1), nats.ReconnectWait(time.Millisecond), fastconn.Enable())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	conn := natsconn.New(nc)
+	got := make(chan int, 10)
+	inbox, err := conn.SubscribeInbox("inbox.*", func(m *nats.Msg, lent *slab.Slab) {
+		got <- len(m.Data)
+		lent.Release()
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer inbox.Unsubscribe()
+	packet := func(n int) []byte { return append([]byte{0xF5}, make([]byte, n-1)...) }
+	prove := func(n int) {
+		t.Helper()
+		if conn.TakesNow() {
+			t.Error("a connection that has carried no packet takes one at once")
+		}
+		if sent, _ := conn.PublishNow("inbox.a", packet(n)); sent {
+			t.Error("a packet was sent over a connection that has carried none")
+		}
+		if err := conn.Publish("inbox.a", "", packet(n)); err != nil {
+			t.Fatal(err)
+		}
+		conn.Push()
+		if size := receive(t, "a packet", got); size != n {
+			t.Errorf("%d bytes arrived, want %d", size, n)
+		}
+		if !conn.TakesNow() {
+			t.Fatal("a connection that has carried a packet takes none at once")
+		}
+		if sent, rest := conn.PublishNow("inbox.a", packet(n+1)); !sent || rest {
+			t.Errorf("sent %v, rest %v", sent, rest)
+		}
+		if size := receive(t, "a packet that was sent at once", got); size != n+1 {
+			t.Errorf("%d bytes arrived, want %d", size, n+1)
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	prove(2000)
+	for nc.ConnectedUrl() != small.URL() {
+		if err := nc.ForceReconnect(); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(patience); !nc.IsConnected(); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("no reconnect")
+			}
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	prove(500)
+	if sent, _ := conn.PublishNow("inbox.a", packet(1001)); sent {
+		t.Error("a packet was sent that is larger than the server takes")
+	}
 }

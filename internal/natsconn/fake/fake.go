@@ -74,6 +74,9 @@ type Conn struct {
 	// Requested is called in the same way for messages with headers, which are not to be kept. If it is nil, Published
 	// gets them.
 	Requested func(*nats.Msg) error
+	// Now plays a connection with PublishNow. nil stands for one without. A message that it sends is then published as
+	// any other.
+	Now func(subject string, data []byte) (sent, rest bool)
 	// Refuse is asked about each subscription. If it returns an error, the server refuses the subscription as NATS
 	// does: Subscribe succeeds, nothing is delivered, and the error is reported.
 	Refuse func(subject, queue string) error
@@ -137,6 +140,20 @@ func (c *Conn) Publish(subject, reply string, data []byte) error {
 		return nil
 	}
 	return c.bus.publish(c, &nats.Msg{Subject: subject, Reply: reply, Data: data})
+}
+
+// TakesNow implements natsconn.Conn.
+func (c *Conn) TakesNow() bool { return c.Now != nil && c.isUp() }
+
+// PublishNow implements natsconn.Conn.
+func (c *Conn) PublishNow(subject string, data []byte) (sent, rest bool) {
+	if !c.TakesNow() {
+		return false, false
+	}
+	if sent, rest = c.Now(subject, data); !sent {
+		return false, false
+	}
+	return c.Publish(subject, "", data) == nil, rest
 }
 
 // Push implements natsconn.Conn: nothing waits.
