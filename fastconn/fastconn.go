@@ -4,8 +4,9 @@
 //
 // Clients and servers of package stream on this connection send and receive their packets past nats.go, and most of
 // their requests. They receive packets into buffers that are used again, while nats.go allocates memory for every
-// message. All other work stays with nats.go: subscriptions, reconnects, authentication, errors, and all messages of the
-// program that do not belong to streams. The wire protocol is the same, so the peers of the streams may have ordinary connections.
+// message. All other work stays with nats.go: subscriptions, reconnects, authentication, errors, and all messages of
+// the program that do not belong to streams. The wire protocol is the same, so the peers of the streams may have
+// ordinary connections.
 //
 // Use [github.com/natsstream/stream.Stream.Next], Read, WriteTo, RecvObject or io.Copy for the full gain. Recv and All
 // copy each packet once, because their records may be kept.

@@ -8,8 +8,8 @@ import "sync/atomic"
 // the other: either the sleeper finds the work, or the waker finds the announcement.
 //
 // One goroutine at a time may be the sleeper, and call Announce, Retract and Wait. Any number may call Wake and Take at
-// the same time. The zero Parker is ready for use. It allocates with the first Announce: many streams have readers that never
-// sleep.
+// the same time. The zero Parker is ready for use. It allocates with the first Announce: many streams have readers that
+// never sleep.
 type Parker struct {
 	asleep atomic.Uint32 // 1 from Announce until the sleeper retracts or a waker takes it back
 	signal chan struct{} // capacity 1: the wake-up of the waker that set asleep back to 0. The store to asleep publishes it
