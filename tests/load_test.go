@@ -718,6 +718,78 @@ func TestIdleStreamTakesLittleMemory(t *testing.T) {
 	}
 }
 
+// An open stream on which nothing happens costs both ends together at most 2.2 KiB with a Writer, and 3.2 KiB and the
+// stack of a goroutine with a handler.
+func TestIdleStreamTakesLittleMemoryAtBothEnds(t *testing.T) {
+	const first = 2000 // streams that cause allocations which are made once: buffers, and caches of the NATS server
+	n := scaled(50_000)
+	if race.Enabled {
+		n = min(n, 2000)
+	}
+	for _, c := range []struct {
+		name  string
+		limit int64
+		serve func(t *testing.T, p *pair) (open func() int, end func())
+	}{
+		{"Writer", 2253, func(t *testing.T, p *pair) (func() int, func()) {
+			sub, err := p.producer.Conn.Subscribe("idle", func(m *nats.Msg) {
+				if err := p.producer.NewWriter(m.Reply).Flush(); err != nil {
+					t.Error(err)
+				}
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return func() int { return p.producer.Stats().Streams }, func() { _ = sub.Unsubscribe() }
+		}},
+		{"handler", 3277, func(t *testing.T, p *pair) (func() int, func()) {
+			s, err := stream.NewServer(stream.ServerParams{Conn: p.producer.Conn, MaxStreams: first + n})
+			if err != nil {
+				t.Fatal(err)
+			}
+			over := make(chan struct{})
+			if _, err := s.Handle("idle", func(*stream.Writer, *stream.Request) error { <-over; return nil }); err != nil {
+				t.Fatal(err)
+			}
+			return func() int { return s.Stats().Streams }, func() { close(over); _ = s.Close() }
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := newPair(t)
+			served, end := c.serve(t, p)
+			if err := p.producer.Conn.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			streams := make([]*stream.Stream, 0, first+n)
+			open := func(n int) {
+				for range n {
+					s, err := p.consumer.Open(context.Background(), "idle", nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					streams = append(streams, s)
+				}
+				eventually(t, "both ends know the streams", func() bool {
+					return p.consumer.Stats().Streams == len(streams) && served() == len(streams)
+				})
+			}
+			open(first)
+			before := liveHeap()
+			open(n)
+			each := (liveHeap() - before) / int64(n)
+			t.Logf("%d idle streams, %d bytes each at both ends", n, each)
+			if !race.Enabled && each > c.limit {
+				t.Errorf("an idle stream costs %d bytes at both ends, want at most %d", each, c.limit)
+			}
+			end()
+			for _, s := range streams {
+				_ = s.Close()
+			}
+			verifyIdle(t, p.consumer)
+		})
+	}
+}
+
 // Everything at once: reads, writes, and all that ends a stream, from goroutines of their own. Nothing hangs, nothing
 // races, nothing is left.
 func TestEverythingAtOnceLeavesNothing(t *testing.T) {
