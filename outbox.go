@@ -185,7 +185,11 @@ func (o *outbox) yield() {
 		return
 	}
 	runtime.Gosched()
-	o.yielder.Yielded(began, time.Duration(o.ep.now()), o.queue.Load() != first)
+	marked := 0
+	for s := o.queue.Load(); s != first; s = s.next { // only the outbox takes sessions off the queue
+		marked++
+	}
+	o.yielder.Yielded(began, time.Duration(o.ep.now()), marked)
 }
 
 // sendAll sends all packets that wait.

@@ -15,10 +15,12 @@ type Yielder struct {
 const (
 	// maxSkip bounds the wake-ups between two yields. So a goroutine whose yields bring nothing loses little by them.
 	maxSkip = 64
-	// longYield is the time of a yield after which the goroutine pauses. It is the time for which Go lets a goroutine
-	// run that computes.
-	longYield        = 10 * time.Millisecond
-	minRest, maxRest = 100 * time.Millisecond, 30 * time.Second
+	// longYield is the time of a yield after which the goroutine pauses, unless a piece of work came for each
+	// perPiece. It is the time for which Go lets a goroutine run that computes.
+	longYield = 10 * time.Millisecond
+	perPiece  = 100 * time.Microsecond
+	// minRest is the first pause, and maxRest the longest. Each pause is twice as long as the one before.
+	minRest, maxRest = longYield, 30 * time.Second
 )
 
 // Due reports whether to yield now, after a wake-up. now is a time that does not go back.
@@ -30,15 +32,15 @@ func (y *Yielder) Due(now time.Duration) bool {
 	return now >= y.until
 }
 
-// Yielded records a yield from began until now, and whether it brought more work.
-func (y *Yielder) Yielded(began, now time.Duration, more bool) {
+// Yielded records a yield from began until now, and how many pieces of work it brought.
+func (y *Yielder) Yielded(began, now time.Duration, pieces int) {
 	y.skipped = 0
-	if more {
+	if pieces > 0 {
 		y.skip = 0
 	} else {
 		y.skip = min(2*y.skip+1, maxSkip)
 	}
-	if now-began >= longYield {
+	if took := now - began; took >= longYield && took > time.Duration(pieces)*perPiece {
 		y.rest = min(max(2*y.rest, minRest), maxRest)
 		y.until = now + y.rest
 	} else {
