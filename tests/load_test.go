@@ -722,7 +722,7 @@ func TestIdleStreamTakesLittleMemory(t *testing.T) {
 // stack of a goroutine with a handler.
 func TestIdleStreamTakesLittleMemoryAtBothEnds(t *testing.T) {
 	const first = 2000 // streams that cause allocations which are made once: buffers, and caches of the NATS server
-	n := 20_000 // fewer would share what a burst of questions leaves in a ring
+	n := 20_000        // fewer would share what a burst of questions leaves in a ring
 	if race.Enabled {
 		n = 2000
 	}
