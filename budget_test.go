@@ -771,7 +771,7 @@ func TestTrickledAcknowledgementsEndTheStream(t *testing.T) {
 		least, most     time.Duration
 	}{
 		"there is room": {1, 64 << 20, 30 * time.Minute, time.Duration(maxLinger) + 2*defaultResumeTimeout},
-		"others wait":   {4, 3700 << 10, 0, 4 * defaultResumeTimeout},
+		"others wait":   {4, 7 * maxUnacked * smallSize, 0, 4 * defaultResumeTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

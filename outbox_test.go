@@ -16,6 +16,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"github.com/nats-io/nats.go"
 
@@ -874,6 +875,17 @@ func TestPacketsThatComeBackAreOverwritten(t *testing.T) {
 	putPacket(p)
 	if overwritten := buf[0] == poison.Byte && !bytes.Contains(buf[:packetClasses[0]], []byte("cord")); overwritten != poison.Enabled {
 		t.Errorf("overwritten %v, in a build with poison %v", overwritten, poison.Enabled)
+	}
+}
+
+// A small packet fills its size class, and its buffer begins with a cache line.
+func TestSmallPacketFitsItsSizeClass(t *testing.T) {
+	if unsafe.Sizeof(uintptr(0)) != 8 {
+		return // the fields have other sizes
+	}
+	var p smallPacket
+	if size, buffer := unsafe.Sizeof(p), unsafe.Offsetof(p.bytes); size != 256 || buffer != 64 {
+		t.Errorf("a small packet has %d bytes, and its buffer begins at %d", size, buffer)
 	}
 }
 

@@ -26,7 +26,7 @@ const (
 // packetClasses are the buffer sizes. A sealed packet keeps its whole buffer until it is acknowledged. So there is a
 // class near each size of a lone record: above 4 KiB at most a quarter of the buffer is not used.
 var packetClasses = [...]int{
-	512, 1 << 10, 2 << 10, 4 << 10,
+	smallSize, 512, 1 << 10, 2 << 10, 4 << 10,
 	5 << 10, 6 << 10, 7 << 10, 8 << 10, 10 << 10, 12 << 10, 14 << 10, 16 << 10, 20 << 10, 24 << 10, 28 << 10, coalesceSize,
 	40 << 10, 48 << 10, 56 << 10, 64 << 10, 80 << 10, 96 << 10, 112 << 10, 128 << 10, 160 << 10, 192 << 10, 224 << 10, singleSize,
 }
@@ -49,6 +49,16 @@ type packet struct {
 	next       *packet // while p is sealed and not published: see readyPackets
 }
 
+// smallPacket is a packet of the smallest class, with its buffer. Each of many slow streams has such packets under way,
+// which are in no cache. In one piece, a packet needs one entry in the processor's table of pages instead of two.
+type smallPacket struct {
+	packet
+	bytes [smallSize]byte
+}
+
+// smallSize makes a smallPacket fill a size class of the allocator, 256 bytes.
+const smallSize = 192
+
 var packetPools [len(packetClasses)]sync.Pool
 
 // memory returns the bytes that p keeps.
@@ -63,6 +73,11 @@ func getPacket(n int) *packet {
 		if p, _ := packetPools[c].Get().(*packet); p != nil {
 			p.free, p.last, p.fragments = false, false, false
 			return p
+		}
+		if size == smallSize {
+			p := new(smallPacket)
+			p.buf = p.bytes[:]
+			return &p.packet
 		}
 		return &packet{buf: make([]byte, size), class: int8(c)}
 	}
