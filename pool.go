@@ -2,6 +2,7 @@ package stream
 
 import (
 	"sync"
+	"unsafe"
 
 	"github.com/natsstream/stream/concurrency"
 	"github.com/natsstream/stream/internal/poison"
@@ -52,21 +53,31 @@ type packet struct {
 // smallPacket is a packet of the smallest class, with its buffer. Each of many slow streams has such packets under way,
 // which are in no cache. In one piece, a packet needs one entry in the processor's table of pages instead of two.
 type smallPacket struct {
-	packet
-	bytes [smallSize]byte
+	packet // first: putPacket finds the whole from it
+	bytes  [smallSize]byte
 }
 
-// smallSize makes a smallPacket fill a size class of the allocator, 256 bytes.
-const smallSize = 192
+const (
+	// smallSize makes a smallPacket fill a size class of the allocator, 256 bytes.
+	smallSize = 3 * cacheLine
+	cacheLine = 64
+)
 
-var packetPools [len(packetClasses)]sync.Pool
+var (
+	smallPackets sync.Pool // of the smallest class
+	packetPools  [len(packetClasses)]sync.Pool
+)
 
 // memory returns the bytes that p keeps.
 func (p *packet) memory() uint64 { return uint64(cap(p.buf)) }
 
 // getPacket returns a packet with room for at least n bytes.
 func getPacket(n int) *packet {
-	for c, size := range packetClasses {
+	if n <= smallSize {
+		return getSmall()
+	}
+	for c := 1; c < len(packetClasses); c++ {
+		size := packetClasses[c]
 		if n > size {
 			continue
 		}
@@ -74,14 +85,24 @@ func getPacket(n int) *packet {
 			p.free, p.last, p.fragments = false, false, false
 			return p
 		}
-		if size == smallSize {
-			p := new(smallPacket)
-			p.buf = p.bytes[:]
-			return &p.packet
-		}
 		return &packet{buf: make([]byte, size), class: int8(c)}
 	}
 	return &packet{buf: make([]byte, n), class: unpooled}
+}
+
+// getSmall is getPacket for the smallest class. With many slow streams the packet is in no cache. The stores to the
+// buffer make the processor fetch all of its lines at once. Otherwise it would wait for the header, and then for each
+// line that the record is copied to before the next locked instruction.
+func getSmall() *packet {
+	p, _ := smallPackets.Get().(*smallPacket)
+	if p == nil {
+		p = new(smallPacket)
+		p.buf = p.bytes[:]
+		return &p.packet
+	}
+	p.bytes[0], p.bytes[cacheLine], p.bytes[2*cacheLine] = 0, 0, 0
+	p.free, p.last, p.fragments = false, false, false
+	return &p.packet
 }
 
 // putPacket returns p to its pool. It panics on a second return of the same packet: the buffer would have two owners,
@@ -96,6 +117,10 @@ func putPacket(p *packet) {
 	}
 	p.buf = p.buf[:packetClasses[p.class]]
 	poison.Fill(p.buf)
+	if p.class == 0 {
+		smallPackets.Put((*smallPacket)(unsafe.Pointer(p)))
+		return
+	}
 	packetPools[p.class].Put(p)
 }
 
