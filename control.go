@@ -58,7 +58,7 @@ func (o *outbox) deliver(c control) {
 	o.park.Wake()
 }
 
-func (c control) size() uint64 { return controlSize + uint64(len(c.packet)+len(c.reply)) }
+func (c control) size() uint64 { return controlSize + uint64(len(c.packet)+len(c.reply)+len(c.token)) }
 
 // hasRoom reports whether n more bytes for s may wait. s is nil for a stranger; strangers leave room for streams.
 func (o *outbox) hasRoom(s *session, n uint64) bool {

@@ -62,10 +62,13 @@ const (
 // tellsEnvelopes notes that another stream to p began. From the second one on, this end tells p that it receives
 // envelopes. It says so again whenever the streams have doubled, because the message may be lost.
 func (p *remote) tellsEnvelopes() {
-	if n := len(p.streams); n >= 2 && n&(n-1) == 0 {
+	if n := len(p.streams); n >= 2 && n&(n-1) == 0 && p.hasTokens() {
 		p.enveloping().tells = true
 	}
 }
+
+// hasTokens reports whether the subjects of p end with tokens, so that envelopes to it can name them.
+func (p *remote) hasTokens() bool { return !strings.HasSuffix(p.name, noToken) }
 
 func (p *remote) enveloping() *enveloping {
 	if p.envelopes == nil {
@@ -149,7 +152,7 @@ func (o *outbox) trialAnsweredLate(nonce []byte) {
 
 // knowsEnvelopes notes that the peer of s receives envelopes.
 func (o *outbox) knowsEnvelopes(s *session) {
-	if p := s.remote.Load(); p != nil && p.name != s.out.peer {
+	if p := s.remote.Load(); p != nil && p.hasTokens() {
 		p.enveloping().known = true
 	}
 }

@@ -917,10 +917,11 @@ func TestRemoteNameIsTheSubjectWithoutToken(t *testing.T) {
 	for subject, want := range map[string]string{
 		"_SINBOX.abc.~1m5I00000000001": "_SINBOX.abc",
 		"alice.abc.~1j5G00000000002":   "alice.abc",
-		"_R_.abcdef.ghijklmn":          "_R_.abcdef.ghijklmn",
-		"_R_.abcdef.~1m5I":             "_R_.abcdef.~1m5I",
-		"~1m5I00000000001":             "~1m5I00000000001",
-		"inbox":                        "inbox",
+		"_R_.abcdef.ghijklmn":          "_R_.abcdef.ghijklmn ",
+		"_R_.abcdef.~1m5I":             "_R_.abcdef.~1m5I ",
+		"~1m5I00000000001":             "~1m5I00000000001 ",
+		"inbox":                        "inbox ",
+		"_SINBOX.abc":                  "_SINBOX.abc ", // not the end whose subjects begin with it
 	} {
 		if got := remoteName(subject); got != want {
 			t.Errorf("%s: %s, want %s", subject, got, want)
@@ -957,7 +958,7 @@ func TestStreamsOfOneEndAreAskedTogether(t *testing.T) {
 		t.Errorf("an end with 10 streams is asked on %d", len(seen))
 	}
 	all[0].out.peer = "_R_.abc.moved"
-	if o.joinRemote(all[0]); o.remoteWheel.Len() != 12 || all[0].remote.Load().name != all[0].out.peer {
+	if o.joinRemote(all[0]); o.remoteWheel.Len() != 12 || all[0].remote.Load().name != all[0].out.peer+noToken {
 		t.Errorf("a stream that moved has the end %q of %d", all[0].remote.Load().name, o.remoteWheel.Len())
 	}
 	for i, s := range all {

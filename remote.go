@@ -17,7 +17,7 @@ import (
 // remote is the other end of one or more streams: the subjects of these streams there differ only in the token. The
 // outbox owns it. Times are those of the outbox's clock; 0 is never.
 type remote struct {
-	name      string // the subjects without their tokens, or a whole subject that has none
+	name      string // the subjects without their tokens, or a whole subject that has none, and noToken
 	heard     int64  // on any of the streams
 	asked     int64
 	suspect   int64 // when the first unanswered question was sent, or NATS reported that nobody received one

@@ -154,14 +154,18 @@ func validSubject(subject string) bool {
 func lastToken(subject string) string { return subject[strings.LastIndexByte(subject, '.')+1:] }
 
 // remoteName returns the part of a subject that all streams of one end share. A subject that was mapped between
-// accounts ends with no token, and shows nothing about other streams.
+// accounts ends with no token, and shows nothing about other streams. It has a name of its own, with noToken behind it:
+// a stranger may choose a subject that is the name of another end.
 func remoteName(subject string) string {
 	i := strings.LastIndexByte(subject, '.')
 	if _, err := ParseToken(subject[i+1:]); i < 0 || err != nil {
-		return subject
+		return subject + noToken
 	}
 	return subject[:i]
 }
+
+// noToken ends the names of ends with a subject without a token. No subject has a space.
+const noToken = " "
 
 // requestSize returns how many bytes of a request count against the server's max_payload: its data and its header. The
 // header is "NATS/1.0", a line for each value and an empty line.

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -903,4 +904,97 @@ func TestReplySubjectsOfAnyLength(t *testing.T) {
 			<-returned
 		}
 	}
+}
+
+// A stranger may choose a reply subject that is the name of an end with streams: their subjects without the tokens. Its
+// stream shares no message with theirs.
+func TestAReplySubjectWithTheNameOfAnEnd(t *testing.T) {
+	const name = "_X.Y"
+	p := newPair(t)
+	svc := newService(t, p, stream.ServerParams{})
+	var stop atomic.Bool
+	svc.handle(t, "chatter", func(w *stream.Writer, _ *stream.Request) error {
+		for !stop.Load() {
+			if _, err := w.Write([]byte("hello")); err != nil {
+				return err
+			}
+			if err := w.Flush(); err != nil {
+				return err
+			}
+			time.Sleep(50 * time.Microsecond)
+		}
+		return nil
+	})
+	nc := p.consumer.Conn
+	var enveloped, bare atomic.Int64
+	var mu sync.Mutex                  // each subscription has a goroutine
+	answers := make(map[string]string) // the subjects of the producers, by those of the streams
+	next := make(map[string]uint32)    // numbers of packets
+	answer := func(subject string, frames ...stream.Frame) {
+		if to := answers[subject]; to != "" {
+			if err := nc.Publish(to, rawPacket(0, 7, 0, frames...)); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	take := func(subject string, packet []byte) { // as a consumer that takes all, and envelopes as well
+		h, body, err := stream.ParsePacketHeader(packet)
+		if err != nil {
+			t.Errorf("a packet to %s: %v", subject, err)
+			return
+		}
+		if h.Flags&stream.PacketSeq != 0 {
+			next[subject] = max(next[subject], h.Seq+1)
+		}
+		if f, _, err := stream.ParseFrame(body); err == nil && f.Type == stream.FrameChallenge {
+			answer(subject, rawResponse(f.Payload))
+		}
+		n := next[subject]
+		answer(subject, rawCredit(stream.Credit{Ack: n, Packets: n + 1000, Bytes: 1 << 40}), stream.Frame{Type: 0x80})
+	}
+	message := func(m *nats.Msg) {
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case m.Subject == name+".e":
+			const token = stream.TokenSize
+			packets := 0
+			for rest := m.Data[stream.PacketHeaderSize:]; len(rest) > token+stream.PacketHeaderSize; packets++ {
+				n := token + int(binary.BigEndian.Uint32(rest[token+12:]))
+				take(name+"."+string(rest[:token]), rest[token:n])
+				rest = rest[n:]
+			}
+			if packets > 1 {
+				enveloped.Add(1)
+			}
+		default:
+			if m.Reply != "" {
+				answers[m.Subject] = m.Reply
+			}
+			if m.Subject == name {
+				bare.Add(1)
+			}
+			take(m.Subject, m.Data)
+		}
+	}
+	for _, subject := range []string{name, name + ".*"} {
+		if _, err := nc.Subscribe(subject, message); err != nil {
+			t.Fatal(err)
+		}
+	}
+	request := func(reply string) {
+		t.Helper()
+		if err := nc.PublishMsg(&nats.Msg{Subject: "chatter", Reply: reply, Header: nats.Header{"Stream-Open": {"~1m5I"}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 8 {
+		request(name + "." + string(stream.AppendToken(nil, stream.Token{Codec: stream.MsgPack, LogPackets: 5, LogBytes: 18, ID: uint64(i + 1)})))
+	}
+	eventually(t, "streams share envelopes", func() bool { return enveloped.Load() > 0 })
+	request(name)
+	eventually(t, "the stream to the name has records", func() bool { return bare.Load() > 100 })
+	before := enveloped.Load()
+	eventually(t, "the others still share envelopes", func() bool { return enveloped.Load() > before+10 })
+	stop.Store(true) // the streams end, because the stranger acknowledges all
 }
