@@ -95,7 +95,7 @@ func headerSize(h nats.Header) (n int, ok bool) {
 	}
 	n = len(headerLine) + len(crlf)
 	for name, values := range h {
-		if name == "" || len(values) == 0 || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r == ':' || r >= 0x7f }) {
+		if name == "" || len(values) == 0 || strings.ContainsFunc(name, func(r rune) bool { return !inName(r) }) {
 			return 0, false
 		}
 		for _, v := range values {
@@ -106,6 +106,11 @@ func headerSize(h nats.Header) (n int, ok bool) {
 		}
 	}
 	return n, true
+}
+
+// inName reports whether the name of a header may have a character. nats.go refuses a request with any other.
+func inName(r rune) bool {
+	return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("!#$%&'*+-.^_`|~", r)
 }
 
 // appendHeader appends h to b.

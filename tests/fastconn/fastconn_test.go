@@ -571,6 +571,11 @@ func TestRequestsArriveAsOverOrdinaryConnections(t *testing.T) {
 		"none": nil, "plain": {"A": {"1"}}, "values": {"A": {"1", "2", "1"}, "b": {"x y"}}, "no value": {"A": {}}, "empty": {"A": {""}},
 		"spaces": {"A": {" x "}}, "tab": {"A": {"\tx\ty"}}, "line": {"A": {"x\r\ny"}}, "umlaut": {"A": {"ä"}}, "colon": {"A": {"a: b:"}},
 		"name with space": {"A B": {"1"}}, "name with colon": {"A:B": {"1"}}, "long": {"A": {strings.Repeat("x", 20_000)}},
+		"no name": {"": {"1"}}, "name with umlaut": {"Ä": {"1"}}, "name with delete": {"A\x7f": {"1"}}, "delete": {"A": {"\x7f"}}, "only a tab": {"A": {"\t"}},
+		"name of all characters": {"aZ09!#$%&'*+-.^_`|~": {"1"}}, "one of two names": {"A": {"1"}, "A/B": {"1"}},
+		"slash": {"A/B": {"1"}}, "opened": {"A(B": {"1"}}, "closed": {"A)B": {"1"}}, "quote": {"A\"": {"1"}}, "comma": {"A,B": {"1"}}, "semicolon": {";A": {"1"}},
+		"less": {"A<": {"1"}}, "greater": {"A>": {"1"}}, "equal": {"A=B": {"1"}}, "question": {"A?": {"1"}}, "at": {"A@B": {"1"}}, "brackets": {"A[1]": {"1"}},
+		"backslash": {`A\B`: {"1"}}, "braces": {"{A}": {"1"}},
 	} {
 		for _, size := range []int{0, 1, 128, 8 << 10, 8<<10 + 1, 100_000} {
 			m := &nats.Msg{Subject: "ordinary.echo", Header: h, Data: bytes.Repeat([]byte{'d'}, size)}
