@@ -148,14 +148,21 @@ func (in *incoming) hand(sub *Sub, l line, payload []byte) {
 	in.msgs++
 	in.bytes += uint64(len(payload))
 	m := &in.msg
-	*m = nats.Msg{Subject: unsafe.String(unsafe.SliceData(l.subject), len(l.subject))}
+	m.Subject = unsafe.String(unsafe.SliceData(l.subject), len(l.subject))
 	if l.reply != nil {
 		m.Reply = string(l.reply)
 	}
 	if sub.requests != nil {
 		in.handRequest(sub, l, payload)
-		return
+	} else {
+		in.handPacket(sub, l, payload)
 	}
+	*m = nats.Msg{} // it keeps nothing alive
+}
+
+// handPacket gives in.msg, without its data, to the handler of an inbox.
+func (in *incoming) handPacket(sub *Sub, l line, payload []byte) {
+	m := &in.msg
 	if l.header > 0 {
 		m.Header, _ = nats.DecodeHeadersMsg(payload[:l.header]) // nats.go hands a message with bad headers out as well
 	}
