@@ -2,37 +2,38 @@ package tap
 
 import (
 	"net"
-	"slices"
 	"sync/atomic"
+
+	"github.com/nats-io/nats.go"
+	"github.com/puzpuzpuz/xsync/v3"
 )
 
 // Conn is a connection to a NATS server between nats.go and the network. Read may be called by one goroutine at a time,
-// nats.go's reader, which also runs takes. nats.go's writers run subscribe, with outgoing.mu held. Any goroutine may
-// run take.
+// nats.go's reader, which also runs takes. Dialer.mu is held while the taken subscriptions change.
 type Conn struct {
 	net.Conn
 	dialer *Dialer
-	taken  atomic.Pointer[[]takenSub] // replaced by take, read by Read
 	closed atomic.Bool
+
+	nc       *nats.Conn                   // that has the connection, nil before it sends an inbox. Guarded by Dialer.mu
+	inboxes  atomic.Pointer[[]takenInbox] // replaced as a whole
+	requests *xsync.MapOf[int64, *Sub]    // by the number of the subscription: there may be thousands
 
 	in  incoming // of the goroutine in Read
 	out outgoing
 }
 
-// takenSub is a subscription with messages that Read takes.
-type takenSub struct {
+// takenInbox is an inbox with messages that Read takes.
+type takenInbox struct {
 	sid int64
 	sub *Sub
 }
 
 // newConn returns a connection over raw. Bytes that were read from raw before are in read.
 func newConn(d *Dialer, raw net.Conn, read []byte) *Conn {
-	c := &Conn{Conn: raw, dialer: d}
+	c := &Conn{Conn: raw, dialer: d, requests: xsync.NewMapOf[int64, *Sub]()}
 	c.in.init(c, read)
 	c.out.now.init(raw)
-	d.mu.Lock()
-	d.latest = c
-	d.mu.Unlock()
 	return c
 }
 
@@ -53,48 +54,42 @@ func (c *Conn) Read(p []byte) (int, error) {
 	}
 }
 
-// subscribe makes Read take the messages of a subscription that is about to be sent, if it is registered.
-func (c *Conn) subscribe(subject, queue []byte, sid int64) {
-	if s := c.dialer.sub(subject, queue, sid); s != nil {
-		c.take(sid, s)
-		s.conn.Store(c)
-	}
+// takeInboxLocked makes Read take the messages of inbox s.
+func (c *Conn) takeInboxLocked(sid int64, s *Sub) {
+	taken := append(c.otherInboxes(s), takenInbox{sid, s})
+	c.inboxes.Store(&taken)
 }
 
-// take makes Read take the messages of subscription sid. Inboxes come first in the list, because they get most
-// messages.
-func (c *Conn) take(sid int64, s *Sub) {
-	for {
-		old := c.taken.Load()
-		var taken []takenSub
-		if old != nil {
-			for _, t := range *old {
-				if t.sid != sid && !t.sub.closed.Load() {
-					taken = append(taken, t)
-				}
+// leaveInboxLocked ends what takeInboxLocked began.
+func (c *Conn) leaveInboxLocked(s *Sub) {
+	taken := c.otherInboxes(s)
+	c.inboxes.Store(&taken)
+}
+
+// otherInboxes returns a copy of the list of inboxes without s.
+func (c *Conn) otherInboxes(s *Sub) (others []takenInbox) {
+	if taken := c.inboxes.Load(); taken != nil {
+		for _, t := range *taken {
+			if t.sub != s {
+				others = append(others, t)
 			}
 		}
-		at := len(taken)
-		if s.requests == nil {
-			at = 0
-		}
-		taken = slices.Insert(taken, at, takenSub{sid, s})
-		if c.taken.CompareAndSwap(old, &taken) {
-			return
-		}
 	}
+	return others
 }
 
-// takes returns the subscription with the given number if its messages are taken, and nil otherwise.
+// takes returns the subscription with the given number if its messages are taken, and nil otherwise. Inboxes come
+// first, because they get most messages.
 func (c *Conn) takes(sid int64) *Sub {
-	if taken := c.taken.Load(); taken != nil {
+	if taken := c.inboxes.Load(); taken != nil {
 		for _, t := range *taken {
-			if t.sid == sid && !t.sub.closed.Load() {
+			if t.sid == sid {
 				return t.sub
 			}
 		}
 	}
-	return nil
+	s, _ := c.requests.Load(sid)
+	return s
 }
 
 // Close closes the connection.

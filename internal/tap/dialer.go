@@ -22,19 +22,19 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Dialer makes the tapped connections of one connection of nats.go, one after the other. It resolves the names of
-// servers and does TLS in the place of nats.go, which would otherwise encrypt the bytes that Conn has to parse. nats.go
-// runs Dial, in the goroutine that connects or reconnects.
+// Dialer makes the tapped connections of a connection of nats.go, one after the other. Connections of nats.go that are
+// made with the same options share it. It resolves the names of servers and does TLS in the place of nats.go, which
+// would otherwise encrypt the bytes that Conn has to parse. nats.go runs Dial, in the goroutine that connects or
+// reconnects.
 type Dialer struct {
 	opts   *nats.Options // those that nats.Connect gets; read when a connection is made
 	under  nats.CustomDialer
 	lookup bool // nats.go would have looked up the names of servers
 
-	mu       sync.Mutex      // guards the fields below
-	subs     map[string]*Sub // by subject
-	requests map[int64]*Sub  // by the number of the subscription
-	latest   *Conn           // the connection that was made last, nil before the first
-	tlsName  string          // the last name of a server to which TLS was made, for servers that are known by address only
+	mu      sync.Mutex // guards the fields below
+	users   map[*nats.Conn]*user
+	inboxes map[string]*Sub // by subject
+	tlsName string          // the last name of a server to which TLS was made, for servers that are known by address only
 }
 
 // Use makes o dial through a new Dialer, over the dialer that o has now. Later changes of other options count.

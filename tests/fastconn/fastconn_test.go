@@ -596,6 +596,142 @@ func TestRequestsArriveAsOverOrdinaryConnections(t *testing.T) {
 	}
 }
 
+// Subscriptions of different connections have the same numbers. Each connection gets its own messages and requests, also
+// after it has connected again.
+func TestConnectionsOfTheSameOptionsShareNoMessages(t *testing.T) {
+	for _, c := range []struct {
+		name                  string
+		again, copied, closed bool // Enable is called again; the options are those of the first connection; it is closed before
+		served                bool // the second connection has a server, too
+	}{
+		{name: "enabled once"},
+		{name: "enabled again", again: true},
+		{name: "options of the first connection", copied: true},
+		{name: "options of the first connection, enabled again", copied: true, again: true, served: true},
+		{name: "one after the other", closed: true},
+		{name: "one after the other, enabled again", closed: true, again: true, served: true},
+		{name: "both serve", served: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			url := streamtest.Run(t).URL()
+			opts := nats.GetDefaultOptions()
+			opts.Url, opts.MaxReconnect, opts.ReconnectWait = url, -1, 20*time.Millisecond
+			dial := func(o *nats.Options, enable bool) *nats.Conn {
+				t.Helper()
+				if enable {
+					if err := fastconn.Enable()(o); err != nil {
+						t.Fatal(err)
+					}
+				}
+				nc, err := o.Connect()
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(nc.Close)
+				return nc
+			}
+			first := dial(&opts, true)
+			server := newServer(t, first, "first")
+			var strangers atomic.Int32 // requests that are not to the subject of their registration
+			serve := func(s *stream.Server, subject string) {
+				t.Helper()
+				if _, err := s.Handle(subject, func(w *stream.Writer, r *stream.Request) error {
+					if r.Subject != subject {
+						strangers.Add(1)
+					}
+					_, err := w.Write([]byte(subject))
+					return err
+				}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for i := range 6 {
+				serve(server, fmt.Sprint("first.", i))
+			}
+			if c.closed {
+				first.Close()
+			}
+			from := &opts
+			if c.copied {
+				from = &first.Opts
+			}
+			second := dial(from, c.again)
+			if c.served {
+				server := newServer(t, second, "second")
+				for i := range 3 {
+					serve(server, fmt.Sprint("second.", i))
+				}
+			}
+			own := make(chan string, 100)
+			for i := range 12 {
+				if _, err := second.Subscribe(fmt.Sprint("own.", i), func(m *nats.Msg) { own <- m.Subject }); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if !c.closed { // with numbers that are of the program on the second connection
+				for i := range 3 {
+					serve(server, fmt.Sprint("later.", i))
+				}
+			}
+			ordinary := connect(t, url)
+			client := newClient(t, ordinary)
+			verify := func() {
+				t.Helper()
+				for _, nc := range []*nats.Conn{first, second} {
+					if err := nc.Flush(); err != nil && !c.closed {
+						t.Fatal(err)
+					}
+				}
+				for i := range 12 {
+					subject := fmt.Sprint("own.", i)
+					m := &nats.Msg{Subject: subject, Reply: "_INBOX.x.~1m5I00000000001", Header: nats.Header{"Stream-Open": {"~1m5I"}}}
+					if err := ordinary.PublishMsg(m); err != nil {
+						t.Fatal(err)
+					}
+					select {
+					case got := <-own:
+						if got != subject {
+							t.Errorf("a message to %s, want %s", got, subject)
+						}
+					case <-time.After(patience):
+						t.Fatalf("the message to %s is lost", subject)
+					}
+				}
+				var subjects []string
+				for i := range 3 {
+					if !c.closed {
+						subjects = append(subjects, fmt.Sprint("first.", 2*i), fmt.Sprint("later.", i))
+					}
+					if c.served {
+						subjects = append(subjects, fmt.Sprint("second.", i))
+					}
+				}
+				for _, subject := range subjects {
+					want := fmt.Sprint("map[] ", len(subject), " ", []byte(subject), " <nil>")
+					if got := exchange(t, client, &nats.Msg{Subject: subject}); got != want {
+						t.Errorf("%s: %s, want %s", subject, got, want)
+					}
+				}
+				if n := strangers.Load(); n != 0 {
+					t.Errorf("%d requests came to another registration", n)
+				}
+			}
+			verify()
+			for _, nc := range []*nats.Conn{second, first} {
+				if nc.IsClosed() {
+					continue
+				}
+				before := nc.Stats().Reconnects
+				if err := nc.ForceReconnect(); err != nil {
+					t.Fatal(err)
+				}
+				eventually(t, "the connection is back", func() bool { return nc.Stats().Reconnects > before && nc.IsConnected() })
+				verify()
+			}
+		})
+	}
+}
+
 func TestRequestsDoNotOvertakeSubscriptionsOfTheirConnection(t *testing.T) {
 	srv := streamtest.Run(t)
 	nc := connect(t, srv.URL(), fastconn.Enable())

@@ -3,11 +3,13 @@ package natsconn_test
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/nats-io/nats.go"
 
@@ -238,5 +240,187 @@ func TestMessagesAreSentAtOnceOverProvenConnections(t *testing.T) {
 	prove(500)
 	if sent, _ := conn.PublishNow("inbox.a", packet(1001)); sent {
 		t.Error("a packet was sent that is larger than the server takes")
+	}
+}
+
+// fastConn returns a fast connection.
+func fastConn(t *testing.T, srv *streamtest.Server) *nats.Conn {
+	t.Helper()
+	nc, err := nats.Connect(srv.URL(), nats.MaxReconnects(-1), nats.ReconnectWait(time.Millisecond), fastconn.Enable())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	return nc
+}
+
+// reconnect returns when nc has another connection to its server.
+func reconnect(t *testing.T, nc *nats.Conn) {
+	t.Helper()
+	before := nc.Stats().Reconnects
+	if err := nc.ForceReconnect(); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(patience); nc.Stats().Reconnects == before || !nc.IsConnected(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no reconnect")
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func subscribeInbox(t *testing.T, conn natsconn.Conn, subject string) natsconn.Inbox {
+	t.Helper()
+	inbox, err := conn.SubscribeInbox(subject, func(_ *nats.Msg, lent *slab.Slab) { lent.Release() })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return inbox
+}
+
+// Requests are taken past nats.go, no matter when they are registered, from when an inbox of the same connection of
+// nats.go is subscribed.
+func TestRequestsAreTakenFromTheFirstInboxOn(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := fastConn(t, srv)
+	taken := make(chan bool, 10)
+	var ends []func()
+	serve := func(conn natsconn.Conn, subject string) {
+		t.Helper()
+		end, err := natsconn.SubscribeRequests(conn, subject, "", func(m *nats.Msg, header []byte) { taken <- header != nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends = append(ends, end)
+	}
+	ask := func(subjects ...string) {
+		t.Helper()
+		if err := nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		for _, subject := range subjects {
+			if err := nc.PublishMsg(&nats.Msg{Subject: subject, Header: nats.Header{"A": {"1"}}}); err != nil {
+				t.Fatal(err)
+			}
+			if !receive(t, subject, taken) {
+				t.Errorf("nats.go delivered the request to %s", subject)
+			}
+		}
+	}
+	for range 2 { // an endpoint after the last has ended
+		a, b := natsconn.New(nc), natsconn.New(nc)
+		serve(a, "before") // nats.go has not sent anything
+		first := subscribeInbox(t, a, "a.*")
+		serve(a, "behind")
+		ask("before", "behind")
+		serve(a, "later")
+		second := subscribeInbox(t, b, "b.*")
+		serve(b, "other")
+		ask("before", "behind", "later", "other")
+		reconnect(t, nc)
+		ask("before", "behind", "later", "other")
+		first.Unsubscribe()
+		ends = append(ends, first.Unsubscribe, second.Unsubscribe)
+		serve(b, "last")
+		ask("last", "other")
+		for _, end := range ends {
+			end()
+		}
+		ends = nil
+	}
+}
+
+// The cost of a subscription does not depend on the number of others.
+func TestManySubscriptionsForRequestsCostTheSameEach(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := fastConn(t, srv)
+	conn := natsconn.New(nc)
+	subscribeInbox(t, conn, "inbox.*")
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	const rounds, each = 8, 250
+	var allocated [rounds]uint64
+	for round := range rounds {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		for i := range each {
+			if _, err := natsconn.SubscribeRequests(conn, fmt.Sprintf("svc.%d.%d", round, i), "", func(*nats.Msg, []byte) {}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		runtime.ReadMemStats(&after)
+		allocated[round] = after.TotalAlloc - before.TotalAlloc
+	}
+	if first, last := allocated[0], allocated[rounds-1]; last > 3*first {
+		t.Errorf("%d bytes for the first %d subscriptions, %d for the last", first, each, last)
+	}
+}
+
+// A connection that lives on keeps neither the handlers of ended subscriptions nor a message that was handled.
+func TestConnectionsKeepNothingOfEndedSubscriptions(t *testing.T) {
+	srv := streamtest.Run(t)
+	nc := fastConn(t, srv)
+	conn := natsconn.New(nc)
+	stays := subscribeInbox(t, conn, "stays.*")
+	defer stays.Unsubscribe()
+	for _, again := range []bool{false, true} {
+		var handler, data atomic.Pointer[weak.Pointer[byte]]
+		got := make(chan struct{}, 10)
+		serve := func() (end func()) {
+			state := make([]byte, 100_000)
+			held := weak.Make(&state[0])
+			handler.Store(&held)
+			inbox, err := conn.SubscribeInbox("ends.*", func(_ *nats.Msg, lent *slab.Slab) {
+				got <- struct{}{}
+				lent.Release()
+				runtime.KeepAlive(state)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			unsubscribe, err := natsconn.SubscribeRequests(conn, "svc", "", func(m *nats.Msg, _ []byte) {
+				p := weak.Make(&m.Data[0])
+				data.Store(&p)
+				got <- struct{}{}
+				runtime.KeepAlive(state)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return func() { unsubscribe(); inbox.Unsubscribe() }
+		}
+		end := serve()
+		if err := nc.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		for _, subject := range []string{"ends.a", "svc"} {
+			if err := conn.Publish(subject, "", append([]byte{0xF5}, make([]byte, 50_000)...)); err != nil {
+				t.Fatal(err)
+			}
+			conn.Push()
+			receive(t, "a message", got)
+		}
+		collected(t, "the data of a request", data.Load())
+		if again {
+			reconnect(t, nc)
+		}
+		end()
+		collected(t, "a handler", handler.Load())
+	}
+}
+
+func collected(t *testing.T, what string, p *weak.Pointer[byte]) {
+	t.Helper()
+	for end := time.Now().Add(patience); p.Value() != nil; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s is kept", what)
+		}
+		runtime.GC()
 	}
 }
