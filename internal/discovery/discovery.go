@@ -139,13 +139,17 @@ func (s *Service) stats(data any) micro.Stats {
 
 // Count counts a request that took d and failed with err, or succeeded.
 func (e *Endpoint) Count(d time.Duration, err error) {
+	var text string
+	if err != nil {
+		text = err.Error() // code of the user, so before the lock
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.requests++
 	e.took += d
 	if err != nil {
 		e.errors++
-		e.last = err.Error()
+		e.last = text
 	}
 }
 

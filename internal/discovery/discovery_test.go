@@ -59,3 +59,23 @@ func TestCountersOfAnEndpoint(t *testing.T) {
 		t.Errorf("%d endpoints are left", n)
 	}
 }
+
+// locking is an error whose text says whether the lock of an endpoint was free.
+type locking struct{ endpoint *Endpoint }
+
+func (l locking) Error() string {
+	if !l.endpoint.mu.TryLock() {
+		return "locked"
+	}
+	l.endpoint.mu.Unlock()
+	return "free"
+}
+
+// The error of a handler is code of the user, which may take locks of its own.
+func TestErrorsAreAskedForTheirTextsWithoutLocks(t *testing.T) {
+	e := new(Endpoint)
+	e.Count(time.Second, locking{e})
+	if got := e.stats(nil).LastError; got != "free" {
+		t.Errorf("the lock was %s", got)
+	}
+}
