@@ -89,12 +89,26 @@ func (s *Server) Handle(subject string, h Handler) (*Registration, error) {
 // HandleQueue is [Server.Handle] as a member of a queue group: NATS gives each request to one member. A server that is
 // full leaves its groups until it has room, unless [ServerParams].StayWhenFull is set.
 func (s *Server) HandleQueue(subject, queue string, h Handler) (*Registration, error) {
+	h, err := s.intercept(h)
+	if err != nil {
+		return nil, err
+	}
+	return s.register(subject, queue, h)
+}
+
+// intercept puts the interceptors around h.
+func (s *Server) intercept(h Handler) (Handler, error) {
 	if h == nil {
 		return nil, errors.New("stream: Handle needs a handler, it got nil")
 	}
 	if h = chain(h, s.interceptors); h == nil {
 		return nil, errors.New("stream: an interceptor of ServerParams returned a nil Handler: return the next one, or one that calls it")
 	}
+	return h, nil
+}
+
+// register subscribes to subject.
+func (s *Server) register(subject, queue string, h Handler) (*Registration, error) {
 	r := &Registration{
 		server: s, subject: subject, queue: queue, handler: h,
 		urgent: make(chan struct{}, 1), relisten: make(chan struct{}, 1), changing: make(chan struct{}),

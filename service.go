@@ -101,20 +101,24 @@ func (v *Service) Handle(name, subject string, h Handler) (*Registration, error)
 // HandleQueue is Handle with another queue group, or none if queue is empty. Each instance of the service then gets
 // each request.
 func (v *Service) HandleQueue(name, subject, queue string, h Handler) (*Registration, error) {
+	var e *discovery.Endpoint // set before a request arrives
+	var counted Handler
+	if h != nil {
+		counted = func(w *Writer, r *Request) error { return count(e, h, w, r) }
+	}
+	around, err := v.server.intercept(counted) // before the lock: interceptors may call methods of v
+	if err != nil {
+		return nil, err
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.stopped {
 		return nil, ErrServerClosed
 	}
-	e, err := v.found.Add(name, subject, queue)
-	if err != nil {
+	if e, err = v.found.Add(name, subject, queue); err != nil {
 		return nil, fmt.Errorf("stream: Service.Handle: %w", err)
 	}
-	var counted Handler
-	if h != nil {
-		counted = count(e, h)
-	}
-	r, err := v.server.HandleQueue(subject, queue, counted)
+	r, err := v.server.register(subject, queue, around)
 	if err != nil {
 		v.found.Remove(e)
 		return nil, err
@@ -125,23 +129,21 @@ func (v *Service) HandleQueue(name, subject, queue string, h Handler) (*Registra
 
 var errPanicked = errors.New("the handler panicked")
 
-// count returns a handler that counts the runs of h.
-func count(e *discovery.Endpoint, h Handler) Handler {
-	return func(w *Writer, r *Request) (err error) {
-		start, returned := time.Now(), false
-		defer func() {
-			failed := err
-			if !returned {
-				failed = errPanicked
-			} else if isNormal(err) {
-				failed = nil
-			}
-			e.Count(time.Since(start), failed)
-		}()
-		err = h(w, r)
-		returned = true
-		return err
-	}
+// count runs h and counts it.
+func count(e *discovery.Endpoint, h Handler, w *Writer, r *Request) (err error) {
+	start, returned := time.Now(), false
+	defer func() {
+		failed := err
+		if !returned {
+			failed = errPanicked
+		} else if isNormal(err) {
+			failed = nil
+		}
+		e.Count(time.Since(start), failed)
+	}()
+	err = h(w, r)
+	returned = true
+	return err
 }
 
 // Stop ends the service: tools do not find it any more, and no further requests reach its handlers. Running handlers go

@@ -216,6 +216,39 @@ func TestInvalidServiceIsRefused(t *testing.T) {
 	}
 }
 
+// Interceptors are code of the user, so no lock of the service is held when Handle calls them.
+func TestInterceptorsMayUseTheServiceThatIsAddedTo(t *testing.T) {
+	p := newPair(t)
+	var v *stream.Service
+	inner := false
+	s := newService(t, p, stream.ServerParams{Interceptors: []func(stream.Handler) stream.Handler{func(next stream.Handler) stream.Handler {
+		if !inner {
+			inner = true
+			if _, err := v.Handle("second", "svc.second", echo); err != nil {
+				t.Error(err)
+			}
+		}
+		return next
+	}}})
+	v = newMicro(t, s, "prices")
+	waitFor(t, "Handle", func() {
+		if _, err := v.Handle("first", "svc.first", echo); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := s.nc.FlushTimeout(patience); err != nil {
+		t.Fatal(err)
+	}
+	for _, subject := range []string{"svc.first", "svc.second"} {
+		verifyEcho(t, p.consumer, subject, 3, 100)
+	}
+	for _, e := range discover[micro.Stats](t, p.consumer.Conn, 1, micro.StatsVerb, "prices")[0].Endpoints {
+		if e.NumRequests != 1 {
+			t.Errorf("%s: %d requests", e.Name, e.NumRequests)
+		}
+	}
+}
+
 // The recipe lets a monitor see the services, and nothing else.
 func TestServiceRecipeLetsAMonitorWatch(t *testing.T) {
 	p := newRestricted(t, recipe(t, "services"))
