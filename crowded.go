@@ -258,7 +258,7 @@ func (x *examination) resume(all []*Registration, connected int64) {
 // guess is for a server that may not publish to its inbox, so it cannot find out whether there is room.
 func (x *examination) guess() {
 	x.mute = true
-	x.server.log.Error("stream: NATS refused a subscription of the server's connection, which has too many, and did not say which; "+
+	x.server.journal.Error("stream: NATS refused a subscription of the server's connection, which has too many, and did not say which; "+
 		"if it is one of the server's, its subject is not served; raise max_subscriptions, or let the server publish to its inbox",
 		"error", nats.ErrMaxSubscriptionsExceeded)
 }
@@ -293,25 +293,20 @@ func (r *Registration) awaitsRoom() bool {
 // crowd records that NATS refuses the subscription of r because the connection has too many.
 func (r *Registration) crowd() {
 	r.mu.Lock()
-	first := r.crowded == nil
-	if first {
+	defer r.mu.Unlock()
+	if r.crowded == nil {
 		r.crowded = fmt.Errorf("stream: %s is not served, because the connection has too many subscriptions; raise max_subscriptions: %w",
 			r.subject, nats.ErrMaxSubscriptionsExceeded)
-	}
-	err := r.crowded
-	r.mu.Unlock()
-	if first {
-		r.server.log.Error("stream: a subject is not served", "subject", r.subject, "queue", r.queue, "error", err)
+		r.server.journal.Error("stream: a subject is not served", "subject", r.subject, "queue", r.queue, "error", r.crowded)
 	}
 }
 
 // uncrowd records that there is room for the subscription of r.
 func (r *Registration) uncrowd() {
 	r.mu.Lock()
-	was := r.crowded != nil
-	r.crowded = nil
-	r.mu.Unlock()
-	if was {
-		r.server.log.Info("stream: a subject is served again", "subject", r.subject, "queue", r.queue)
+	defer r.mu.Unlock()
+	if r.crowded != nil {
+		r.server.journal.Info("stream: a subject is served again", "subject", r.subject, "queue", r.queue)
 	}
+	r.crowded = nil
 }

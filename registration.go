@@ -17,7 +17,8 @@ import (
 // Any goroutine but the mux may run change, which does not wait. NATS's error callback runs refuse. Goroutines of
 // package time run retry and confirm, which waits for NATS. settle calls NATS: HandleQueue runs it for the first time,
 // and goroutines of its own run it later. Registration.mu guards the state of a registration. The functions of Server
-// with the suffix Locked need Server.mu.
+// with the suffix Locked need Server.mu. Server.request takes both locks in the goroutine that reads a fast connection,
+// so neither is held while user code runs.
 
 // Registration is a subject that a [Server] serves, made by [Server.Handle] or [Server.HandleQueue]. It is safe for use
 // by many goroutines at once.
@@ -185,10 +186,10 @@ func (r *Registration) refuse(denied error) {
 	r.refused, r.lastRefusal = err, denied
 	r.refusals++
 	n, again := r.refusals, renewal(r.refusedSince)
-	r.mu.Unlock()
-	if first {
-		r.server.log.Error("stream: a subject is not served", "subject", r.subject, "queue", r.queue, "error", err)
+	if first { // with the lock held, which gives the lines their order
+		r.server.journal.Error("stream: a subject is not served", "subject", r.subject, "queue", r.queue, "error", err)
 	}
+	r.mu.Unlock()
 	r.change(suspendedRefused, 0)
 	time.AfterFunc(again, func() { r.retry(n) })
 }
@@ -229,7 +230,7 @@ func (r *Registration) confirm(n int, since time.Time) {
 		time.AfterFunc(confirmation, func() { r.confirm(n, since) })
 	default:
 		r.refused = nil
-		s.log.Info("stream: a subject is served again", "subject", r.subject, "queue", r.queue)
+		s.journal.Info("stream: a subject is served again", "subject", r.subject, "queue", r.queue)
 	}
 }
 
@@ -278,7 +279,7 @@ func (r *Registration) settle() {
 			r.mu.Unlock()
 			err := r.subscribe()
 			if err != nil {
-				r.server.log.Error("stream: cannot serve a subject again", "subject", r.subject, "queue", r.queue, "error", err)
+				r.server.journal.Error("stream: cannot serve a subject again", "subject", r.subject, "queue", r.queue, "error", err)
 			}
 			r.mu.Lock()
 			if err != nil { // the connection is closed or drains: it accepts no more subscriptions

@@ -15,6 +15,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream/internal/discovery"
+	"github.com/natsstream/stream/internal/journal"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 )
@@ -49,8 +50,10 @@ type ServerParams struct {
 	// FallbackTimeout is how long a stream to a fallback consumer may last, 10 minutes by default. Then it ends with
 	// [CloseDeadlineExceeded], as at a consumer's own deadline.
 	FallbackTimeout time.Duration
-	// Logger gets the panics of handlers, and the errors that handlers return after their consumers have read the
-	// normal end. slog.Default() by default.
+	// Logger gets the panics of handlers and hooks, the errors that handlers return after their consumers have read the
+	// normal end, and the refusals of subscriptions by NATS. It is called in the goroutines of handlers and hooks, and
+	// for refusals in one of its own. So it may wait, also for answers over Conn. If 1,024 lines about refusals wait,
+	// further ones are dropped, and a line states how many. slog.Default() by default.
 	Logger *slog.Logger
 
 	// Interceptors are put around each handler, the first one outermost. Handle and HandleQueue call each interceptor
@@ -92,7 +95,11 @@ type Server struct {
 
 	room  room
 	stays bool // in its queue groups when it is full
-	log   *slog.Logger
+
+	// The goroutines of handlers and hooks use log. All others use journal, because the user's code must not hold them
+	// up.
+	log     *slog.Logger
+	journal *journal.Journal
 
 	draining chan struct{} // closed when Drain or Close is called
 
@@ -160,6 +167,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	if s.log == nil {
 		s.log = slog.Default()
 	}
+	s.journal = journal.New(s.log)
 	if s.ep, err = newEndpoint(conn, inbox, common); err != nil {
 		return nil, err
 	}
@@ -185,7 +193,7 @@ func (s *Server) subscriptionRefused(d natsconn.Denial, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.services) > 0 && strings.HasPrefix(d.Subject, discovery.Subjects) {
-		s.log.Error("stream: tools do not find the services of the server; allow it to subscribe to "+discovery.Subjects+"> (docs/PROTOCOL.md section 15.6)",
+		s.journal.Error("stream: tools do not find the services of the server; allow it to subscribe to "+discovery.Subjects+"> (docs/PROTOCOL.md section 15.6)",
 			"subject", d.Subject, "error", err)
 	}
 	for r := range s.registrations {
@@ -207,9 +215,9 @@ func (s *Server) inboxChanged(refused error) {
 	defer s.mu.Unlock()
 	if refused != nil {
 		s.suspendLocked(suspendedUnheard) // first: each request that still comes has to be refused
-		s.log.Error("stream: the server serves nothing until its inbox is heard", "error", refused)
+		s.journal.Error("stream: the server serves nothing until its inbox is heard", "error", refused)
 	} else {
-		s.log.Info("stream: the server's inbox is heard again")
+		s.journal.Info("stream: the server's inbox is heard again")
 		s.resumeLocked(suspendedUnheard)
 	}
 }
@@ -424,8 +432,9 @@ func (s *Server) unsubscribe() {
 }
 
 // Close ends the server at once: it accepts no more requests, open streams end with [CloseGoingAway], and handlers'
-// contexts end. Close does not wait for handlers, so a handler may call it. It takes as long as [Client.Close]. The
-// connection stays open. Close never fails. A second Close does nothing.
+// contexts end. Close does not wait for handlers, so a handler may call it. It takes as long as [Client.Close], and up
+// to 2 s longer if lines wait for a slow Logger. The connection stays open. Close never fails. A second Close does
+// nothing.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.refusing = true
@@ -436,5 +445,6 @@ func (s *Server) Close() error {
 	<-quiet // requests that still come are refused, and the outbox sends the refusals
 	s.ep.close(e)
 	s.helpers.Wait() // none starts any more: the outbox has ended, and doubt starts none after retire
+	s.journal.Wait(hooksEnd)
 	return nil
 }

@@ -87,7 +87,7 @@ func (v *Service) answer(m *nats.Msg, q discovery.Question) {
 		v.server.ep.conn.Push()
 	}
 	if err != nil {
-		v.server.log.Warn("stream: a question about a service is not answered", "subject", m.Subject, "error", err)
+		v.server.journal.Warn("stream: a question about a service is not answered", "subject", m.Subject, "error", err)
 	}
 }
 
