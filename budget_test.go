@@ -1030,6 +1030,20 @@ func TestEndsFitTheirSizeClasses(t *testing.T) {
 	}
 }
 
+// Each Write uses the fields of its packer from the lock to the open packet. In a producer they lie on one cache line.
+func TestWriteFieldsLieTogether(t *testing.T) {
+	const line, header = 64, 8
+	var p producer
+	if unsafe.Sizeof(uintptr(0)) != 8 {
+		return // what the processor caches differs
+	}
+	first := header + uintptr(unsafe.Pointer(&p.mu)) - uintptr(unsafe.Pointer(&p))
+	last := header + uintptr(unsafe.Pointer(&p.open)) + unsafe.Sizeof(p.open) - 1 - uintptr(unsafe.Pointer(&p))
+	if first/line != last/line {
+		t.Errorf("they lie at %d to %d, on two lines", first, last)
+	}
+}
+
 // The mux looks at the first fields of a session for each packet. They lie on two cache lines, and its end of the ring
 // on the next. The allocator aligns a Stream, and a session with its Writer, to cache lines, and puts a header before
 // it.

@@ -23,23 +23,24 @@ type packer struct {
 
 	waiting atomic.Bool // wake is not nil; stored with the lock held
 
-	mu sync.Mutex // guards the fields down to closing
-
-	records uint32 // in the open packet, those that end in it
-	// The open packet and how much of it is written. fast is the part of its buffer that Write may fill, and empty
-	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
-	n        int
-	fast     []byte
-	open     *packet
-	queued   bool // the session is marked with workPackets
-	encoding bool // the turn's owner encodes into the rest of the open packet, without the lock
-	turn     bool // one goroutine writes a record in several steps: others wait
-	half     bool // CLOSE has the flag HALF: the handler goes on reading
-	soon     bool // CLOSE asks for its acknowledgement at once
-
+	// mu guards these three fields as well. They lie above it, so that a cache line begins with mu.
 	size         int32   // of the packet sealed last, in bytes
 	written      counted // by writers, without the open packet
 	acknowledged counted // the part of written that the peer acknowledged
+
+	mu sync.Mutex // guards the fields down to closing
+
+	// Each Write uses the fields from mu to open, which lie in one cache line.
+	records  uint32 // in the open packet, those that end in it
+	queued   bool   // the session is marked with workPackets
+	encoding bool   // the turn's owner encodes into the rest of the open packet, without the lock
+	turn     bool   // one goroutine writes a record in several steps: others wait
+	half     bool   // CLOSE has the flag HALF: the handler goes on reading
+	// The open packet and how much of it is written. fast is the part of its buffer that Write may fill, and empty
+	// whenever Write must take the slow path: no open packet, a writer has the turn, closed, ended.
+	n    int
+	fast []byte
+	open *packet
 
 	sealed      uint32   // sequence number of the open packet, or of the next to be opened
 	sealedBytes uint64   // of all packets before it
@@ -58,6 +59,7 @@ type packer struct {
 	// Stored with the lock held.
 	held   atomic.Bool
 	closed atomic.Bool // CLOSE was written: no records after it. Stored with the lock held
+	soon   bool        // CLOSE asks for its acknowledgement at once; guarded by the lock
 
 	packetSize atomic.Int32 // bytes that a packet should hold at most, 0 before the outbox stored it
 
