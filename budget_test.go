@@ -67,7 +67,7 @@ func TestReassemblyIsBudgeted(t *testing.T) {
 			}
 			arrived = 0
 			m.bus.SetFilter(func(from, _ *fake.Conn, msg *nats.Msg) bool {
-				if msg.Subject == first.session.reply() { // questions pass, so that the server knows what is lost: both streams share the line
+				if msg.Subject == first.session.reply() { // a question passes: it tells the server which packets are lost, and both streams share the line
 					return !isSequenced(msg.Data)
 				}
 				if from == m.back && isSequenced(msg.Data) {
@@ -1035,7 +1035,7 @@ func TestWriteFieldsLieTogether(t *testing.T) {
 	const line, header = 64, 8
 	var p producer
 	if unsafe.Sizeof(uintptr(0)) != 8 {
-		return // what the processor caches differs
+		return // cache lines hold other fields on this processor
 	}
 	first := header + uintptr(unsafe.Pointer(&p.mu)) - uintptr(unsafe.Pointer(&p))
 	last := header + uintptr(unsafe.Pointer(&p.open)) + unsafe.Sizeof(p.open) - 1 - uintptr(unsafe.Pointer(&p))
@@ -1051,7 +1051,7 @@ func TestMuxFieldsLieTogether(t *testing.T) {
 	const line, header = 64, 8
 	var s session
 	if size := unsafe.Sizeof(uintptr(0)); size != 8 {
-		return // what the processor caches differs
+		return // cache lines hold other fields on this processor
 	}
 	for name, end := range map[string]uintptr{
 		"end":            unsafe.Offsetof(s.end) + unsafe.Sizeof(s.end),

@@ -921,7 +921,7 @@ func TestRemoteNameIsTheSubjectWithoutToken(t *testing.T) {
 		"_R_.abcdef.~1m5I":             "_R_.abcdef.~1m5I ",
 		"~1m5I00000000001":             "~1m5I00000000001 ",
 		"inbox":                        "inbox ",
-		"_SINBOX.abc":                  "_SINBOX.abc ", // not the end whose subjects begin with it
+		"_SINBOX.abc":                  "_SINBOX.abc ", // this name belongs to another end
 	} {
 		if got := remoteName(subject); got != want {
 			t.Errorf("%s: %s, want %s", subject, got, want)

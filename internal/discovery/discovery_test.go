@@ -60,7 +60,7 @@ func TestCountersOfAnEndpoint(t *testing.T) {
 	}
 }
 
-// locking is an error whose text says whether the lock of an endpoint was free.
+// locking is an error. Its text says whether the lock of an endpoint was free.
 type locking struct{ endpoint *Endpoint }
 
 func (l locking) Error() string {

@@ -104,8 +104,8 @@ func TestParkerDoesNotAllocate(t *testing.T) {
 	}
 }
 
-// TestParkerIsReplaced: wakers either wake the sleeper or do its work. Only one of them at a time, or the sleeper, has
-// what the sleeper owns: the race detector would see two. No work is left.
+// TestParkerIsReplaced: wakers either wake the sleeper or do its work. One goroutine at a time owns the fields of the
+// sleeper, and the race detector reports a second one. No work is left.
 func TestParkerIsReplaced(t *testing.T) {
 	const wakers = 4
 	rounds := 100_000

@@ -77,8 +77,9 @@ type Ring[T any] = Spaced[T, [space]byte]
 // idle streams.
 const space = cacheLine - 8
 
-// Spaced is a [Ring] whose two owners are kept apart by Between, fields that
-// both seldom write. Between has at least 56 bytes, a cache line without a word.
+// Spaced is a [Ring] with fields of its container, Between, in its middle. Both owners seldom write these fields, so
+// Between keeps the words of the two on different cache lines. Between has at least 56 bytes, a cache line without a
+// word.
 type Spaced[T, B any] struct {
 	// Owned by the producer. Others read tail only.
 	slots []T                         // of the segment that is filled

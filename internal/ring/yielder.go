@@ -13,7 +13,8 @@ type Yielder struct {
 }
 
 const (
-	// maxSkip bounds the wake-ups between two yields. So a goroutine whose yields bring nothing loses little by them.
+	// maxSkip bounds the wake-ups between two yields. If yields bring no work, the goroutine yields once in 65
+	// wake-ups.
 	maxSkip = 64
 	// longYield is the time of a yield after which the goroutine pauses, unless a piece of work came for each
 	// perPiece. It is the time for which Go lets a goroutine run that computes.

@@ -60,7 +60,7 @@ func (c *Conn) takeInboxLocked(sid int64, s *Sub) {
 	c.inboxes.Store(&taken)
 }
 
-// leaveInboxLocked ends what takeInboxLocked began.
+// leaveInboxLocked makes Read leave the messages of inbox s to nats.go.
 func (c *Conn) leaveInboxLocked(s *Sub) {
 	taken := c.otherInboxes(s)
 	c.inboxes.Store(&taken)
