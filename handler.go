@@ -5,6 +5,7 @@ import (
 	"io"
 	"iter"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -142,50 +143,71 @@ type handling struct {
 	cancel  context.CancelFunc
 }
 
-// maxResting is how many goroutines without a handler wait for one.
-const maxResting = 64
+// resting are the goroutines of a server that wait for their next handler. The goroutines of handlers, the callbacks of
+// NATS and the outbox use it.
+type resting struct {
+	mu      sync.Mutex // guards waiting
+	waiting []chan *handling
+}
 
-// start runs h in a goroutine that rests, or in a new one. It does not wait.
+// maxResting is how many goroutines rest at most. Their stacks have 4 KiB each, or what their last handlers needed.
+const maxResting = 256
+
+// start runs h in the goroutine that has rested for the shortest time, or in a new one. It does not wait for h.
 func (s *Server) start(h *handling) {
-	select {
-	case s.next <- h:
-	default:
+	r := &s.resting
+	r.mu.Lock()
+	last := len(r.waiting) - 1
+	if last < 0 {
+		r.mu.Unlock()
 		go s.handle(h)
+		return
 	}
+	next := r.waiting[last]
+	r.waiting[last] = nil
+	r.waiting = r.waiting[:last]
+	r.mu.Unlock()
+	next <- h
 }
 
 // handle runs h, and further handlers as long as rest returns one. It also ends if a handler ends its goroutine, as
 // t.FailNow of a test does.
 func (s *Server) handle(h *handling) {
+	var next chan *handling
 	for h != nil {
 		h.run()
-		h = s.rest()
+		if next == nil {
+			next = make(chan *handling, 1)
+		}
+		h = s.rest(next)
 	}
 }
 
 // rest waits for the next handler of the calling goroutine. It returns nil if the server no longer needs the goroutine.
-func (s *Server) rest() (h *handling) {
-	if s.resting.Add(1) <= maxResting {
-		unused := *s.unused.Load()
-		// The outbox disarms the ticker before it calls dismiss. So either the ticker is found disarmed here, or
-		// dismiss closes the channel.
-		if s.ep.ticker.Armed() {
-			select {
-			case h = <-s.next:
-			case <-unused:
-			case <-s.ep.ctx.Done():
-			}
-		}
+func (s *Server) rest(next chan *handling) *handling {
+	r := &s.resting
+	r.mu.Lock()
+	// The outbox disarms the ticker, and endAll ends the context, before dismiss runs. So either that is found here, or
+	// dismiss finds next.
+	if len(r.waiting) == maxResting || !s.ep.ticker.Armed() || s.ep.ctx.Err() != nil {
+		r.mu.Unlock()
+		return nil
 	}
-	s.resting.Add(-1)
-	return h
+	r.waiting = append(r.waiting, next)
+	r.mu.Unlock()
+	return <-next
 }
 
-// dismiss ends the goroutines that rest. The outbox calls it when the server has no stream.
+// dismiss ends the goroutines that rest. The outbox calls it when the server has no stream, and so does the end of the
+// endpoint's context.
 func (s *Server) dismiss() {
-	if s.resting.Load() != 0 {
-		unused := make(chan struct{})
-		close(*s.unused.Swap(&unused))
+	r := &s.resting
+	r.mu.Lock()
+	waiting := r.waiting
+	r.waiting = nil
+	r.mu.Unlock()
+	for _, next := range waiting {
+		next <- nil
 	}
 }
 

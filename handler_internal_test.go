@@ -35,11 +35,11 @@ func TestManyHandlersRunAtOnce(t *testing.T) {
 			}
 			readers.Wait()
 			synctest.Wait()
-			if resting := int(m.server.resting.Load()); resting != min(n, maxResting) {
+			if resting := m.server.resting.count(); resting != min(n, maxResting) {
 				t.Errorf("%d goroutines rest after %d handlers", resting, n)
 			}
 			time.Sleep(time.Second) // the server has no stream
-			if n := m.server.resting.Load(); n != 0 {
+			if n := m.server.resting.count(); n != 0 {
 				t.Errorf("%d goroutines rest at an idle server", n)
 			}
 		}
@@ -47,10 +47,16 @@ func TestManyHandlersRunAtOnce(t *testing.T) {
 		m.open(t, "x")
 		m.close()
 		synctest.Wait()
-		if n := m.server.resting.Load(); n != 0 {
+		if n := m.server.resting.count(); n != 0 {
 			t.Errorf("%d goroutines rest at a server that is closed", n)
 		}
 	})
+}
+
+func (r *resting) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.waiting)
 }
 
 // A handler that ends its goroutine, or panics, ends its own stream and keeps no later one from a handler.

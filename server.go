@@ -103,9 +103,7 @@ type Server struct {
 
 	draining chan struct{} // closed when Drain or Close is called
 
-	next    chan *handling                // from request to a goroutine that rests
-	resting atomic.Int32                  // goroutines that wait for a handler, or have just begun one
-	unused  atomic.Pointer[chan struct{}] // closed when goroutines that rest are not needed
+	resting resting
 
 	mu            sync.Mutex // never held while NATS is asked
 	registrations map[*Registration]struct{}
@@ -161,7 +159,7 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	s := &Server{
 		maxFallback: int64(params.MaxFallback), fallbackTimeout: params.FallbackTimeout, interceptors: slices.Clone(params.Interceptors),
 		room: roomFor(params.MaxStreams), stays: params.StayWhenFull, log: params.Logger,
-		draining: make(chan struct{}), doubts: newDoubts(), next: make(chan *handling),
+		draining: make(chan struct{}), doubts: newDoubts(),
 		registrations: make(map[*Registration]struct{}), services: make(map[*Service]struct{}),
 	}
 	if s.log == nil {
@@ -178,9 +176,9 @@ func newServer(conn natsconn.Conn, inbox string, params ServerParams) (*Server, 
 	refused := s.subscriptionRefused
 	s.ep.onRefused.Store(&refused)
 	s.ep.streamEnded = s.streamEnded // before a request arrives
-	unused, dismiss := make(chan struct{}), s.dismiss
-	s.unused.Store(&unused)
+	dismiss := s.dismiss
 	s.ep.onIdle.Store(&dismiss)
+	context.AfterFunc(s.ep.ctx, dismiss)
 	return s, nil
 }
 
