@@ -5,10 +5,12 @@ package tap_test
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -19,8 +21,9 @@ import (
 )
 
 // takenConn connects over a loopback connection to a server that the test plays, and returns both ends: the tapped
-// connection that inbox.* is subscribed on, and the server's. The user's own dialer may change the connection.
-func takenConn(t *testing.T, change func(*net.TCPConn) error) (*tap.Conn, *net.TCPConn) {
+// connection that inbox.* is subscribed on, and the server's. The user's own dialer may change the connection. set
+// changes the options of nats.go.
+func takenConn(t *testing.T, change func(*net.TCPConn) (net.Conn, error), set ...func(*nats.Options)) (*tap.Conn, *net.TCPConn) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -33,11 +36,14 @@ func takenConn(t *testing.T, change func(*net.TCPConn) error) (*tap.Conn, *net.T
 	opts.Timeout = patience
 	opts.CustomDialer = dialerFunc(func() (net.Conn, error) {
 		conn, err := net.Dial("tcp", l.Addr().String())
-		if err == nil {
-			err = change(conn.(*net.TCPConn))
+		if err != nil {
+			return nil, err
 		}
-		return conn, err
+		return change(conn.(*net.TCPConn))
 	})
+	for _, s := range set {
+		s(&opts)
+	}
 	if err := tap.Use(&opts); err != nil {
 		t.Fatal(err)
 	}
@@ -77,25 +83,28 @@ func takenConn(t *testing.T, change func(*net.TCPConn) error) (*tap.Conn, *net.T
 	return sub.Conn(), server
 }
 
+// asItIs changes nothing.
+func asItIs(conn *net.TCPConn) (net.Conn, error) { return conn, nil }
+
 // A connection that takes no bytes stops PublishNow, which does not wait. No command is torn, and none comes twice,
 // whether the network took a part of it or nothing.
 func TestPublishNowDoesNotWait(t *testing.T) {
-	for name, change := range map[string]func(*net.TCPConn) error{
-		"as usual": func(*net.TCPConn) error { return nil },
-		"blocking mode": func(conn *net.TCPConn) error { // Fd does that to the connection as well
+	for name, change := range map[string]func(*net.TCPConn) (net.Conn, error){
+		"as usual": asItIs,
+		"blocking mode": func(conn *net.TCPConn) (net.Conn, error) { // Fd does that to the connection as well
 			f, err := conn.File()
 			if err == nil {
 				f.Fd()
 				err = f.Close()
 			}
-			return err
+			return conn, err
 		},
 	} {
 		t.Run(name, func(t *testing.T) { publishNowDoesNotWait(t, change) })
 	}
 }
 
-func publishNowDoesNotWait(t *testing.T, change func(*net.TCPConn) error) {
+func publishNowDoesNotWait(t *testing.T, change func(*net.TCPConn) (net.Conn, error)) {
 	conn, server := takenConn(t, change)
 	if !conn.TakesNow() {
 		t.Fatal("a connection over TCP does not take a message at once")
@@ -195,5 +204,39 @@ func TestPublishNowNeedsTheKernelsConnection(t *testing.T) {
 	nc.Close()
 	if err := <-script; err != nil {
 		t.Errorf("server: %v", err)
+	}
+}
+
+// A write to a network that takes no bytes ends with the timeout of nats.go's flusher, and closes the connection. A
+// pause that is longer than the timeout ends no later write.
+func TestWritesEndWithTheTimeoutOfTheFlusher(t *testing.T) {
+	for name, change := range map[string]func(*net.TCPConn) (net.Conn, error){
+		"of the kernel":   asItIs,
+		"of another type": func(conn *net.TCPConn) (net.Conn, error) { return struct{ net.Conn }{conn}, nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			const timeout = 100 * time.Millisecond
+			conn, server := takenConn(t, change, func(opts *nats.Options) { opts.FlusherTimeout = timeout })
+			const command = "PUB x 1\r\na\r\n"
+			got := make([]byte, len(command))
+			for range 3 {
+				if !conn.Publish("x", "", nil, []byte("a")) {
+					t.Fatal("the connection has failed after a pause")
+				}
+				conn.Push()
+				if _, err := io.ReadFull(server, got); err != nil || string(got) != command {
+					t.Fatalf("%q, %v", got, err)
+				}
+				time.Sleep(2 * timeout)
+			}
+			for start := time.Now(); conn.Publish("x", "", nil, make([]byte, 1<<16)); {
+				if time.Since(start) > patience {
+					t.Fatal("writes to a network that takes no bytes go on")
+				}
+			}
+			if _, err := io.Copy(io.Discard, server); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the connection is not closed: %v", err)
+			}
+		})
 	}
 }

@@ -21,7 +21,8 @@ type outgoing struct {
 	buf      []byte     // published and not sent
 	waiting  atomic.Bool
 	failed   bool
-	now      now // set once
+	now      now       // set once
+	deadline time.Time // of writes to a connection of the kernel; zero before the first write
 
 	vector  [3][]byte // of one write
 	buffers net.Buffers
@@ -216,15 +217,28 @@ func (c *Conn) sendLocked(data []byte) {
 	}
 }
 
-// setDeadline makes the next write end after the timeout of nats.go's flusher.
+// setDeadline makes the next write end after the timeout of nats.go's flusher, or up to an eighth of it later. A
+// connection of the kernel keeps its deadline for later writes, because setting and clearing a deadline takes a tenth of
+// the time of a short write. Another connection may write by itself, as TLS does, so it has a deadline only while c
+// writes.
 func (c *Conn) setDeadline() {
-	if timeout := c.dialer.opts.FlusherTimeout; timeout > 0 {
-		_ = c.Conn.SetWriteDeadline(time.Now().Add(timeout)) // an error is that of the write as well
+	timeout := c.dialer.opts.FlusherTimeout
+	if timeout <= 0 {
+		return
 	}
+	now := time.Now()
+	if c.out.deadline.Sub(now) >= timeout {
+		return
+	}
+	until := now.Add(timeout + timeout/8)
+	if c.out.now.raw != nil {
+		c.out.deadline = until
+	}
+	_ = c.Conn.SetWriteDeadline(until) // an error is that of the write as well
 }
 
 func (c *Conn) clearDeadline() {
-	if c.dialer.opts.FlusherTimeout > 0 {
+	if c.dialer.opts.FlusherTimeout > 0 && c.out.now.raw == nil {
 		_ = c.Conn.SetWriteDeadline(time.Time{})
 	}
 }
@@ -232,6 +246,9 @@ func (c *Conn) clearDeadline() {
 // SetWriteDeadline does nothing. nats.go calls it around Write, without the lock, and so would change the deadline of
 // another write. Write sets the same one.
 func (c *Conn) SetWriteDeadline(time.Time) error { return nil }
+
+// SetDeadline sets the deadline of reads, for the same reason.
+func (c *Conn) SetDeadline(t time.Time) error { return c.Conn.SetReadDeadline(t) }
 
 // Write follows the commands of nats.go, and sends them behind the messages that wait.
 func (c *Conn) Write(p []byte) (int, error) {
