@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"strings"
 	"syscall"
@@ -238,5 +239,19 @@ func TestWritesEndWithTheTimeoutOfTheFlusher(t *testing.T) {
 				t.Errorf("the connection is not closed: %v", err)
 			}
 		})
+	}
+}
+
+// A timeout that never ends limits no write.
+func TestWritesMayTakeForEver(t *testing.T) {
+	conn, server := takenConn(t, asItIs, func(opts *nats.Options) { opts.FlusherTimeout = math.MaxInt64 })
+	if !conn.Publish("x", "", nil, []byte("a")) {
+		t.Fatal("the connection has failed")
+	}
+	conn.Push()
+	const command = "PUB x 1\r\na\r\n"
+	got := make([]byte, len(command))
+	if _, err := io.ReadFull(server, got); err != nil || string(got) != command {
+		t.Fatalf("%q, %v", got, err)
 	}
 }

@@ -230,7 +230,7 @@ func (c *Conn) setDeadline() {
 	if c.out.deadline.Sub(now) >= timeout {
 		return
 	}
-	until := now.Add(timeout + timeout/8)
+	until := now.Add(timeout).Add(timeout / 8) // the sum of both may be too large for a Duration
 	if c.out.now.raw != nil {
 		c.out.deadline = until
 	}
