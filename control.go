@@ -22,7 +22,7 @@ import (
 type control struct {
 	session *session // the one with the token of the message, nil if there is none
 	reply   string   // the reply subject of the message, or empty
-	packet  []byte   // frames to act on, or nil
+	packet  []byte   // frames to act on, or nil. If token is set, the nonce of a RESPONSE, or nil
 	token   string   // set if no stream accepts the message: its token is unknown, or its session has ended
 	sender  uint64   // sender number of the packet, if token is set
 	absent  bool     // NATS reported that nobody received the message
@@ -169,6 +169,10 @@ func (o *outbox) bind(s *session) {
 func (o *outbox) resetUnknown(c control) {
 	if c.absent { // nobody received the request of a stream that has ended
 		o.settleRequest(c.session)
+		return
+	}
+	if c.packet != nil {
+		o.trialAnsweredLate(c.packet)
 		return
 	}
 	if !o.up.Load() || checkAnswer(c.reply) != nil || o.repeatEnd(c) {

@@ -19,6 +19,9 @@ type envelopes struct {
 	packets int    // in them
 	more    bool   // another session waits behind the one that is being served
 	refused uint32 // NATS refused an envelope on this connection, counted from 1 as outbox.connection is from 0
+
+	trials    [maxTried]*enveloping // those that were tried last, a circle
+	nextTrial int
 }
 
 // enveloping is the state of envelopes to one other end, with the envelope that the outbox fills now.
@@ -26,6 +29,7 @@ type enveloping struct {
 	name    string // of the other end
 	subject string // of envelopes
 	tells   bool   // the next CREDIT tells the other end that this one receives envelopes
+	told    int64  // when a producer last told the other end without a CREDIT; 0 before
 	known   bool   // the other end receives envelopes
 	arrives bool   // it has answered a trial
 	trial   [nonceSize]byte
@@ -49,6 +53,8 @@ const (
 	// they are sent.
 	maxEnclosed = 1 << 10
 	maxOpen     = 1 << 6
+	// maxTried is how many trials are remembered for answers that come after the end of their stream.
+	maxTried = 1 << 6
 	// trialPatience is how many AckTimeouts the answer to a trial may take before the next one.
 	trialPatience = 4
 )
@@ -111,6 +117,8 @@ func (o *outbox) try(e *enveloping, s *session) {
 	}
 	e.tried = now
 	rand.Read(e.trial[:])
+	o.envelopes.trials[o.envelopes.nextTrial%maxTried] = e
+	o.envelopes.nextTrial++
 	h := PacketHeader{Sender: s.senderNumber}
 	if snd := s.send.Load(); snd != nil {
 		h.Seq = snd.unacked.Cursor()
@@ -130,6 +138,16 @@ func (o *outbox) trialAnswered(s *session, nonce []byte) bool {
 	}
 	p.envelopes.arrives = true
 	return true
+}
+
+// trialAnsweredLate takes a RESPONSE that came for a stream that has ended. It may answer the trial on that stream: the
+// acknowledgement of CLOSE, which ends a short stream, followed the trial at once. Nobody but the peer knows the nonce.
+func (o *outbox) trialAnsweredLate(nonce []byte) {
+	for _, e := range o.envelopes.trials {
+		if e != nil && string(nonce) == string(e.trial[:]) {
+			e.arrives = true
+		}
+	}
 }
 
 // knowsEnvelopes notes that the peer of s receives envelopes.

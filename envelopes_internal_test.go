@@ -707,3 +707,37 @@ func naiveEnvelope(b []byte) (all []modelEnveloped, err error) {
 		}
 	}
 }
+
+// The acknowledgement of CLOSE follows a trial at once, so the answer comes after the end of a short stream.
+func TestTrialsMayBeAnsweredAfterTheEndOfTheirStream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newEnvelopedPeer(t, 2)
+		defer p.c.Close()
+		s := p.writers[0].session
+		e := s.remote.Load().envelopes
+		e.arrives = false // the outbox is at rest
+		if err := p.writers[0].Close(); err != nil {
+			t.Fatal(err)
+		}
+		p.news()
+		p.tell(0, p.acks(s.send.Load().unacked.Next()))
+		if s.end.Load() == nil {
+			t.Fatal("the stream has not ended")
+		}
+		nonce := bytes.Clone(e.trial[:])
+		other := bytes.Clone(nonce)
+		other[0]++
+		credit := p.acks(1)
+		for name, frames := range map[string][]Frame{
+			"another nonce": {{Type: FrameResponse, Payload: other}}, "half a nonce": {{Type: FrameResponse, Payload: nonce[:4]}},
+			"a longer nonce": {{Type: FrameResponse, Payload: append(bytes.Clone(nonce), 0)}}, "no answer": {credit},
+		} {
+			if p.tell(0, frames...); e.arrives {
+				t.Errorf("%s counts as the answer to a trial", name)
+			}
+		}
+		if p.tell(0, Frame{Type: FrameResponse, Payload: nonce}); !e.arrives {
+			t.Error("the answer to the trial was dropped")
+		}
+	})
+}

@@ -175,7 +175,21 @@ func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
 		ep.outbox.deliver(control{session: s, token: strings.Clone(m.Subject[len(ep.prefix):]), absent: true})
 		return
 	}
+	if nonce, ok := response(m.Data); ok && m.Reply == "" { // perhaps of a trial
+		ep.outbox.deliver(control{session: s, token: strings.Clone(m.Subject[len(ep.prefix):]), packet: nonce})
+		return
+	}
 	ep.answerUnknown(s, m)
+}
+
+// response returns the bytes of the RESPONSE that is alone in a control packet.
+func response(data []byte) (nonce []byte, ok bool) {
+	h, body, err := ParsePacketHeader(data)
+	if err != nil || h.Flags != 0 {
+		return nil, false
+	}
+	f, rest, err := ParseFrame(body)
+	return f.Payload, err == nil && f.Type == FrameResponse && len(f.Payload) == nonceSize && len(rest) == 0
 }
 
 // answerUnknown makes the outbox reset the sender of a packet that no stream accepts, if the packet has a reply

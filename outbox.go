@@ -475,12 +475,14 @@ func (o *outbox) servePackets(s *session) {
 		o.askProgress(snd)
 		s.mark(workPackets)
 	case packetPublished:
+		o.tellAlone(s)
 		o.watchAck(s)
 		if snd.unacked.bytes >= proveFrom {
 			o.prove(s)
 		}
 		s.mark(workPackets)
 	case closePublished:
+		o.tellAlone(s)
 		o.watchAck(s)
 		o.closed(snd)
 	}

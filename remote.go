@@ -357,6 +357,22 @@ func (o *outbox) tickAskers() {
 	})
 }
 
+// tellAlone tells the consumer of s that this end receives envelopes, if that is due, because a consumer that writes
+// nothing gets no CREDIT. It follows the first packet, by which the consumer learns the address that it counts for.
+// Short streams begin and end all the time, so it is sent at most once in trialPatience AckTimeouts.
+func (o *outbox) tellAlone(s *session) {
+	p := s.remote.Load()
+	if s.role == lifecycle.Consumer || p == nil || p.envelopes == nil || !p.envelopes.tells {
+		return
+	}
+	e, now := p.envelopes, o.ep.now()
+	if e.told != 0 && now-e.told < trialPatience*o.ep.times.Ack {
+		return
+	}
+	e.tells, e.told = false, now
+	o.sendControl(s, "", Frame{Type: frameEnvelopes})
+}
+
 // speaker returns a stream on which p can be sent a PING, another one each time, or nil if none is found. It records
 // the arrivals on the streams that it looks at.
 func (o *outbox) speaker(p *remote, now int64) *session {

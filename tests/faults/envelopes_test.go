@@ -1,10 +1,16 @@
 package faults
 
 import (
+	"context"
+	"fmt"
+	"io"
 	"math/rand/v2"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/natsstream/stream"
 	"github.com/natsstream/stream/streamtest"
@@ -100,4 +106,80 @@ func TestEnvelopesOverReconnects(t *testing.T) {
 			}).run(t)
 		}
 	})
+}
+
+// TestShortStreamsShareTheirAcknowledgements opens streams of one record, many at once: the acknowledgements of their
+// ends travel in envelopes. Meanwhile envelopes are dropped. Then the producer asks, and no stream ends with an error.
+func TestShortStreamsShareTheirAcknowledgements(t *testing.T) {
+	srv := streamtest.Run(t)
+	rng := rand.New(rand.NewPCG(1, 2))
+	var seen atomic.Int64
+	drop := streamtest.Drop(0.2, rng)
+	ic := streamtest.RunInterceptor(t, srv.URL(), streamtest.Only(isEnvelope, func(m *streamtest.Message) streamtest.Verdict {
+		seen.Add(1)
+		return drop(m)
+	}))
+	dial := func(url string) *nats.Conn {
+		nc, err := nats.Connect(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(nc.Close)
+		return nc
+	}
+	clientConn, serverConn := dial(ic.URL()), dial(srv.URL())
+	client, err := stream.NewClient(stream.ClientParams{Conn: clientConn, AckTimeout: 20 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server, err := stream.NewServer(stream.ServerParams{Conn: serverConn, AckTimeout: 20 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	_, err = server.Handle("short", func(w *stream.Writer, r *stream.Request) error { _, err := w.Write(r.Data); return err })
+	if err == nil {
+		err = serverConn.Flush()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	ask := func(data string) error {
+		s, err := client.Open(ctx, "short", []byte(data))
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		if rec, err := s.Recv(); err != nil || string(rec) != data {
+			return fmt.Errorf("record %q, %w", rec, err)
+		}
+		if _, err := s.Recv(); err != io.EOF {
+			return fmt.Errorf("the end is %w", err)
+		}
+		return nil
+	}
+	const atOnce = 64
+	for seen.Load() < 100 && ctx.Err() == nil && !t.Failed() {
+		var asking sync.WaitGroup
+		for i := range atOnce {
+			asking.Go(func() {
+				for j := range 10 {
+					if err := ask(fmt.Sprint(i, " ", j)); err != nil {
+						t.Error(err)
+						return
+					}
+				}
+			})
+		}
+		asking.Wait()
+	}
+	if n := seen.Load(); n < 100 {
+		t.Errorf("only %d envelopes on the way", n)
+	}
+	if err := server.Drain(ctx); err != nil { // it waits for all acknowledgements
+		t.Error(err)
+	}
 }
