@@ -417,8 +417,7 @@ func (o *outbox) sendRefusal(s *session) {
 func (o *outbox) publishCredit(s *session, flags FrameFlags, c Credit) {
 	var payload [creditSize]byte
 	f := Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], c)}
-	if p := s.remote.Load(); p != nil && p.envelopes != nil && p.envelopes.tells {
-		p.envelopes.tells = false
+	if tellsEnvelopes(s) {
 		o.tellAt(s, s.out.peer, "", f, Frame{Type: frameEnvelopes})
 	} else {
 		o.sendControl(s, "", f)

@@ -26,15 +26,15 @@ type envelopes struct {
 
 // enveloping is the state of envelopes to one other end, with the envelope that the outbox fills now.
 type enveloping struct {
-	name    string // of the other end
-	subject string // of envelopes
-	tells   bool   // the next CREDIT tells the other end that this one receives envelopes
-	told    int64  // when a producer last told the other end without a CREDIT; 0 before
-	known   bool   // the other end receives envelopes
-	arrives bool   // it has answered a trial
-	trial   [nonceSize]byte
-	tried   int64 // when the last trial was sent; 0 if none was
-	sizes   flow.Envelopes
+	name       string // of the other end
+	subject    string // of envelopes
+	tells      bool   // the next CREDIT or PING tells the other end that this one receives envelopes
+	known      bool   // the other end receives envelopes
+	arrives    bool   // it has answered a trial
+	trial      [nonceSize]byte
+	tried      int64 // when the last trial was sent; 0 if none was
+	introduced int64 // when introduce last sent a PING; 0 if it has sent none
+	sizes      flow.Envelopes
 
 	buf     *packet // nil if no envelope is open
 	n       int     // bytes of it in use
@@ -65,6 +65,18 @@ func (p *remote) tellsEnvelopes() {
 	if n := len(p.streams); n >= 2 && n&(n-1) == 0 && p.hasTokens() {
 		p.enveloping().tells = true
 	}
+}
+
+// tellsEnvelopes reports whether the next packet to the peer of s says that this end receives envelopes. The caller adds
+// ENVELOPES to a CREDIT or a PING. ENVELOPES is never alone: if the flag SEQ of such a packet was damaged, the packet
+// would pass for one of records, and take the number of a record.
+func tellsEnvelopes(s *session) bool {
+	p := s.remote.Load()
+	if p == nil || p.envelopes == nil || !p.envelopes.tells {
+		return false
+	}
+	p.envelopes.tells = false
+	return true
 }
 
 // hasTokens reports whether the subjects of p end with tokens, so that envelopes to it can name them.

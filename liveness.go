@@ -443,11 +443,16 @@ func (o *outbox) publishPing(s *session) {
 			return
 		}
 	}
+	frames, n := [3]Frame{{Type: FramePing}}, 1
 	if s.crossing() != nil && s.role == lifecycle.Handler {
-		o.tellAt(s, s.out.peer, s.reply(), Frame{Type: FramePing}, Frame{Type: FrameResume, Payload: s.token[:]})
-	} else {
-		o.tellAt(s, s.out.peer, s.reply(), Frame{Type: FramePing})
+		frames[n] = Frame{Type: FrameResume, Payload: s.token[:]}
+		n++
 	}
+	if tellsEnvelopes(s) {
+		frames[n] = Frame{Type: frameEnvelopes}
+		n++
+	}
+	o.tellAt(s, s.out.peer, s.reply(), frames[:n]...)
 	o.seek(s)
 }
 

@@ -464,6 +464,7 @@ func (o *outbox) servePackets(s *session) {
 	if !s.peerTakesJSON() && !o.mayPublish(s) {
 		return
 	}
+	o.introduce(s)
 	switch snd.publishNext() {
 	case noPacket:
 		s.out.places.clear(steady)
@@ -475,14 +476,12 @@ func (o *outbox) servePackets(s *session) {
 		o.askProgress(snd)
 		s.mark(workPackets)
 	case packetPublished:
-		o.tellAlone(s)
 		o.watchAck(s)
 		if snd.unacked.bytes >= proveFrom {
 			o.prove(s)
 		}
 		s.mark(workPackets)
 	case closePublished:
-		o.tellAlone(s)
 		o.watchAck(s)
 		o.closed(snd)
 	}

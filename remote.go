@@ -357,20 +357,20 @@ func (o *outbox) tickAskers() {
 	})
 }
 
-// tellAlone tells the consumer of s that this end receives envelopes, if that is due, because a consumer that writes
-// nothing gets no CREDIT. It follows the first packet, by which the consumer learns the address that it counts for.
-// Short streams begin and end all the time, so it is sent at most once in trialPatience AckTimeouts.
-func (o *outbox) tellAlone(s *session) {
+// introduce sends a PING before the first packet of a producer, if its consumer has to know that this end receives
+// envelopes: a consumer that writes nothing gets no CREDIT, which tells others. Short streams begin and end all the time,
+// so it is sent at most once in trialPatience AckTimeouts.
+func (o *outbox) introduce(s *session) {
 	p := s.remote.Load()
-	if s.role == lifecycle.Consumer || p == nil || p.envelopes == nil || !p.envelopes.tells {
+	if p == nil || p.envelopes == nil || !p.envelopes.tells || s.role == lifecycle.Consumer || s.send.Load().unacked.Next() != 0 || s.out.life.pings != 0 {
 		return
 	}
 	e, now := p.envelopes, o.ep.now()
-	if e.told != 0 && now-e.told < trialPatience*o.ep.times.Ack {
+	if e.introduced != 0 && now-e.introduced < trialPatience*o.ep.times.Ack {
 		return
 	}
-	e.tells, e.told = false, now
-	o.sendControl(s, "", Frame{Type: frameEnvelopes})
+	e.introduced = now
+	o.ping(s)
 }
 
 // speaker returns a stream on which p can be sent a PING, another one each time, or nil if none is found. It records
