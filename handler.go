@@ -144,7 +144,7 @@ type handling struct {
 }
 
 // resting are the goroutines of a server that wait for their next handler. The goroutines of handlers, the callbacks of
-// NATS and the outbox use it.
+// NATS, the outbox, and a goroutine at the end of the endpoint's context use it.
 type resting struct {
 	mu      sync.Mutex // guards waiting
 	waiting []chan *handling

@@ -34,6 +34,7 @@ func newConn(d *Dialer, raw net.Conn, read []byte) *Conn {
 	c := &Conn{Conn: raw, dialer: d, requests: xsync.NewMapOf[int64, *Sub]()}
 	c.in.init(c, read)
 	c.out.now.init(raw)
+	c.out.timeout = d.opts.FlusherTimeout
 	return c
 }
 

@@ -43,7 +43,7 @@ func (w *now) init(conn net.Conn) {
 func (w *now) possible() bool { return w.raw != nil && !w.off.Load() }
 
 // write writes as much of data as the kernel takes at once, and returns how many bytes that was. An error counts as no
-// bytes: the next ordinary write gets it too.
+// bytes. The next ordinary write gets it too, or moves the deadline that has passed.
 func (w *now) write(data []byte) int {
 	w.data, w.written = data, 0
 	if w.raw.Write(w.call) != nil {

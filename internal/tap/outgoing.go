@@ -21,8 +21,9 @@ type outgoing struct {
 	buf      []byte     // published and not sent
 	waiting  atomic.Bool
 	failed   bool
-	now      now       // set once
-	deadline time.Time // of writes to a connection of the kernel; zero before the first write
+	now      now           // set once
+	timeout  time.Duration // of nats.go's flusher; set once, and no limit unless it is positive
+	deadline time.Time     // of writes to a connection of the kernel; zero before the first write
 
 	vector  [3][]byte // of one write
 	buffers net.Buffers
@@ -36,7 +37,7 @@ const (
 // Publish sends a message, or keeps it until Push, more messages or a command of nats.go. Later, the message may be
 // lost with the connection, as one that nats.go buffers. Publish reports false if the message has to go through
 // nats.go, which may change or refuse it. It blocks while the server takes no bytes, until the timeout of nats.go's
-// flusher. Then it closes the connection.
+// flusher, or up to an eighth of it longer. Then it closes the connection.
 func (c *Conn) Publish(subject, reply string, header nats.Header, data []byte) bool {
 	head, ok := headerSize(header)
 	if !ok || !plain(subject) || reply != "" && !plain(reply) {
@@ -222,11 +223,10 @@ func (c *Conn) sendLocked(data []byte) {
 // the time of a short write. Another connection may write by itself, as TLS does, so it has a deadline only while c
 // writes.
 func (c *Conn) setDeadline() {
-	timeout := c.dialer.opts.FlusherTimeout
+	timeout, now := c.out.timeout, time.Now()
 	if timeout <= 0 {
 		return
 	}
-	now := time.Now()
 	if c.out.deadline.Sub(now) >= timeout {
 		return
 	}
@@ -238,7 +238,7 @@ func (c *Conn) setDeadline() {
 }
 
 func (c *Conn) clearDeadline() {
-	if c.dialer.opts.FlusherTimeout > 0 && c.out.now.raw == nil {
+	if c.out.timeout > 0 && c.out.now.raw == nil {
 		_ = c.Conn.SetWriteDeadline(time.Time{})
 	}
 }
@@ -247,8 +247,14 @@ func (c *Conn) clearDeadline() {
 // another write. Write sets the same one.
 func (c *Conn) SetWriteDeadline(time.Time) error { return nil }
 
-// SetDeadline sets the deadline of reads, for the same reason.
-func (c *Conn) SetDeadline(t time.Time) error { return c.Conn.SetReadDeadline(t) }
+// SetDeadline sets the deadline of reads, for the same reason. Without a timeout of the flusher, nobody else limits
+// writes while nats.go connects, so it sets that deadline as well.
+func (c *Conn) SetDeadline(t time.Time) error {
+	if c.out.timeout <= 0 {
+		return c.Conn.SetDeadline(t)
+	}
+	return c.Conn.SetReadDeadline(t)
+}
 
 // Write follows the commands of nats.go, and sends them behind the messages that wait.
 func (c *Conn) Write(p []byte) (int, error) {
