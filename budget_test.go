@@ -879,6 +879,28 @@ func TestHeaderIsNotKeptWithPayload(t *testing.T) {
 	}
 }
 
+// What waits of a message for an unknown stream is a copy as well.
+func TestHeaderIsNotKeptForUnknownStreams(t *testing.T) {
+	c, conn, stick, release := stuckOutbox(t)
+	stick()
+	defer release()
+	answer := AppendPacket(nil, PacketHeader{Sender: 1}, Frame{Type: FrameResponse, Payload: make([]byte, nonceSize)})
+	var messages []weak.Pointer[[1 << 16]byte]
+	for range 10 {
+		memory := new([1 << 16]byte)
+		messages = append(messages, weak.Make(memory))
+		data := memory[len(memory)-len(answer):]
+		copy(data, answer)
+		conn.Deliver(&nats.Msg{Subject: c.ep.prefix + strings.Repeat("x", TokenSize), Header: nats.Header{"Large": {"header"}}, Data: data})
+	}
+	runtime.GC()
+	for i, m := range messages {
+		if m.Value() != nil {
+			t.Errorf("message %d is in memory", i)
+		}
+	}
+}
+
 // Peers that come and go, each another one, do not fill the memory, and a peer that comes back finds its line.
 func TestLinesWithoutUsersAreBounded(t *testing.T) {
 	ep := &endpoint{started: time.Now()}

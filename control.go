@@ -109,7 +109,7 @@ func (o *outbox) receive() (worked bool) {
 // learned does the work that was deferred until the address of the peer is known.
 func (o *outbox) learned(s *session) {
 	if s.out.state.Phase == lifecycle.Gone {
-		o.settleRequest(s) // the table resets the producer
+		o.settleRequest(s, string(s.token[:])) // the table resets the producer
 	}
 	s.answered()
 	o.step(s, lifecycle.PeerKnown)
@@ -168,17 +168,19 @@ func (o *outbox) bind(s *session) {
 // wait for an answer.
 func (o *outbox) resetUnknown(c control) {
 	if c.absent { // nobody received the request of a stream that has ended
-		o.settleRequest(c.session)
+		o.settleRequest(c.session, c.token)
 		return
 	}
 	if c.packet != nil {
-		o.trialAnsweredLate(c.packet)
+		if !o.trialAnsweredLate(c.packet) {
+			o.ep.counters.unknown.Add(1)
+		}
 		return
 	}
 	if !o.up.Load() || checkAnswer(c.reply) != nil || o.repeatEnd(c) {
 		return
 	}
-	o.settleRequest(c.session)
+	o.settleRequest(c.session, c.token)
 	f := Frame{Type: FrameReset, Code: CloseCanceled, Payload: unknownStream}
 	if o.ep.gone.Load() != nil {
 		f.Code = CloseGoingAway

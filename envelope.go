@@ -145,21 +145,27 @@ func (o *outbox) try(e *enveloping, s *session) {
 // trialAnswered takes the answer to a challenge, and reports whether it is that to a trial.
 func (o *outbox) trialAnswered(s *session, nonce []byte) bool {
 	p := s.remote.Load()
-	if p == nil || p.envelopes == nil || p.envelopes.tried == 0 || string(nonce) != string(p.envelopes.trial[:]) {
+	if p == nil {
+		return o.trialAnsweredLate(nonce)
+	}
+	if p.envelopes == nil || p.envelopes.tried == 0 || string(nonce) != string(p.envelopes.trial[:]) {
 		return false
 	}
 	p.envelopes.arrives = true
 	return true
 }
 
-// trialAnsweredLate takes a RESPONSE that came for a stream that has ended. It may answer the trial on that stream: the
-// acknowledgement of CLOSE, which ends a short stream, followed the trial at once. Nobody but the peer knows the nonce.
-func (o *outbox) trialAnsweredLate(nonce []byte) {
+// trialAnsweredLate takes a RESPONSE for a stream that has ended, and reports whether it answers a trial. The
+// acknowledgement of CLOSE, which ends a short stream, may have followed the trial at once. Nobody but the peer knows the
+// nonce.
+func (o *outbox) trialAnsweredLate(nonce []byte) bool {
 	for _, e := range o.envelopes.trials {
 		if e != nil && string(nonce) == string(e.trial[:]) {
 			e.arrives = true
+			return true
 		}
 	}
+	return false
 }
 
 // knowsEnvelopes notes that the peer of s receives envelopes.
@@ -173,14 +179,31 @@ func (o *outbox) knowsEnvelopes(s *session) {
 // envelopes. Then this end sends none as long as its connection lasts, because its user probably may only answer. The
 // streams retransmit the packets that were in it.
 func (o *outbox) envelopeDenied(subject string) bool {
-	name, ok := strings.CutSuffix(subject, "."+envelopeToken)
-	p := o.remotes[name]
-	if !ok || p == nil || p.envelopes == nil || p.envelopes.tried == 0 {
+	e := o.tried(subject)
+	if e == nil {
 		return false
 	}
-	p.envelopes.arrives = false
+	e.arrives = false
 	o.envelopes.refused = o.connection.Load() + 1
 	return true
+}
+
+// tried returns the state of envelopes to subject, if an envelope was sent there. The record of the other end may be
+// gone, because its last stream ended behind the trial.
+func (o *outbox) tried(subject string) *enveloping {
+	name, ok := strings.CutSuffix(subject, "."+envelopeToken)
+	if !ok {
+		return nil
+	}
+	if p := o.remotes[name]; p != nil && p.envelopes != nil && p.envelopes.tried != 0 {
+		return p.envelopes
+	}
+	for _, e := range o.envelopes.trials {
+		if e != nil && e.name == name {
+			return e
+		}
+	}
+	return nil
 }
 
 // enclose puts a copy of a packet into the envelope to the peer of s. It returns 0 if envelopes to that peer have to be

@@ -736,8 +736,69 @@ func TestTrialsMayBeAnsweredAfterTheEndOfTheirStream(t *testing.T) {
 				t.Errorf("%s counts as the answer to a trial", name)
 			}
 		}
+		dropped := p.c.Stats().DroppedUnknown
 		if p.tell(0, Frame{Type: FrameResponse, Payload: nonce}); !e.arrives {
 			t.Error("the answer to the trial was dropped")
+		}
+		if n := p.c.Stats().DroppedUnknown - dropped; n != 0 {
+			t.Errorf("%d messages count as dropped", n)
+		}
+	})
+}
+
+// The outbox may act on the answer to a trial after it has ended the stream.
+func TestTrialsMayBeAnsweredWhileTheirStreamEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newEnvelopedPeer(t, 2)
+		defer p.c.Close()
+		s := p.writers[0].session
+		e := s.remote.Load().envelopes
+		e.arrives = false // the outbox is at rest
+		nonce := bytes.Clone(e.trial[:])
+		if err := p.writers[0].Close(); err != nil {
+			t.Fatal(err)
+		}
+		p.news()
+		p.together(func() {
+			for _, f := range []Frame{p.acks(s.send.Load().unacked.Next()), {Type: FrameResponse, Payload: nonce}} {
+				p.conn.Deliver(&nats.Msg{Subject: s.reply(), Data: AppendPacket(nil, PacketHeader{Sender: 1}, f)})
+			}
+		})
+		if s.end.Load() == nil || !e.arrives {
+			t.Errorf("end %v, the answer to the trial was taken: %v", s.end.Load(), e.arrives)
+		}
+	})
+}
+
+// NATS may refuse a trial after the last stream to its peer has ended. That concerns no stream to another subject.
+func TestRefusedTrialOfAForgottenPeerEndsNoStream(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newEnvelopedPeer(t, 2)
+		defer p.c.Close()
+		o := &p.c.ep.outbox
+		st, err := p.c.Open(t.Context(), "answers.late", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		for i, w := range p.writers {
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			p.tell(i, p.acks(w.session.send.Load().unacked.Next()))
+		}
+		for o.remotes[envelopedInbox] != nil {
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		o.doLater(outOfStream{subject: envelopedInbox + "." + envelopeToken, denied: nats.ErrPermissionViolation})
+		time.Sleep(2 * time.Duration(o.ep.times.Ack))
+		synctest.Wait()
+		if e := st.session.end.Load(); e != nil {
+			t.Errorf("a stream to another subject has ended: %v", e.err)
+		}
+		if o.envelopes.refused == 0 {
+			t.Error("the refusal was not noted")
 		}
 	})
 }

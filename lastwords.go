@@ -9,32 +9,41 @@ import "time"
 // answer to the producer's first packet, and needs a live endpoint for that. So an endpoint that closes waits a while
 // for such packets.
 
-// unanswered counts the requests of streams that have ended at this end while their producers could not be reset yet.
-// The outbox owns it.
+// unanswered has the requests of streams that have ended at this end while their producers could not be reset yet. The
+// outbox owns it.
 type unanswered struct {
-	requests int
-	last     int64 // when the last of them was added
+	requests map[[TokenSize]byte]struct{} // tokens of the streams. A producer may send several packets for one of them
+	last     int64                        // when the last request was added
 }
 
-// add records that the stream of a request ended unanswered. It forgets older requests if the last one is longer ago
+// maxUnanswered bounds the requests that a closing endpoint waits for.
+const maxUnanswered = 1 << 14
+
+// add records that the stream with a token ended unanswered. It forgets older requests if the last one is longer ago
 // than patience: these are lost, or their producers answered without being recognized.
-func (u *unanswered) add(now, patience int64) {
-	if now-u.last > patience {
-		u.requests = 0
+func (u *unanswered) add(token [TokenSize]byte, now, patience int64) {
+	if u.requests == nil || now-u.last > patience {
+		u.requests = make(map[[TokenSize]byte]struct{})
 	}
-	u.requests++
+	if len(u.requests) < maxUnanswered {
+		u.requests[token] = struct{}{}
+	}
 	u.last = now
 }
 
-// remove records that the request of one of these streams is settled.
-func (u *unanswered) remove() { u.requests = max(0, u.requests-1) }
+// remove records that the request of the stream with a token is settled.
+func (u *unanswered) remove(token string) {
+	if len(token) == TokenSize {
+		delete(u.requests, [TokenSize]byte([]byte(token)))
+	}
+}
 
-// requestState states whether unanswered counts the request of a consumer's stream.
+// requestState states whether unanswered has the request of a consumer's stream.
 type requestState uint8
 
 const (
 	requestNotCounted requestState = iota
-	requestCounted                 // in unanswered
+	requestCounted                 // in unanswered, if there was room
 	requestSettled                 // the producer was reset, or no producer exists
 )
 
@@ -43,16 +52,14 @@ const (
 func (o *outbox) countRequest(s *session) {
 	if s.out.requested == requestNotCounted {
 		s.out.requested = requestCounted
-		o.unanswered.add(o.ep.now(), o.ep.times.Ack)
+		o.unanswered.add(s.token, o.ep.now(), o.ep.times.Ack)
 	}
 }
 
 // settleRequest records that the producer of a stream that has ended was reset, or that no producer exists. s is nil if
 // the token is out of use. The outbox counted the request before that, if it was to be counted.
-func (o *outbox) settleRequest(s *session) {
-	if s == nil || s.out.requested == requestCounted {
-		o.unanswered.remove()
-	}
+func (o *outbox) settleRequest(s *session, token string) {
+	o.unanswered.remove(token)
 	if s != nil {
 		s.out.requested = requestSettled
 	}
@@ -75,7 +82,7 @@ func (o *outbox) awaitAnswers(patience time.Duration) {
 // answerLast ends awaitAnswers if there is nothing to wait for. The outbox calls it when it is idle.
 func (o *outbox) answerLast() {
 	u := &o.unanswered
-	if u.requests == 0 || !o.up.Load() || o.ep.now()-u.last > o.ep.times.Ack {
+	if len(u.requests) == 0 || !o.up.Load() || o.ep.now()-u.last > o.ep.times.Ack {
 		close(o.told)
 		o.toldAll = true
 	}

@@ -702,6 +702,39 @@ func (c *flushed) Flush(timeout time.Duration) error {
 	return nil
 }
 
+// A producer may send several packets before the RESET reaches it. They stand for one request.
+func TestCloseWaitsForEachProducerOnce(t *testing.T) {
+	for _, n := range []int{1, 2, 4, 8} {
+		synctest.Test(t, func(t *testing.T) {
+			m := memoryTest(t, ClientParams{})
+			m.bus.Delay = time.Millisecond
+			m.handle(t, "writes", func(w *Writer, r *Request) error { // perhaps behind a PING
+				if _, err := w.Write([]byte("a")); err != nil {
+					return err
+				}
+				<-r.Context().Done()
+				return nil
+			})
+			ended := make(chan time.Duration, 1)
+			start := time.Now()
+			m.handle(t, "waits", func(_ *Writer, r *Request) error {
+				<-r.Context().Done()
+				ended <- time.Since(start)
+				return nil
+			})
+			for range n {
+				m.open(t, "writes")
+			}
+			m.open(t, "waits")
+			time.Sleep(100 * time.Microsecond) // the requests are on their way
+			m.client.Close()
+			if took := <-ended; took > 100*time.Millisecond {
+				t.Errorf("beside %d producers that write, the handler that waits ends after %v", n, took)
+			}
+		})
+	}
+}
+
 // Close flushes the connection, unless it is down, and does not wait for a server that does not answer.
 func TestCloseFlushesTheConnection(t *testing.T) {
 	for name, c := range map[string]struct {

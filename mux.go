@@ -170,13 +170,13 @@ func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
 		ep.inbox.receive(m.Data)
 		return
 	}
+	if nonce, ok := response(m.Data); ok && m.Reply == "" { // perhaps of a trial. The copy keeps no headers in memory
+		ep.outbox.deliver(control{session: s, token: strings.Clone(m.Subject[len(ep.prefix):]), packet: bytes.Clone(nonce)})
+		return
+	}
 	ep.counters.unknown.Add(1)
 	if len(m.Data) == 0 && m.Header.Get("Status") == "503" { // nobody received the request of a stream that has ended
 		ep.outbox.deliver(control{session: s, token: strings.Clone(m.Subject[len(ep.prefix):]), absent: true})
-		return
-	}
-	if nonce, ok := response(m.Data); ok && m.Reply == "" { // perhaps of a trial
-		ep.outbox.deliver(control{session: s, token: strings.Clone(m.Subject[len(ep.prefix):]), packet: nonce})
 		return
 	}
 	ep.answerUnknown(s, m)
