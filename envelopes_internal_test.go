@@ -787,9 +787,10 @@ func TestRefusedTrialOfAForgottenPeerEndsNoStream(t *testing.T) {
 			}
 			p.tell(i, p.acks(w.session.send.Load().unacked.Next()))
 		}
-		for o.remotes[envelopedInbox] != nil {
-			time.Sleep(time.Second)
-			synctest.Wait()
+		time.Sleep(2 * time.Duration(o.ep.times.KeepAlive))
+		synctest.Wait()
+		if o.remotes[envelopedInbox] != nil {
+			t.Fatal("the peer is not forgotten")
 		}
 		o.doLater(outOfStream{subject: envelopedInbox + "." + envelopeToken, denied: nats.ErrPermissionViolation})
 		time.Sleep(2 * time.Duration(o.ep.times.Ack))
