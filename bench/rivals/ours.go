@@ -136,10 +136,10 @@ func streamAsker() asker {
 				return err
 			}
 			defer s.Close()
-			if _, err := s.Recv(); err != nil {
+			if _, err := s.Next(); err != nil {
 				return err
 			}
-			if _, err := s.Recv(); err != io.EOF {
+			if _, err := s.Next(); err != io.EOF {
 				return errors.Join(errors.New("the end is missing"), err)
 			}
 			return nil
