@@ -161,10 +161,28 @@ func (s *session) nextRecord(u use) ([]byte, FrameFlags, error) {
 		s.setRest(nil)
 		return s.ownPart(rest, u), FlagRaw, nil
 	}
+	if err := s.awaitRecord(); err != nil {
+		return nil, 0, err
+	}
 	rec, flags, err := s.nextGated(u)
 	if err != nil {
 		return nil, 0, err
 	}
 	s.took(len(rec))
 	return rec, flags, nil
+}
+
+// awaitRecord waits for the next packet, if the next record lies in it. nextPacket would wait as well, in more calls: a
+// goroutine that wakes up there returns through stack frames that are in no cache, if there are many slow streams.
+func (s *session) awaitRecord() error {
+	if int(s.recv.off) != len(s.recv.data) || s.extras.Load() != nil {
+		return nil
+	}
+	s.leavePacket()
+	for s.bucket.ring.Empty() && s.end.Load() == nil {
+		if err := s.awaitPacket(); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -307,7 +307,27 @@ func (s *session) endedNow() error {
 
 // nextPacket waits for the next packet and makes it the current one. It gives credit for the one before.
 func (s *session) nextPacket() error {
-	b := &s.bucket
+	s.leavePacket()
+	for {
+		// end is loaded before Pop. Packets that arrived before the end were pushed before it was set. So if end is set
+		// and the ring is empty, all of them were read.
+		end := s.end.Load()
+		if a, ok := s.bucket.ring.Pop(); ok {
+			s.enterPacket(a)
+			return nil
+		}
+		if end != nil {
+			return s.endReads(end)
+		}
+		if err := s.awaitPacket(); err != nil {
+			return err
+		}
+	}
+}
+
+// leavePacket accounts for the current packet, which was read to its end, and gives it back. A second call does
+// nothing.
+func (s *session) leavePacket() {
 	if len(s.recv.data) > 0 {
 		s.consumed()
 		if uint32(s.recv.records.load())-s.recv.published.Load() >= publishAfter {
@@ -315,48 +335,44 @@ func (s *session) nextPacket() error {
 		}
 		s.dropPacket()
 	}
-	for {
-		// end is loaded before Pop. Packets that arrived before the end were pushed before it was set. So if end is set
-		// and the ring is empty, all of them were read.
-		end := s.end.Load()
-		if a, ok := b.ring.Pop(); ok {
-			if now := s.ep.clock.Load(); s.lastPop.Load() != now {
-				s.lastPop.Store(now)
-			}
-			s.recv.data, s.recv.lent = a.data, a.lent
-			if a.lent != nil {
-				s.recv.readLock.Or(gateLent)
-			}
-			if b.form.Load() == formPackets {
-				s.recv.off = PacketHeaderSize
-				s.recv.ackWanted = a.data[1]&byte(PacketAck) != 0
-			}
-			return nil
-		}
-		if end != nil {
-			return s.endReads(end)
-		}
-		if s.role != lifecycle.Consumer && !b.ranDry {
-			s.mark(workHello) // the consumer cannot write before it knows the address
-		}
-		if s.role == lifecycle.Handler {
-			s.send.Load().packer.publishHeld() // the consumer may wait for the end before it sends more
-		}
-		s.ranDry()
-		s.publishCount()
-		if s.mayNotWait() {
-			return errReadDeadline
-		}
-		b.park.Announce()
-		if b.ring.Empty() && !b.dropped.Load() && s.end.Load() == nil && s.recv.parent.Err() == nil && s.recv.readLock.Load()&(gateLeft|gateLate) == 0 {
-			b.park.Wait()
-		} else {
-			b.park.Retract()
-		}
-		if err := s.endedNow(); err != nil {
-			return err
-		}
+}
+
+// enterPacket makes a packet the current one.
+func (s *session) enterPacket(a arrival) {
+	if now := s.ep.clock.Load(); s.lastPop.Load() != now {
+		s.lastPop.Store(now)
 	}
+	s.recv.data, s.recv.lent = a.data, a.lent
+	if a.lent != nil {
+		s.recv.readLock.Or(gateLent)
+	}
+	if s.bucket.form.Load() == formPackets {
+		s.recv.off = PacketHeaderSize
+		s.recv.ackWanted = a.data[1]&byte(PacketAck) != 0
+	}
+}
+
+// awaitPacket waits until a packet arrives or the stream ends. It may return without either.
+func (s *session) awaitPacket() error {
+	b := &s.bucket
+	if s.role != lifecycle.Consumer && !b.ranDry {
+		s.mark(workHello) // the consumer cannot write before it knows the address
+	}
+	if s.role == lifecycle.Handler {
+		s.send.Load().packer.publishHeld() // the consumer may wait for the end before it sends more
+	}
+	s.ranDry()
+	s.publishCount()
+	if s.mayNotWait() {
+		return errReadDeadline
+	}
+	b.park.Announce()
+	if b.ring.Empty() && !b.dropped.Load() && s.end.Load() == nil && s.recv.parent.Err() == nil && s.recv.readLock.Load()&(gateLeft|gateLate) == 0 {
+		b.park.Wait()
+	} else {
+		b.park.Retract()
+	}
+	return s.endedNow()
 }
 
 // dropPacket gives the current packet back. No reference to a lent packet is left: records of Recv lie in memory of
