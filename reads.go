@@ -172,8 +172,9 @@ func (s *session) nextRecord(u use) ([]byte, FrameFlags, error) {
 	return rec, flags, nil
 }
 
-// awaitRecord waits for the next packet, if the next record lies in it. nextPacket would wait as well, in more calls: a
-// goroutine that wakes up there returns through stack frames that are in no cache, if there are many slow streams.
+// awaitRecord waits for the next packet, if the next record lies in it. With extras, a read may have taken the record
+// already, so nextGated looks there first. nextPacket would wait as well, in more calls: a goroutine that wakes up
+// there returns through stack frames that are in no cache, if there are many slow streams.
 func (s *session) awaitRecord() error {
 	if int(s.recv.off) != len(s.recv.data) || s.extras.Load() != nil {
 		return nil

@@ -352,7 +352,8 @@ func (s *session) enterPacket(a arrival) {
 	}
 }
 
-// awaitPacket waits until a packet arrives or the stream ends. It may return without either.
+// awaitPacket waits until a packet arrives or the stream ends. It may return without either. Its error is that of the
+// end of reads, or errReadDeadline if the read may not wait.
 func (s *session) awaitPacket() error {
 	b := &s.bucket
 	if s.role != lifecycle.Consumer && !b.ranDry {
