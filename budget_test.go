@@ -879,7 +879,7 @@ func TestHeaderIsNotKeptWithPayload(t *testing.T) {
 	}
 }
 
-// What waits of a message for an unknown stream is a copy as well.
+// The outbox gets a copy of an answer to an unknown stream, and not the message with its headers.
 func TestHeaderIsNotKeptForUnknownStreams(t *testing.T) {
 	c, conn, stick, release := stuckOutbox(t)
 	stick()

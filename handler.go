@@ -150,7 +150,7 @@ type resting struct {
 	waiting []chan *handling
 }
 
-// maxResting is how many goroutines rest at most. Their stacks have 4 KiB each, or what their last handlers needed.
+// maxResting bounds the goroutines that rest. The stack of each has 4 KiB, or the size that its last handler needed.
 const maxResting = 256
 
 // start runs h in the goroutine that has rested for the shortest time, or in a new one. It does not wait for h.

@@ -247,8 +247,8 @@ func (c *Conn) clearDeadline() {
 // another write. Write sets the same one.
 func (c *Conn) SetWriteDeadline(time.Time) error { return nil }
 
-// SetDeadline sets the deadline of reads, for the same reason. Without a timeout of the flusher, nobody else limits
-// writes while nats.go connects, so it sets that deadline as well.
+// SetDeadline sets the deadline of reads, because Write sets that of writes. If the flusher has no timeout, SetDeadline
+// sets both: nothing else limits the writes of a connection attempt.
 func (c *Conn) SetDeadline(t time.Time) error {
 	if c.out.timeout <= 0 {
 		return c.Conn.SetDeadline(t)
