@@ -12,6 +12,8 @@ import (
 	"golang.org/x/perf/benchmath"
 )
 
+// This file reads the figures of both sides of a run and finds the alarms. The goroutine of main runs it.
+
 // The bounds of an alarm.
 const (
 	moreMallocs = 0.001 // per record or operation

@@ -9,6 +9,10 @@ import (
 	"github.com/natsstream/stream/bench/original"
 )
 
+// This file streams records through the original design, package original. A goroutine of the harness sends on a lane,
+// and another one receives.
+
+// originalRival opens streams between two clients of the original design, with a connection each.
 func originalRival() rival {
 	return rival{
 		name: "original", settings: "the original design: JSON, a lock per bucket, no flow control", unbounded: true, shared: true, maxStreams: 100,

@@ -10,6 +10,9 @@ import (
 	"github.com/natsstream/stream/internal/lifecycle"
 )
 
+// This file writes the generated parts of documents. The goroutine of main runs it, for make generate and make
+// checkgenerate.
+
 const (
 	beginMark = "<!-- generated:begin "
 	endMark   = "<!-- generated:end "
