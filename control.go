@@ -419,7 +419,7 @@ func (o *outbox) sendRefusal(s *session) {
 func (o *outbox) publishCredit(s *session, flags FrameFlags, c Credit) {
 	var payload [creditSize]byte
 	f := Frame{Type: FrameCredit, Flags: flags, Payload: AppendCredit(payload[:0], c)}
-	if tellsEnvelopes(s) {
+	if takesStatement(s) {
 		o.tellAt(s, s.out.peer, "", f, Frame{Type: frameEnvelopes})
 	} else {
 		o.sendControl(s, "", f)

@@ -67,10 +67,10 @@ func (p *remote) tellsEnvelopes() {
 	}
 }
 
-// tellsEnvelopes reports whether the next packet to the peer of s says that this end receives envelopes. The caller adds
-// ENVELOPES to a CREDIT or a PING. ENVELOPES is never alone: if the flag SEQ of such a packet was damaged, the packet
-// would pass for one of records, and take the number of a record.
-func tellsEnvelopes(s *session) bool {
+// takesStatement reports whether the next packet to the peer of s has to say that this end receives envelopes, and notes
+// that it does. The caller adds ENVELOPES to a CREDIT or a PING. ENVELOPES is never alone: if the flag SEQ of such a
+// packet was damaged, the packet would pass for one of records, and take the number of a record.
+func takesStatement(s *session) bool {
 	p := s.remote.Load()
 	if p == nil || p.envelopes == nil || !p.envelopes.tells {
 		return false

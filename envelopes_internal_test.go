@@ -708,18 +708,25 @@ func naiveEnvelope(b []byte) (all []modelEnveloped, err error) {
 	}
 }
 
+// closedDuringTrial returns a peer that has not answered a trial, and a session whose writer has closed.
+func closedDuringTrial(t *testing.T) (*envelopedPeer, *session, *enveloping) {
+	t.Helper()
+	p := newEnvelopedPeer(t, 2)
+	s := p.writers[0].session
+	e := s.remote.Load().envelopes
+	e.arrives = false // the outbox is at rest
+	if err := p.writers[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	p.news()
+	return p, s, e
+}
+
 // The acknowledgement of CLOSE follows a trial at once, so the answer comes after the end of a short stream.
 func TestTrialsMayBeAnsweredAfterTheEndOfTheirStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := newEnvelopedPeer(t, 2)
+		p, s, e := closedDuringTrial(t)
 		defer p.c.Close()
-		s := p.writers[0].session
-		e := s.remote.Load().envelopes
-		e.arrives = false // the outbox is at rest
-		if err := p.writers[0].Close(); err != nil {
-			t.Fatal(err)
-		}
-		p.news()
 		p.tell(0, p.acks(s.send.Load().unacked.Next()))
 		if s.end.Load() == nil {
 			t.Fatal("the stream has not ended")
@@ -749,18 +756,10 @@ func TestTrialsMayBeAnsweredAfterTheEndOfTheirStream(t *testing.T) {
 // The outbox may act on the answer to a trial after it has ended the stream.
 func TestTrialsMayBeAnsweredWhileTheirStreamEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		p := newEnvelopedPeer(t, 2)
+		p, s, e := closedDuringTrial(t)
 		defer p.c.Close()
-		s := p.writers[0].session
-		e := s.remote.Load().envelopes
-		e.arrives = false // the outbox is at rest
-		nonce := bytes.Clone(e.trial[:])
-		if err := p.writers[0].Close(); err != nil {
-			t.Fatal(err)
-		}
-		p.news()
 		p.together(func() {
-			for _, f := range []Frame{p.acks(s.send.Load().unacked.Next()), {Type: FrameResponse, Payload: nonce}} {
+			for _, f := range []Frame{p.acks(s.send.Load().unacked.Next()), {Type: FrameResponse, Payload: bytes.Clone(e.trial[:])}} {
 				p.conn.Deliver(&nats.Msg{Subject: s.reply(), Data: AppendPacket(nil, PacketHeader{Sender: 1}, f)})
 			}
 		})

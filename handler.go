@@ -176,15 +176,13 @@ func (s *Server) handle(h *handling) {
 	var next chan *handling
 	for h != nil {
 		h.run()
-		if next == nil {
-			next = make(chan *handling, 1)
-		}
-		h = s.rest(next)
+		h = s.rest(&next)
 	}
 }
 
-// rest waits for the next handler of the calling goroutine. It returns nil if the server no longer needs the goroutine.
-func (s *Server) rest(next chan *handling) *handling {
+// rest waits on next for the next handler of the calling goroutine, and makes the channel at the first time. It returns
+// nil if the server no longer needs the goroutine.
+func (s *Server) rest(next *chan *handling) *handling {
 	r := &s.resting
 	r.mu.Lock()
 	// The outbox disarms the ticker, and endAll ends the context, before dismiss runs. So either that is found here, or
@@ -193,9 +191,12 @@ func (s *Server) rest(next chan *handling) *handling {
 		r.mu.Unlock()
 		return nil
 	}
-	r.waiting = append(r.waiting, next)
+	if *next == nil {
+		*next = make(chan *handling, 1)
+	}
+	r.waiting = append(r.waiting, *next)
 	r.mu.Unlock()
-	return <-next
+	return <-*next
 }
 
 // dismiss ends the goroutines that rest. The outbox calls it when the server has no stream, and so does the end of the

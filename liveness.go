@@ -448,7 +448,7 @@ func (o *outbox) publishPing(s *session) {
 		frames[n] = Frame{Type: FrameResume, Payload: s.token[:]}
 		n++
 	}
-	if tellsEnvelopes(s) {
+	if takesStatement(s) {
 		frames[n] = Frame{Type: frameEnvelopes}
 		n++
 	}

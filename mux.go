@@ -170,7 +170,7 @@ func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
 		ep.inbox.receive(m.Data)
 		return
 	}
-	if nonce, ok := response(m.Data); ok && m.Reply == "" { // perhaps of a trial. The copy keeps no headers in memory
+	if nonce, ok := response(m); ok { // perhaps of a trial. The copy keeps no headers in memory
 		ep.outbox.deliver(control{session: s, token: strings.Clone(m.Subject[len(ep.prefix):]), packet: bytes.Clone(nonce)})
 		return
 	}
@@ -182,9 +182,12 @@ func (ep *endpoint) receiveUnknown(s *session, m *nats.Msg) {
 	ep.answerUnknown(s, m)
 }
 
-// response returns the bytes of the RESPONSE that is alone in a control packet.
-func response(data []byte) (nonce []byte, ok bool) {
-	h, body, err := ParsePacketHeader(data)
+// response returns the bytes of the RESPONSE that is alone in a control packet without a reply subject.
+func response(m *nats.Msg) (nonce []byte, ok bool) {
+	if m.Reply != "" {
+		return nil, false
+	}
+	h, body, err := ParsePacketHeader(m.Data)
 	if err != nil || h.Flags != 0 {
 		return nil, false
 	}

@@ -216,7 +216,8 @@ func TestWritesEndWithTheTimeoutOfTheFlusher(t *testing.T) {
 		"of another type": func(conn *net.TCPConn) (net.Conn, error) { return struct{ net.Conn }{conn}, nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			const timeout = 100 * time.Millisecond
+			t.Parallel()
+			const timeout = 500 * time.Millisecond // longer than a goroutine waits for a processor
 			conn, server := takenConn(t, change, func(opts *nats.Options) { opts.FlusherTimeout = timeout })
 			expect := func() {
 				t.Helper()
@@ -226,7 +227,7 @@ func TestWritesEndWithTheTimeoutOfTheFlusher(t *testing.T) {
 					t.Fatalf("%q, %v", got, err)
 				}
 			}
-			for range 3 {
+			for range 2 {
 				if !conn.Publish("x", "", nil, []byte("a")) {
 					t.Fatal("the connection has failed after a pause")
 				}

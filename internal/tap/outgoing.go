@@ -224,10 +224,7 @@ func (c *Conn) sendLocked(data []byte) {
 // writes.
 func (c *Conn) setDeadline() {
 	timeout, now := c.out.timeout, time.Now()
-	if timeout <= 0 {
-		return
-	}
-	if c.out.deadline.Sub(now) >= timeout {
+	if timeout <= 0 || c.out.deadline.Sub(now) >= timeout {
 		return
 	}
 	until := now.Add(timeout).Add(timeout / 8) // the sum of both may be too large for a Duration
@@ -247,8 +244,8 @@ func (c *Conn) clearDeadline() {
 // another write. Write sets the same one.
 func (c *Conn) SetWriteDeadline(time.Time) error { return nil }
 
-// SetDeadline sets the deadline of reads, because Write sets that of writes. If the flusher has no timeout, SetDeadline
-// sets both: nothing else limits the writes of a connection attempt.
+// SetDeadline sets the deadline of reads, because Write sets that of writes. If the flusher has no timeout, Write sets
+// none. Then SetDeadline sets both, so that an attempt to connect ends in time.
 func (c *Conn) SetDeadline(t time.Time) error {
 	if c.out.timeout <= 0 {
 		return c.Conn.SetDeadline(t)
