@@ -314,7 +314,8 @@ func (ep *endpoint) freshMaxPayload(ctx context.Context) int64 {
 // OpenStream opens a stream as the original library did: each record is one result on the channel. Objects that the
 // producer writes with WriteObject arrive as JSON. The channel is closed when the stream ends. At any end except normal
 // closure, the last result holds the error. If ctx ends, the last result holds the error of ctx, and records that the
-// caller has not received may be dropped. A caller that stops reading must end ctx. Errors are those of [Client.Open].
+// caller has not received may be dropped. A caller that only reads again 100 ms after the end of ctx may receive records
+// that follow dropped ones. A caller that stops reading must end ctx. Errors are those of [Client.Open].
 func (c *Client) OpenStream(ctx context.Context, subj string, data []byte) (<-chan *concurrency.AsyncResult[[]byte], error) {
 	s, err := c.openMsg(ctx, &nats.Msg{Subject: subj, Data: data}, []OpenOption{withCodec(JSON)})
 	if err != nil {
@@ -351,8 +352,9 @@ func forward(ctx context.Context, s *Stream, ch chan *concurrency.AsyncResult[[]
 }
 
 // sendLast sends the last result of a stream after its context ended. The caller may have stopped reading. If the
-// channel stays full, sendLast drops all results in it to make room. It does not drop only some, because a gap between
-// two records would be worse. Recv does not return records that arrived before the end of its context either.
+// channel stays full, sendLast drops all records in it. It does not drop only some, because a gap between two records
+// would be worse. Recv does not return records that arrived before the end of its context either. A caller that reads
+// again at the same time may still receive the newest records, in order and before the last result.
 func sendLast(ch chan *concurrency.AsyncResult[[]byte], last *concurrency.AsyncResult[[]byte]) {
 	timeout := time.NewTimer(abandonedAfter)
 	defer timeout.Stop()
@@ -361,13 +363,26 @@ func sendLast(ch chan *concurrency.AsyncResult[[]byte], last *concurrency.AsyncR
 		return
 	case <-timeout.C:
 	}
-	for len(ch) > 0 {
+	select {
+	case ch <- last: // a place became free at the same time
+		return
+	default:
+	}
+	select {
+	case <-ch:
+	default: // the caller reads again
+	}
+	ch <- last // there is room: no other goroutine sends
+	for len(ch) > 1 {
 		select {
-		case <-ch:
+		case res := <-ch:
+			if res == last { // the caller received what was before it
+				ch <- last
+				return
+			}
 		default:
 		}
 	}
-	ch <- last // there is room: no other goroutine sends
 }
 
 // abandonedAfter is how long a full channel of OpenStream keeps its goroutine after its context ended.

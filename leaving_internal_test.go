@@ -1,10 +1,13 @@
 package stream
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -12,6 +15,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/natsstream/stream/concurrency"
 	"github.com/natsstream/stream/internal/lifecycle"
 	"github.com/natsstream/stream/internal/natsconn"
 	"github.com/natsstream/stream/internal/natsconn/fake"
@@ -987,5 +991,38 @@ func TestClientMayCloseDuringFirstLargeRecord(t *testing.T) {
 		if n := c.ep.sessions.Size(); n != 0 {
 			t.Errorf("%d streams are left", n)
 		}
+	}
+}
+
+// A caller of OpenStream may read again while its records are dropped. It receives records in order, and the last
+// result last. A channel that holds one result holds the last one.
+func TestLastResultStaysLast(t *testing.T) {
+	for round := range 1000 {
+		synctest.Test(t, func(t *testing.T) {
+			last := concurrency.NewAsyncValue([]byte{RequestChanLen})
+			ch := make(chan *concurrency.AsyncResult[[]byte], RequestChanLen)
+			for i := range RequestChanLen {
+				ch <- concurrency.NewAsyncValue([]byte{byte(i)})
+			}
+			go func() {
+				defer close(ch)
+				sendLast(ch, last)
+			}()
+			time.Sleep(abandonedAfter) // both goroutines wake now
+			waits := round%2 == 0
+			for waits && len(ch) > 1 {
+				runtime.Gosched()
+			}
+			var got []byte
+			for res := range ch {
+				got = append(got, res.Value...)
+			}
+			if !slices.IsSorted(got) || bytes.Count(got, last.Value) != 1 {
+				t.Fatalf("results %v, want some in order and then %d", got, last.Value)
+			}
+			if waits && len(got) != 1 {
+				t.Fatalf("results %v of a channel that held one", got)
+			}
+		})
 	}
 }
