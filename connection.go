@@ -33,14 +33,30 @@ func (ep *endpoint) reasonLimit() int {
 	return max(0, min(MaxReason, int(ep.maxPayload.Load())-PacketHeaderSize-FrameHeaderSize))
 }
 
-// send publishes data to a subject that a peer named. All messages pass through it, except requests, the probes of the
-// inbox and of the fallback, RESUME, and the answers of a Service.
+// send publishes data to a subject that a peer named. All messages pass through send or lend, except requests, the
+// probes of the inbox and of the fallback, RESUME, and the answers of a Service.
 func (ep *endpoint) send(subject, reply string, data []byte) error {
+	if err := ep.checkPeer(subject); err != nil {
+		return err
+	}
+	return ep.conn.Publish(subject, reply, data)
+}
+
+// lend is send for a packet that others probably follow at once. If it reports kept, data must not change before
+// conn.Recall has returned. Only the outbox calls it.
+func (ep *endpoint) lend(subject string, data []byte) (kept bool, err error) {
+	if err := ep.checkPeer(subject); err != nil {
+		return false, err
+	}
+	return ep.conn.Lend(subject, data)
+}
+
+func (ep *endpoint) checkPeer(subject string) error {
 	if most := ep.longestPeer(); len(subject) > most {
 		return fmt.Errorf("subject of %d bytes, which may be longer than this connection's NATS server takes (max_control_line); "+
 			"use an inbox prefix that makes it %d at most: %w", len(subject), most, nats.ErrBadSubject)
 	}
-	return ep.conn.Publish(subject, reply, data)
+	return nil
 }
 
 // publish publishes a message that is not a stream's data. A failure is counted and does not end the stream: credit is

@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -799,6 +801,45 @@ func TestRefusedTrialOfAForgottenPeerEndsNoStream(t *testing.T) {
 		}
 		if o.envelopes.refused == 0 {
 			t.Error("the refusal was not noted")
+		}
+	})
+}
+
+// An envelope is sent at the end of its round, also if packets of other streams wait for others that share their write.
+func TestEnvelopesDoNotWaitForPacketsToOtherPeers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newEnvelopedPeer(t, 2)
+		var large []*Writer
+		for i := range 2 {
+			token := AppendToken(nil, Token{Codec: MsgPack, LogPackets: 8, LogBytes: 30, ID: uint64(100 + i)})
+			w := p.c.NewWriter(fmt.Sprintf("_SINBOX.large%d.%s", i, token))
+			if _, err := w.Write(nil); err != nil { // a first packet has a reply subject, and waits for no other
+				t.Fatal(err)
+			}
+			large = append(large, w)
+		}
+		synctest.Wait()
+		p.news()
+		var others sync.WaitGroup
+		p.together(func() {
+			for i, w := range p.writers {
+				fmt.Fprintf(w, "record %d", i)
+			}
+			for _, w := range large {
+				others.Go(func() {
+					for range 4 { // no more goes to an address that is not proved
+						if _, err := w.Write(make([]byte, 14<<10)); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+				synctest.Wait()
+			}
+		})
+		others.Wait()
+		at := slices.IndexFunc(p.news(), func(m nats.Msg) bool { return m.Subject == envelopedInbox+"."+envelopeToken })
+		if at < 0 || at > len(large) {
+			t.Errorf("the envelope was message %d, should be sent in its first round", at)
 		}
 	})
 }

@@ -1003,7 +1003,7 @@ func TestRepeatedControlLooksAtNoPacket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ep := &endpoint{times: p.intervals(), started: time.Now()}
+	ep := &endpoint{conn: fake.New(), times: p.intervals(), started: time.Now()}
 	ep.outbox.init(ep)
 	ep.initTime()
 	o := &ep.outbox

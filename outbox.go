@@ -20,7 +20,7 @@ import (
 // outbox is the one goroutine of an endpoint that publishes: requests, packets, credits, resets. Writers, readers and
 // the mux only mark a session. They never publish, because a publish can block as long as the connection does, and a
 // caller's context must be able to end the caller's wait. The outbox serves sessions in turn, one packet a turn, so a
-// busy stream delays another one by one packet.
+// busy stream delays another one by one packet. A session that is alone has a turn of up to one write.
 //
 // If the outbox sleeps, a writer may publish a packet in its place, on a fast connection; see visit.go.
 //
@@ -68,6 +68,8 @@ type outbox struct {
 	yielder   ring.Yielder
 	hellos    hellos
 	envelopes envelopes
+	alone     bool // no other session waits for its turn in this round
+	lent      bool // the last packet of records waits for another one to share its write: see send
 
 	unanswered unanswered
 	sawLeaving bool
@@ -120,7 +122,8 @@ func (o *outbox) init(ep *endpoint) {
 
 func (o *outbox) run() {
 	defer close(o.done)
-	for {
+	for rounds := 0; ; { // since sendAll
+		o.lent = false
 		stopping := o.stopping.Load() // sessions that were marked before are served below
 		o.sawLeaving = o.leaving.Load()
 		worked := o.receive()
@@ -137,7 +140,7 @@ func (o *outbox) run() {
 		for s := o.take(); s != nil; worked = true {
 			next := s.next
 			s.next = nil // otherwise this session keeps the next one in memory
-			o.envelopes.more = next != nil
+			o.envelopes.more, o.alone = next != nil, next == nil
 			o.serve(s, s.pending.Swap(0))
 			if o.envelopes.packets >= maxEnclosed {
 				o.sendEnvelopes()
@@ -147,6 +150,12 @@ func (o *outbox) run() {
 			o.tickIfDue()
 		}
 		o.envelopes.more = false
+		o.sendEnvelopes()
+		if o.lent && o.queue.Load() != nil && rounds < gatheredRounds { // the next packet may share its write
+			rounds++
+			continue
+		}
+		rounds = 0
 		o.sendAll()
 		if worked {
 			continue
@@ -177,6 +186,9 @@ func (o *outbox) run() {
 	}
 }
 
+// gatheredRounds is how many rounds over the queue a packet waits at most for others that share its write.
+const gatheredRounds = 4
+
 // yield lets other goroutines run before the outbox serves the session that woke it. If many streams begin and end,
 // these goroutines mark further sessions, and the messages of all of them share writes to the socket.
 func (o *outbox) yield() {
@@ -195,6 +207,7 @@ func (o *outbox) yield() {
 // sendAll sends all packets that wait.
 func (o *outbox) sendAll() {
 	o.sendEnvelopes()
+	o.ep.conn.Recall()
 	o.ep.conn.Push()
 }
 
@@ -321,6 +334,7 @@ func (o *outbox) hold(s *session, work uint32) {
 func (o *outbox) serveHeld() {
 	held := o.waitingUntilUp
 	o.waitingUntilUp = nil
+	o.alone = len(held) == 1
 	for _, s := range held {
 		work := s.out.deferredUntilUp
 		s.out.deferredUntilUp = 0
@@ -329,7 +343,7 @@ func (o *outbox) serveHeld() {
 	}
 }
 
-// serve does the given work for s. It publishes at most one of its packets.
+// serve does the given work for s. It publishes one of its packets, or those of one write.
 func (o *outbox) serve(s *session, work uint32) {
 	if s.out.life.upSince == 0 {
 		o.firstLook(s)
@@ -458,13 +472,23 @@ func (o *outbox) serveControl(s *session, work uint32) {
 	}
 }
 
-// servePackets publishes the next packet of s, unless too much is on its way to the peer.
+// servePackets publishes the next packet of s. While the packet waits for others that share its write, and no other
+// session waits for its turn, servePackets goes on with the sealed packets of s.
 func (o *outbox) servePackets(s *session) {
+	for gathers := true; gathers; {
+		gathers = o.servePacket(s)
+	}
+}
+
+// servePacket publishes the next packet of s, unless too much is on its way to the peer. It reports whether the packet
+// waits for the next one of s.
+func (o *outbox) servePacket(s *session) (gathers bool) {
 	snd := s.send.Load()
 	if !s.peerTakesJSON() && !o.mayPublish(s) {
-		return
+		return false
 	}
 	o.introduce(s)
+	o.lent = false
 	switch snd.publishNext() {
 	case noPacket:
 		s.out.places.clear(steady)
@@ -480,7 +504,9 @@ func (o *outbox) servePackets(s *session) {
 		if snd.unacked.bytes >= proveFrom {
 			o.prove(s)
 		}
-		s.mark(workPackets)
+		if gathers = o.lent && snd.hasReady() && o.alone && o.queue.Load() == nil; !gathers {
+			s.mark(workPackets)
+		}
 	case closePublished:
 		o.watchAck(s)
 		o.closed(snd)
@@ -488,6 +514,7 @@ func (o *outbox) servePackets(s *session) {
 	if l := s.out.line; l != nil {
 		o.nextTurn(l)
 	}
+	return gathers
 }
 
 // watchAck schedules a check of s for when the acknowledgement of the packet published just now is overdue.

@@ -1203,3 +1203,124 @@ func TestVisitsFollowPauses(t *testing.T) {
 		t.Errorf("%d visits in 10,000 pauses of a stream that writes on after each", n)
 	}
 }
+
+// sealedTogether gives two streams each n sealed packets of 16 KiB while the connection is down, so that the outbox
+// publishes them without a pause once up is called. prepare is called before the packets are written.
+func sealedTogether(t *testing.T, n int, prepare func(*memoryPair, *Stream, *Stream)) (up func()) {
+	t.Helper()
+	const size = 16 << 10
+	m := memoryTest(t, ClientParams{})
+	begin := make(chan struct{})
+	m.handle(t, "records", func(w *Writer, _ *Request) error {
+		if _, err := w.Write(nil); err != nil { // the consumer is bound
+			return err
+		}
+		<-begin
+		for range n {
+			if _, err := w.Write(make([]byte, size)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	a, b := m.open(t, "records"), m.open(t, "records")
+	synctest.Wait()
+	m.back.Set(nats.RECONNECTING)
+	synctest.Wait()
+	prepare(m, a, b)
+	close(begin)
+	synctest.Wait()
+	return func() { m.back.Set(nats.CONNECTED) }
+}
+
+// Sealed packets share writes.
+func TestSealedPacketsShareWrites(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var writes []int
+		var streams [2]*Stream
+		up := sealedTogether(t, 12, func(m *memoryPair, a, b *Stream) {
+			streams = [2]*Stream{a, b}
+			m.back.Wrote = func(n int) { writes = append(writes, n) }
+		})
+		up()
+		for _, s := range streams {
+			if err := drain(s.Recv); err != nil {
+				t.Error(err)
+			}
+		}
+		synctest.Wait()
+		if len(writes) == 0 || slices.Max(writes) < 2 { // flow control lets single packets go as well
+			t.Errorf("writes with %v packets", writes)
+		}
+	})
+}
+
+// The outbox gives no packet back that the connection keeps for a write with others: not if the peer acknowledges it
+// before it was sent, nor if its stream ends. The fake panics if such a packet changes, and a race build overwrites
+// packets that are given back.
+func TestPacketsAreNotReusedBeforeTheyAreSent(t *testing.T) {
+	for name, frame := range map[string]func(seq uint32) Frame{
+		"acknowledged": func(seq uint32) Frame {
+			return Frame{Type: FrameCredit, Payload: AppendCredit(nil, Credit{Ack: seq + 1, Packets: 100, Bytes: 1 << 20})}
+		},
+		"reset": func(uint32) Frame { return Frame{Type: FrameReset, Code: CloseGoingAway} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var forged atomic.Bool
+				up := sealedTogether(t, 4, func(m *memoryPair, a, b *Stream) {
+					m.back.Published = func(subject, _ string, data []byte) error {
+						h, _, err := ParsePacketHeader(data)
+						if err != nil || !isSequenced(data) || forged.Swap(true) {
+							return nil
+						}
+						s := &a.session
+						if subject == b.session.reply() {
+							s = &b.session
+						}
+						control := AppendPacket(nil, PacketHeader{Sender: s.senderNumber}, frame(h.Seq))
+						if err := m.conn.Publish(s.out.peer, "", control); err != nil {
+							t.Error(err)
+						}
+						time.Sleep(time.Millisecond) // until the mux has it. The outbox takes it before its next packet
+						return nil
+					}
+				})
+				up()
+				time.Sleep(time.Second)
+				if !forged.Load() {
+					t.Error("no packet was published")
+				}
+			})
+		})
+	}
+}
+
+// A packet that waits for others to share its write is sent before the outbox sleeps.
+func TestKeptPacketsAreSentAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		conn := newRecorder(nil)
+		held := holding(conn.Conn)
+		var wrote atomic.Int64
+		conn.Wrote = func(n int) { wrote.Add(int64(n)) }
+		c := fakeClient(t, conn.Conn, ClientParams{})
+		var writers [2]*Writer
+		for i := range writers {
+			token := AppendToken(nil, Token{Codec: MsgPack, LogPackets: 8, LogBytes: 30, ID: uint64(i)})
+			writers[i] = c.NewWriter(fmt.Sprintf("_SINBOX.peer%d.%s", i, token))
+			if _, err := writers[i].Write(nil); err != nil { // a first packet has a reply subject, and waits for no other
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		held.together(c.ep, func() {
+			if _, err := writers[0].Write([]byte("record")); err != nil {
+				t.Error(err)
+			}
+			writers[1].session.mark(workWait) // has its turn next, and publishes nothing
+		})
+		if n := wrote.Load(); n != 1 {
+			t.Errorf("%d packets were kept and sent, should be 1", n)
+		}
+	})
+}

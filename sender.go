@@ -316,6 +316,12 @@ func (snd *sender) nextReady() *packet {
 	return p
 }
 
+// hasReady reports whether a sealed packet waits to be published.
+func (snd *sender) hasReady() bool {
+	q := &snd.unacked
+	return q.failed != nil || q.queue != nil || !snd.packer.ready.empty()
+}
+
 // sealOpen seals the open packet, because no other packet is left. It returns the packet to publish next, nil if
 // there is no record to publish.
 func (snd *sender) sealOpen() *packet {
@@ -333,7 +339,7 @@ func (snd *sender) sealOpen() *packet {
 // otherwise. If it is 0, the next record marks the session again.
 func (snd *sender) backlog() int {
 	pk, q := snd.packer, &snd.unacked
-	if q.failed != nil || q.queue != nil || q.Cursor() != q.Next() || !pk.ready.empty() {
+	if snd.hasReady() || q.Cursor() != q.Next() {
 		return flow.MaxPacket
 	}
 	pk.mu.Lock()
@@ -366,7 +372,7 @@ func (snd *sender) grant(c Credit) (bytes uint64, err error) {
 	if next := snd.unacked.Next(); int32(c.Ack-next) > 0 {
 		return 0, fmt.Errorf("packet %d acknowledged, %d sent", c.Ack, next)
 	}
-	n, bytes, memory, through := snd.unacked.release(c.Ack)
+	n, bytes, memory, through := snd.release(c.Ack)
 	snd.packer.mu.Lock()
 	defer snd.packer.mu.Unlock()
 	snd.packer.acknowledgeLocked(through)
@@ -376,7 +382,7 @@ func (snd *sender) grant(c Credit) (bytes uint64, err error) {
 
 // releaseSent gives all published packets back.
 func (snd *sender) releaseSent() {
-	_, _, memory, through := snd.unacked.release(snd.unacked.Next())
+	_, _, memory, through := snd.release(snd.unacked.Next())
 	snd.packer.mu.Lock()
 	defer snd.packer.mu.Unlock()
 	snd.packer.acknowledgeLocked(through)
@@ -389,7 +395,7 @@ func (snd *sender) releaseAll() {
 	for p := snd.nextReady(); p != nil; p = snd.nextReady() {
 		putPacket(p)
 	}
-	snd.unacked.release(snd.unacked.Next())
+	snd.release(snd.unacked.Next())
 }
 
 // onTheWay returns the bytes that were published and not acknowledged, without those that are to be published again.
@@ -419,8 +425,11 @@ func (q *unackedPackets) again(seq uint32, now, patience int64) (again bool, byt
 }
 
 // release returns the packets before seq to the pool. It returns their number, their bytes, the bytes of their buffers,
-// and the count of records and bytes that were written down to the last of them.
-func (q *unackedPackets) release(seq uint32) (n uint32, bytes, memory uint64, through counted) {
+// and the count of records and bytes that were written down to the last of them. The connection may have kept some of
+// the packets for a write with others, so release recalls them.
+func (snd *sender) release(seq uint32) (n uint32, bytes, memory uint64, through counted) {
+	snd.session.ep.conn.Recall()
+	q := &snd.unacked
 	n = q.Release(seq, func(p *packet) {
 		memory += p.memory()
 		if p.through != (counted{}) {

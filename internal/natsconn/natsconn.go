@@ -14,7 +14,7 @@ import (
 	"github.com/natsstream/stream/internal/tap"
 )
 
-// Conn is one NATS connection, as an endpoint uses it. All methods may be called concurrently.
+// Conn is one NATS connection, as an endpoint uses it. All methods except Lend and Recall may be called concurrently.
 type Conn interface {
 	// Publish sends data to subject, with a reply subject unless reply is empty. It may block for as long as the
 	// connection does. Only the outbox calls it, the callback that answers questions about services, and the goroutines
@@ -22,6 +22,11 @@ type Conn interface {
 	Publish(subject, reply string, data []byte) error
 	// Push sends the published messages that wait. It blocks as Publish does.
 	Push()
+	// Lend is Publish for a packet that others probably follow at once. If it reports kept, the message waits, and the
+	// connection refers to data until Recall has returned. Until then, data must not change. Recall sends the messages
+	// that wait, if Lend has kept one, and blocks as Publish does. Only the outbox calls both.
+	Lend(subject string, data []byte) (kept bool, err error)
+	Recall()
 	// TakesNow reports whether PublishNow could send a message: the connection is fast, over plain TCP, and no message
 	// waits for it. PublishNow sends data to subject if it can do so without waiting, and reports whether it did. If it
 	// also reports rest, a part of the message waits for Push. Any goroutine may call both. They take no lock that is
@@ -73,7 +78,8 @@ type fastConn struct {
 	conn
 	dialer *tap.Dialer
 	inbox  atomic.Pointer[tap.Sub] // the last one
-	proven atomic.Pointer[proven]  // by the last message that Publish wrote; nil before
+	proven atomic.Pointer[proven]  // by the last message of Publish or Lend; nil before
+	lender *tap.Conn               // has kept data of Lend since the last Recall; nil if none has. Owned by the outbox
 }
 
 // proven is a connection for PublishNow. A reconnect leads to another connection, to a server that may take less.
@@ -118,16 +124,57 @@ func (c conn) Publish(subject, reply string, data []byte) error {
 // may overtake messages that nats.go buffers. Messages of the fallback have no numbers: they all go through nats.go,
 // which keeps their order.
 func (c *fastConn) Publish(subject, reply string, data []byte) error {
-	if t := c.tapped(); t != nil && len(data) > 0 && data[0] == packetMagic {
-		most := c.nc.MaxPayload() // of the server that t leads to, or of a later one
-		if int64(len(data)) <= most && CheckSubjects(len(subject)+len(reply)) == nil && t.Publish(subject, reply, nil, data) {
-			if p := c.proven.Load(); p == nil || p.conn != t || p.maxPayload != most {
-				c.proven.Store(&proven{t, most})
-			}
-			return nil
-		}
+	if t, most := c.taker(len(subject)+len(reply), data); t != nil && t.Publish(subject, reply, nil, data) {
+		c.prove(t, most)
+		return nil
 	}
 	return c.conn.Publish(subject, reply, data)
+}
+
+// taker returns the connection for a packet past nats.go, nil if there is none, and the max_payload of its server or of
+// a later one. The subjects have n bytes.
+func (c *fastConn) taker(n int, data []byte) (t *tap.Conn, most int64) {
+	if t = c.tapped(); t == nil || len(data) == 0 || data[0] != packetMagic {
+		return nil, 0
+	}
+	if most = c.nc.MaxPayload(); int64(len(data)) > most || CheckSubjects(n) != nil {
+		return nil, 0
+	}
+	return t, most
+}
+
+// prove notes that t has taken a message.
+func (c *fastConn) prove(t *tap.Conn, most int64) {
+	if p := c.proven.Load(); p == nil || p.conn != t || p.maxPayload != most {
+		c.proven.Store(&proven{t, most})
+	}
+}
+
+// Lend keeps data of at most one connection, which may no longer be the present one at Recall.
+func (c *fastConn) Lend(subject string, data []byte) (kept bool, err error) {
+	t, most := c.taker(len(subject), data)
+	if c.lender != t {
+		c.Recall()
+	}
+	if t == nil {
+		return false, c.conn.Publish(subject, "", data)
+	}
+	published, kept := t.Lend(subject, data)
+	if !published {
+		return false, c.conn.Publish(subject, "", data)
+	}
+	c.prove(t, most)
+	if kept {
+		c.lender = t
+	}
+	return kept, nil
+}
+
+func (c *fastConn) Recall() {
+	if c.lender != nil {
+		c.lender.Recall()
+		c.lender = nil
+	}
 }
 
 // PublishMsg writes requests as Publish does packets, if nothing waits in nats.go: a request must not overtake the
@@ -163,7 +210,7 @@ func (c *fastConn) TakesNow() bool {
 	return p != nil && p.conn == c.tapped() && p.conn.TakesNow()
 }
 
-// PublishNow uses only a connection over which Publish has written a message: Publish has asked nats.go how much the
+// PublishNow uses only a connection that has taken a message of Publish or Lend: these have asked nats.go how much the
 // server takes, and a lock of nats.go keeps PublishNow from asking.
 func (c *fastConn) PublishNow(subject string, data []byte) (sent, rest bool) {
 	p := c.proven.Load()
@@ -175,6 +222,13 @@ func (c *fastConn) PublishNow(subject string, data []byte) (sent, rest bool) {
 
 // Push does nothing: the flusher of nats.go sends soon.
 func (c conn) Push() {}
+
+// Lend is Publish: nats.go copies data.
+func (c conn) Lend(subject string, data []byte) (kept bool, err error) {
+	return false, c.Publish(subject, "", data)
+}
+
+func (c conn) Recall() {}
 
 // TakesNow reports false: nats.go hands each message to its flusher, and may wait for a lock before.
 func (c conn) TakesNow() bool { return false }

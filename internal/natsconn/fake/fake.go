@@ -77,6 +77,8 @@ type Conn struct {
 	// Now plays a connection with PublishNow. nil stands for one without. A message that it sends is then published as
 	// any other.
 	Now func(subject string, data []byte) (sent, rest bool)
+	// Wrote is called with the number of packets of Lend that go out together. The connection is locked meanwhile.
+	Wrote func(packets int)
 	// Refuse is asked about each subscription. If it returns an error, the server refuses the subscription as NATS
 	// does: Subscribe succeeds, nothing is delivered, and the error is reported.
 	Refuse func(subject, queue string) error
@@ -84,6 +86,9 @@ type Conn struct {
 	bus        *Bus // nil for a connection of its own
 	state      atomic.Int64
 	maxPayload atomic.Int64
+
+	sending sync.Mutex // guards loans. Held while they go to the bus
+	loans   []loan     // in the order of Lend
 
 	mu      sync.Mutex
 	receive nats.MsgHandler // of the first subscription, for Deliver
@@ -100,6 +105,15 @@ func New() *Conn {
 	c.maxPayload.Store(MaxPayload)
 	return c
 }
+
+// loan is a packet of Lend that waits.
+type loan struct {
+	subject    string
+	data, copy []byte
+}
+
+// mostLent is how many packets wait for Recall at most.
+const mostLent = 3
 
 // subscription is one subscription on a bus. Its goroutine ends with unsubscribe.
 type subscription struct {
@@ -136,6 +150,7 @@ func (c *Conn) Publish(subject, reply string, data []byte) error {
 			return err
 		}
 	}
+	c.Recall()
 	if c.bus == nil {
 		return nil
 	}
@@ -159,6 +174,51 @@ func (c *Conn) PublishNow(subject string, data []byte) (sent, rest bool) {
 // Push implements natsconn.Conn: nothing waits.
 func (c *Conn) Push() {}
 
+// Lend implements natsconn.Conn. It keeps packets of all sizes. Published is called at once.
+func (c *Conn) Lend(subject string, data []byte) (kept bool, err error) {
+	if !c.isUp() {
+		return false, c.Publish(subject, "", data)
+	}
+	if !c.fits(data) {
+		return false, nats.ErrMaxPayload
+	}
+	if c.Published != nil {
+		if err := c.Published(subject, "", data); err != nil {
+			return false, err
+		}
+	}
+	c.sending.Lock()
+	defer c.sending.Unlock()
+	c.loans = append(c.loans, loan{subject, data, bytes.Clone(data)})
+	if len(c.loans) < mostLent {
+		return true, nil
+	}
+	c.recallLocked()
+	return false, nil
+}
+
+// Recall implements natsconn.Conn. It panics if a packet has changed since Lend.
+func (c *Conn) Recall() {
+	c.sending.Lock()
+	defer c.sending.Unlock()
+	c.recallLocked()
+}
+
+func (c *Conn) recallLocked() {
+	for _, l := range c.loans {
+		if !bytes.Equal(l.data, l.copy) {
+			panic(fmt.Sprintf("fake: a packet to %s changed before Recall", l.subject))
+		}
+		if c.bus != nil {
+			_ = c.bus.publish(c, &nats.Msg{Subject: l.subject, Data: l.data})
+		}
+	}
+	if n := len(c.loans); n > 0 && c.Wrote != nil {
+		c.Wrote(n)
+	}
+	c.loans = nil
+}
+
 // PublishMsg implements natsconn.Conn as Publish does.
 func (c *Conn) PublishMsg(m *nats.Msg) (err error) {
 	if !c.fits(m.Data) {
@@ -170,8 +230,12 @@ func (c *Conn) PublishMsg(m *nats.Msg) (err error) {
 	case c.Published != nil:
 		err = c.Published(m.Subject, m.Reply, m.Data)
 	}
-	if err != nil || c.bus == nil {
+	if err != nil {
 		return err
+	}
+	c.Recall()
+	if c.bus == nil {
+		return nil
 	}
 	return c.bus.publish(c, m)
 }
