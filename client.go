@@ -376,7 +376,7 @@ func sendLast(ch chan *concurrency.AsyncResult[[]byte], last *concurrency.AsyncR
 	for len(ch) > 1 {
 		select {
 		case res := <-ch:
-			if res == last { // the caller received what was before it
+			if res == last { // the caller has received all records before it
 				ch <- last
 				return
 			}
