@@ -92,7 +92,7 @@ func (p *remote) enveloping() *enveloping {
 // send publishes a packet to the peer of s, or puts a copy of it into the envelope to that peer. snd is the sender of a
 // packet of records, nil for other packets. With alone, the packet has a message of its own. send returns where the
 // packet ends in its envelope, 0 if it was published. A packet in an envelope is published before any later packet to
-// the same peer. If another packet of records follows, the connection may keep data until it has that one: see lent.
+// the same peer. If packets of records probably follow, the connection may keep data for a write with them: see lent.
 func (o *outbox) send(s *session, snd *sender, reply string, data []byte, alone bool) (end int, err error) {
 	if p := s.remote.Load(); p != nil && p.envelopes != nil {
 		e := p.envelopes

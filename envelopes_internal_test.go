@@ -710,7 +710,8 @@ func naiveEnvelope(b []byte) (all []modelEnveloped, err error) {
 	}
 }
 
-// closedDuringTrial returns a peer that has not answered a trial, and a session whose writer has closed.
+// closedDuringTrial closes a writer while the peer owes the answer to a trial. It returns the peer, the session of the
+// writer, and the state of envelopes to the peer.
 func closedDuringTrial(t *testing.T) (*envelopedPeer, *session, *enveloping) {
 	t.Helper()
 	p := newEnvelopedPeer(t, 2)

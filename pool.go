@@ -12,7 +12,8 @@ import (
 // belongs to the caller of getPacket. An open packet belongs to the writers, with the lock of their packer. A sealed
 // packet belongs to the outbox, which returns it with putPacket after it was acknowledged or its writer ended. Only the
 // outbox returns sealed packets, and it recalls those that the connection has kept first, so none is reused while it is
-// being published. The outbox also gets and returns the buffers of envelopes. Received packets are not in these pools: they are in buffers of nats.go or in slabs.
+// being published. The outbox also gets and returns the buffers of envelopes. Received packets are not in these pools:
+// they are in buffers of nats.go or in slabs.
 
 // Packet sizes. The buffer of a coalescing packet grows to coalesceSize. Records fill it up to coalesceMost, so that it
 // has room for padding and, with a usual subject, for NATS's command. A record that does not fit into it travels alone

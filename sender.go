@@ -425,8 +425,9 @@ func (q *unackedPackets) again(seq uint32, now, patience int64) (again bool, byt
 }
 
 // release returns the packets before seq to the pool. It returns their number, their bytes, the bytes of their buffers,
-// and the count of records and bytes that were written down to the last of them. The connection may have kept some of
-// the packets for a write with others, so release recalls them.
+// and the count of records and bytes that were written down to the last of them. The connection may have kept packets
+// for a write with others, so release recalls them. It does so also if none is given back: a CREDIT may then ask for
+// packets again, and these change before they are published again.
 func (snd *sender) release(seq uint32) (n uint32, bytes, memory uint64, through counted) {
 	snd.session.ep.conn.Recall()
 	q := &snd.unacked

@@ -156,18 +156,16 @@ func (c *fastConn) Lend(subject string, data []byte) (kept bool, err error) {
 	if c.lender != t {
 		c.Recall()
 	}
-	if t == nil {
-		return false, c.conn.Publish(subject, "", data)
+	if t != nil {
+		if published, kept := t.Lend(subject, data); published {
+			c.prove(t, most)
+			if kept {
+				c.lender = t
+			}
+			return kept, nil
+		}
 	}
-	published, kept := t.Lend(subject, data)
-	if !published {
-		return false, c.conn.Publish(subject, "", data)
-	}
-	c.prove(t, most)
-	if kept {
-		c.lender = t
-	}
-	return kept, nil
+	return false, c.conn.Publish(subject, "", data)
 }
 
 func (c *fastConn) Recall() {
