@@ -29,6 +29,11 @@ func (ep *endpoint) receive(m *nats.Msg, lent *slab.Slab) {
 		ep.receiveElsewhere(m, lent)
 		return
 	}
+	ep.receiveFor(s, m, lent)
+}
+
+// receiveFor is receive for a message with the token of s.
+func (ep *endpoint) receiveFor(s *session, m *nats.Msg, lent *slab.Slab) {
 	end := s.end.Load()
 	if lent != nil && (end != nil || !s.mayTake(m)) {
 		m.Data = bytes.Clone(m.Data)
@@ -131,17 +136,51 @@ func (ep *endpoint) receiveEnvelope(m *nats.Msg, lent *slab.Slab) {
 		shared.Share(packets)
 	}
 	inner := &ep.enveloped
-	for range packets {
-		var token, packet []byte
-		token, packet, body = nextEnveloped(body)
-		if shared == nil {
-			packet = bytes.Clone(packet)
+	var found [lookAhead]*session
+	for packets > 0 {
+		n := min(packets, lookAhead)
+		packets -= n
+		ep.findAhead(body, found[:n])
+		for _, s := range found[:n] {
+			var token, packet []byte
+			token, packet, body = nextEnveloped(body)
+			if shared == nil {
+				packet = bytes.Clone(packet)
+			}
+			copy(inner.token, token)
+			inner.msg = nats.Msg{Subject: inner.subject, Data: packet}
+			if s != nil {
+				ep.receiveFor(s, &inner.msg, shared)
+			} else {
+				ep.receiveElsewhere(&inner.msg, shared)
+			}
 		}
-		copy(inner.token, token)
-		inner.msg = nats.Msg{Subject: inner.subject, Data: packet}
-		ep.receive(&inner.msg, shared)
 	}
 	lent.Release()
+}
+
+// lookAhead is how many streams of an envelope are looked up at once.
+const lookAhead = 32
+
+// findAhead looks up the streams of the next packets of an envelope. With thousands of slow streams, their sessions are
+// in no cache. Here the processor fetches many of them at the same time. Between packets that are accepted it cannot,
+// because these take locked instructions. findAhead returns a sum of what it read, so that the compiler keeps the reads.
+func (ep *endpoint) findAhead(body []byte, found []*session) (touched uint64) {
+	for i := range found {
+		var token []byte
+		token, _, body = nextEnveloped(body)
+		s, _ := ep.sessions.Load([TokenSize]byte(token))
+		found[i] = s
+	}
+	for _, s := range found {
+		if s != nil {
+			touched += s.bucket.received + uint64(s.bucket.ring.Pushed())
+			if s.end.Load() != nil {
+				touched++
+			}
+		}
+	}
+	return touched
 }
 
 // enveloped is the message that stands for a packet in an envelope. The mux owns it.
