@@ -103,8 +103,7 @@ func (o *outbox) proved(s *session, nonce []byte) error {
 	}
 	s.whereabouts().move = nil
 	if m.subject != s.out.peer {
-		o.peers.move(s, m.subject)
-		o.joinRemote(s)
+		o.follow(s, m.subject)
 		if snd := s.send.Load(); snd != nil {
 			snd.unacked.pardon()
 		}
@@ -118,6 +117,18 @@ func (o *outbox) proved(s *session, nonce []byte) error {
 	return o.grantWithheld(s)
 }
 
+// follow sends later packets of s to another subject. Those in open envelopes go first.
+func (o *outbox) follow(s *session, subject string) {
+	if snd := s.send.Load(); snd != nil {
+		snd.uninvite()
+	}
+	if p := s.remote.Load(); p != nil && p.envelopes != nil {
+		o.sendEnvelope(p.envelopes)
+	}
+	o.peers.move(s, subject)
+	o.joinRemote(s)
+}
+
 // The first packet of a producer names the subject at which it receives. A hostile producer may name the subject of
 // another program. It knows its own numbers, so it could grant credit although it received nothing. So until the
 // producer has answered a challenge at its first subject, the outbox sends few bytes there, and none of them twice. The
@@ -127,13 +138,6 @@ const (
 	unprovedBytes = handlerWindow
 	proveFrom     = unprovedBytes / 2
 )
-
-// isProved reports whether the credit that the peer of s grants may be used. A producer needs no proof from its
-// consumer: credit must come to the producer's control subject, which only the owner of the consumer's address learns.
-func (s *session) isProved() bool {
-	x := s.extras.Load()
-	return s.role != lifecycle.Consumer || x != nil && x.whereabouts.proved
-}
 
 // firstCredit returns the credit that a consumer has at the first address of its producer.
 func (s *session) firstCredit() credited {

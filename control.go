@@ -351,6 +351,7 @@ func (o *outbox) takeCredit(snd *sender, c Credit, missing bool) error {
 	}
 	switch {
 	case again:
+		snd.uninvite()
 		o.lostOnLine(s, lost)
 		s.mark(workPackets)
 	case q.closed != 0 && q.Empty():
@@ -377,6 +378,7 @@ func (o *outbox) takeRefusal(snd *sender, c Credit) bool {
 		o.lostOnLine(s, lost)
 	}
 	if !before {
+		snd.uninvite()
 		q.pardon()
 		q.passing.Refused()
 	}

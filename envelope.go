@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"strings"
+	"sync"
 
 	"github.com/nats-io/nats.go"
 
@@ -11,20 +12,23 @@ import (
 )
 
 // This file sends packets of several streams to one peer in one message, an envelope; docs/PROTOCOL.md section 4.3. The
-// outbox runs all of it.
+// outbox runs all of it. Writers also run openLocked, with the lock of the enveloping.
 
 // envelopes are those that an outbox fills now.
 type envelopes struct {
-	open    []*enveloping
-	packets int    // in them
-	more    bool   // another session waits behind the one that is being served
-	refused uint32 // NATS refused an envelope on this connection, counted from 1 as outbox.connection is from 0
+	open    []*enveloping // those with open envelopes that the outbox knows
+	packets int           // in them
+	more    bool          // another session waits behind the one that is being served
+	refused uint32        // NATS refused an envelope on this connection, counted from 1 as outbox.connection is from 0
 
 	trials    [maxTried]*enveloping // those that were tried last, a circle
 	nextTrial int
+
+	retained  retained
+	unwatched []*session // of placed packets, the acknowledgements of which no check is scheduled for
 }
 
-// enveloping is the state of envelopes to one other end, with the envelope that the outbox fills now.
+// enveloping is the state of envelopes to one other end, with those that are open.
 type enveloping struct {
 	name       string // of the other end
 	subject    string // of envelopes
@@ -36,12 +40,17 @@ type enveloping struct {
 	introduced int64 // when introduce last sent a PING; 0 if it has sent none
 	sizes      flow.Envelopes
 
-	buf     *packet // nil if no envelope is open
-	n       int     // bytes of it in use
-	most    int     // bytes that it may have
-	packets int
-	first   string    // subject of the first packet if it goes alone
-	senders []*sender // of the packets of records, in order
+	listed bool // on envelopes.open
+
+	mu          sync.Mutex  // guards the fields below
+	first, last *envelope   // the open envelopes, linked by envelope.next; nil if there are none. Only last is filled
+	opened      int         // how many of them writers have opened
+	most        int         // how many they may open; 0 if they place no packets. Only the outbox changes it
+	size        int         // bytes of an envelope that a writer opens. Only the outbox changes it
+	connection  uint32      // value of outbox.connection when most was set
+	number      uint32      // of envelopes that were ever opened
+	news        bool        // it is in outbox.placed
+	next        *enveloping // in outbox.placed
 }
 
 const (
@@ -113,9 +122,11 @@ func (o *outbox) send(s *session, snd *sender, reply string, data []byte, alone 
 // mayEnclose reports whether the next packet of s may go into an envelope. If that is not known, it tries.
 func (o *outbox) mayEnclose(e *enveloping, s *session) bool {
 	switch {
-	case e.buf != nil:
+	case o.envelopes.refused == o.connection.Load()+1:
+		return false
+	case e.isOpen():
 		return true
-	case !o.envelopes.more || !e.known || o.envelopes.refused == o.connection.Load()+1:
+	case !o.envelopes.more || !e.known:
 		return false
 	case !e.arrives:
 		o.try(e, s)
@@ -188,6 +199,7 @@ func (o *outbox) envelopeDenied(subject string) bool {
 		return false
 	}
 	e.arrives = false
+	o.stopPlaces(e)
 	o.envelopes.refused = o.connection.Load() + 1
 	return true
 }
@@ -210,62 +222,152 @@ func (o *outbox) tried(subject string) *enveloping {
 	return nil
 }
 
-// enclose puts a copy of a packet into the envelope to the peer of s. It returns 0 if envelopes to that peer have to be
-// smaller.
+// enclose puts a copy of a packet into the envelope to the peer of s. It returns where the packet ends there, 0 if
+// envelopes to that peer have to be smaller.
 func (o *outbox) enclose(e *enveloping, s *session, snd *sender, data []byte) (end int) {
-	size := envelopedHead + len(data)
-	if e.buf != nil && e.n+size > e.most {
-		o.sendEnvelope(e)
-	}
-	if e.buf == nil {
-		most := min(coalesceMost, int(o.ep.maxPayload.Load()), e.sizes.Most(o.ep.clock.Load()))
-		if l := o.lines.byPeer[e.name]; l != nil {
-			most = l.sizes.Most(min(most, l.Packet()), o.ep.clock.Load())
+	for {
+		v, end := e.enclose(s.out.peer[len(e.name)+1:], data)
+		if v != nil {
+			o.list(e)
+			o.envelopes.packets++
+			if snd != nil {
+				v.senders = append(v.senders, snd)
+				o.invite(e, snd)
+			}
+			return end
 		}
-		if PacketHeaderSize+size > most {
+		o.sendEnvelope(e)
+		most := o.envelopeSize(e)
+		if PacketHeaderSize+envelopedHead+len(data) > most {
 			return 0
 		}
-		if len(o.envelopes.open) == maxOpen {
-			o.sendEnvelopes()
+		e.mu.Lock()
+		if e.last == nil {
+			e.openLocked(most)
 		}
-		e.buf, e.n, e.most, e.first = getPacket(most), PacketHeaderSize, most, s.out.peer
-		o.envelopes.open = append(o.envelopes.open, e)
+		e.mu.Unlock()
 	}
-	b := e.buf.buf[e.n:]
-	copy(b, s.out.peer[len(e.name)+1:])
+}
+
+// enclose copies a packet into the last open envelope, and returns that, with where the packet ends there. It returns nil
+// if none is open or the packet does not fit.
+func (e *enveloping) enclose(token string, data []byte) (in *envelope, end int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	v, size := e.last, envelopedHead+len(data)
+	if v == nil || v.n+size > v.most {
+		return nil, 0
+	}
+	b := v.buf.buf[v.n:]
+	copy(b, token)
 	copy(b[envelopedHead:], data)
-	e.n += size
-	e.packets++
-	o.envelopes.packets++
-	if snd != nil {
-		e.senders = append(e.senders, snd)
+	v.n += size
+	v.packets++
+	return v, v.n
+}
+
+// openLocked opens an envelope of at most size bytes.
+func (e *enveloping) openLocked(size int) *envelope {
+	v := getEnvelope(size)
+	if e.last == nil {
+		e.first = v
+	} else {
+		e.last.next = v
 	}
-	return e.n
+	e.last = v
+	e.number++
+	return v
+}
+
+func (e *enveloping) isOpen() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.last != nil
+}
+
+// envelopeSize returns how large an envelope to e may be.
+func (o *outbox) envelopeSize(e *enveloping) int {
+	now := o.ep.clock.Load()
+	most := min(coalesceMost, int(o.ep.maxPayload.Load()), e.sizes.Most(now))
+	if l := o.lines.byPeer[e.name]; l != nil {
+		most = l.sizes.Most(min(most, l.Packet()), now)
+	}
+	return most
+}
+
+// list puts e on the list of open envelopes.
+func (o *outbox) list(e *enveloping) {
+	if e.listed {
+		return
+	}
+	if len(o.envelopes.open) == maxOpen {
+		o.sendEnvelopes()
+	}
+	e.listed = true
+	o.envelopes.open = append(o.envelopes.open, e)
 }
 
 // sendEnvelopes sends all open envelopes.
 func (o *outbox) sendEnvelopes() {
 	for _, e := range o.envelopes.open {
 		o.sendEnvelope(e)
+		e.listed = false
 	}
 	clear(o.envelopes.open)
 	o.envelopes.open, o.envelopes.packets = o.envelopes.open[:0], 0
 }
 
-// sendEnvelope publishes e, or its only packet, if e is open. It stays on the list of open ones until that is emptied.
-// A publish that fails is a loss: each stream repairs its own. The connection may have broken since the packets were
-// put in. Then nats.go would keep the message for a server that may take less.
+// sendEnvelope publishes the open envelopes to the other end, and decides how many writers may open before it is called
+// again. e stays on the list of those with open envelopes until
+// that is emptied.
 func (o *outbox) sendEnvelope(e *enveloping) {
-	if e.buf == nil {
+	e.mu.Lock()
+	first := e.first
+	o.openByWriters.Add(-int32(e.opened))
+	e.first, e.last, e.opened = nil, nil, 0
+	e.mu.Unlock()
+	if first == nil && (e.most > 0 || !e.arrives) {
 		return
 	}
-	b := e.buf.buf[:e.n]
+	for v := first; v != nil; v = v.next {
+		for ; v.taken < v.placed; v.taken++ {
+			o.account(v, v.at(v.taken))
+		}
+	}
+	o.allowPlaces(e)
+	for v := first; v != nil; v = v.next {
+		o.publishEnvelope(e, v)
+	}
+	for v := first; v != nil; {
+		next := v.next
+		for i, snd := range v.senders {
+			snd.notePublished(false)
+			v.senders[i] = nil
+		}
+		v.senders = v.senders[:0]
+		if v.kept > 0 {
+			o.envelopes.retained.push(v)
+		} else {
+			putEnvelope(v)
+		}
+		v = next
+	}
+}
+
+// publishEnvelope publishes v, or its only packet. A publish that fails is a loss: each stream repairs its own. The
+// connection may have broken since the packets were put in. Then nats.go would keep the message for a server that may
+// take less.
+func (o *outbox) publishEnvelope(e *enveloping, v *envelope) {
+	b := v.buf.buf[:v.n]
 	var err error
 	switch {
 	case !o.up.Load() || !isUp(o.ep.conn.Status()):
 		err = nats.ErrDisconnected
-	case e.packets == 1:
-		err = o.ep.send(e.first, "", b[PacketHeaderSize+envelopedHead:])
+	case v.packets == 1:
+		token, packet, _ := nextEnveloped(b[PacketHeaderSize:])
+		err = o.ep.send(v.subject(e, token), "", packet)
+	case o.envelopes.refused == o.connection.Load()+1: // after writers opened it
+		err = o.publishSingly(e, b)
 	default:
 		putEnvelopeHeader(b, len(b))
 		if err = o.ep.send(e.subject, "", b); errors.Is(err, nats.ErrMaxPayload) {
@@ -278,12 +380,6 @@ func (o *outbox) sendEnvelope(e *enveloping) {
 	if err != nil {
 		o.ep.counters.unsent.Add(1)
 	}
-	for i, snd := range e.senders {
-		snd.notePublished(false)
-		e.senders[i] = nil
-	}
-	putPacket(e.buf)
-	e.buf, e.packets, e.senders, e.first = nil, 0, e.senders[:0], ""
 }
 
 // publishSingly publishes the packets of an envelope that is too large.
@@ -318,5 +414,6 @@ func (snd *sender) envelopeLost(p *packet) {
 	}
 	if p, enveloped := s.remote.Load(), p.enveloped; p != nil && p.envelopes != nil {
 		p.envelopes.sizes.Lost(int(enveloped), s.ep.clock.Load())
+		s.ep.outbox.stopPlaces(p.envelopes)
 	}
 }

@@ -262,8 +262,7 @@ func TestStreamsThatMoveSendTheEnvelope(t *testing.T) {
 		if n := len(p.news()); n != 0 {
 			t.Fatalf("%d messages", n)
 		}
-		o.peers.move(s, "elsewhere"+consumerSubject(5))
-		o.joinRemote(s)
+		o.follow(s, "elsewhere"+consumerSubject(5))
 		if all, _ := p.carry(); len(all) != 1 || all[0] != (carried{p.subject(1), 0, false}) {
 			t.Errorf("%+v", all)
 		}

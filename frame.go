@@ -230,6 +230,9 @@ func ParseFrame(b []byte) (f Frame, rest []byte, err error) {
 	return f, b[n:], nil
 }
 
+// packetSeq returns the sequence number in the header of a packet.
+func packetSeq(b []byte) uint32 { return binary.BigEndian.Uint32(b[8:]) }
+
 // envelopedHead is the number of bytes that an envelope has in front of each packet: the token of its stream.
 const envelopedHead = TokenSize
 

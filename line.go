@@ -83,14 +83,6 @@ func (o *outbox) lineOf(s *session) *line {
 	return l
 }
 
-// resumeLine resets the line if the connection was interrupted.
-func (o *outbox) resumeLine(l *line) {
-	if r := o.resumed.Load(); l.resumed != r {
-		l.resumed = r
-		l.Reset()
-	}
-}
-
 // mayPublish reports whether the line has room for a packet of s. If it has not, s waits for its turn.
 func (o *outbox) mayPublish(s *session) bool {
 	l := o.lineOf(s)
@@ -130,6 +122,9 @@ func (o *outbox) wait(l *line, s *session) {
 	}
 	s.out.places.set(onLine | steady)
 	o.setBusy(l)
+	if p := s.remote.Load(); p != nil && p.envelopes != nil {
+		o.stopPlaces(p.envelopes) // their packets would go first
+	}
 }
 
 // turns holds the sessions that wait on one line. A session that leaves the line stays in its queue until that is swept

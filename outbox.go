@@ -32,6 +32,9 @@ type outbox struct {
 	park  ring.Parker
 	up    atomic.Bool // the connection is CONNECTED
 
+	placed        atomic.Pointer[enveloping] // a stack of those with placed packets that the outbox has not taken
+	openByWriters atomic.Int32               // open envelopes that writers have opened
+
 	delivered uint64             // bytes ever pushed to inbound; the mux's
 	inbound   ring.Ring[control] // mux pushes, outbox pops
 	acted     atomic.Uint64      // bytes ever popped from inbound, stored by the outbox
@@ -141,7 +144,9 @@ func (o *outbox) run() {
 			next := s.next
 			s.next = nil // otherwise this session keeps the next one in memory
 			o.envelopes.more, o.alone = next != nil, next == nil
+			o.takePlaced()
 			o.serve(s, s.pending.Swap(0))
+			o.settleRetained()
 			if o.envelopes.packets >= maxEnclosed {
 				o.sendEnvelopes()
 			}
@@ -149,8 +154,13 @@ func (o *outbox) run() {
 			o.receive() // an acknowledgement frees memory and credit for the next packet
 			o.tickIfDue()
 		}
+		if o.takePlaced() {
+			worked = true
+		}
 		o.envelopes.more = false
 		o.sendEnvelopes()
+		o.watchPlaced()
+		o.settleRetained()
 		if o.lent && o.queue.Load() != nil && rounds < gatheredRounds { // the next packet may share its write
 			rounds++
 			continue
@@ -229,7 +239,7 @@ func (o *outbox) endRest() {
 func (o *outbox) announce() (idle bool) {
 	held, sawLeaving := len(o.waitingUntilUp) > 0, o.sawLeaving
 	o.park.Announce()
-	return o.queue.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.hellos.due.Load() && !o.hasOutOfStream() && !o.stopping.Load() &&
+	return o.queue.Load() == nil && o.placed.Load() == nil && o.inbound.Empty() && !o.ep.ticker.Due() && !o.hellos.due.Load() && !o.hasOutOfStream() && !o.stopping.Load() &&
 		o.leaving.Load() == sawLeaving && (!held || !o.up.Load())
 }
 
@@ -339,6 +349,7 @@ func (o *outbox) serveHeld() {
 		work := s.out.deferredUntilUp
 		s.out.deferredUntilUp = 0
 		o.serve(s, work)
+		o.settleRetained()
 		o.receive() // the streams may have ended meanwhile
 	}
 }
@@ -489,12 +500,17 @@ func (o *outbox) servePacket(s *session) (gathers bool) {
 	}
 	o.introduce(s)
 	o.lent = false
-	switch snd.publishNext() {
+	next := snd.publishNext()
+	if next == placedFirst {
+		o.takePlaced()
+		next = snd.publishNext()
+	}
+	switch next {
 	case noPacket:
 		s.out.places.clear(steady)
 	case heldByLoss:
 		o.ping(s)
-	case tryAgain:
+	case tryAgain, placedFirst:
 		s.mark(workPackets)
 	case askAndTryAgain:
 		o.askProgress(snd)
@@ -513,6 +529,7 @@ func (o *outbox) servePacket(s *session) (gathers bool) {
 	}
 	if l := s.out.line; l != nil {
 		o.nextTurn(l)
+		o.fitPlaces(s)
 	}
 	return gathers
 }
@@ -525,6 +542,17 @@ func (o *outbox) watchAck(s *session) {
 	}
 	l.sent = o.time() // the stream was idle
 	o.schedule(s, l.sent+ack)
+}
+
+// watchPlaced is watchAck for placed packets.
+func (o *outbox) watchPlaced() {
+	for i, s := range o.envelopes.unwatched {
+		if s.out.state.Phase == lifecycle.Live {
+			o.watchAck(s)
+		}
+		o.envelopes.unwatched[i] = nil
+	}
+	o.envelopes.unwatched = o.envelopes.unwatched[:0]
 }
 
 // closed handles the publish of CLOSE: it raises the event, and schedules a check of the acknowledgement.

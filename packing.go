@@ -43,6 +43,7 @@ type packer struct {
 	open *packet
 
 	sealed      uint32   // sequence number of the open packet, or of the next to be opened
+	placedIn    uint32   // number of the envelope that has the last placed packet. It lies in a gap
 	sealedBytes uint64   // of all packets before it
 	shifted     uint32   // by how much sealed grew because packets were cut; the outbox stores it with the lock, and reads it without
 	acked       uint32   // number of packets that the peer acknowledged
@@ -60,6 +61,8 @@ type packer struct {
 	held   atomic.Bool
 	closed atomic.Bool // CLOSE was written: no records after it. Stored with the lock held
 	soon   bool        // CLOSE asks for its acknowledgement at once; guarded by the lock
+
+	place place // of the next record
 
 	packetSize atomic.Int32 // bytes that a packet should hold at most, 0 before the outbox stored it
 
@@ -267,7 +270,7 @@ func (pk *packer) over() bool {
 // shut makes Write take its slow path, which sees that the stream has ended.
 func (pk *packer) shut() {
 	pk.mu.Lock()
-	pk.fast = nil
+	pk.fast, pk.place.at = nil, nil
 	pk.mu.Unlock()
 }
 

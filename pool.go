@@ -12,8 +12,8 @@ import (
 // belongs to the caller of getPacket. An open packet belongs to the writers, with the lock of their packer. A sealed
 // packet belongs to the outbox, which returns it with putPacket after it was acknowledged or its writer ended. Only the
 // outbox returns sealed packets, and it recalls those that the connection has kept first, so none is reused while it is
-// being published. The outbox also gets and returns the buffers of envelopes. Received packets are not in these pools:
-// they are in buffers of nats.go or in slabs.
+// being published. The buffers of envelopes come from here as well; see retained.go. Received packets are not in these
+// pools: they are in buffers of nats.go or in slabs.
 
 // Packet sizes. The buffer of a coalescing packet grows to coalesceSize. Records fill it up to coalesceMost, so that it
 // has room for padding and, with a usual subject, for NATS's command. A record that does not fit into it travels alone
@@ -40,7 +40,7 @@ const unpooled = int8(-1)
 // packet is one NATS payload under way.
 type packet struct {
 	buf   []byte // full capacity while open; cut to the written bytes when sealed
-	class int8   // index into packetClasses, or unpooled
+	class int8   // index into packetClasses, or unpooled, or placedClass
 	last  bool   // sealed with CLOSE in it: no packet follows
 	free  bool   // set while in the pool, so that a double return is caught where it happens
 
@@ -113,7 +113,11 @@ func putPacket(p *packet) {
 		panic("stream: packet returned to the pool twice")
 	}
 	p.free = true
-	if p.class == unpooled {
+	switch p.class {
+	case unpooled:
+		return
+	case placedClass:
+		putPlaced((*placedPacket)(unsafe.Pointer(p)))
 		return
 	}
 	p.buf = p.buf[:packetClasses[p.class]]

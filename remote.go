@@ -70,9 +70,6 @@ func (o *outbox) joinRemote(s *session) {
 		if p.name == name {
 			return
 		}
-		if p.envelopes != nil {
-			o.sendEnvelope(p.envelopes) // later packets of s go elsewhere
-		}
 		o.leaveRemote(s)
 	}
 	if s.peerTakesJSON() || s.out.state.Phase == lifecycle.Gone {

@@ -23,6 +23,9 @@ type sender struct {
 	session *session
 	packer  *packer // the writers' half
 	writer  *Writer // the user's view of both
+
+	invited *enveloping // in whose envelopes the writers may place packets; nil if they may not. The end of the stream
+	// does not change it. The outbox's
 }
 
 // unackedPackets are the packets that were published and not acknowledged yet. The outbox owns it.
@@ -53,6 +56,7 @@ const (
 	noPacket        progress = iota // there is nothing to publish. The next record marks the session
 	heldBack                        // nothing can be published now. The event that changes this marks the session
 	heldByLoss                      // as heldBack, because packets were lost and the peer has acknowledged nothing since: ask it
+	placedFirst                     // the outbox has to take placed packets first
 	tryAgain                        // there may be another packet to publish
 	askAndTryAgain                  // as tryAgain, and a question about the packet published just now has to follow it
 	packetPublished                 // a new packet was published, and there may be another
@@ -85,6 +89,12 @@ func (snd *sender) publishNext() progress {
 		if p = snd.sealOpen(); p == nil {
 			return noPacket
 		}
+	}
+	if !json && packetSeq(p.buf) != q.Next() && s.ep.outbox.placed.Load() != nil { // those before it are among the placed packets
+		if q.failed = p; !retry {
+			q.failed, p.next, q.queue = nil, q.queue, p
+		}
+		return placedFirst
 	}
 	last := p.last
 	fragment, ok := snd.form(p)
@@ -125,9 +135,12 @@ func (snd *sender) sent(p *packet, retry bool) {
 	if s.peerTakesJSON() {
 		snd.sentJSON(p)
 	} else {
+		fresh := q.Cursor() == q.Next()
 		q.Push(p)
 		q.bytes += uint64(len(p.buf))
-		snd.onLine(q.Next()-1, p)
+		if fresh {
+			snd.onLine(q.Next()-1, p)
+		}
 	}
 	if p.enveloped == 0 { // otherwise it is published with its envelope
 		snd.notePublished(retry)
@@ -168,6 +181,7 @@ func (snd *sender) publishFailed(p *packet, err error) progress {
 		pk.mu.Lock()
 		pk.publishError = err
 		pk.queued = false
+		snd.invited, pk.place.at = nil, nil
 		pk.wakeLocked()
 		pk.mu.Unlock()
 	}
@@ -273,6 +287,14 @@ func (snd *sender) markIfDue(p *packet, seq uint32) {
 	if !p.last && (tries || l.WantsMark(len(p.buf), ep.clock.Load())) {
 		p.buf[1] |= byte(PacketMark)
 		l.began = ep.now() // the clock of ticks is too coarse to measure with
+	}
+}
+
+// resumeLine resets the line if the connection was interrupted.
+func (o *outbox) resumeLine(l *line) {
+	if r := o.resumed.Load(); l.resumed != r {
+		l.resumed = r
+		l.Reset()
 	}
 }
 

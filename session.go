@@ -118,6 +118,13 @@ func (s *session) readDone() bool { return s.recv.readLock.Load()&gateDone != 0 
 // then.
 func (s *session) nobodyReads() bool { return s.recv.readLock.Load()&gateUnread != 0 }
 
+// isProved reports whether the credit that the peer of s grants may be used. A producer needs no proof from its
+// consumer: credit must come to the producer's control subject, which only the owner of the consumer's address learns.
+func (s *session) isProved() bool {
+	x := s.extras.Load()
+	return s.role != lifecycle.Consumer || x != nil && x.whereabouts.proved
+}
+
 // endKind is the meaning of an end for arrived records, for a running handler, and for the peer.
 type endKind uint8
 

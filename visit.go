@@ -86,6 +86,8 @@ func (o *outbox) mayVisit(s *session) bool {
 	switch {
 	case !o.ep.conn.TakesNow() || !o.visits.due(o.ep.now()-o.slept) || !o.up.Load():
 		return false
+	case o.placed.Load() != nil: // earlier packets of this stream may be among them
+		return false
 	case q.Next() == 0 || !s.registered() || s.peerTakesJSON() || s.end.Load() != nil || o.ep.barred() != nil:
 		return false
 	case l == nil || l.resumed != o.resumed.Load() || l.turn != nil || l.waits() > 0 || !l.MaySend(o.ep.clock.Load()):
@@ -122,6 +124,7 @@ func (o *outbox) visit(s *session) (rest bool) {
 	snd.sent(p, false)
 	o.watchAck(s)
 	o.nextTurn(s.out.line)
+	o.fitPlaces(s)
 	if snd.backlog() > 0 {
 		s.mark(workPackets)
 	}

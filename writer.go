@@ -184,6 +184,10 @@ func (w *Writer) write(p []byte, flags FrameFlags) (int, error) {
 
 // writeSlow is write if the open packet has no room. It is called with the lock held and releases it.
 func (w *Writer) writeSlow(p []byte, flags FrameFlags) (int, error) {
+	if w.placeLocked(p, flags) {
+		w.mu.Unlock()
+		return len(p), nil
+	}
 	if err := w.appendRecordLocked(p, flags); err != nil {
 		w.mu.Unlock()
 		return lengthSent(len(p), err), err

@@ -88,13 +88,29 @@ func NewLine[S comparable]() Line[S] { return Line[S]{limit: firstLimit} }
 // MaySend reports whether another packet may be published. The line notes that it held one back.
 func (l *Line[S]) MaySend(now int64) bool {
 	if l.limit == Unlimited {
-		return l.out == 0 || now-l.marks[0].at < lateMark+l.base.min()
+		return !l.late(now)
 	}
 	if l.onTheWay() < l.limit {
 		return true
 	}
 	l.held = true
 	return false
+}
+
+// Room returns how many bytes may be published now. If it is not 0, MaySend is true.
+func (l *Line[S]) Room(now int64) uint64 {
+	switch {
+	case l.limit != Unlimited:
+		return l.limit - min(l.onTheWay(), l.limit)
+	case l.late(now):
+		return 0
+	}
+	return Unlimited
+}
+
+// late reports whether the answer to the oldest mark takes long.
+func (l *Line[S]) late(now int64) bool {
+	return l.out > 0 && now-l.marks[0].at >= lateMark+l.base.min()
 }
 
 // through returns how many published bytes are no longer on their way. Marks and acknowledgements each show a part of

@@ -7,7 +7,7 @@ import "iter"
 // it has to hold more packets than ever before.
 //
 // The zero Unacked is empty, and must not be copied once it was used. All methods belong to one goroutine, the outbox.
-type Unacked[P any] struct {
+type Unacked[P comparable] struct {
 	packets []P    // packets[seq & (len-1)] is number seq, for acked <= seq < next
 	one     [1]P   // the first packets, as long as no two are held at once
 	acked   uint32 // everything before it is acknowledged
@@ -44,7 +44,8 @@ func (q *Unacked[P]) All() iter.Seq[P] {
 	}
 }
 
-// Push holds p, which was published as number Next. No packet may be left to publish again.
+// Push holds p, which was published as number Next. If packets are left to publish again, p follows them again: the
+// peer drops it now.
 func (q *Unacked[P]) Push(p P) {
 	switch {
 	case q.packets == nil:
@@ -58,8 +59,19 @@ func (q *Unacked[P]) Push(p P) {
 		clear(old) // one is kept
 	}
 	q.packets[q.next&uint32(len(q.packets)-1)] = p
-	q.next++
-	q.cursor = q.next // no packet is left to publish again
+	if q.next++; q.cursor == q.next-1 {
+		q.cursor = q.next
+	}
+}
+
+// Replace holds p instead of was. It does nothing if was is not held.
+func (q *Unacked[P]) Replace(was, p P) {
+	for seq := q.acked; seq != q.next; seq++ {
+		if at := &q.packets[seq&uint32(len(q.packets)-1)]; *at == was {
+			*at = p
+			return
+		}
+	}
 }
 
 // Skip counts a packet that was published to a peer without acknowledgements, as acknowledged.

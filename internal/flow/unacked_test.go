@@ -22,13 +22,16 @@ func TestUnackedHoldsWhatIsNotAcknowledged(t *testing.T) {
 			now += rapid.Int64Range(0, patience/2).Draw(t, "wait")
 			step := rapid.IntRange(0, 4).Draw(t, "step")
 			switch {
-			case step == 0 && cursor == next:
+			case step == 0:
+				behind := cursor != next
 				for range rapid.IntRange(1, 20).Draw(t, "packets") {
 					q.Push(next)
 					held = append(held, next)
 					next++
 				}
-				cursor = next
+				if !behind {
+					cursor = next
+				}
 			case step == 1: // an acknowledgement: of some of them, an old one, or one of what was never sent
 				seq := acked + uint32(rapid.IntRange(-3, len(held)+3).Draw(t, "acknowledged"))
 				n := seq - acked
@@ -83,6 +86,23 @@ func TestUnackedHoldsWhatIsNotAcknowledged(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestUnackedReplaces: a packet that is replaced is released in its place.
+func TestUnackedReplaces(t *testing.T) {
+	var q Unacked[string]
+	for _, p := range []string{"a", "b", "c", "d", "e"} {
+		q.Push(p)
+	}
+	var got []string
+	free := func(p string) { got = append(got, p) }
+	q.Release(1, free)
+	q.Replace("c", "C")
+	q.Replace("a", "A") // is not held any more
+	q.Release(5, free)
+	if want := []string{"a", "b", "C", "d", "e"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
 }
 
 // TestUnackedSkipHoldsNothing: a packet that nobody acknowledges counts and is not kept.

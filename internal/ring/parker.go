@@ -48,5 +48,8 @@ func (p *Parker) Wake() {
 // caller at a time has the announcement, and sees all that the sleeper and earlier callers have done.
 func (p *Parker) Take() bool { return p.asleep.Load() == 1 && p.asleep.CompareAndSwap(1, 0) }
 
+// Announced reports whether a sleeper has announced itself.
+func (p *Parker) Announced() bool { return p.asleep.Load() == 1 }
+
 // Signal wakes the sleeper after Take. It never blocks.
 func (p *Parker) Signal() { p.signal <- struct{}{} }
