@@ -42,7 +42,8 @@ type ClientParams struct {
 	// that does not proceed while others wait ends its stream with CloseTryAgainLater.
 	//
 	// A second budget of the same size covers the packets that writers keep until peers acknowledge them. As that
-	// budget is used up, each stream may keep fewer bytes, down to one packet, and writes wait.
+	// budget is used up, each stream may keep fewer bytes, down to one packet, and writes wait. Messages that packets
+	// of several streams share may take a quarter of it besides.
 	//
 	// Messages of fallback peers are in neither budget. SECURITY.md in the repository lists all memory outside the
 	// budgets.

@@ -76,9 +76,9 @@ func (p *remote) tellsEnvelopes() {
 	}
 }
 
-// takesStatement reports whether the next packet to the peer of s has to say that this end receives envelopes, and notes
-// that it does. The caller adds ENVELOPES to a CREDIT or a PING. ENVELOPES is never alone: if the flag SEQ of such a
-// packet was damaged, the packet would pass for one of records, and take the number of a record.
+// takesStatement reports whether the next packet to the peer of s has to say that this end receives envelopes, and
+// notes that it does. The caller adds ENVELOPES to a CREDIT or a PING. ENVELOPES is never alone: if the flag SEQ of
+// such a packet was damaged, the packet would pass for one of records, and take the number of a record.
 func takesStatement(s *session) bool {
 	p := s.remote.Load()
 	if p == nil || p.envelopes == nil || !p.envelopes.tells {
@@ -171,8 +171,8 @@ func (o *outbox) trialAnswered(s *session, nonce []byte) bool {
 }
 
 // trialAnsweredLate takes a RESPONSE for a stream that has ended, and reports whether it answers a trial. The
-// acknowledgement of CLOSE, which ends a short stream, may have followed the trial at once. Nobody but the peer knows the
-// nonce.
+// acknowledgement of CLOSE, which ends a short stream, may have followed the trial at once. Nobody but the peer knows
+// the nonce.
 func (o *outbox) trialAnsweredLate(nonce []byte) bool {
 	for _, e := range o.envelopes.trials {
 		if e != nil && string(nonce) == string(e.trial[:]) {
@@ -249,8 +249,8 @@ func (o *outbox) enclose(e *enveloping, s *session, snd *sender, data []byte) (e
 	}
 }
 
-// enclose copies a packet into the last open envelope, and returns that, with where the packet ends there. It returns nil
-// if none is open or the packet does not fit.
+// enclose copies a packet into the last open envelope, and returns that, with where the packet ends there. It returns
+// nil if none is open or the packet does not fit.
 func (e *enveloping) enclose(token string, data []byte) (in *envelope, end int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -318,8 +318,7 @@ func (o *outbox) sendEnvelopes() {
 }
 
 // sendEnvelope publishes the open envelopes to the other end, and decides how many writers may open before it is called
-// again. e stays on the list of those with open envelopes until
-// that is emptied.
+// again. e stays on the list of those with open envelopes until that is emptied.
 func (o *outbox) sendEnvelope(e *enveloping) {
 	e.mu.Lock()
 	first := e.first

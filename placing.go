@@ -8,14 +8,14 @@ import (
 )
 
 // This file lets the writers of slow streams place their records in the envelope that the outbox sends next. The outbox
-// then neither serves the session nor copies the packet. With thousands of slow streams, the memory of the session and of
-// the packet is in no cache. Writers run placeLocked and what it calls, with the locks of the packer and of the enveloping. The outbox runs
-// the rest.
+// then neither serves the session nor copies the packet. With thousands of slow streams, the memory of the session and
+// of the packet is in no cache. Writers run placeLocked and what it calls, with the locks of the packer and of the
+// enveloping. The outbox runs the rest.
 //
 // The outbox must publish the packets of a stream in their order, and a placed packet has its number from its writer.
 // So two rules hold. A writer places a packet only if the packer has no packet that the outbox has not published
-// (packer.queued is false). And before the outbox publishes a packet of the packer, it takes the placed packets before it.
-// After a failed publish, queued is false and packets wait. So publishFailed ends the invitation of the stream.
+// (packer.queued is false). And before the outbox publishes a packet of the packer, it takes the placed packets before
+// it. After a failed publish, queued is false and packets wait. So publishFailed ends the invitation of the stream.
 
 // place is what a packer needs to place packets. The lock of the packer guards it.
 type place struct {
@@ -24,18 +24,18 @@ type place struct {
 }
 
 const (
-	// largestPlaced bounds a placed packet. It is the size of the smallest fragments. A stream cannot live on a way that
-	// takes less.
+	// largestPlaced bounds a placed packet. It is the size of the smallest fragments. A stream cannot live on a way
+	// that takes less.
 	largestPlaced = flow.SmallFragment
 	// leastOpened is the least size of an envelope that a writer opens.
 	leastOpened = PacketHeaderSize + envelopedHead + largestPlaced
-	// mostOpen bounds the envelopes to one other end that writers open before the outbox sends them. The writers of many
-	// streams may be faster than the outbox for a time. mostOpenedHere bounds those to all other ends, because their
-	// memory is in no budget.
+	// mostOpen bounds the envelopes to one other end that writers open before the outbox sends them. The writers of
+	// many streams may be faster than the outbox for a time. mostOpenedHere bounds those to all other ends, because
+	// their memory is in no budget.
 	mostOpen       = 8
 	mostOpenedHere = 1 << 6
-	// Envelopes that are kept for their packets take at most the budget divided by retainedPart. The packets of an envelope
-	// move to memory of their own at once if it takes more than sparse times the bytes in use.
+	// Envelopes that are kept for their packets take at most the budget divided by retainedPart. The packets of an
+	// envelope move to memory of their own at once if it takes more than sparse times the bytes in use.
 	retainedPart = 4
 	sparse       = 4
 )
@@ -170,8 +170,8 @@ func (o *outbox) takePlaced() (worked bool) {
 	return true
 }
 
-// account counts the placed packet d of v as published. sendEnvelope publishes it. If the stream has ended, d is sent all
-// the same, and kept no longer.
+// account counts the placed packet d of v as published. sendEnvelope publishes it. If the stream has ended, d is sent
+// all the same, and kept no longer.
 func (o *outbox) account(v *envelope, d *placedPacket) {
 	v.kept++
 	o.envelopes.packets++
@@ -223,7 +223,8 @@ func (o *outbox) stopPlaces(e *enveloping) {
 	}
 }
 
-// fitPlaces lets writers open fewer envelopes to the peer of s if the line has less room than when they were allowed to.
+// fitPlaces lets writers open fewer envelopes to the peer of s if the line has less room than when they were allowed
+// to.
 func (o *outbox) fitPlaces(s *session) {
 	p, l := s.remote.Load(), s.out.line
 	if p == nil || l == nil || p.envelopes == nil || p.envelopes.most == 0 {
@@ -259,9 +260,10 @@ func (snd *sender) uninvite() {
 	snd.invited, pk.place.at = nil, nil
 }
 
-// settleRetained moves packets out of envelopes that were sent. One packet that is not acknowledged would keep the whole
-// envelope, so the packets of an envelope that is nearly empty move at once, and those of the oldest ones if all take too
-// much memory. The outbox calls it between the turns of sessions: a packet that is being published does not move.
+// settleRetained moves packets out of envelopes that were sent. One packet that is not acknowledged would keep the
+// whole envelope, so the packets of an envelope that is nearly empty move at once, and those of the oldest ones if all
+// take too much memory. The outbox calls it between the turns of sessions: a packet that is being published does not
+// move.
 func (o *outbox) settleRetained() {
 	r := &o.envelopes.retained
 	for v := r.last; v != nil && !v.seen; {

@@ -766,8 +766,8 @@ func testUnacknowledged(t *testing.T, streams, size int, retained int64) {
 	})
 }
 
-// The outbox may publish a packet again from an envelope just when other envelopes use up the budget. The packet does not
-// move meanwhile.
+// The outbox may publish a packet again from an envelope just when other envelopes use up the budget. The packet does
+// not move meanwhile.
 func TestRetransmissionsOutliveTheirEnvelopes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlacingPeer(t, 12)

@@ -8,8 +8,8 @@ import (
 )
 
 // This file has the buffers of envelopes. Packets that writers placed in an envelope stay there until they are
-// acknowledged, so the envelope is kept as long. Writers run getEnvelope, at and grow with the lock of the enveloping. The
-// outbox runs all of it.
+// acknowledged, so the envelope is kept as long. Writers run getEnvelope, at and grow with the lock of the enveloping.
+// The outbox runs all of it.
 
 // envelope is the buffer of an envelope, with the packets that were placed in it.
 type envelope struct {
@@ -40,8 +40,8 @@ type placedPacket struct {
 }
 
 const (
-	// maxPlaced bounds the packets that are placed in one envelope. Each takes 80 bytes besides the buffer, in a list of
-	// placedList packets.
+	// maxPlaced bounds the packets that are placed in one envelope. Each takes 80 bytes besides the buffer, in a list
+	// of placedList packets.
 	maxPlaced  = 192
 	placedList = 16
 	// placedClass is the class of a placed packet.
@@ -77,8 +77,8 @@ func (v *envelope) grow() {
 	}
 }
 
-// putPlaced gives a placed packet back, and its envelope with the last one. The packet of a stream that has ended may be
-// given back before it was sent.
+// putPlaced gives a placed packet back, and its envelope with the last one. The packet of a stream that has ended may
+// be given back before it was sent.
 func putPlaced(d *placedPacket) {
 	v := d.envelope
 	if v.in != nil {

@@ -24,8 +24,9 @@ type sender struct {
 	packer  *packer // the writers' half
 	writer  *Writer // the user's view of both
 
-	invited *enveloping // in whose envelopes the writers may place packets; nil if they may not. The end of the stream
-	// does not change it. The outbox's
+	// invited has the envelopes in which the writers may place packets, nil if they may not. The end of the stream does
+	// not change it. The outbox's.
+	invited *enveloping
 }
 
 // unackedPackets are the packets that were published and not acknowledged yet. The outbox owns it.
@@ -91,8 +92,10 @@ func (snd *sender) publishNext() progress {
 		}
 	}
 	if !json && packetSeq(p.buf) != q.Next() && s.ep.outbox.placed.Load() != nil { // those before it are among the placed packets
-		if q.failed = p; !retry {
-			q.failed, p.next, q.queue = nil, q.queue, p
+		if retry {
+			q.failed = p
+		} else {
+			p.next, q.queue = q.queue, p
 		}
 		return placedFirst
 	}
