@@ -322,16 +322,16 @@ func (o *outbox) sendEnvelopes() {
 func (o *outbox) sendEnvelope(e *enveloping) {
 	e.mu.Lock()
 	first := e.first
-	o.openByWriters.Add(-int32(e.opened))
+	if e.opened > 0 {
+		o.openByWriters.Add(-int32(e.opened))
+	}
 	e.first, e.last, e.opened = nil, nil, 0
 	e.mu.Unlock()
 	if first == nil && (e.most > 0 || !e.arrives) {
 		return
 	}
 	for v := first; v != nil; v = v.next {
-		for ; v.taken < v.placed; v.taken++ {
-			o.account(v, v.at(v.taken))
-		}
+		o.accountAll(v, v.placed)
 	}
 	o.allowPlaces(e)
 	for v := first; v != nil; v = v.next {

@@ -117,6 +117,18 @@ func (h holder) together(ep *endpoint, f func()) {
 // together calls f while the outbox waits.
 func (p *envelopedPeer) together(f func()) { p.held.together(p.c.ep, f) }
 
+// loseEnvelopes calls f, and loses the envelopes that are published meanwhile.
+func (p *envelopedPeer) loseEnvelopes(f func()) {
+	p.conn.fail = func(_ int, data []byte) error {
+		if data[1]&byte(PacketEnv) != 0 {
+			return nats.ErrReconnectBufExceeded
+		}
+		return nil
+	}
+	f()
+	p.conn.fail = nil
+}
+
 // write writes a record to each stream.
 func (p *envelopedPeer) write(record string) {
 	p.t.Helper()
@@ -340,14 +352,7 @@ func TestLostEnvelopesAreRepaired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newEnvelopedPeer(t, 6)
 		p.news()
-		p.conn.fail = func(_ int, data []byte) error {
-			if data[1]&byte(PacketEnv) != 0 {
-				return nats.ErrReconnectBufExceeded
-			}
-			return nil
-		}
-		p.write("third")
-		p.conn.fail = nil
+		p.loseEnvelopes(func() { p.write("third") })
 		if all, _ := p.carry(); len(all) != 0 {
 			t.Errorf("%+v", all)
 		}

@@ -163,9 +163,8 @@ func (ep *endpoint) receiveEnvelope(m *nats.Msg, lent *slab.Slab) {
 const lookAhead = 32
 
 // findAhead looks up the streams of the next packets of an envelope. With thousands of slow streams, their sessions are
-// in no cache. Here the processor fetches many of them at the same time. Between packets that are accepted it cannot,
-// because these take locked instructions. findAhead returns a sum of what it read, so that the compiler keeps the
-// reads.
+// in no cache. Here the processor fetches many of them at the same time. The locked instructions that accept a packet
+// would prevent that. findAhead returns a sum of the values that it read, so that the compiler keeps the reads.
 func (ep *endpoint) findAhead(body []byte, found []*session) (touched uint64) {
 	for i := range found {
 		var token []byte

@@ -8,8 +8,8 @@ import (
 )
 
 // This file lets the writers of slow streams place their records in the envelope that the outbox sends next. The outbox
-// then neither serves the session nor copies the packet. With thousands of slow streams, the memory of the session and
-// of the packet is in no cache. Writers run placeLocked and what it calls, with the locks of the packer and of the
+// then neither serves the session nor copies the packet. With thousands of slow streams, no cache holds the session or
+// the packet. Writers run placeLocked and the functions that it calls, with the locks of the packer and of the
 // enveloping. The outbox runs the rest.
 //
 // The outbox must publish the packets of a stream in their order, and a placed packet has its number from its writer.
@@ -17,7 +17,7 @@ import (
 // (packer.queued is false). And before the outbox publishes a packet of the packer, it takes the placed packets before
 // it. After a failed publish, queued is false and packets wait. So publishFailed ends the invitation of the stream.
 
-// place is what a packer needs to place packets. The lock of the packer guards it.
+// place tells the writers of a packer where to place packets. The lock of the packer guards it.
 type place struct {
 	at    *enveloping // nil if the writers place no packets
 	token [TokenSize]byte
@@ -156,18 +156,21 @@ func (o *outbox) takePlaced() (worked bool) {
 		}
 		for v != nil { // only the outbox removes open envelopes
 			e.mu.Lock()
-			from, later := v.taken, v.next
-			v.taken = v.placed
-			to := v.taken
+			placed, later := v.placed, v.next
 			e.mu.Unlock()
-			for i := from; i < to; i++ {
-				o.account(v, v.at(i))
-			}
+			o.accountAll(v, placed)
 			v = later
 		}
 		e = next
 	}
 	return true
+}
+
+// accountAll accounts for the first n placed packets of v, as far as that was not done.
+func (o *outbox) accountAll(v *envelope, n int) {
+	for ; v.taken < n; v.taken++ {
+		o.account(v, v.at(v.taken))
+	}
 }
 
 // account counts the placed packet d of v as published. sendEnvelope publishes it. If the stream has ended, d is sent
@@ -197,12 +200,12 @@ func (o *outbox) account(v *envelope, d *placedPacket) {
 
 // allowPlaces decides how many envelopes to the other end of e writers may open, and of which size.
 func (o *outbox) allowPlaces(e *enveloping) {
-	connection := o.connection.Load() // first: what is found out below may be older
+	connection := o.connection.Load() // before the checks: a reconnect during them makes their result void
 	size, most := o.envelopeSize(e), 0
 	l := o.lines.byPeer[e.name]
 	switch {
 	case size < leastOpened:
-	case !e.known || !e.arrives || !o.up.Load() || o.envelopes.refused == o.connection.Load()+1:
+	case !e.known || !e.arrives || !o.up.Load() || o.envelopes.refused == connection+1:
 	case l == nil || l.turn != nil || l.turns != nil || l.resumed != o.resumed.Load():
 	default:
 		if room := l.Room(o.ep.clock.Load()); room > 0 {

@@ -357,8 +357,8 @@ func TestNothingIsPlacedWhileTheConnectionIsDown(t *testing.T) {
 	})
 }
 
-// A record that uses up what this end keeps for the stream asks for the acknowledgement, as one that uses up the peer's
-// credit.
+// This end keeps a bounded number of bytes for each stream. The record that uses up this bound asks for an
+// acknowledgement. A record that uses up the peer's credit does the same.
 func TestPlacedRecordsAskAtTheOwnWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlacingPeer(t, 2)
@@ -382,7 +382,7 @@ func TestPlacedRecordsAskAtTheOwnWindow(t *testing.T) {
 	})
 }
 
-// What writers may open follows at once if an envelope was lost, or if NATS refuses the subject.
+// After the loss of an envelope, writers open smaller ones. After a refusal of the subject, they open none.
 func TestPlacesFollowLossesAndRefusals(t *testing.T) {
 	for name, happen := range map[string]func(p *envelopedPeer){
 		"a loss": func(p *envelopedPeer) {
@@ -647,14 +647,7 @@ func TestStreamsEndWithPlacedRecords(t *testing.T) {
 func TestLostPlacedPacketsAreRepaired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlacingPeer(t, 6)
-		p.conn.fail = func(_ int, data []byte) error {
-			if data[1]&byte(PacketEnv) != 0 {
-				return nats.ErrReconnectBufExceeded
-			}
-			return nil
-		}
-		p.write("fourth")
-		p.conn.fail = nil
+		p.loseEnvelopes(func() { p.write("fourth") })
 		if all, _ := p.carry(); len(all) != 0 {
 			t.Errorf("%+v", all)
 		}
@@ -681,7 +674,7 @@ func TestLostPlacedPacketsAreRepaired(t *testing.T) {
 	})
 }
 
-// A placed packet whose acknowledgement is overdue is asked for, as any other.
+// The outbox asks for the acknowledgement of a placed packet if that is overdue.
 func TestPlacedPacketsAreAskedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPlacingPeer(t, 4)

@@ -20,13 +20,13 @@ type envelope struct {
 	most    int // bytes that it may have
 	packets int
 	placed  int // of these, packets in lists
-	taken   int // of these, packets that the outbox has taken
 	lists   [maxPlaced / placedList]*[placedList]placedPacket
 	next    *envelope // that was opened behind it; later, the next one of retained
 
 	// The outbox's.
+	taken   int       // placed packets that it has accounted for
 	senders []*sender // of packets of records that are not placed, and of live streams that are
-	kept    int       // placed packets that were taken and not given back; with 0, and once it was sent, v is in the pool
+	kept    int       // of these, packets that were not given back; with 0, and once it was sent, v is in the pool
 	in      *retained // nil before it is sent
 	older   *envelope // in retained
 	seen    bool      // by settleRetained
